@@ -1,0 +1,60 @@
+# make demo | test | test-slow | lint | format | clean. Everything runs in .venv, with the versions of constraints.txt.
+#   PYTHON=python3.12        which interpreter makes .venv (3.11 or newer)
+#   PIP_ARGS="..."           added to every pip install, e.g. the index of CPU-only wheels (README)
+#   CONFIG=... ARGS="k=v"    what `make demo` runs
+PYTHON ?= python3
+PIP_ARGS ?=
+CONFIG ?= configs/pocket.yaml
+ARGS ?=
+# Two workers of one thread each: torch's own threads in both would fight for the same cores.
+WORKERS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install dev test test-slow lint format clean
+
+help:
+	@echo "make demo       the whole pipeline on the built-in pocket backbone (CONFIG=, ARGS='key=value ...')"
+	@echo "make test       every quick test; no GPU, no network"
+	@echo "make test-slow  the slow proofs: real clusters, kills, notebooks, fresh environments"
+	@echo "make lint       ruff, mypy, codespell, large files, private keys (the pre-commit hooks)"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make clean      remove .venv and caches; run folders stay"
+
+demo: .venv/.installed
+	$(BIN)/exit-heads run --config $(CONFIG) $(ARGS)
+
+install: .venv/.installed
+dev: .venv/.installed-dev
+
+test: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+# pytest exits 5 when no test is marked slow; that is no failure.
+test-slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -m slow || { code=$$?; [ $$code -eq 5 ]; }
+
+lint: .venv/.installed-dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --color never
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e .
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e '.[dev,notebooks]'
+	@touch $@ .venv/.installed

@@ -1,0 +1,6 @@
+"""exit-heads: train, prove and publish early-exit draft heads for any causal language model.
+
+The stages meet in a run folder and nowhere else; docs/architecture.md is the map.
+"""
+
+__version__ = "0.1.0"

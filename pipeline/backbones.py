@@ -1,0 +1,89 @@
+"""Load the backbone and its tokenizer that a config names, as one module that every stage can use.
+
+Takes the `backbone` and `machine` sections, gives transformers objects; anything wrong with the name is a
+UserError. Knows nothing of what the stages do with them.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from . import pocket
+from .config import Backbone
+from .errors import UserError
+from .inference.exit_head import check_exit_layer, check_family
+
+BUILT_IN = {"pocket": pocket.BACKBONE}
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is a GPU when there is one. Raises UserError for a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"machine.device={name}: no CUDA device is visible here; use machine.device=cpu")
+    return torch.device(name)
+
+
+def source_of(backbone: Backbone) -> str:
+    """What from_pretrained takes: a folder or a Hub id."""
+    return str(BUILT_IN.get(backbone.name_or_path, backbone.name_or_path))
+
+
+def public_name(backbone: Backbone) -> str:
+    """The name that may be published: of a local folder only its last part."""
+    path = Path(backbone.name_or_path)
+    return path.resolve().name if path.is_dir() else backbone.name_or_path
+
+
+@contextlib.contextmanager
+def _explained(backbone: Backbone):
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"backbone.name_or_path={backbone.name_or_path}: cannot be loaded: {first}") from None
+
+
+def load_config(backbone: Backbone) -> Any:
+    """The checkpoint's config; refuses families that the engine does not know."""
+    with _explained(backbone):
+        config = AutoConfig.from_pretrained(
+            source_of(backbone), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+        )
+        check_family(config.model_type)
+    return config
+
+
+def load_tokenizer(backbone: Backbone) -> Any:
+    with _explained(backbone):
+        return AutoTokenizer.from_pretrained(
+            source_of(backbone), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+        )
+
+
+def load_model(backbone: Backbone, device: torch.device) -> Any:
+    """The frozen backbone in `backbone.dtype` on one device, in eval mode."""
+    load_config(backbone)
+    transformers_logging.disable_progress_bar()
+    with _explained(backbone):
+        model = AutoModelForCausalLM.from_pretrained(
+            source_of(backbone),
+            revision=backbone.revision,
+            trust_remote_code=backbone.trust_remote_code,
+            dtype=getattr(torch, backbone.dtype),
+        )
+    return model.requires_grad_(False).eval().to(device)
+
+
+def check_exit_layers(exit_layers: list[int], num_layers: int) -> None:
+    """Raises UserError unless every N is from 1 to L - 1."""
+    for n in exit_layers:
+        try:
+            check_exit_layer(n, num_layers)
+        except ValueError as error:
+            raise UserError(f"distill.exit_layers={exit_layers}: {error}") from None

@@ -1,0 +1,120 @@
+"""The command line: exit-heads VERB --config FILE key=value ...
+
+Takes words, runs stages, gives exit codes: 0 done, 2 the user must change something, 3 the gate refused the
+head. Anything else is a bug and shows its traceback. Knows nothing of what happens inside a stage.
+"""
+
+import argparse
+import os
+import sys
+
+from .config import Config, help_text, load
+from .errors import GateError, UserError
+from .rundir import STAGES, RunDir
+
+VERBS = {
+    "generate": (
+        "The backbone answers prompts; the answers are what the exit heads learn from.",
+        "Writes responses/. Killed and run again, it goes on at the first missing shard.",
+        ["seed", "run", "machine", "backbone", "prompts", "generate"],
+    ),
+    "distill": (
+        "Train one exit head per exit layer N on the responses; the backbone stays frozen.",
+        "Writes heads/exit-<N>/ and metrics.jsonl. Killed and run again, it goes on from the last checkpoint.",
+        ["seed", "run", "machine", "backbone", "distill", "wandb"],
+    ),
+    "evaluate": (
+        "Is it lossless, and how much faster? Autoregressive decoding against every head and controller, interleaved.",
+        "Writes eval/rounds.parquet, eval/results.json and report/.",
+        ["seed", "run", "machine", "backbone", "prompts", "evaluate"],
+    ),
+    "publish": (
+        "Gate the best head, then write the folder that transformers loads with custom_generate.",
+        "Writes hub/<N>/. Exit code 3 if the gate refuses the head.",
+        ["run", "backbone", "publish"],
+    ),
+    "run": (
+        "All stages in order, skipping what is done: generate, distill, evaluate, publish.",
+        "Ends with the table of results and the one line that uses the head.",
+        ["seed", "run", "machine", "backbone", "prompts", "generate", "distill", "evaluate", "publish", "wandb"],
+    ),
+}
+
+OVERVIEW = """\
+Train early-exit draft heads for a frozen language model, prove that decoding with them is lossless, measure how
+much faster it is, and publish them.
+
+  exit-heads run --config configs/pocket.yaml              everything, on the built-in tiny backbone
+  exit-heads distill --config my.yaml distill.max_steps=500     one stage, one key changed
+  exit-heads evaluate --help                               every key that a stage reads
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("exit-heads", description=OVERVIEW, formatter_class=raw)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, (does, writes, sections) in VERBS.items():
+        keys = "keys (key=default), given as key=value or in the YAML file:\n" + help_text(sections)
+        sub = verbs.add_parser(verb, help=does, description=f"{does}\n{writes}", epilog=keys, formatter_class=raw)
+        sub.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
+        sub.add_argument(
+            "--redo", choices=STAGES, metavar="STAGE", help="make this stage anew (with run: and all after it)"
+        )
+        sub.add_argument("words", nargs="*", metavar="key=value", help="wins over the file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args, more = parser.parse_known_args(argv)  # argparse gives up on words after an option that follows words
+    if options := [word for word in more if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(options)} (keys are given as key=value, without dashes)")
+    args.words += more
+    # The workers of torch and the tokenizer must not fight for cores; a waiting thread must not spin.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        config = load(args.config, args.words)
+        run_verb(args.verb, config, args.redo)
+    except (UserError, GateError) as error:
+        print(f"exit-heads {args.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"exit-heads {args.verb}: interrupted; run the same command to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run_verb(verb: str, config: Config, redo: str | None) -> None:
+    """Run one stage, or all; `redo` removes a stage (with `run`, the later ones too) first."""
+    chosen = STAGES if verb == "run" else (verb,)
+    if redo is not None and redo not in chosen:
+        raise UserError(
+            f"--redo {redo}: exit-heads {verb} does not run that stage. Use `exit-heads {redo} --redo {redo}`."
+        )
+    stages = {name: _stage(name) for name in chosen}
+    for stage in stages.values():  # before --redo removes anything, and before an early stage works for an hour
+        if hasattr(stage, "check"):
+            stage.check(config)
+    run = RunDir(config)
+    if redo is not None:
+        for stage in chosen[chosen.index(redo) :]:
+            run.redo(stage)
+    for stage in stages.values():
+        stage.run(run)
+    if verb == "run":
+        from .report import closing_table
+
+        closing_table(run)
+
+
+def _stage(name: str):
+    """The module of a stage, imported only when it is needed: --help and mistyped keys must not wait for torch."""
+    import importlib
+
+    return importlib.import_module(f"pipeline.stages.{name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""What a run is: dataclasses <- one YAML file <- key=value words, in this order of precedence.
+
+Takes a file and a list of words, gives a checked Config; a mistyped key or value is a UserError that names
+it and says what would be right. Knows nothing of stages; `help_text` is what `exit-heads VERB --help` prints.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import UserError
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its default and the sentence that --help shows."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Run:
+    name: str = option("pocket", "name of the run folder")
+    dir: str = option("runs", "folder that holds the run folders")
+
+
+@dataclass
+class Machine:
+    """How the work is laid on this machine. Changing it never makes a finished stage stale."""
+
+    device: str = option("auto", "auto, cpu, cuda; auto takes a GPU when there is one")
+    threads: int = option(0, "CPU threads of every stage but evaluate; 0 leaves torch's choice")
+    nodes: int = option(1, "nodes of the distill job")
+    processes_per_node: int = option(1, "distill processes on each node; on GPUs, one per GPU")
+
+
+@dataclass
+class Backbone:
+    name_or_path: str = option("pocket", "pocket (built in), a Hub id, or a checkpoint folder")
+    revision: str | None = option(None, "Hub commit, tag or branch; pin a commit for a run that can be repeated")
+    dtype: str = option("bfloat16", "float32 or bfloat16: the dtype of the frozen weights in every stage")
+    trust_remote_code: bool = option(False, "run Python code that the checkpoint ships; off unless you trust it")
+
+
+@dataclass
+class Prompts:
+    path: str | None = option("pocket", "pocket (built in), a .jsonl, .txt or .parquet file, or a datasets id")
+    revision: str | None = option(None, "datasets id only: commit to pin")
+    split: str = option("train", "datasets id only: split to read")
+    column: str | None = option(None, "column of the prompt; default: prompt, question, instruction or text")
+    held_out: float = option(0.1, "share of the prompts, chosen by hash, that only evaluate may see")
+    chat_template: bool = option(False, "wrap each prompt in the tokenizer's chat template")
+    too_long: str = option("error", "prompts that leave no room for an answer: error or drop")
+
+
+@dataclass
+class EvaluatePrompts(Prompts):
+    path: str | None = option(None, "prompts of evaluate; default: the held-out share of prompts.path")
+    held_out: float = option(0.0, "unused here: every prompt of this set is evaluated on")
+
+
+@dataclass
+class Generate:
+    engine: str = option("padded", "padded (padded batches) or continuous (transformers' continuous batching)")
+    num_prompts: int = option(384, "prompts to answer, the first of the shuffled set; 0 = all")
+    max_new_tokens: int = option(128, "longest response, in tokens")
+    temperatures: list[float] = option([0.0, 1.0], "mixed over the prompts in turn; 0 is greedy")
+    top_p: float = option(1.0, "nucleus of the sampled responses")
+    batch_size: int = option(64, "prompts answered together")
+    shard_size: int = option(128, "responses per parquet shard: the unit that is redone after a kill")
+
+
+@dataclass
+class Distill:
+    exit_layers: list[int] = option([2], "exit layers N, 1 <= N < L; one head is trained for each")
+    max_steps: int = option(120, "optimizer steps")
+    sequence_length: int = option(256, "tokens of a packed sequence")
+    sequences_per_step: int = option(16, "packed sequences of a step, over all processes")
+    learning_rate: float = option(2e-3, "peak; warm-up is linear, then a cosine to a tenth")
+    warmup_steps: int = option(10, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "AdamW weight decay")
+    clip_norm: float = option(1.0, "largest gradient norm of each head")
+    temperature: float = option(1.0, "softmax temperature of the KL")
+    loss_chunk: int = option(512, "rows of logits alive at once in the loss")
+    held_out: float = option(0.05, "share of the responses, by hash, kept for validation")
+    validate_every: int = option(40, "steps between validations")
+    checkpoint_every: int = option(40, "steps between resumable checkpoints")
+
+
+@dataclass
+class Evaluate:
+    prompts: EvaluatePrompts = field(default_factory=EvaluatePrompts)
+    num_prompts: int = option(24, "prompts measured; 0 = all")
+    max_new_tokens: int = option(128, "tokens decoded for each prompt")
+    temperatures: list[float] = option([0.0, 1.0], "0 is greedy; each is a table of its own")
+    top_k: int = option(0, "applied to backbone and exit head alike; 0 = off")
+    top_p: float = option(1.0, "applied to backbone and exit head alike; 1 = off")
+    controllers: list[str] = option(
+        ["fixed:1", "fixed:2", "fixed:3", "fixed:4", "beta"], "who decides how many tokens to draft"
+    )
+    repeats: int = option(1, "interleaved passes over the prompts")
+    threads: int = option(1, "CPU threads while decoding: one token at a time rarely profits from more")
+
+
+@dataclass
+class Publish:
+    repo_id: str | None = option(None, "org/name the head will live under; written into the card")
+    target: str = option("folder", "folder: write hub/<N>/ and stop there")
+    min_speedup: float = option(1.0, "the gate: the best controller's 95 % interval must lie above this")
+    force: bool = option(False, "publish a head that the gate refused; the card then says why it was refused")
+
+
+@dataclass
+class Wandb:
+    mode: str = option("auto", "auto (online with a key, else offline), online, offline, disabled")
+    project: str = option("exit-heads", "W&B project")
+    entity: str | None = option(None, "W&B user or team")
+
+
+@dataclass
+class Config:
+    seed: int = option(0, "of every random choice in the run")
+    run: Run = field(default_factory=Run)
+    machine: Machine = field(default_factory=Machine)
+    backbone: Backbone = field(default_factory=Backbone)
+    prompts: Prompts = field(default_factory=Prompts)
+    generate: Generate = field(default_factory=Generate)
+    distill: Distill = field(default_factory=Distill)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    publish: Publish = field(default_factory=Publish)
+    wandb: Wandb = field(default_factory=Wandb)
+
+
+def load(path: str | Path | None, words: list[str]) -> Config:
+    """The Config of `--config path word ...`. Raises UserError for anything that is not right in it."""
+    merged = OmegaConf.structured(Config())
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"--config {path}: no such file. Start from one in configs/.")
+        try:
+            loaded = OmegaConf.load(path)
+        except Exception as error:  # YAML's own errors carry the line
+            raise UserError(f"--config {path}: not YAML: {error}") from None
+        if not OmegaConf.is_dict(loaded):
+            raise UserError(f"--config {path}: `key: value` lines are needed. See configs/.")
+        merged = _merge(merged, loaded, f"--config {path}")
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is not key=value. Example: distill.max_steps=200")
+        try:
+            parsed = OmegaConf.from_dotlist([word])
+        except Exception as error:
+            raise UserError(f"{word!r} cannot be read: {error}") from None
+        merged = _merge(merged, parsed, word)
+    try:
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # ${a.reference} to nothing
+        where = words if path is None else ["--config", str(path), *words]
+        raise UserError(f"{' '.join(where)}: key {error.full_key}: {str(error).splitlines()[0]}") from None
+    _check(config)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dicts, lists and scalars, as they go to YAML, JSON and checkpoints."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def _merge(base: Any, new: Any, where: str) -> Any:
+    try:
+        return OmegaConf.merge(base, new)
+    except (OmegaConfBaseException, TypeError) as error:
+        known = [f.name for f in fields(Config)] + _keys(Config)
+        key = getattr(error, "full_key", None) or where.partition("=")[0]
+        close = [] if key.partition("[")[0] in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        remedy = f"Did you mean {close[0]}?" if close else "See exit-heads VERB --help."
+        first = str(getattr(error, "msg", None) or error).splitlines()[0].partition(" Did you mean")[0].rstrip(".")
+        raise UserError(f"{where}: key {key}: {first}. {remedy}") from None
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    names = []
+    for f in fields(kind):
+        if is_dataclass(f.type):
+            names += _keys(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        else:
+            names.append(prefix + f.name)
+    return names
+
+
+def _one_of(*choices: str) -> tuple[Any, str]:
+    return (lambda value: value in choices), " or ".join(choices)
+
+
+_POSITIVE = (lambda value: value >= 1), "at least 1"
+_NOT_NEGATIVE = (lambda value: value >= 0), "0 or above"
+_SHARE = (lambda value: 0 <= value < 1), "a share from 0 to below 1"
+_NUCLEUS = (lambda value: 0 < value <= 1), "above 0, at most 1"
+_ABOVE_ZERO = (lambda value: 0 < value < math.inf), "a number above 0"
+_TEMPERATURES = (
+    (lambda value: len(value) > 0 and all(0 <= t < math.inf for t in value)),
+    "a list, each 0 (greedy) or above",
+)
+
+# Key -> (is the value right?, what would be). What needs the backbone (N < L, the context) is checked by the stages.
+_RULES: dict[str, tuple[Any, str]] = {
+    "run.name": ((lambda name: bool(name) and "/" not in name and name[0] != "."), "a plain folder name is needed"),
+    "seed": _NOT_NEGATIVE,
+    "machine.device": ((lambda d: d in ("auto", "cpu") or d.startswith("cuda")), "auto, cpu or cuda"),
+    "machine.threads": _NOT_NEGATIVE,
+    "machine.nodes": _POSITIVE,
+    "machine.processes_per_node": _POSITIVE,
+    "backbone.dtype": _one_of("float32", "bfloat16"),
+    "prompts.held_out": _SHARE,
+    "prompts.too_long": _one_of("error", "drop"),
+    "evaluate.prompts.too_long": _one_of("error", "drop"),
+    "generate.engine": _one_of("padded", "continuous"),
+    "generate.num_prompts": _NOT_NEGATIVE,
+    "generate.max_new_tokens": _POSITIVE,
+    "generate.temperatures": _TEMPERATURES,
+    "generate.top_p": _NUCLEUS,
+    "generate.batch_size": _POSITIVE,
+    "generate.shard_size": _POSITIVE,
+    "distill.exit_layers": (
+        (lambda ns: bool(ns) and min(ns) >= 1 and len(set(ns)) == len(ns)),
+        "one or more different exit layers, each N >= 1, such as [2]",
+    ),
+    "distill.max_steps": _POSITIVE,
+    "distill.sequence_length": _POSITIVE,
+    "distill.sequences_per_step": _POSITIVE,
+    "distill.learning_rate": _ABOVE_ZERO,
+    "distill.warmup_steps": _NOT_NEGATIVE,
+    "distill.weight_decay": _NOT_NEGATIVE,
+    "distill.clip_norm": _ABOVE_ZERO,
+    "distill.temperature": _ABOVE_ZERO,
+    "distill.loss_chunk": _POSITIVE,
+    "distill.held_out": ((lambda value: 0 < value < 1), "a share between 0 and 1"),
+    "distill.validate_every": _POSITIVE,
+    "distill.checkpoint_every": _POSITIVE,
+    "evaluate.num_prompts": _NOT_NEGATIVE,
+    "evaluate.max_new_tokens": _POSITIVE,
+    "evaluate.temperatures": _TEMPERATURES,
+    "evaluate.top_k": _NOT_NEGATIVE,
+    "evaluate.top_p": _NUCLEUS,
+    "evaluate.controllers": ((lambda names: len(names) > 0), "at least one controller, such as [fixed:3]"),
+    "evaluate.repeats": _POSITIVE,
+    "evaluate.threads": _NOT_NEGATIVE,
+    "publish.target": _one_of("folder"),
+    "wandb.mode": _one_of("auto", "online", "offline", "disabled"),
+}
+
+
+def _check(config: Config) -> None:
+    for key, (right, remedy) in _RULES.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if not right(value):
+            raise UserError(f"{key}={value}: {remedy}")
+
+
+def help_text(sections: list[str]) -> str:
+    """`key  default  sentence` of every key in these sections, for --help."""
+    lines = []
+    defaults = to_dict(Config())
+
+    def walk(kind: type, values: dict, prefix: str) -> None:
+        for f in fields(kind):
+            if is_dataclass(f.type):
+                if prefix or f.name in sections:
+                    walk(f.type, values[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            elif prefix or f.name in sections:
+                value = "null" if values[f.name] is None else values[f.name]
+                lines.append(f"  {prefix + f.name}={value}\n      {f.metadata['help']}")
+
+    walk(Config, defaults, "")
+    return "\n".join(lines)

@@ -1,0 +1,16 @@
+"""The two ways a run may end on purpose: the user must change something (2), the gate said no (3).
+
+Anything else that is raised is a bug and shows its traceback. Knows nothing of who raises or who catches.
+"""
+
+
+class UserError(Exception):
+    """A mistake of the user's: the message names the key, its value and the remedy. Exit code 2."""
+
+    exit_code = 2
+
+
+class GateError(Exception):
+    """A head that must not be published: the message names every line of the gate that failed. Exit code 3."""
+
+    exit_code = 3

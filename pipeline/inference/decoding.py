@@ -1,0 +1,155 @@
+"""Draft with the shallow layers and the exit head, verify with the deep layers. Tokens in, tokens and rounds out.
+
+A round: the pending token (committed, processed by no layer) goes through the shallow layers; the exit head
+drafts tokens one by one while the controller says so, each going through the shallow layers too; the deep
+layers then verify all of them in one pass on the hidden states already made, and yield one bonus token, which
+is the next round's pending token (Liu et al., ACL Findings 2024, figure 2). Knows nothing of text or of how
+the controller decides.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from .backbone import SplitBackbone
+from .controllers import Controller, Round
+from .kv_cache import KVCache
+from .sampling import Sampler
+
+
+@dataclass
+class Request:
+    """One prompt and when to stop. Raises ValueError for an empty prompt or no room."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    end_tokens: frozenset[int] = frozenset()
+    on_token: Callable[[int], bool | None] | None = None
+    """Called with each committed token in order; a true answer ends the generation after it."""
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise ValueError("the prompt is empty: at least one token is needed")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: at least 1")
+
+
+@dataclass
+class Generation:
+    """What came out; seconds are wall time, prefill apart."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+    rounds: list[Round] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0
+
+    def commit(self, tokens: list[int], request: Request) -> int:
+        """Append tokens up to the first that ends the request; returns how many were taken."""
+        for taken, token in enumerate(tokens, start=1):
+            self.tokens.append(token)
+            stop = request.on_token is not None and request.on_token(token)
+            if token in request.end_tokens or stop:
+                self.finish_reason = "stop"
+                return taken
+        return len(tokens)
+
+    def goes_on(self, request: Request) -> bool:
+        return self.finish_reason != "stop" and len(self.tokens) < request.max_new_tokens
+
+
+@torch.inference_mode()
+def autoregressive(backbone: SplitBackbone, request: Request, sampler: Sampler) -> Generation:
+    """One token per pass through all layers, on the same engine: the baseline of every speedup."""
+    clock = _clock(backbone)
+    started = clock()
+    cache, out = _start(backbone, request)
+    hidden_1D = backbone.full(request.prompt, 0, cache)[-1:]
+    out.prefill_seconds = clock() - started
+    started, base = clock(), len(request.prompt)
+    while True:
+        logits_1V = sampler.shape(backbone.logits(hidden_1D), request.prompt, out.tokens)
+        out.commit([sampler.draw(logits_1V[0])], request)
+        if not out.goes_on(request):
+            break
+        hidden_1D = backbone.full(out.tokens[-1:], base, cache)
+        base += 1
+    out.seconds = clock() - started
+    return out
+
+
+@torch.inference_mode()
+def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler, controller: Controller) -> Generation:
+    """The same text (greedy) or the same distribution (sampling) as `autoregressive`, in fewer deep passes."""
+    clock = _clock(backbone)
+    started = clock()
+    cache, out = _start(backbone, request)
+    backbone.shallow(request.prompt, 0, cache)
+    hidden_MD = backbone.deep(0, len(request.prompt), cache)
+    cache.commit(len(request.prompt))
+    out.prefill_seconds = clock() - started
+    started = clock()
+    # The first token follows the prompt; nothing can be drafted before it.
+    first_1V = sampler.shape(backbone.logits(hidden_MD[-1:]), request.prompt, [])
+    out.commit([sampler.draw(first_1V[0])], request)
+    while out.goes_on(request):
+        round_started, round = clock(), Round()
+        base = cache.length
+        # The bonus token always follows the drafts, so at most one draft less than what remains is of use.
+        room = request.max_new_tokens - len(out.tokens) - 1
+        drafted, q_logits = _draft(backbone, request, sampler, controller, out, cache, room, round, clock)
+        verify_started = clock()
+        logits_MV = backbone.logits(backbone.deep(base, base + len(drafted) + 1, cache))
+        p_logits_MV = sampler.shape(logits_MV, request.prompt, out.tokens + drafted)
+        round.accepted, bonus = sampler.accept(drafted, q_logits, p_logits_MV)
+        round.verify_seconds = clock() - verify_started
+        round.drafted = len(drafted)
+        round.tokens = out.commit([*drafted[: round.accepted], bonus], request)
+        cache.commit(base + 1 + round.accepted)
+        round.seconds = clock() - round_started
+        out.rounds.append(round)
+        controller.observe(round)
+    out.seconds = clock() - started
+    return out
+
+
+def _draft(backbone, request, sampler, controller, out, cache, room, round, clock):
+    """Drafted tokens and their processed q logits; leaves the hidden states of all rows to verify in the cache."""
+    drafted: list[int] = []
+    q_logits: list[torch.Tensor] = []
+    last = out.tokens[-1]
+    while True:
+        tick = clock()
+        backbone.shallow([last], cache.length + len(drafted), cache)
+        round.shallow_seconds += clock() - tick
+        # Nothing can follow an end token; its own row is verified, the row behind it is not needed.
+        if len(drafted) >= room or (drafted and last in request.end_tokens) or not controller.peek(len(drafted)):
+            return drafted, q_logits
+        tick = clock()
+        logits_1V = backbone.draft_logits(cache.length + len(drafted) + 1, cache)[None]
+        q_V = sampler.shape(logits_1V, request.prompt, out.tokens + drafted)[0]
+        wanted = controller.draft(len(drafted), q_V)
+        if wanted:  # once sampled, a draft is verified: throwing it away would change the distribution
+            last = sampler.draw(q_V)
+            drafted.append(last)
+            q_logits.append(q_V)
+        round.head_seconds += clock() - tick
+        if not wanted:
+            return drafted, q_logits
+
+
+def _start(backbone: SplitBackbone, request: Request) -> tuple[KVCache, Generation]:
+    return backbone.new_cache(len(request.prompt) + request.max_new_tokens), Generation()
+
+
+def _clock(backbone: SplitBackbone) -> Callable[[], float]:
+    if backbone.device.type != "cuda":
+        return time.perf_counter
+
+    def synchronised() -> float:
+        torch.cuda.synchronize(backbone.device)
+        return time.perf_counter()
+
+    return synchronised

@@ -1,0 +1,117 @@
+"""The entry point of transformers' `generate(custom_generate=...)`: prompts in, ids out, drafted by the exit head.
+
+Takes what `generate` takes, and `controller=` (`fixed:3`, `beta`, `none`, ...) and `exit_head=` (a folder or a
+Hub id; default: the head this file was published with). Sampling, logits processors, stopping criteria and
+streamers work as ever; several rows are decoded one after the other. Knows nothing of how heads are trained.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers.utils import cached_file
+
+from .backbone import SplitBackbone
+from .controllers import make_controller
+from .decoding import Request, self_speculative
+from .exit_head import ExitHead
+from .origin import HEAD, REVISION
+from .sampling import Sampler
+
+# Handled by the decoder itself, which must know them before it drafts.
+OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
+
+
+def generate(inputs=None, *, model, exit_head: str | None = None, controller: str | None = None, **kwargs):
+    """`model.generate` with self-speculative decoding; returns ids [B, T] as plain `generate` does.
+
+    Raises ValueError for a backbone the head does not belong to, an unknown controller, beams, or a request
+    for anything but ids.
+    """
+    kwargs.pop("use_model_defaults", None)
+    backbone, config = _engine(model, exit_head or HEAD, None if exit_head else REVISION)
+    decide = make_controller(controller or config.get("controller", "fixed:2"))
+    # transformers 5.23 hands neither of these two to a callable, so they are taken from the call itself.
+    streamer = kwargs.get("streamer")
+    _stop_at_strings(kwargs)
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        _refuse(generation_config)
+        own = [c for c in stopping_criteria if type(c).__name__ not in OWN_CRITERIA]
+        end = generation_config.eos_token_id
+        ends = frozenset([end] if isinstance(end, int) else [] if end is None else torch.as_tensor(end).tolist())
+        pad = generation_config.pad_token_id
+        mask = model_kwargs.get("attention_mask")
+        rows = []
+        for i, row in enumerate(input_ids):
+            kept = row if mask is None else row[mask[i].bool()]
+            request = Request(
+                prompt=kept.tolist(),
+                max_new_tokens=generation_config.max_length - input_ids.shape[1],
+                end_tokens=ends,
+                on_token=_watch(row, own, streamer),
+            )
+            sampler = Sampler(
+                temperature=1.0 if generation_config.do_sample else 0.0,
+                processors=logits_processor if len(logits_processor) else None,
+            )
+            rows.append(self_speculative(backbone, request, sampler, decide).tokens)
+        if streamer is not None:
+            streamer.end()
+        longest = max(len(tokens) for tokens in rows)
+        filler = next(iter(ends), 0) if pad is None else int(pad)
+        padded = [tokens + [filler] * (longest - len(tokens)) for tokens in rows]
+        return torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], 1)
+
+    return GenerationMixin.generate(model, inputs, custom_generate=loop, **kwargs)
+
+
+def _engine(model, source: str | None, revision: str | None) -> tuple[SplitBackbone, dict[str, Any]]:
+    """The split backbone and the head's config; kept on the model, so that only the first call loads."""
+    if source is None:
+        raise ValueError("no exit head: give exit_head=<folder or Hub id>")
+    known = model.__dict__.setdefault("_exit_heads", {})
+    key = (source, revision, model.device, model.dtype)
+    if key not in known:
+        paths = [Path(cached_file(source, name, revision=revision)) for name in ("config.json", "model.safetensors")]
+        head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
+        known[key] = SplitBackbone(model, head), config
+    return known[key]
+
+
+def _stop_at_strings(kwargs: dict[str, Any]) -> None:
+    """Turn stop_strings= and tokenizer= into the stopping criterion that transformers would make of them."""
+    strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
+    if strings:
+        if tokenizer is None:
+            raise ValueError("stop_strings needs tokenizer=")
+        criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
+
+
+def _watch(prompt_row, criteria: list, streamer):
+    """Called with each committed token: feed the streamer, ask the user's stopping criteria."""
+    if not criteria and streamer is None:
+        return None
+    ids = prompt_row[None]
+
+    def on_token(token: int) -> bool:
+        nonlocal ids
+        new = torch.tensor([[token]], device=ids.device)
+        if streamer is not None:
+            streamer.put(new[0].cpu())
+        if not criteria:
+            return False
+        ids = torch.cat([ids, new], 1)
+        return any(bool(torch.as_tensor(c(ids, None)).all()) for c in criteria)
+
+    return on_token
+
+
+def _refuse(config) -> None:
+    if (config.num_beams or 1) > 1:
+        raise ValueError(f"num_beams={config.num_beams}: beams cannot be drafted; use greedy or sampling")
+    if config.return_dict_in_generate:
+        raise ValueError("return_dict_in_generate=True: only ids are returned here")

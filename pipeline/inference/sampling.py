@@ -1,0 +1,91 @@
+"""From logits to tokens: the processors that shape p and q alike, drawing, and the exact accept rule.
+
+Takes logits of the exit head (q) and of the backbone (p), gives drafted tokens, how many of them are accepted
+and the bonus token; the emitted text is distributed as the backbone's own. Knows nothing of layers or caches.
+
+K drafted tokens this round, V vocabulary, M rows;  p: backbone's distribution, q: exit head's
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sampler:
+    """How the next token is chosen. Temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    generator: torch.Generator | None = None
+    processors: Callable[[Tensor, Tensor], Tensor] | None = None
+    """transformers' LogitsProcessorList: (ids [1, T], logits [1, V]) -> logits [1, V]. Replaces the three above,
+    except that temperature 0 still means greedy."""
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def shape(self, logits_MV: Tensor, context: list[int], drafted: list[int]) -> Tensor:
+        """Processed logits [M, V] of M consecutive positions.
+
+        The first row follows `context` and all but the last M-1 of `drafted`; each further row one token more.
+        """
+        if self.processors is not None:
+            ids = torch.tensor([context + drafted], device=logits_MV.device)
+            first = ids.shape[1] - len(logits_MV) + 1
+            rows = [self.processors(ids[:, : first + i], row[None]) for i, row in enumerate(logits_MV)]
+            return torch.cat(rows)
+        if self.greedy:
+            return logits_MV
+        logits_MV = logits_MV / self.temperature
+        if self.top_k:
+            kth = logits_MV.topk(min(self.top_k, logits_MV.shape[-1])).values[:, -1:]
+            logits_MV = logits_MV.masked_fill(logits_MV < kth, float("-inf"))
+        if self.top_p < 1.0:
+            ordered, order = logits_MV.sort(-1, descending=True)
+            mass = ordered.softmax(-1)
+            outside = mass.cumsum(-1) - mass >= self.top_p  # the token that crosses the line stays
+            logits_MV = logits_MV.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
+        return logits_MV
+
+    def draw(self, logits_V: Tensor) -> int:
+        """A token from processed logits."""
+        if self.greedy:
+            return int(logits_V.argmax())
+        return int(torch.multinomial(logits_V.softmax(-1), 1, generator=self.generator))
+
+    def accept(self, drafted: list[int], q_logits: list[Tensor], p_logits_MV: Tensor) -> tuple[int, int]:
+        """(accepted, bonus token) of a round, from processed logits; p has K+1 rows.
+
+        Greedy: drafts are accepted while they equal the backbone's argmax. Sampling (Leviathan et al., ICML
+        2023, algorithm 1): draft x is accepted with probability min(1, p(x)/q(x)); the first rejected one is
+        replaced by a draw from the residual max(p - q, 0); if none is, the bonus comes from p's last row.
+        """
+        if self.greedy:
+            targets = p_logits_MV.argmax(-1).tolist()
+            accepted = next((i for i, x in enumerate(drafted) if x != targets[i]), len(drafted))
+            return accepted, targets[accepted]
+        p_MV = p_logits_MV.softmax(-1)
+        if drafted:
+            q_KV = torch.stack(q_logits).softmax(-1)
+            x_K1 = torch.tensor(drafted, device=p_MV.device)[:, None]
+            p_x, q_x = p_MV[:-1].gather(1, x_K1)[:, 0], q_KV.gather(1, x_K1)[:, 0]
+            u_K = torch.rand(len(drafted), generator=self.generator, device=p_MV.device, dtype=p_x.dtype)
+            rejected = (u_K * q_x >= p_x).tolist()
+            if True in rejected:
+                first = rejected.index(True)
+                return first, self._draw(residual(p_MV[first], q_KV[first]))
+        return len(drafted), self._draw(p_MV[-1])
+
+    def _draw(self, weights_V: Tensor) -> int:
+        return int(torch.multinomial(weights_V, 1, generator=self.generator))
+
+
+def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
+    """max(p - q, 0), unnormalised; p itself where rounding leaves nothing of it."""
+    rest = (p_V - q_V).clamp_(min=0)
+    return rest if rest.sum() > 0 else p_V

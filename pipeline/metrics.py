@@ -1,0 +1,184 @@
+"""Round logs in, every figure out, with 95 % intervals by bootstrap over prompts. Pure functions of two tables.
+
+Takes `generations` (one row a prompt, method and repeat: tokens, seconds) and `rounds` (one row a round), gives
+the dict that becomes results.json. Knows nothing of models, files or pictures.
+
+Speedup is tokens per second over autoregressive decoding on the same engine, dtype and prompts, interleaved;
+prefill is left out on both sides. Acceptance length counts the bonus token and is weighted per round.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+BASELINE = "autoregressive"
+LOOP = 8
+RESAMPLES = 2000
+
+
+def first_loop(tokens: list[int], n: int = LOOP) -> int:
+    """Number of tokens before the first n-gram that was there already; all of them if none repeats."""
+    seen: set[tuple[int, ...]] = set()
+    for end in range(n, len(tokens) + 1):
+        gram = tuple(tokens[end - n : end])
+        if gram in seen:
+            return end - n
+        seen.add(gram)
+    return len(tokens)
+
+
+def interval(value, *columns: np.ndarray, seed: int = 0) -> tuple[float, list[float]]:
+    """value(sums of the columns over prompts) and its 95 % bootstrap interval. Columns are [P], one entry a prompt."""
+    picks = np.random.default_rng(seed).integers(len(columns[0]), size=(RESAMPLES, len(columns[0])))
+    low, high = np.percentile(value(*(c[picks].sum(1) for c in columns)), [2.5, 97.5])
+    return float(value(*(c.sum() for c in columns))), [float(low), float(high)]
+
+
+def summarise(generations: pd.DataFrame, rounds: pd.DataFrame) -> list[dict[str, Any]]:
+    """One entry per exit layer and temperature: baseline, costs, and every controller's figures.
+
+    generations: exit_layer (0 for the baseline), temperature, controller, prompt, repeat, tokens (list),
+    seconds, finish_reason. rounds: exit_layer, temperature, controller, prompt, repeat, drafted, accepted,
+    tokens, seconds, shallow_seconds, head_seconds, verify_seconds.
+    """
+    generations = generations.assign(length=generations.tokens.map(len), loop=generations.tokens.map(first_loop))
+    entries = []
+    for temperature, at_t in generations.groupby("temperature"):
+        base = at_t[at_t.controller == BASELINE]
+        for exit_layer, heads in at_t[at_t.controller != BASELINE].groupby("exit_layer"):
+            mine = rounds[(rounds.temperature == temperature) & (rounds.exit_layer == exit_layer)]
+            costs = cost_table(mine, _seconds_per_token(base))
+            entries.append(
+                {
+                    "exit_layer": int(exit_layer),
+                    "temperature": float(temperature),
+                    "baseline": _baseline(base),
+                    "costs": costs,
+                    "controllers": {
+                        name: _controller(name, base, rows, mine[mine.controller == name])
+                        for name, rows in heads.groupby("controller", sort=False)
+                    },
+                }
+            )
+    return entries
+
+
+def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
+    """Mean time of each part of a round, in units of one autoregressive token.
+
+    shallow and head per call, verify per width (tokens verified in one pass), rest per round.
+    """
+    parts = rounds.shallow_seconds + rounds.head_seconds + rounds.verify_seconds
+    calls = max(1, int(rounds.drafted.sum()))
+    verify = rounds.groupby(rounds.drafted + 1).verify_seconds.mean() / token_seconds
+    return {
+        "unit_seconds": token_seconds,
+        "shallow": float(rounds.shallow_seconds.sum() / (rounds.drafted + 1).sum() / token_seconds),
+        "head": float(rounds.head_seconds.sum() / calls / token_seconds),
+        "verify": {int(width): round(float(cost), 4) for width, cost in verify.items()},
+        "rest": float((rounds.seconds - parts).mean() / token_seconds),
+    }
+
+
+def conditional_rates(rounds: pd.DataFrame) -> list[float]:
+    """P(draft i+1 accepted | it was drafted and the first i were accepted), for each position i that was drafted."""
+    tested = [(rounds.drafted > i) & (rounds.accepted >= i) for i in range(int(rounds.drafted.max() or 0))]
+    return [float((rounds.accepted[t] > i).mean()) for i, t in enumerate(tested) if t.any()]
+
+
+def predicted_speedup(k: int, rates: list[float], costs: dict[str, Any]) -> float:
+    """Tokens per round over time per round of fixed K, from conditional rates and costs in token units.
+
+    tokens = 1 + sum_i prod_{j<=i} rate_j;  time = (K+1) shallow + K head + verify(K+1) + rest.
+    """
+    tokens = 1 + float(np.cumprod(rates[:k]).sum())
+    return tokens / ((k + 1) * costs["shallow"] + k * costs["head"] + costs["verify"][k + 1] + costs["rest"])
+
+
+def _seconds_per_token(rows: pd.DataFrame) -> float:
+    return float(rows.seconds.sum() / rows["length"].sum())
+
+
+def _baseline(base: pd.DataFrame) -> dict[str, Any]:
+    per_prompt = base.groupby("prompt")[["length", "seconds"]].sum()
+    rate, ci = interval(lambda n, s: n / s, per_prompt["length"].to_numpy(), per_prompt.seconds.to_numpy())
+    looped = float((base["length"] - base.loop).sum() / base["length"].sum())
+    return {
+        "tokens_per_second": rate,
+        "ci95": ci,
+        "tokens": int(base["length"].sum()),
+        "share_after_first_loop": looped,
+        "prompts_that_loop": float((base.loop < base["length"]).mean()),
+    }
+
+
+def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.DataFrame) -> dict[str, Any]:
+    ours = rows.groupby("prompt")[["length", "seconds"]].sum()
+    theirs = base.groupby("prompt")[["length", "seconds"]].sum().loc[ours.index]
+    columns = [x.to_numpy() for x in (ours["length"], ours.seconds, theirs["length"], theirs.seconds)]
+    speedup, speedup_ci = interval(lambda n, s, m, t: (n / s) / (m / t), *columns)
+    before, before_ci = _before_loop(base, rows, rounds)
+    drafted, accepted = int(rounds.drafted.sum()), int(rounds.accepted.sum())
+    histogram = rounds.drafted.value_counts().sort_index()
+    marginal = [float((rounds.accepted > i).mean()) for i in range(int(rounds.drafted.max() or 0))]
+    figures = {
+        "speedup": speedup,
+        "speedup_ci95": speedup_ci,
+        "speedup_before_loop": before,
+        "speedup_before_loop_ci95": before_ci,
+        "tokens_per_second": float(ours["length"].sum() / ours.seconds.sum()),
+        "acceptance_length": 1 + accepted / len(rounds),
+        "draft_acceptance_rate": accepted / drafted if drafted else None,
+        "conditional_rates": conditional_rates(rounds),
+        "marginal_rates": marginal,
+        "drafted_histogram": {int(k): int(n) for k, n in histogram.items()},
+        "rounds": len(rounds),
+        "tokens": int(ours["length"].sum()),
+    }
+    assert abs(figures["acceptance_length"] - 1 - sum(marginal)) < 1e-9
+    if name.startswith("fixed:"):
+        figures["predicted_speedup"] = _cross_predicted(int(name.split(":")[1]), base, rounds)
+    return figures
+
+
+def _before_loop(base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.DataFrame) -> tuple[float, list[float]]:
+    """Speedup on the tokens before each text's first repeated 8-gram: loops are easy to draft and flatter it."""
+    ended = rounds.sort_values("round").groupby(["prompt", "repeat"])
+    spent = {}
+    for row in rows.itertuples():
+        if row.loop >= row.length:
+            spent[row.prompt, row.repeat] = row.seconds
+            continue
+        group = ended.get_group((row.prompt, row.repeat))
+        reached = 1 + group.tokens.cumsum()  # the first token is not of a round
+        inside = (reached <= row.loop).sum()
+        spent[row.prompt, row.repeat] = (
+            float(group.seconds.iloc[: inside + 1].sum())
+            * row.loop
+            / max(row.loop, int(reached.iloc[min(inside, len(group) - 1)]))
+        )
+    seconds = pd.Series(spent).groupby(level=0).sum()
+    loops = rows.groupby("prompt").loop.sum()
+    theirs = base.assign(before=base.seconds * base.loop / base["length"]).groupby("prompt")[["loop", "before"]].sum()
+    index = loops.index
+    columns = [
+        loops.to_numpy(),
+        seconds.loc[index].to_numpy(),
+        theirs.loop.loc[index].to_numpy(),
+        theirs.before.loc[index].to_numpy(),
+    ]
+    return interval(lambda n, s, m, t: (n / s) / (m / t), *columns)
+
+
+def _cross_predicted(k: int, base: pd.DataFrame, rounds: pd.DataFrame) -> float | None:
+    """Costs and rates of one half of the prompts predict the other half; the mean of both ways."""
+    prompts = sorted(rounds.prompt.unique())
+    values = []
+    for half in (prompts[::2], prompts[1::2]):
+        seen, unit = rounds[rounds.prompt.isin(half)], base[base.prompt.isin(half)]
+        if len(seen) == 0 or len(unit) == 0:
+            return None
+        costs = cost_table(seen[seen.drafted == k], _seconds_per_token(unit))
+        values.append(predicted_speedup(k, conditional_rates(seen), costs))
+    return float(np.mean(values))

@@ -1,0 +1,249 @@
+"""The run folder: where each stage's files lie, how they are written, and whether a stage is done.
+
+Takes a Config and files, gives paths, atomic writes, done marks and provenance records. A mark holds the
+stage's own config and the hashes of what it read; a rerun with the same does nothing, with other values it
+is refused. Knows nothing of what the stages do.
+
+    runs/<name>/
+      config.yaml  run.json             the newest resolved config; one provenance record per stage run
+      stages/<stage>.json               begun or done, of which config and inputs
+      responses/   heads/  checkpoints/  eval/  report/  hub/  metrics.jsonl  logs/  wandb/
+"""
+
+import contextlib
+import errno
+import getpass
+import hashlib
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from .config import Config, to_dict
+from .errors import UserError
+
+STAGES = ("generate", "distill", "evaluate", "publish")
+
+# The config a stage depends on. A change elsewhere leaves it done.
+SUBTREES = {
+    "generate": ("seed", "backbone", "prompts", "generate"),
+    "distill": ("seed", "backbone", "distill"),
+    "evaluate": ("seed", "backbone", "prompts", "evaluate"),
+    "publish": ("backbone", "publish"),
+}
+
+# What each stage writes: removed by --redo.
+OUTPUTS = {
+    "generate": ("responses",),
+    "distill": ("heads", "checkpoints", "metrics.jsonl", "logs", "wandb"),
+    "evaluate": ("eval", "report"),
+    "publish": ("hub",),
+}
+
+
+CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
+"""What the user can do something about; any other OSError inside a write is a bug and shows its traceback."""
+
+TEMPORARY = ".tmp-"
+"""How names begin that are not final; what a killed process leaves under them is no part of anything."""
+
+
+class RunDir:
+    """Paths and marks of one run. Raises UserError when the folder cannot be written."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.path = Path(config.run.dir) / config.run.name
+        try:
+            (self.path / "stages").mkdir(parents=True, exist_ok=True)
+            probe = self.path / "stages" / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"run.dir={config.run.dir}: cannot write to {self.path}: {error.strerror}") from None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    # ---- is this stage done, and of what?
+
+    def plan(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None) -> bool:
+        """True if the stage must run (anew or on from where it was killed), False if it is done.
+
+        `outside` is what identifies inputs that are not in the run folder, such as the sha256 of a prompt file.
+        Raises UserError when a missing input has to be made first, or when the stage was begun with another
+        config or other inputs: the message names every difference and the ways out.
+        """
+        missing = [p for p in inputs if not p.exists()]
+        if missing:
+            raise UserError(f"{missing[0]} is missing: run the stage that makes it first, or `exit-heads run`.")
+        now = self._now(stage, inputs, outside)
+        mark = self._read_mark(stage)
+        if mark is None:
+            return True
+        changed = _differences(mark["config"], now["config"]) + _differences(mark["inputs"], now["inputs"])
+        if changed:
+            raise UserError(
+                f"stage {stage} of {self.path} was made with other values: {'; '.join(changed)}. "
+                f"Give another run.name to keep it, or --redo {stage} to make it anew."
+            )
+        return mark["state"] != "done"
+
+    @contextlib.contextmanager
+    def stage(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Marks the stage begun, gives a dict for results worth keeping, marks it done at the end."""
+        now = self._now(stage, inputs, outside)
+        self._sweep(stage)
+        atomic_write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+        self._write_mark(stage, {"state": "begun", **now})
+        record = {"stage": stage, **provenance(), "config": now["config"], "inputs": now["inputs"]}
+        started = time.time()
+        summary: dict[str, Any] = {}
+        yield summary
+        record |= {"seconds": round(time.time() - started, 1), **summary}
+        records = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else []
+        atomic_write(self.path / "run.json", json.dumps([*records, record], indent=1) + "\n")
+        self._write_mark(stage, {"state": "done", **now})
+
+    def redo(self, stage: str) -> None:
+        """Forget the stage and remove what it wrote."""
+        for name in OUTPUTS[stage]:
+            target = self.path / name
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        self._mark(stage).unlink(missing_ok=True)
+
+    def _sweep(self, stage: str) -> None:
+        """Remove what a killed run of this stage left under temporary names."""
+        for name in OUTPUTS[stage]:
+            left = [*self.path.glob(f"{TEMPORARY}{name}-*"), *(self.path / name).rglob(f"{TEMPORARY}*")]
+            for path in left:
+                _remove(path)
+
+    def _now(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None) -> dict[str, Any]:
+        tree = to_dict(self.config)
+        return {
+            "config": {key: tree[key] for key in SUBTREES[stage]},
+            "inputs": {p.relative_to(self.path).as_posix(): sha256_of(p) for p in inputs} | (outside or {}),
+        }
+
+    def _mark(self, stage: str) -> Path:
+        return self.path / "stages" / f"{stage}.json"
+
+    def _read_mark(self, stage: str) -> dict[str, Any] | None:
+        return json.loads(self._mark(stage).read_text()) if self._mark(stage).exists() else None
+
+    def _write_mark(self, stage: str, mark: dict[str, Any]) -> None:
+        atomic_write(self._mark(stage), json.dumps(mark, indent=1) + "\n")
+
+
+def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        return [d for n in names for d in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)]
+    return [] if old == new else [f"{key} was {_short(old)}, is {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` to write to (a file or a folder); renamed onto it when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}"
+    _remove(temporary)
+    try:
+        yield temporary
+        if temporary.is_dir():
+            _remove(path)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        _remove(temporary)
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write a whole text file or nothing."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file, or of a folder's files with their names."""
+    digest = hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    else:
+        for child in sorted(p for p in path.rglob("*") if p.is_file()):
+            if any(part.startswith(TEMPORARY) for part in child.relative_to(path).parts):
+                continue
+            digest.update(child.relative_to(path).as_posix().encode() + sha256_of(child).encode())
+    return digest.hexdigest()
+
+
+def provenance() -> dict[str, Any]:
+    """Where a record comes from: code, versions, machine, command. No environment, no tokens."""
+    packages = ("torch", "transformers", "lightning", "datasets", "accelerate", "wandb", "omegaconf")
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "versions": {"exit-heads": version("exit-heads"), "python": platform.python_version()}
+        | {p: version(p) for p in packages},
+        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": _gpus()},
+        "host": socket.gethostname(),
+        "user": _user(),
+        "command": sys.argv,
+    }
+
+
+def _git(*words: str) -> str | None:
+    try:
+        here = Path(__file__).parent
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # installed from a wheel, or no git
+
+
+def _user() -> str | None:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return None  # a container's user without a name
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,239 @@
+"""Is it lossless, and how much faster? Every head and controller against autoregressive decoding, interleaved.
+
+Takes heads/exit-*/ and held-out prompts, gives eval/generations.parquet, eval/rounds.parquet, eval/results.json
+and report/. Knows nothing of how the heads were trained.
+"""
+
+import gc
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from .. import backbones, prompts, report
+from ..config import Config
+from ..errors import UserError
+from ..inference.backbone import SplitBackbone
+from ..inference.controllers import make_controller
+from ..inference.decoding import Request, autoregressive, self_speculative
+from ..inference.exit_head import ExitHead
+from ..inference.sampling import Sampler
+from ..metrics import BASELINE, LOOP, summarise
+from ..rundir import RunDir, atomic_path, atomic_write
+
+SCHEMA = 1
+
+Encoded = list[tuple[prompts.Prompt, list[int]]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is timed against the others: a head and a controller, or the baseline (exit_layer 0)."""
+
+    exit_layer: int
+    controller: str
+    temperature: float
+
+
+def run(run: RunDir) -> None:
+    """Measure all heads of the run. Raises UserError for wrong controllers, prompts or heads."""
+    check(run.config)
+    config = run.config.evaluate
+    folders = sorted((run / "heads").glob("exit-*"), key=lambda p: int(p.name.split("-")[1]))
+    if not folders:
+        raise UserError(f"{run / 'heads'} holds no exit head: run distill first, or `exit-heads run`.")
+    settings = prompts.evaluation_settings(run.config)
+    source = prompts.source_record(settings, "evaluate")
+    outside = {"prompts": source.get("sha256") or source["revision"]}
+    if not run.plan("evaluate", folders, outside):
+        print("evaluate: done already")
+        return
+    device = backbones.device_of(run.config.machine.device)
+    tokenizer = backbones.load_tokenizer(run.config.backbone)
+    model = backbones.load_model(run.config.backbone, device)
+    engines = _engines(folders, model)
+    context = next(iter(engines.values())).max_context
+    chosen = prompts.evaluation_prompts(run.config)[: config.num_prompts or None]
+    encoded = prompts.encode(chosen, tokenizer, settings, context, config.max_new_tokens)
+    ends = frozenset(_end_tokens(model, tokenizer))
+    with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
+        generations, rounds = _measure(run, engines, encoded, ends)
+        results = _results(run, model, engines, encoded, source, generations, rounds)
+        summary["best"] = results["best"]
+        with atomic_path(run / "eval") as folder:
+            folder.mkdir()
+            generations.to_parquet(folder / "generations.parquet")
+            rounds.to_parquet(folder / "rounds.parquet")
+            atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        report.write(results, run / "report")
+
+
+def _engines(folders: list[Path], model: Any) -> dict[int, SplitBackbone]:
+    engines = {}
+    for folder in folders:
+        try:
+            head = ExitHead.load(folder)
+            engines[head.exit_layer] = SplitBackbone(model, head)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from None
+    return engines
+
+
+def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: Encoded, ends: frozenset[int]):
+    """Two tables. The order of the methods rotates from prompt to prompt, so drift of the machine hits all alike."""
+    config = run.config.evaluate
+    methods = [
+        Method(n, name, t)
+        for t in config.temperatures
+        for n, names in ((0, [BASELINE]), *((n, config.controllers) for n in engines))
+        for name in names
+    ]
+    deciders = {m: make_controller(m.controller, run.config.seed) for m in methods if m.exit_layer}
+    any_engine = next(iter(engines.values()))
+
+    def decode(method: Method, ids: list[int], seed: int, max_new_tokens: int):
+        generator = torch.Generator(any_engine.device).manual_seed(seed)
+        sampler = Sampler(method.temperature, config.top_k, config.top_p, generator)
+        request = Request(ids, max_new_tokens, ends)
+        if method.exit_layer == 0:
+            return autoregressive(any_engine, request, sampler)
+        return self_speculative(engines[method.exit_layer], request, sampler, deciders[method])
+
+    for method in methods:  # warm-up: the first call of every shape is slow
+        decode(method, encoded[0][1], run.config.seed, min(32, config.max_new_tokens))
+    generations: list[dict] = []
+    rounds: list[dict] = []
+    gc.disable()  # a collection in the middle of one method's turn would be counted against it
+    bar = tqdm(total=len(encoded) * config.repeats * len(methods), desc="evaluate", unit="text")
+    for repeat in range(config.repeats):
+        for i, (prompt, ids) in enumerate(encoded):
+            turn = (i + repeat * len(encoded)) % len(methods)
+            for method in methods[turn:] + methods[:turn]:
+                out = decode(method, ids, run.config.seed + i + 1000 * repeat, config.max_new_tokens)
+                key = asdict(method) | {"prompt": prompt.id, "task": prompt.task, "repeat": repeat}
+                generations.append(
+                    key
+                    | {
+                        "tokens": out.tokens,
+                        "finish_reason": out.finish_reason,
+                        "seconds": out.seconds,
+                        "prefill_seconds": out.prefill_seconds,
+                    }
+                )
+                rounds += [key | {"round": j} | asdict(r) for j, r in enumerate(out.rounds)]
+                bar.update()
+            gc.collect()
+    gc.enable()
+    bar.close()
+    return pd.DataFrame(generations), pd.DataFrame(rounds)
+
+
+def _results(
+    run: RunDir, model, engines, encoded, source, generations: pd.DataFrame, rounds: pd.DataFrame
+) -> dict[str, Any]:
+    config = run.config.evaluate
+    heads = summarise(generations, rounds)
+    greedy = _greedy_losslessness(next(iter(engines.values())), encoded, generations)
+    ranked = [
+        (entry["temperature"] != config.temperatures[0], -figures["speedup"], entry, name)
+        for entry in heads
+        for name, figures in entry["controllers"].items()
+    ]
+    _, _, entry, name = min(ranked, key=lambda r: r[:2])
+    head = ExitHead.load(run / "heads" / f"exit-{entry['exit_layer']}")
+    return {
+        "schema": SCHEMA,
+        "backbone": head.backbone,
+        "num_layers": head.num_layers,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": run.config.backbone.dtype,
+        "device": str(next(iter(engines.values())).device),
+        "threads": torch.get_num_threads(),
+        "prompts": {
+            "count": len(encoded),
+            "source": source,
+            "tasks": pd.Series([p.task for p, _ in encoded]).value_counts().to_dict(),
+            "max_new_tokens": config.max_new_tokens,
+            "repeats": config.repeats,
+        },
+        "sampling": {"top_k": config.top_k, "top_p": config.top_p},
+        "lossless": {"greedy": greedy},
+        "heads": heads,
+        "loop_ngram": LOOP,
+        "best": {
+            "exit_layer": entry["exit_layer"],
+            "controller": name,
+            "temperature": entry["temperature"],
+            **{k: entry["controllers"][name][k] for k in ("speedup", "speedup_ci95", "acceptance_length")},
+        },
+    }
+
+
+@torch.inference_mode()
+def _greedy_losslessness(engine: SplitBackbone, encoded: Encoded, generations: pd.DataFrame) -> dict[str, Any] | None:
+    """Token ids of every greedy text against autoregressive decoding; None if nothing greedy was measured.
+
+    For each text that differs: the position of the first divergence and the gap between the two largest logits
+    there, which tells a numerical near-tie from an error.
+    """
+    greedy = generations[generations.temperature == 0.0]
+    if greedy.empty:
+        return None
+    expected = {(r.prompt, r.repeat): list(r.tokens) for r in greedy[greedy.exit_layer == 0].itertuples()}
+    ids_of = {p.id: ids for p, ids in encoded}
+    divergences = []
+    texts = greedy[greedy.exit_layer != 0]
+    for row in texts.itertuples():
+        want, got = expected[row.prompt, row.repeat], list(row.tokens)
+        if want == got:
+            continue
+        at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
+        ids = ids_of[row.prompt] + want[:at]
+        logits_V = engine.logits(engine.full(ids, 0, engine.new_cache(len(ids)))[-1:])[0]
+        top = logits_V.topk(2).values
+        divergences.append(
+            {"prompt": row.prompt, "exit_layer": row.exit_layer, "controller": row.controller,
+             "first_divergence": at, "top2_gap": float(top[0] - top[1])}
+        )  # fmt: skip
+    return {
+        "prompts": int(texts.prompt.nunique()),
+        "texts": len(texts),
+        "identical": len(texts) - len(divergences),
+        "divergences": divergences,
+    }
+
+
+def check(config: Config) -> None:
+    """What can be known before anything is loaded. Raises UserError for a controller that does not exist."""
+    names = config.evaluate.controllers
+    for name in names:
+        try:
+            make_controller(name)
+        except ValueError as error:
+            raise UserError(f"evaluate.controllers={names}: {error}") from None
+    if not names:
+        raise UserError("evaluate.controllers=[]: at least one controller is needed, e.g. [fixed:3]")
+
+
+def _end_tokens(model, tokenizer) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+class _threads:
+    """Decode on this many CPU threads, then restore."""
+
+    def __init__(self, count: int):
+        self.count, self.before = count, torch.get_num_threads()
+
+    def __enter__(self):
+        if self.count > 0:
+            torch.set_num_threads(self.count)
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self.before)

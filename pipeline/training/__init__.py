@@ -1,0 +1,1 @@
+"""The parts of distillation: sharding, data, losses, the LightningModule, callbacks."""

@@ -1,0 +1,199 @@
+"""What happens around the steps: speed, logging, validation, checkpoints, preemption, the progress bar.
+
+Takes hooks of the Trainer, writes metrics and checkpoints. The order of the callbacks is the order of a step's
+end: measure, log, validate, show, save, stop. Knows nothing of losses or how weights are sharded.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from tqdm import tqdm
+
+from .module import Distillation
+from .tracking import Tracker, warn
+
+WARM_UP_STEPS = 2  # left out of the averages: first touches of memory, kernel choice
+
+
+class Throughput(Callback):
+    """Tokens per second, and what a step costs in units of the teacher's forward pass (logits of the rows included).
+
+    A step is timed from the batch to the updated weights; validation and saving are not part of it.
+    """
+
+    def __init__(self) -> None:
+        self.since_start = 0
+        self.last: dict[str, float] = {}
+        self.total = {"seconds": 0.0, "teacher_seconds": 0.0, "timed_tokens": 0, "tokens": 0, "rows": 0}
+
+    def on_train_batch_start(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
+        module.engine.teacher_clock.take()  # type: ignore[union-attr]
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
+        teacher = module.engine.teacher_clock.take()  # type: ignore[union-attr]  # waits for the GPU
+        seconds = time.perf_counter() - self.started
+        self.last = {"tokens_per_second": module.step_tokens / seconds, "step_over_teacher": seconds / teacher}
+        self.total["tokens"] += module.step_tokens
+        self.total["rows"] += module.step_rows
+        self.since_start += 1
+        if self.since_start > WARM_UP_STEPS:
+            self.total["seconds"] += seconds
+            self.total["teacher_seconds"] += teacher
+            self.total["timed_tokens"] += module.step_tokens
+
+    def averages(self) -> dict[str, float | None]:
+        """Over all steps but the first two after each start; None if there were no more."""
+        t = self.total
+        if not t["seconds"]:
+            return {"tokens_per_second": None, "step_over_teacher": None}
+        return {
+            "tokens_per_second": round(t["timed_tokens"] / t["seconds"], 1),
+            "step_over_teacher": round(t["seconds"] / t["teacher_seconds"], 3),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.total)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total = dict(state)
+
+
+class Recorder(Callback):
+    """Logs every step, validates before the first, every `validate_every` and after the last, shows both."""
+
+    def __init__(self, tracker: Tracker, throughput: Throughput, validate_every: int, max_steps: int, shown: bool):
+        self.tracker, self.throughput = tracker, throughput
+        self.validate_every, self.max_steps = validate_every, max_steps
+        self.shown = shown
+        self.bar: Any = None
+        self.lengths: dict[str, str] = {}
+
+    def on_train_start(self, trainer: Trainer, module: Distillation) -> None:  # type: ignore[override]
+        self.tracker.start(trainer.global_step)
+        if self.shown:
+            done = trainer.global_step
+            self.bar = tqdm(total=self.max_steps, initial=done, desc="distill", unit="step", disable=None)
+        if module.validated_step < 0:
+            self._validate(module, 0)
+
+    def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        self.tracker.log(step, module.train_figures() | self.throughput.last)
+        if step % self.validate_every == 0 or step == self.max_steps:
+            self._validate(module, step)
+        if self.bar is not None:
+            losses = zip(module.names, module.step_losses_H.tolist(), strict=True)
+            self.bar.set_postfix({n: f"{loss:.3f} -> {self.lengths.get(n, '?')}" for n, loss in losses}, refresh=False)
+            self.bar.update(1)
+
+    def on_train_end(self, trainer: Trainer, module: Distillation) -> None:  # type: ignore[override]
+        self._close()
+
+    def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
+        self._close(failed=True)
+
+    def _validate(self, module: Distillation, step: int) -> None:
+        figures = module.validate(step)
+        self.tracker.log(step, figures)
+        self.lengths = {n: f"{figures[f'val/{n}/expected_acceptance_length']:.2f}" for n in module.names}
+        if self.bar is not None and self.bar.disable:  # no terminal: a line instead of a bar
+            heads = ", ".join(f"{n} {figures[f'val/{n}/loss']:.3f} -> {self.lengths[n]}" for n in module.names)
+            what = "held-out loss -> expected acceptance length"
+            print(f"distill: step {step}/{self.max_steps}, {what}: {heads}", flush=True)
+
+    def _close(self, failed: bool = False) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.tracker.finish(failed)
+
+
+class Checkpoints(Callback):
+    """Saves every `every` steps and at the end: heads, optimizer, random generators, best weights, step.
+
+    One file, written under another name and renamed; the last two are kept.
+    """
+
+    def __init__(self, folder: Path, every: int, max_steps: int, keep: int = 2):
+        self.folder, self.every, self.max_steps, self.keep = folder, every, max_steps, keep
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == self.max_steps:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> Path:
+        """All processes must call it, at the same step."""
+        path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
+        temporary = self.folder / f".tmp-{path.name}"
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # else a power cut could leave the name without the bytes
+            os.replace(temporary, path)
+            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
+                old.unlink()
+        return path
+
+
+def newest_readable(folder: Path) -> Path | None:
+    """The checkpoint to go on from. One that cannot be read is left out with a warning."""
+    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds for a broken file
+            warn(f"{path} cannot be read ({type(error).__name__}); trying the one before")
+        else:
+            return path
+    return None
+
+
+class Preemption(Callback):
+    """On a signal: finish the step, save, stop. The handler only sets a flag, as a save is a meeting of all
+    processes, which signals reach at different moments. A second Ctrl-C ends the process at once."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+        self.received = 0
+        """The signal that stopped the run, or 0."""
+        self.saved: Path | None = None
+        self._flag = 0
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        try:
+            for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        except ValueError:
+            pass  # not the main thread, as in some notebooks: no signals arrive here
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        flag = torch.tensor([self._flag], device=module.device)
+        if trainer.world_size > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if not (received := int(flag.item())) or trainer.global_step >= self.checkpoints.max_steps:
+            return
+        self.received = received
+        self.saved = self.checkpoints.save(trainer)
+        trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, module: Any) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
+        self._restore()
+
+    def _handle(self, number: int, _: Any) -> None:
+        if number == signal.SIGINT and self._flag == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._flag = number
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

@@ -1,0 +1,222 @@
+"""Responses as packed batches: which tokens a step sees, and which of them it learns from.
+
+Takes the responses folder, gives fixed-length sequences of whole documents (prompt + response) and the sequences
+of every step as a pure function of step, seed and world size. Knows nothing of models, devices or losses.
+
+Letters: S packed sequences, B sequences of one batch, T tokens of a sequence.
+"""
+
+import bisect
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ..errors import UserError
+from ..rundir import sha256_of
+
+
+@dataclass(frozen=True)
+class Document:
+    """One prompt with the backbone's answer."""
+
+    id: str
+    tokens: list[int]
+    """Prompt, then response; the response ends with the end-of-sequence token if it was finished."""
+    prompt_length: int
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """responses/manifest.json. Raises UserError if the responses are not all there."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}. Make it with `exit-heads generate`.") from None
+    if not manifest.get("complete"):
+        raise UserError(f"{path}: the responses are not complete: run `exit-heads generate` again, it goes on.")
+    return manifest
+
+
+def read_documents(folder: Path, manifest: dict[str, Any]) -> list[Document]:
+    """Every response of the shards that the manifest lists, in their order.
+
+    Raises UserError for a missing or changed shard and for no rows at all.
+    """
+    documents = []
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file() or sha256_of(path) != shard["sha256"]:
+            what = "is not what the manifest says" if path.is_file() else "is missing"
+            raise UserError(f"{path} {what}: make the responses anew with `exit-heads generate --redo generate`.")
+        columns = pq.read_table(path, columns=["id", "prompt_ids", "response_ids"]).to_pydict()
+        for id_, prompt, response in zip(columns["id"], columns["prompt_ids"], columns["response_ids"], strict=True):
+            documents.append(Document(id_, [*prompt, *response], len(prompt)))
+    if not documents:
+        raise UserError(f"{folder}: no responses: raise generate.num_prompts and run `exit-heads generate`.")
+    return documents
+
+
+def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
+    """(train, validation) by a hash of the id: a document stays on its side whatever else is in the set.
+
+    Validation gets the share `held_out` of the hash range, at least one document; so does training.
+    Raises UserError for fewer than two documents.
+    """
+    if len(documents) < 2:
+        raise UserError(f"{len(documents)} usable response: at least 2 are needed, one to train and one to validate.")
+    places = [int.from_bytes(hashlib.sha256(d.id.encode()).digest()[:8]) / 2**64 for d in documents]
+    order = sorted(range(len(documents)), key=lambda i: (places[i], i))
+    count = min(max(1, sum(p < held_out for p in places)), len(documents) - 1)
+    validation = set(order[:count])
+    sides: tuple[list[Document], list[Document]] = ([], [])
+    for i, document in enumerate(documents):
+        sides[i in validation].append(document)
+    return sides
+
+
+def usable(documents: Sequence[Document], sequence_length: int) -> list[Document]:
+    """The documents cut to `sequence_length`, without those that have no response token left to learn from.
+
+    Raises UserError if none is left.
+    """
+    kept = [
+        Document(d.id, d.tokens[:sequence_length], d.prompt_length)
+        for d in documents
+        if 0 < d.prompt_length < min(len(d.tokens), sequence_length)
+    ]
+    if not kept:
+        shortest = min(d.prompt_length for d in documents)
+        raise UserError(
+            f"distill.sequence_length={sequence_length}: no response token fits, the shortest of {len(documents)} "
+            f"prompts has {shortest} tokens: give a longer sequence_length"
+        )
+    return kept
+
+
+class Packed(Dataset):
+    """Sequences of whole documents, end to end, padded at the end; see `pack`."""
+
+    def __init__(self, ids_ST: Tensor, positions_ST: Tensor, mask_ST: Tensor, lengths_S: Tensor):
+        self.ids_ST = ids_ST
+        self.positions_ST = positions_ST
+        """Place in the document: restarts at 0 with each one, which is how attention knows the boundaries."""
+        self.mask_ST = mask_ST
+        """True where the next token is a response token: the positions whose distribution is learned."""
+        self.lengths_S = lengths_S
+        """Tokens that are not padding."""
+
+    def __len__(self) -> int:
+        return len(self.ids_ST)
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The batch of these sequences. An index of -1 is a sequence that counts for nothing."""
+        chosen_B = torch.tensor(list(indices), dtype=torch.long)
+        real_B = chosen_B >= 0
+        chosen_B = chosen_B.clamp(min=0)
+        return {
+            "ids_BT": self.ids_ST[chosen_B].long(),
+            "positions_BT": self.positions_ST[chosen_B].long(),
+            "mask_BT": self.mask_ST[chosen_B] & real_B[:, None],
+            "tokens": (self.lengths_S[chosen_B] * real_B).sum(),
+        }
+
+
+def pack(documents: Sequence[Document], sequence_length: int) -> Packed:
+    """Best-fit-decreasing packing of documents no longer than `sequence_length`: a pure function of their order.
+
+    Padding is a document of its own (positions from 0, nothing to learn), so that no real token attends to it.
+    """
+    sequences: list[list[Document]] = []
+    by_room: dict[int, list[int]] = {}  # free tokens -> sequences that have exactly so many
+    rooms: list[int] = []  # its keys, sorted
+    for document in sorted(documents, key=lambda d: -len(d.tokens)):
+        at = bisect.bisect_left(rooms, len(document.tokens))
+        if at < len(rooms):
+            room = rooms[at]
+            which = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[at]
+        else:
+            room, which = sequence_length, len(sequences)
+            sequences.append([])
+        sequences[which].append(document)
+        left = room - len(document.tokens)
+        if left not in by_room:
+            by_room[left] = []
+            bisect.insort(rooms, left)
+        by_room[left].append(which)
+
+    ids_ST = np.zeros((len(sequences), sequence_length), np.int32)
+    positions_ST = np.zeros((len(sequences), sequence_length), np.int32)
+    mask_ST = np.zeros((len(sequences), sequence_length), bool)
+    lengths_S = np.zeros(len(sequences), np.int64)
+    for s, members in enumerate(sequences):
+        start = 0
+        for document in members:
+            end = start + len(document.tokens)
+            ids_ST[s, start:end] = document.tokens
+            positions_ST[s, start:end] = np.arange(end - start)
+            mask_ST[s, start + document.prompt_length - 1 : end - 1] = True
+            start = end
+        positions_ST[s, start:] = np.arange(sequence_length - start)
+        lengths_S[s] = start
+    return Packed(*map(torch.from_numpy, (ids_ST, positions_ST, mask_ST, lengths_S)))
+
+
+class StepBatches(Sampler[list[int]]):
+    """This rank's sequences of steps start_step .. total_steps - 1.
+
+    Step k takes places [k G, (k+1) G) of endless seeded shuffles of the sequences, laid end to end; rank r takes
+    the r-th part of them. No state is kept, so a resumed run, or one with another world size, sees the same.
+    """
+
+    def __init__(
+        self,
+        num_sequences: int,
+        sequences_per_step: int,
+        total_steps: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ):
+        if sequences_per_step % world_size:
+            raise UserError(
+                f"distill.sequences_per_step={sequences_per_step}: must be a multiple of the {world_size} processes"
+            )
+        self.num_sequences, self.sequences_per_step, self.total_steps = num_sequences, sequences_per_step, total_steps
+        self.seed, self.rank, self.world_size, self.start_step = seed, rank, world_size, start_step
+
+    def __len__(self) -> int:
+        return self.total_steps  # of the whole run: Lightning counts the batches from its beginning
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.sequences_per_step // self.world_size
+        for step in range(self.start_step, self.total_steps):
+            first = step * self.sequences_per_step + self.rank * share
+            yield [self._at(place) for place in range(first, first + share)]
+
+    def _at(self, place: int) -> int:
+        epoch, within = divmod(place, self.num_sequences)
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.num_sequences)
+        return int(self._order[within])
+
+
+def validation_batches(num_sequences: int, sequences_per_step: int, rank: int, world_size: int) -> list[list[int]]:
+    """Every sequence once, in order, over all ranks. Each rank gets as many batches, filled up with -1, because
+    every forward pass of a sharded model is a meeting of all ranks."""
+    share = max(1, sequences_per_step // world_size)
+    batches = -(-num_sequences // (share * world_size))
+    places = [b * share * world_size + rank * share for b in range(batches)]
+    return [[i if i < num_sequences else -1 for i in range(p, p + share)] for p in places]

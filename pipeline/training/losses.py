@@ -1,0 +1,157 @@
+"""What an exit head is trained on and judged by: KL(teacher || head) from hidden states, and draft acceptance.
+
+Takes final hidden states of teacher and heads and the shared LM head, gives losses with exact gradients and
+figures per position, a chunk of logits at a time. Knows nothing of models, packing or processes.
+
+Letters: H heads, R rows (positions that predict a response token), C rows of one chunk, D hidden size,
+V vocabulary. p is the teacher's distribution, q a head's.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LinearKL(torch.autograd.Function):
+    """Forward KL of every head, straight from hidden states, without [R, V] logits.
+
+        loss_h = scale * T^2 * sum_r KL(p_r || q_hr),  p = softmax(W t / T),  q = softmax(W s / T)
+        d loss_h / d s_hr = scale * T * W^T (q_hr - p_r)
+
+    W is frozen, so this gradient is the only one: it is computed in the forward pass, next to the logits that it
+    needs, and neither logits nor W are saved. The teacher's logits of a chunk are computed once for all heads.
+    T^2 keeps the gradient's size when T changes (Hinton et al. 2015, section 2). No double backward.
+
+    LinearKL.apply(weight_VD, teacher_RD, scale, temperature, chunk, clock, *students_RD) -> losses_H
+    in float32 (float64 if W is). `clock` is a context manager entered around the teacher's matmul, or None.
+    Peak memory: 4 * chunk * V logits, and one [R, D] gradient per head.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight_VD: Tensor,
+        teacher_RD: Tensor,
+        scale: float,
+        temperature: float,
+        chunk: int,
+        clock: AbstractContextManager | None,
+        *students_RD: Tensor,
+    ) -> Tensor:
+        total_H = torch.zeros(len(students_RD), dtype=torch.float64, device=weight_VD.device)
+        needed = ctx.needs_input_grad[6:]
+        grads = [torch.empty_like(s) if need else None for s, need in zip(students_RD, needed, strict=True)]
+        logits = _Logits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4)
+        for start in range(0, len(teacher_RD), chunk):
+            rows = slice(start, start + chunk)
+            with clock or nullcontext():
+                log_p_CV = logits.log_softmax(0, teacher_RD[rows], temperature)
+            p_CV = torch.exp(log_p_CV, out=logits.rows(1, len(log_p_CV)))
+            for h, student_RD in enumerate(students_RD):
+                log_q_CV = logits.log_softmax(2, student_RD[rows], temperature)
+                ratio_CV = torch.sub(log_p_CV, log_q_CV, out=logits.rows(3, len(log_q_CV)))
+                total_H[h] += torch.dot(p_CV.view(-1), ratio_CV.view(-1))
+                if (grad_RD := grads[h]) is not None:
+                    difference_CV = log_q_CV.exp_().sub_(p_CV).to(weight_VD.dtype)
+                    grad_RD[rows] = (difference_CV @ weight_VD).mul_(scale * temperature)
+        ctx.save_for_backward(*grads)
+        return (total_H * (scale * temperature**2)).to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        out_H = grad_outputs[0]
+        scaled = [None if g is None else g * out_H[h].to(g.dtype) for h, g in enumerate(ctx.saved_tensors)]
+        return None, None, None, None, None, None, *scaled
+
+
+class _Logits:
+    """Buffers [C, V] that every chunk uses again: allocating them anew costs more than the softmax."""
+
+    def __init__(self, weight_VD: Tensor, chunk: int, buffers: int):
+        self.weight_VD = weight_VD
+        self.dtype = torch.promote_types(weight_VD.dtype, torch.float32)
+        shape = (chunk, len(weight_VD))
+        self.buffers = [torch.empty(shape, dtype=self.dtype, device=weight_VD.device) for _ in range(buffers)]
+
+    def rows(self, index: int, count: int) -> Tensor:
+        return self.buffers[index][:count]
+
+    def log_softmax(self, index: int, hidden_CD: Tensor, temperature: float) -> Tensor:
+        """log softmax(W h / T) in buffer `index`. Overwrites the last buffer."""
+        scratch_CV = self.rows(-1, len(hidden_CD))
+        hidden_CD = hidden_CD.to(self.weight_VD.dtype)
+        if self.weight_VD.dtype == self.dtype:
+            torch.mm(hidden_CD, self.weight_VD.t(), out=scratch_CV)
+        elif hidden_CD.is_cuda:  # bfloat16 inputs, float32 sums and result
+            scratch_CV = torch.mm(hidden_CD, self.weight_VD.t(), out_dtype=self.dtype)
+        else:
+            scratch_CV.copy_(hidden_CD @ self.weight_VD.t())
+        if temperature != 1.0:
+            scratch_CV.div_(temperature)
+        return torch.log_softmax(scratch_CV, -1, out=self.rows(index, len(hidden_CD)))
+
+
+def plain_kl(
+    weight_VD: Tensor, teacher_RD: Tensor, scale: float, temperature: float, students_RD: Sequence[Tensor]
+) -> Tensor:
+    """losses_H of LinearKL through full logits and autograd: the oracle of its tests."""
+    log_p_RV = torch.log_softmax(teacher_RD @ weight_VD.t() / temperature, -1)
+    losses = []
+    for student_RD in students_RD:
+        log_q_RV = torch.log_softmax(student_RD @ weight_VD.t() / temperature, -1)
+        losses.append((log_p_RV.exp() * (log_p_RV - log_q_RV)).sum() * (scale * temperature**2))
+    return torch.stack(losses)
+
+
+@torch.no_grad()
+def draft_statistics(
+    weight_VD: Tensor, teacher_RD: Tensor, students_RD: Sequence[Tensor], chunk: int
+) -> dict[str, Tensor]:
+    """How well each head would draft each row, at temperature 1. Each value is [H, R], float32.
+
+    loss     KL(p || q), nats
+    overlap  sum_v min(p, q) = 1 - TV(p, q): the probability that speculative sampling accepts a token drawn from
+             q (Leviathan et al. 2023, theorem 3.5)
+    match    1 where argmax p = argmax q: greedy decoding accepts
+    """
+    shape = (len(students_RD), len(teacher_RD))
+    found = {name: torch.empty(shape, device=weight_VD.device) for name in ("loss", "overlap", "match")}
+    logits = _Logits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4)
+    for start in range(0, len(teacher_RD), chunk):
+        rows = slice(start, start + chunk)
+        log_p_CV = logits.log_softmax(0, teacher_RD[rows], 1.0)
+        p_CV = torch.exp(log_p_CV, out=logits.rows(1, len(log_p_CV)))
+        for h, student_RD in enumerate(students_RD):
+            log_q_CV = logits.log_softmax(2, student_RD[rows], 1.0)
+            found["match"][h, rows] = (log_q_CV.argmax(-1) == log_p_CV.argmax(-1)).float()
+            ratio_CV = torch.sub(log_p_CV, log_q_CV, out=logits.rows(3, len(log_q_CV)))
+            found["loss"][h, rows] = ratio_CV.mul_(p_CV).sum(-1).float()
+            found["overlap"][h, rows] = torch.minimum(p_CV, log_q_CV.exp_()).sum(-1).float()
+    return found
+
+
+def acceptance_lengths(accept_HR: Tensor, index_R: Tensor, horizon: int = 8) -> Tensor:
+    """Expected tokens of a round that starts at each row and drafts up to K = `horizon` tokens: [H, R].
+
+        E_t = 1 + sum_{j=1..K} prod_{i=0..j-1} a_{t+i}
+
+    a is the probability that the draft of a row is accepted (overlap at temperature 1, match for greedy); the 1 is
+    the bonus token. Rows of one response have consecutive `index_R` (their place in the flattened batch); the
+    product stops where a response ends, as nothing is drafted beyond it. The mean over rows weighs each position
+    alike, while real rounds start after a rejection more often than not: it orders checkpoints, it is no forecast.
+    """
+    step_R = torch.arange(len(index_R), device=index_R.device)
+    run_R = index_R - step_R  # constant along a response, and larger in the next one
+    expected_HR = torch.ones_like(accept_HR)
+    product_HR = torch.ones_like(accept_HR)
+    for i in range(min(horizon, len(index_R))):
+        stays = torch.zeros_like(run_R, dtype=torch.bool)
+        stays[: len(run_R) - i] = run_R[i:] == run_R[: len(run_R) - i]
+        ahead_HR = torch.zeros_like(accept_HR)
+        ahead_HR[:, : len(run_R) - i] = accept_HR[:, i:]
+        product_HR = product_HR * ahead_HR * stays
+        expected_HR = expected_HR + product_HR
+    return expected_HR

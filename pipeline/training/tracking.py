@@ -1,0 +1,160 @@
+"""Where figures go: metrics.jsonl always, Weights & Biases as its mirror.
+
+Takes a step and a dict of numbers, appends one JSON line, and logs the same to W&B: online with a key, offline
+without, never a prompt, never a hang, every file inside the run folder. Knows nothing of what the numbers mean.
+"""
+
+import hashlib
+import json
+import netrc
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from ..config import Wandb, to_dict
+from ..rundir import RunDir, atomic_write
+
+INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline
+FINISH_TIMEOUT = 120.0  # seconds for the last upload; what is left stays in the run folder, `wandb sync` sends it
+
+
+class Tracker:
+    """metrics.jsonl and W&B of one distill stage. On processes other than the first it does nothing."""
+
+    def __init__(self, run: RunDir, enabled: bool):
+        self.run, self.enabled = run, enabled
+        self.path = run / "metrics.jsonl"
+        self.file: Any = None
+        self.wandb: Any = None
+
+    def start(self, step: int) -> None:
+        """Open both; lines of steps after `step` are dropped, as a resumed run makes them again."""
+        if not self.enabled:
+            return
+        if self.path.exists():
+            atomic_write(self.path, "".join(_lines_up_to(self.path, step)))
+        self.file = self.path.open("a")
+        self.wandb = start_wandb(self.run)
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """One line {"step": step, ...}, on disk at once."""
+        if not self.enabled:
+            return
+        self.file.write(json.dumps({"step": step, **figures}) + "\n")
+        self.file.flush()
+        if self.wandb is not None:
+            self.wandb.log(figures, step=step)
+
+    def finish(self, failed: bool = False) -> None:
+        """Close both. Called more than once it does nothing."""
+        if self.file is not None:
+            self.file.close()
+        if self.wandb is not None:
+            # In a thread: with a server that went away during the run, finish() would wait for it.
+            thread = threading.Thread(target=self.wandb.finish, args=(int(failed),), daemon=True)
+            thread.start()
+            thread.join(FINISH_TIMEOUT)
+            if thread.is_alive():
+                folder = self.run / "wandb"
+                warn(f"W&B did not answer for {FINISH_TIMEOUT:.0f} s; its files are in {folder}")
+        self.file = self.wandb = None
+
+
+def warn(message: str) -> None:
+    """One line on stderr, for what the user should know and need not act on."""
+    print(f"distill: {message}", file=sys.stderr, flush=True)
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue  # half a line of a killed process
+    return kept
+
+
+def start_wandb(run: RunDir) -> Any:
+    """A W&B run, or None if wandb.mode=disabled or W&B fails: figures are in metrics.jsonl in any case."""
+    config = run.config.wandb
+    mode = wandb_mode(config)
+    if mode == "disabled":
+        return None
+    os.environ.update(wandb_folders(run / "wandb"), WANDB_SILENT="true")
+    import wandb
+
+    def init(mode: Any) -> Any:
+        return wandb.init(
+            project=config.project,
+            entity=config.entity,
+            name=run.config.run.name,
+            id=wandb_id(run.path),
+            resume="allow" if mode == "online" else None,
+            dir=str(run / "wandb"),
+            mode=mode,
+            config=to_dict(run.config),
+            settings=wandb.Settings(
+                silent=True,
+                quiet=True,
+                console="off",
+                init_timeout=INIT_TIMEOUT,
+                login_timeout=INIT_TIMEOUT,
+                disable_code=True,
+                x_transaction_log_flush_interval=1,  # seconds; a killed run loses no more than this
+            ),
+        )
+
+    try:
+        return init(mode)
+    except Exception as error:  # wandb raises its own, pydantic's and the network's
+        if mode == "offline":
+            warn(f"W&B cannot start ({type(error).__name__}); metrics.jsonl has every figure")
+            return None
+        warn(f"W&B cannot be reached ({type(error).__name__}); going on offline, `wandb sync` sends it later")
+    wandb.teardown()
+    try:
+        return init("offline")
+    except Exception as error:
+        warn(f"W&B cannot start ({type(error).__name__}); metrics.jsonl has every figure")
+        return None
+
+
+def wandb_mode(config: Wandb) -> str:
+    """`auto` is online iff a key can be found without asking: WANDB_API_KEY, or a login in netrc. WANDB_MODE wins."""
+    if config.mode != "auto":
+        return config.mode
+    if (from_environment := os.environ.get("WANDB_MODE")) in ("online", "offline", "disabled"):
+        return from_environment
+    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_login() else "offline"
+
+
+def _netrc_login() -> bool:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = os.environ.get("NETRC")
+    for candidate in [path] if path else ["~/.netrc", "~/_netrc"]:
+        try:
+            if netrc.netrc(os.path.expanduser(candidate)).hosts.get(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def wandb_id(path: Path) -> str:
+    """The same for the same run folder, so that a resumed run goes on under its id."""
+    return "exit-heads-" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+
+
+def wandb_folders(folder: Path) -> dict[str, str]:
+    """Environment that keeps every W&B file inside `folder`."""
+    names = {"WANDB_DIR": ".", "WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data",
+             "WANDB_CONFIG_DIR": "config", "WANDB_ARTIFACT_DIR": "artifacts"}  # fmt: skip
+    paths = {name: (folder / part).resolve() for name, part in names.items()}
+    for path in paths.values():
+        path.mkdir(parents=True, exist_ok=True)
+    return {name: str(path) for name, path in paths.items()}

@@ -1,0 +1,48 @@
+"""What every test gets: no network, no GPU unless marked, quiet libraries, two fixtures for run folders.
+
+`slow` and `gpu` are declared in pyproject.toml; a gpu test is skipped where there is no CUDA device.
+"""
+
+import os
+from pathlib import Path
+
+# Before torch, transformers or wandb are imported anywhere: nothing may reach out, prompt or fight for cores.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+)
+os.environ.pop("WANDB_API_KEY", None)
+
+import pytest
+
+from pipeline.config import Config, load
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """The default config, with its run folder under tmp_path."""
+    return load(None, [f"run.dir={tmp_path}", "run.name=test"])

@@ -1,0 +1,180 @@
+"""Every mistake at the command line: exit code 2, one message that names it, no traceback, nothing half-written.
+
+Stages are replaced by one that writes a line, so that these are tests of the command line alone.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipeline import cli
+from pipeline.errors import GateError, UserError
+from pipeline.rundir import OUTPUTS, STAGES, RunDir, atomic_write
+
+ran: list[str] = []
+
+
+def small_stage(name: str) -> SimpleNamespace:
+    def run(folder: RunDir) -> None:
+        if folder.plan(name, []):
+            with folder.stage(name, []):
+                ran.append(name)
+                atomic_write(folder / OUTPUTS[name][0] / "made.txt", name)
+
+    return SimpleNamespace(run=run)
+
+
+@pytest.fixture(autouse=True)
+def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran.clear()
+    monkeypatch.setattr(cli, "_stage", small_stage)
+    monkeypatch.setitem(sys.modules, "pipeline.report", SimpleNamespace(closing_table=lambda run: print("table")))
+
+
+def call(argv: list[str]) -> int:
+    """The exit code, also when argparse ends the process."""
+    try:
+        return cli.main(argv)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+# Each: the words after the verb, and what the message must name.
+MISTAKES = {
+    "unknown section": (["nosuch.key=1"], ["nosuch"]),
+    "mistyped key": (["distill.max_step=3"], ["distill.max_step", "distill.max_steps"]),
+    "mistyped value": (["distill.max_steps=many"], ["distill.max_steps", "many"]),
+    "no such config file": (["--config", "nowhere.yaml"], ["nowhere.yaml", "configs/"]),
+    "no value": (["seed"], ["seed", "key=value"]),
+    "exit layer below 1": (["distill.exit_layers=[0]"], ["distill.exit_layers", "N >= 1"]),
+    "unknown option": (["--seed=1"], ["--seed"]),
+    "redo of no stage": (["--redo", "everything"], ["everything", "generate"]),
+    "config without a file": (["--config"], ["--config"]),
+}
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize(("words", "named"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistake(verb: str, words: list[str], named: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call([verb, *words]) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err and not out
+    for part in named:
+        assert part in err
+    assert not ran and files(tmp_path) == []
+
+
+def test_one_line_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(["generate", f"run.dir={tmp_path}", "distill.max_step=3"])
+    message = capsys.readouterr().err
+    assert message.startswith("exit-heads generate: ") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_unwritable_folder(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")  # below a file nobody can make a folder, not even root
+    assert call([verb, f"run.dir={tmp_path / 'file'}"]) == 2
+    assert "run.dir=" in capsys.readouterr().err
+    assert not ran and files(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("verb", STAGES)
+def test_run_folder_of_another_config(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = f"run.dir={tmp_path}"
+    assert call([verb, here]) == 0
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    assert call([verb, here, "backbone.name_or_path=elsewhere"]) == 2
+    err = capsys.readouterr().err
+    assert "backbone.name_or_path was pocket, is elsewhere" in err and f"--redo {verb}" in err
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+def test_redo_of_a_stage_that_the_verb_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["generate", "--redo", "distill", f"run.dir={tmp_path}"]) == 2
+    assert "exit-heads distill --redo distill" in capsys.readouterr().err
+    assert not ran
+
+
+def test_redo_of_a_stage_that_never_ran_runs_it(tmp_path: Path) -> None:
+    assert call(["distill", "--redo", "distill", f"run.dir={tmp_path}"]) == 0
+    assert ran == ["distill"]
+
+
+def test_run_does_all_in_order_and_skips_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = f"run.dir={tmp_path}"
+    assert call(["run", here]) == 0
+    assert ran == list(STAGES) and capsys.readouterr().out.endswith("table\n")
+    assert call(["run", here]) == 0
+    assert ran == list(STAGES)
+
+
+def test_run_with_redo_makes_that_stage_and_all_after_it_anew(tmp_path: Path) -> None:
+    here = f"run.dir={tmp_path}"
+    call(["run", here])
+    ran.clear()
+    assert call(["run", "--redo", "evaluate", here]) == 0
+    assert ran == ["evaluate", "publish"]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [1, 0, 2], [1, 2, 0]], ids=["first", "between", "last"])
+def test_options_stand_anywhere(order: list[int], tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("seed: 1\n")
+    parts = [["--config", str(tmp_path / "my.yaml")], [f"run.dir={tmp_path}"], ["seed=2"]]
+    assert call(["generate", *(word for i in order for word in parts[i])]) == 0
+    assert "seed: 2" in (tmp_path / "pocket" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("error", [UserError("no such thing"), GateError("too slow")], ids=["user", "gate"])
+def test_exit_codes(error: UserError | GateError, capsys, tmp_path: Path, monkeypatch) -> None:
+    def raise_it(folder: RunDir) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_stage", lambda name: SimpleNamespace(run=raise_it))
+    assert call(["publish", f"run.dir={tmp_path}"]) == error.exit_code == {UserError: 2, GateError: 3}[type(error)]
+    assert capsys.readouterr().err == f"exit-heads publish: {error}\n"
+
+
+def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_it(folder: RunDir) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_stage", lambda name: SimpleNamespace(run=raise_it))
+    with pytest.raises(ZeroDivisionError):
+        call(["generate", f"run.dir={tmp_path}"])
+
+
+def test_help_of_the_whole_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "configs/pocket.yaml" in text and all(verb in text for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_every_verb_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    does, writes, sections = cli.VERBS[verb]
+    assert does in text and writes in text and "key=value" in text and "--config" in text and "--redo" in text
+    for section in sections:
+        assert f"  {section}=" in text or f"  {section}." in text, section
+
+
+@pytest.mark.parametrize(
+    "command", [["-m", "pipeline"], ["-c", "from pipeline.cli import main; raise SystemExit(main())"]]
+)
+def test_as_a_process(command: list[str], tmp_path: Path) -> None:
+    """Through the real entry points: the code, the message, no traceback, and no wait for torch."""
+    argv = [sys.executable, "-X", "importtime", *command, "generate", "distill.max_step=3"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2 and not done.stdout
+    assert "exit-heads generate: distill.max_step=3" in done.stderr and "Traceback" not in done.stderr
+    assert not [line for line in done.stderr.splitlines() if line.endswith((" torch", " transformers"))]

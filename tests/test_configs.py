@@ -1,0 +1,119 @@
+"""Every file in configs/ loads through pipeline.config.load, is commented, and says nothing that code contradicts."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline import config as config_module
+from pipeline.config import Config, help_text, load, to_dict
+from pipeline.errors import UserError
+
+CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+
+
+def test_there_is_a_pocket_config() -> None:
+    assert "pocket.yaml" in {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_config_loads_and_every_key_in_it_arrives(path: Path) -> None:
+    loaded = to_dict(load(path, []))
+
+    def arrived(wanted: object, got: object) -> bool:
+        if isinstance(wanted, dict):
+            return isinstance(got, dict) and all(arrived(v, got[k]) for k, v in wanted.items())
+        return got == wanted
+
+    assert arrived(yaml.safe_load(path.read_text()), loaded)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_config_opens_with_a_comment_that_teaches(path: Path) -> None:
+    assert path.read_text().lstrip().startswith("#"), "say first what this run is and what it needs"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_config_goes_to_another_run_folder_than_its_neighbours(path: Path) -> None:
+    names = {other.name: load(other, []).run.name for other in CONFIGS if other != path}
+    assert load(path, []).run.name not in names.values()
+
+
+def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("seed: 7\ndistill:\n  max_steps: 9\n")
+    config = load(file, ["seed=8"])
+    assert (config.seed, config.distill.max_steps, config.run.name) == (8, 9, Config().run.name)
+
+
+def test_two_configs_share_no_list() -> None:
+    first = load(None, [])
+    first.distill.exit_layers.append(99)
+    assert 99 not in load(None, []).distill.exit_layers
+
+
+def test_every_key_has_a_sentence_in_the_help() -> None:
+    sections = [f.name for f in dataclasses.fields(Config)]
+    lines = help_text(sections).splitlines()
+    keys = [line.strip().partition("=")[0] for line in lines[0::2]]
+    assert keys == config_module._keys(Config)
+    assert all(len(line.split()) >= 2 for line in lines[1::2])
+
+
+# Each: the words, and what the message must name.
+WRONG = [
+    (["nosuch.key=1"], ["nosuch"]),
+    (["distill.max_step=3"], ["distill.max_step", "distill.max_steps"]),
+    (["distil.max_steps=3"], ["distil", "distill"]),
+    (["distill.max_steps=many"], ["distill.max_steps", "many"]),
+    (["distill.max_steps=1.5"], ["distill.max_steps", "1.5"]),
+    (["distill.max_steps=0"], ["distill.max_steps=0", "at least 1"]),
+    (["distill.exit_layers=[0]"], ["distill.exit_layers", "N >= 1"]),
+    (["distill.exit_layers=[2,-1]"], ["distill.exit_layers", "N >= 1"]),
+    (["distill.exit_layers=[]"], ["distill.exit_layers", "one or more"]),
+    (["distill.exit_layers=[2,2]"], ["distill.exit_layers", "different"]),
+    (["distill.exit_layers=2"], ["distill.exit_layers"]),
+    (["distill.held_out=0"], ["distill.held_out"]),
+    (["prompts.held_out=1"], ["prompts.held_out"]),
+    (["prompts=null"], ["prompts"]),
+    (["backbone.dtype=float16"], ["backbone.dtype", "bfloat16"]),
+    (["machine.device=gpu"], ["machine.device", "cuda"]),
+    (["generate.engine=vllm"], ["generate.engine", "padded"]),
+    (["generate.temperatures=[-1]"], ["generate.temperatures"]),
+    (["evaluate.top_p=0"], ["evaluate.top_p"]),
+    (["publish.target=ftp"], ["publish.target", "folder"]),
+    (["wandb.mode=cloud"], ["wandb.mode", "offline"]),
+    (["run.name=a/b"], ["run.name"]),
+    (["run.name=.."], ["run.name"]),
+    (["seed"], ["seed", "key=value"]),
+    (["=1"], ["key=value"]),
+    (["distill.exit_layers=[2"], ["distill.exit_layers"]),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), WRONG, ids=[" ".join(words) for words, _ in WRONG])
+def test_a_wrong_word_is_named_with_its_remedy(words: list[str], named: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load(None, words)
+    for part in named:
+        assert part in str(caught.value)
+
+
+WRONG_FILES = {
+    "not YAML": "seed: [1\nrun: {",
+    "a key twice": "seed: 1\nseed: 2\n",
+    "an unknown key": "distill:\n  max_step: 3\n",
+    "a section with nothing in it": "distill:\n",
+    "only a word": "hello\n",
+    "a list": "- 1\n- 2\n",
+    "a reference to nothing": "run:\n  name: ${nothing}\n",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_FILES.values(), ids=WRONG_FILES.keys())
+def test_a_wrong_file_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"wrong\.yaml"):
+        load(file, [])

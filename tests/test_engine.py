@@ -1,0 +1,206 @@
+"""The decoding engine against transformers' own logits and greedy text, and against stubs with obvious answers."""
+
+import pytest
+import torch
+from helpers import tiny_backbone
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.controllers import Beta, Fixed
+from pipeline.inference.decoding import Request, autoregressive, self_speculative
+from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
+from pipeline.inference.sampling import Sampler
+
+PROMPT = [72, 5, 33, 33, 190, 7, 81, 2, 64, 11, 250]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def load(folder) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def head_for(model, exit_layer: int) -> ExitHead:
+    """An untrained head: the copy of the last layer that distillation starts from."""
+    weights = {k: v.clone() for k, v in new_exit_layer(model).state_dict().items()}
+    record = {"name": "tiny", "fingerprint": fingerprint(model)}
+    return ExitHead(exit_layer, model.config.num_hidden_layers, record, weights)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tmp_path_factory):
+    extra = {"qwen3": {"head_dim": 16}, "qwen2": {"tie_word_embeddings": True}}.get(request.param, {})
+    return load(tiny_backbone(tmp_path_factory.mktemp(request.param), request.param, sharpness=4.0, **extra))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return load(tiny_backbone(tmp_path_factory.mktemp("llama"), sharpness=4.0))
+
+
+def transformers_greedy(model, new: int, **kwargs) -> list[int]:
+    ids = torch.tensor([PROMPT])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None, **kwargs
+    )
+    return out[0, len(PROMPT) :].tolist()
+
+
+@torch.no_grad()
+def test_logits_are_transformers_own(model) -> None:
+    for p in model.parameters():  # random biases too: qwen2 starts with zeros
+        if p.ndim == 1 and p.abs().sum() == 0:
+            p.normal_()
+    ids = torch.tensor([PROMPT])
+    before = model(ids).logits[0]
+    engine = SplitBackbone(model, head_for(model, 2))
+    assert torch.equal(model(ids).logits[0], before), "joining the weights must leave the model as it was"
+    cache = engine.new_cache(32)
+    whole = engine.logits(engine.full(PROMPT, 0, cache))
+    torch.testing.assert_close(whole, before, rtol=1e-4, atol=1e-4)
+    cache = engine.new_cache(32)  # the same in pieces: 3 rows, 1 row, the rest, split at N
+    pieces = []
+    for start, end in ((0, 3), (3, 4), (4, len(PROMPT))):
+        engine.shallow(PROMPT[start:end], start, cache)
+        pieces.append(engine.logits(engine.deep(start, end, cache)))
+    torch.testing.assert_close(torch.cat(pieces), before, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_text_is_transformers_own(model) -> None:
+    expected = transformers_greedy(model, 30)
+    request = Request(PROMPT, 30)
+    for n in (1, 2, 3):
+        engine = SplitBackbone(model, head_for(model, n))
+        assert autoregressive(engine, request, Sampler()).tokens == expected
+        for controller in (*map(Fixed, range(6)), Beta()):
+            assert self_speculative(engine, request, Sampler(), controller).tokens == expected
+
+
+def test_two_heads_share_the_backbones_memory(llama) -> None:
+    one, two = SplitBackbone(llama, head_for(llama, 1)), SplitBackbone(llama, head_for(llama, 2))
+    assert one.layers[0] is two.layers[0] and one.layers[-1] is not two.layers[-1]
+    attention = llama.model.layers[0].self_attn
+    assert attention.q_proj.weight.data_ptr() == one.layers[0].qkv_weight.data_ptr()
+    assert attention.v_proj.weight.untyped_storage().data_ptr() == one.layers[0].qkv_weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_a_perfect_head_is_always_accepted(llama, k: int) -> None:
+    # After L-1 layers, a copy of the last layer is the rest of the backbone: every draft is its own choice.
+    engine = SplitBackbone(llama, head_for(llama, 3))
+    out = self_speculative(engine, Request(PROMPT, 1 + 4 * (k + 1)), Sampler(), Fixed(k))
+    assert [(r.drafted, r.accepted, r.tokens) for r in out.rounds] == [(k, k, k + 1)] * 4
+
+
+def test_a_contrary_head_is_never_accepted(llama, monkeypatch) -> None:
+    engine = SplitBackbone(llama, head_for(llama, 3))
+    honest = engine.draft_logits
+    monkeypatch.setattr(engine, "draft_logits", lambda end, cache: -honest(end, cache))
+    out = self_speculative(engine, Request(PROMPT, 9), Sampler(), Fixed(2))
+    assert [(r.accepted, r.tokens) for r in out.rounds] == [(0, 1)] * 8
+    assert out.tokens == autoregressive(engine, Request(PROMPT, 9), Sampler()).tokens
+
+
+def test_the_lagging_head_catches_up_exactly(llama) -> None:
+    """Its logits are those of a head that saw every position at once, in transformers' own layer."""
+    head = head_for(llama, 2)
+    engine = SplitBackbone(llama, head)
+    cache = engine.new_cache(32)
+    engine.shallow(PROMPT, 0, cache)
+    layer = new_exit_layer(llama)
+    layer.self_attn.layer_idx = 0
+    hidden = cache.hidden_TD[None, : len(PROMPT)]
+    positions = torch.arange(len(PROMPT))[None]
+    mask = torch.full((len(PROMPT), len(PROMPT)), float("-inf")).triu(1)[None, None]
+    with torch.no_grad():
+        rope = llama.model.rotary_emb(hidden, positions)
+        out = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rope)
+        expected = llama.lm_head(llama.model.norm(out))[0]
+        for end in (4, 5, 9, len(PROMPT)):  # lags of 4, 1, 4 and 2 positions
+            torch.testing.assert_close(engine.draft_logits(end, cache), expected[end - 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [0, 1, 4])
+def test_end_token_ends_the_text_wherever_it_falls(llama, k: int) -> None:
+    engine = SplitBackbone(llama, head_for(llama, 3))  # perfect drafts: the end token is itself drafted
+    text = autoregressive(engine, Request(PROMPT, 16), Sampler()).tokens
+    for end in set(text):
+        request = Request(PROMPT, 16, frozenset([end]))
+        expected = text[: text.index(end) + 1]
+        for out in (autoregressive(engine, request, Sampler()), self_speculative(engine, request, Sampler(), Fixed(k))):
+            assert out.tokens == expected and out.finish_reason == "stop"
+            assert not out.rounds or 1 + sum(r.tokens for r in out.rounds) == len(out.tokens)
+
+
+@pytest.mark.parametrize("new", [1, 2, 3, 8])
+def test_length_limit_is_exact(llama, new: int) -> None:
+    engine = SplitBackbone(llama, head_for(llama, 3))
+    out = self_speculative(engine, Request(PROMPT, new), Sampler(), Fixed(5))
+    assert len(out.tokens) == new and out.finish_reason == "length"
+    assert all(r.drafted <= new - 2 for r in out.rounds), "drafts beyond the limit are wasted"
+
+
+def test_streaming_gives_every_token_in_order_and_can_stop(llama) -> None:
+    engine = SplitBackbone(llama, head_for(llama, 3))
+    seen: list[int] = []
+    out = self_speculative(engine, Request(PROMPT, 12, on_token=seen.append), Sampler(), Fixed(3))
+    assert seen == out.tokens
+    stopped = self_speculative(engine, Request(PROMPT, 12, on_token=lambda t: t == out.tokens[4]), Sampler(), Fixed(3))
+    assert stopped.tokens == out.tokens[: out.tokens.index(out.tokens[4]) + 1]
+
+
+def test_fills_the_context_to_the_last_position(llama) -> None:
+    engine = SplitBackbone(llama, head_for(llama, 2))
+    new = 256 - len(PROMPT)
+    out = self_speculative(engine, Request(PROMPT, new), Sampler(), Fixed(4))
+    assert out.tokens == autoregressive(engine, Request(PROMPT, new), Sampler()).tokens
+    with pytest.raises(ValueError, match="257 positions are needed, the backbone's context is 256"):
+        self_speculative(engine, Request(PROMPT, new + 1), Sampler(), Fixed(4))
+
+
+def test_refuses_what_it_would_get_wrong(llama, tmp_path) -> None:
+    good = head_for(llama, 2)
+    other = load(tiny_backbone(tmp_path, seed=1))
+    with pytest.raises(ValueError, match="belongs to tiny"):
+        SplitBackbone(other, good)
+    for n in (0, 4):
+        with pytest.raises(ValueError, match=f"exit layer N={n}: must be from 1 to 3"):
+            SplitBackbone(llama, ExitHead(n, 4, good.backbone, good.weights))
+    dynamic = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="rope_type=dynamic"):
+        SplitBackbone(dynamic, head_for(dynamic, 1))
+    llama.config.model_type, kept = "gpt2", llama.config.model_type
+    try:
+        with pytest.raises(ValueError, match="model_type=gpt2: not supported"):
+            SplitBackbone(llama, good)
+    finally:
+        llama.config.model_type = kept
+
+
+def test_sliding_windows_limit_the_context(tmp_path) -> None:
+    model = load(tiny_backbone(tmp_path, "mistral", sliding_window=40))
+    engine = SplitBackbone(model, head_for(model, 2))
+    assert engine.max_context == 40
+
+
+def test_head_folder_round_trips(llama, tmp_path) -> None:
+    head = head_for(llama, 2)
+    head.save(tmp_path / "head")
+    again = ExitHead.load(tmp_path / "head")
+    assert (again.exit_layer, again.num_layers, again.backbone) == (2, 4, head.backbone)
+    assert all(torch.equal(again.weights[k], w) for k, w in head.weights.items())
+    with pytest.raises(ValueError, match="no exit head here"):
+        ExitHead.load(tmp_path)
+
+
+def test_fingerprint_knows_a_fine_tune_but_not_a_cast(llama, tmp_path) -> None:
+    folder = tiny_backbone(tmp_path, sharpness=4.0)
+    assert fingerprint(load(folder)) == fingerprint(llama)
+    assert fingerprint(load(folder).bfloat16()) == fingerprint(llama)
+    changed = load(folder)
+    changed.model.layers[-1].mlp.down_proj.weight.data *= 1.01
+    assert fingerprint(changed) != fingerprint(llama)

@@ -1,0 +1,104 @@
+"""The evaluate stage on a tiny backbone: what it writes, what it proves, what it refuses."""
+
+import json
+
+import pandas as pd
+import pytest
+from helpers import make_run, plant_heads, tiny_backbone
+
+from pipeline.errors import UserError
+from pipeline.inference.backbone import SplitBackbone
+from pipeline.stages import evaluate
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("evaluate"))
+    plant_heads(run, 2, 3)
+    evaluate.run(run)
+    return run
+
+
+def test_results_hold_the_contract(run) -> None:
+    results = json.loads((run / "eval" / "results.json").read_text())
+    assert {
+        "schema",
+        "backbone",
+        "dtype",
+        "device",
+        "threads",
+        "prompts",
+        "lossless",
+        "heads",
+        "best",
+    } <= results.keys()
+    assert results["lossless"]["greedy"] == {"prompts": 4, "texts": 16, "identical": 16, "divergences": []}
+    assert {(h["exit_layer"], h["temperature"]) for h in results["heads"]} == {(2, 0.0), (3, 0.0), (2, 1.0), (3, 1.0)}
+    perfect = next(h for h in results["heads"] if h["exit_layer"] == 3)["controllers"]["fixed:2"]
+    assert perfect["conditional_rates"][0] == 1, "after L-1 layers the copied last layer is the backbone itself"
+    assert str(run.path.parent.parent) not in json.dumps(results), "no folder of this machine may be published"
+
+
+def test_tables_agree(run) -> None:
+    generations = pd.read_parquet(run / "eval" / "generations.parquet")
+    rounds = pd.read_parquet(run / "eval" / "rounds.parquet")
+    # 4 prompts x (baseline + 2 heads x 2 controllers) x 2 temperatures
+    assert len(generations) == 4 * 5 * 2
+    keys = ["exit_layer", "controller", "temperature", "prompt", "repeat"]
+    committed = rounds.groupby(keys).tokens.sum()
+    for row in generations[generations.exit_layer > 0].itertuples():
+        rest = committed.get(tuple(getattr(row, k) for k in keys), 0)
+        assert len(row.tokens) == 1 + rest  # the first token follows the prompt, the others come in rounds
+
+
+def test_report_is_there(run) -> None:
+    text = (run / "report" / "report.md").read_text()
+    assert "Lossless: yes: 16 of 16" in text and "| 2 | fixed:2 |" in text
+    assert {p.name for p in (run / "report").iterdir()} == {"report.md", "speedup.png", "acceptance.png"}
+
+
+def test_a_second_run_does_nothing_and_another_config_is_refused(run, tmp_path, capsys) -> None:
+    before = (run / "eval" / "results.json").stat().st_mtime_ns
+    evaluate.run(run)
+    assert capsys.readouterr().out == "evaluate: done already\n"
+    assert (run / "eval" / "results.json").stat().st_mtime_ns == before
+    run.config.evaluate.max_new_tokens = 21
+    try:
+        with pytest.raises(UserError, match=r"evaluate.max_new_tokens was 20, is 21.*--redo evaluate"):
+            evaluate.run(run)
+    finally:
+        run.config.evaluate.max_new_tokens = 20
+
+
+def test_a_wrong_engine_is_caught(tmp_path, monkeypatch) -> None:
+    """If the deep layers went wrong in drafted rounds, the ids would differ and the verdict must say so."""
+    run = make_run(tmp_path, "evaluate.temperatures=[0.0]")
+    plant_heads(run, 2)
+    honest = SplitBackbone.deep
+
+    def broken(self, base, end, cache):
+        hidden = honest(self, base, end, cache)
+        return hidden if base == 0 else -hidden
+
+    monkeypatch.setattr(SplitBackbone, "deep", broken)
+    evaluate.run(run)
+    greedy = json.loads((run / "eval" / "results.json").read_text())["lossless"]["greedy"]
+    assert greedy["identical"] < greedy["texts"]
+    assert all(d["first_divergence"] >= 1 and d["top2_gap"] > 0 for d in greedy["divergences"])
+
+
+def test_bad_input(tmp_path) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(UserError, match="holds no exit head: run distill first"):
+        evaluate.run(run)
+    plant_heads(run, 2)
+    with pytest.raises(UserError, match=r"evaluate.controllers=\['fixd:2'\].*must be fixed:K"):
+        evaluate.run(make_run(tmp_path, "evaluate.controllers=[fixd:2]"))
+    with pytest.raises(UserError, match=r"does not fit into the context of 256.*too_long=drop"):
+        evaluate.run(make_run(tmp_path, "evaluate.max_new_tokens=250"))
+    other = tiny_backbone(tmp_path / "other", seed=5)
+    with pytest.raises(UserError, match="this exit head belongs to tiny"):
+        evaluate.run(make_run(tmp_path, f"backbone.name_or_path={other}"))
+    with pytest.raises(UserError, match="no CUDA device is visible"):
+        evaluate.run(make_run(tmp_path, "machine.device=cuda"))
+    assert not (run / "eval").exists() and not list((run / "stages").glob("evaluate*"))

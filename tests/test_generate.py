@@ -1,0 +1,270 @@
+"""generate: both engines answer as the model itself does, and a run that was killed loses and doubles nothing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from helpers import tiny_backbone
+from transformers import AutoModelForCausalLM
+
+from pipeline.config import Config, load
+from pipeline.errors import UserError
+from pipeline.generation import ENGINES, Sampling, sample
+from pipeline.inference.exit_head import FAMILIES
+from pipeline.rundir import RunDir
+from pipeline.stages import generate
+
+END = 256
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> Path:
+    """Its `generation_config.json` names a second end token, so that a good part of the answers ends early."""
+    folder = tiny_backbone(tmp_path_factory.mktemp("backbone"))
+    _end_early(folder)
+    return folder
+
+
+def _end_early(folder: Path) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, *range(10)]}))
+
+
+def _load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def _prompts(count: int, seed: int = 0) -> list[list[int]]:
+    r = random.Random(seed)
+    return [[r.randrange(256) for _ in range(r.randrange(2, 30))] for _ in range(count)]
+
+
+def _alone(model, ids: list[int], max_new_tokens: int) -> list[int]:
+    one = torch.tensor([ids])
+    out = model.generate(
+        one, attention_mask=torch.ones_like(one), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+    )
+    return out[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_those_of_each_prompt_alone(tmp_path, family, engine):
+    folder = tiny_backbone(tmp_path, family, **({"sliding_window": 8} if family == "mistral" else {}))
+    _end_early(folder)
+    model, prompts = _load(folder), _prompts(9)
+    expected = [_alone(model, p, 20) for p in prompts]
+    assert len({len(e) for e in expected}) > 2, "rows should leave their batch at different times"
+    assert ENGINES[engine](model, prompts, [0.0] * 9, Sampling(20, 1.0, 4, seed=1)) == expected
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_call_is_a_pure_function_of_its_arguments(backbone, engine):
+    model, prompts = _load(backbone), _prompts(10)
+    temperatures = [0.0, 1.0, 0.7, 0.0, 1.0] * 2
+    answers = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(answers))  # what ran before must not matter
+        before = torch.get_rng_state()
+        answers.append(ENGINES[engine](model, prompts, temperatures, Sampling(16, 0.9, 4, seed)))
+        assert torch.equal(before, torch.get_rng_state())
+    assert answers[0] == answers[1]
+    greedy = [i for i, t in enumerate(temperatures) if t == 0]
+    assert (
+        [answers[0][i] for i in greedy]
+        == [answers[2][i] for i in greedy]
+        == [_alone(model, prompts[i], 16) for i in greedy]
+    )
+    assert answers[0] != answers[2]
+
+
+def test_samples_follow_the_nucleus_of_the_softmax():
+    logits = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0]).repeat(20_000, 1)
+    generator = torch.Generator().manual_seed(0)
+    p = (logits[0] / 0.7).softmax(-1)
+    nucleus = torch.tensor([True, True, True, False, False])  # 0.54 + 0.27 < 0.9 <= + 0.13
+    for top_p, expected in ((1.0, p), (0.9, p * nucleus / (p * nucleus).sum())):
+        drawn = sample(logits, torch.full((20_000,), 0.7), top_p, generator)
+        found = torch.bincount(drawn, minlength=5) / 20_000
+        assert torch.allclose(found, expected, atol=0.012)
+        assert found[expected == 0].sum() == 0
+    assert sample(logits, torch.zeros(20_000), 0.9, generator).eq(0).all()
+
+
+# ---- the stage
+
+
+def _config(tmp_path: Path, backbone: Path, *words: str) -> Config:
+    prompts = tmp_path / "prompts.jsonl"
+    if not prompts.exists():
+        r = random.Random(1)
+        rows = [{"prompt": f"{i} " + "ab c"[: r.randrange(1, 4)] * r.randrange(1, 8)} for i in range(70)]
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load(None, _words(tmp_path, backbone, *words))
+
+
+def _words(tmp_path: Path, backbone: Path, *words: str) -> list[str]:
+    return [
+        f"run.dir={tmp_path}/runs",
+        f"backbone.name_or_path={backbone}",
+        "backbone.dtype=float32",
+        f"prompts.path={tmp_path}/prompts.jsonl",
+        "generate.num_prompts=60",
+        "generate.max_new_tokens=20",
+        "generate.shard_size=16",
+        "generate.batch_size=6",
+        *words,
+    ]
+
+
+def _run(config: Config) -> RunDir:
+    run = RunDir(config)
+    generate.run(run)
+    return run
+
+
+def _rows(run: RunDir) -> list[dict]:
+    folder = run / "responses"
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    return [row for shard in shards for row in pq.read_table(folder / shard["file"]).to_pylist()]
+
+
+def test_what_is_written(tmp_path, backbone):
+    run = _run(_config(tmp_path, backbone, "generate.temperatures=[0.0,0.7,1.0]"))
+    manifest = json.loads((run / "responses" / "manifest.json").read_text())
+    files = sorted(p.name for p in (run / "responses").iterdir())
+    assert files == ["manifest.json"] + [f"shard-0000{i}.parquet" for i in range(4)]
+    assert manifest["schema"] == 1 and manifest["complete"]
+    assert manifest["prompts"]["name"] == "prompts.jsonl" and str(tmp_path) not in json.dumps(manifest["prompts"])
+    assert manifest["backbone"]["name"] == "tiny-llama" and manifest["backbone"]["model_type"] == "llama"
+    for shard in manifest["shards"]:
+        assert pq.read_metadata(run / "responses" / shard["file"]).num_rows == shard["rows"]
+    rows = _rows(run)
+    counts = manifest["responses"]
+    assert len(rows) == counts["rows"] == 60 - counts["empty"]
+    assert counts["stop"] + counts["length"] == len(rows) and counts["stop"] > 5 and counts["length"] > 5
+    assert {r["temperature"] for r in rows} == {0.0, 0.7, 1.0}
+    assert {r["seed"] for r in rows} == {generate.shard_seed(0, i) for i in range(4)}
+    ends = {END, *range(10)}
+    for row in rows:
+        assert not set(row["response_ids"][:-1]) & ends, "nothing follows the end token: no padding"
+        assert row["finish_reason"] == ("stop" if row["response_ids"][-1] in ends else "length")
+        assert row["finish_reason"] == "stop" or len(row["response_ids"]) == 20
+        assert row["response_ids"] and row["response_ids"][0] not in ends, "an empty answer teaches nothing"
+    model = _load(backbone)
+    for row in [r for r in rows if r["temperature"] == 0][:5]:
+        assert row["response_ids"] == _alone(model, row["prompt_ids"], 20)
+    record = json.loads((run / "run.json").read_text())[-1]
+    assert record["rows"] == len(rows) and record["tokens"] == counts["tokens"] and record["tokens_per_second"] > 0
+
+
+def test_a_second_run_does_nothing(tmp_path, backbone, capsys):
+    config = _config(tmp_path, backbone)
+    run = _run(config)
+    before = {p: p.stat().st_mtime_ns for p in (run / "responses").iterdir()}
+    _run(config)
+    assert "generate: done already" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in (run / "responses").iterdir()}
+    (tmp_path / "prompts.jsonl").unlink()  # the responses may have been moved to where the prompts are not
+    _run(config)
+
+
+def test_a_killed_run_goes_on_to_the_same_responses(tmp_path, backbone):
+    _config(tmp_path, backbone)
+    many = ("generate.max_new_tokens=120", "generate.shard_size=5", "generate.temperatures=[1.0,0.0]")
+    words = _words(tmp_path, backbone, "run.name=killed", *many)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", "generate", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    manifest = tmp_path / "runs" / "killed" / "responses" / "manifest.json"
+    deadline = time.time() + 240
+    while not (manifest.exists() and len(json.loads(manifest.read_text())["shards"]) >= 2):
+        assert process.poll() is None and time.time() < deadline, process.communicate()[0].decode()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    left = json.loads(manifest.read_text())
+    assert not left["complete"] and 2 <= len(left["shards"]) < 12
+    (manifest.parent / left["shards"][0]["file"]).write_bytes(b"half a shard")  # and the disk lost one
+    (manifest.parent / ".tmp-shard-00002.parquet-1").write_bytes(b"killed while writing")
+
+    config = load(None, words)
+    kept = manifest.parent / left["shards"][1]["file"]
+    inode = kept.stat().st_ino
+    with pytest.raises(UserError, match=r"seed was 0, is 1"):
+        _run(load(None, [*words, "seed=1"]))
+    killed = _rows(_run(config))
+    assert kept.stat().st_ino == inode, "a whole shard is kept, not made again"
+    undisturbed = _rows(_run(load(None, [*words, "run.name=undisturbed"])))
+    assert killed == undisturbed
+    assert len({r["id"] for r in killed}) == len(killed)
+    assert not list(manifest.parent.glob(".*"))
+
+
+def test_other_prompts_or_weights_under_the_same_name_are_noticed(tmp_path, backbone):
+    folder = tiny_backbone(tmp_path)
+    config = _config(tmp_path, folder)
+    run = _run(config)
+    prompts = tmp_path / "prompts.jsonl"
+    original = prompts.read_text()
+    prompts.write_text(original + '{"prompt": "one more"}\n')
+    with pytest.raises(UserError, match=r"prompts\.path=.*changed.*--redo generate"):
+        _run(config)
+    prompts.write_text(original)
+    mark = run / "stages" / "generate.json"  # as a kill leaves it
+    mark.write_text(mark.read_text().replace('"done"', '"begun"'))
+    tiny_backbone(tmp_path, seed=1)
+    with pytest.raises(UserError, match=r"backbone\.name_or_path=.*weights have changed.*--redo generate"):
+        _run(config)
+    run.redo("generate")
+    _run(config)
+
+
+def test_made_anew_the_manifest_is_the_same(tmp_path, backbone):
+    """So what was distilled from equal responses stays done."""
+    config = _config(tmp_path, backbone, "generate.num_prompts=20")
+    manifest = _run(config) / "responses" / "manifest.json"
+    before = manifest.read_bytes()
+    RunDir(config).redo("generate")
+    _run(config)
+    assert manifest.read_bytes() == before
+
+
+def test_engines_write_the_same_greedy_responses(tmp_path, backbone):
+    greedy = ("generate.temperatures=[0.0]", "generate.num_prompts=20")
+    padded = _rows(_run(_config(tmp_path, backbone, "run.name=padded", *greedy)))
+    continuous = _rows(_run(_config(tmp_path, backbone, "run.name=cb", "generate.engine=continuous", *greedy)))
+    assert padded == continuous
+
+
+def test_prompts_without_room(tmp_path, backbone, capsys):
+    _config(tmp_path, backbone)
+    with (tmp_path / "prompts.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "x" * 240}) + "\n")
+    wanted = ("generate.num_prompts=0", "prompts.held_out=0.0")
+    with pytest.raises(UserError, match=r"240 tokens.*context of 256.*prompts\.too_long=drop"):
+        _run(_config(tmp_path, backbone, *wanted))
+    run = _run(_config(tmp_path, backbone, "prompts.too_long=drop", *wanted))
+    assert "1 of 71 prompts dropped" in capsys.readouterr().out
+    assert len(_rows(run)) + json.loads((run / "responses" / "manifest.json").read_text())["responses"]["empty"] == 70
+
+
+def test_a_backbone_that_says_nothing_is_an_error(tmp_path):
+    folder = tiny_backbone(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(258))}))
+    with pytest.raises(UserError, match="end token alone"):
+        _run(_config(tmp_path, folder))
+
+
+def test_repeated_8_grams():
+    assert not generate.repeats_itself(list(range(30)))
+    assert not generate.repeats_itself([1, 2, 3])
+    assert generate.repeats_itself([*range(10), 99, *range(8)])
+    assert not generate.repeats_itself([*range(10), 99, *range(7)])

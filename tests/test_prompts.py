@@ -1,0 +1,194 @@
+"""Prompt sets: every kind of source, no leak between the roles, lengths, and one clear message per mistake."""
+
+import json
+from dataclasses import replace
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import byte_tokenizer
+
+from pipeline import pocket
+from pipeline.config import Config, EvaluatePrompts, Prompts
+from pipeline.errors import UserError
+from pipeline.prompts import encode, evaluation_prompts, load_prompts, source_record
+
+TEXTS = [f"prompt number {i}" for i in range(200)]
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer()
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def settings(path, **changes) -> Prompts:
+    return Prompts(path=str(path), **changes)
+
+
+def texts_of(prompts) -> list[str]:
+    return [p.text for p in prompts]
+
+
+def test_every_kind_of_file_gives_the_same_prompts(tmp_path):
+    rows = [{"question": t, "task": "count"} for t in TEXTS]
+    write(tmp_path / "p.jsonl", rows)
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    (tmp_path / "p.txt").write_text("\n".join(TEXTS) + "\n\n")
+    found = {s: load_prompts(settings(tmp_path / f"p.{s}"), "distill") for s in ("jsonl", "json", "parquet", "txt")}
+    assert found["jsonl"] == found["json"] == found["parquet"]
+    assert texts_of(found["txt"]) == texts_of(found["jsonl"])
+    assert {p.task for p in found["jsonl"]} == {"count"} and {p.task for p in found["txt"]} == {""}
+
+
+def test_a_dataset_is_read_at_its_revision(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        made = datasets.Dataset.from_list([{"instruction": t} for t in TEXTS])
+        made.info.license = "cc-by-4.0"
+        return made
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    chosen = Prompts(path="someone/questions", revision="abc123", split="test")
+    found = load_prompts(chosen, "distill")
+    assert asked[0] == (("someone/questions",), {"revision": "abc123", "split": "test"})
+    assert set(texts_of(found)) < set(TEXTS)
+    record = source_record(chosen)
+    assert record == {
+        "name": "someone/questions",
+        "revision": "abc123",
+        "split": "test",
+        "licence": "cc-by-4.0",
+        "rows": 200,
+    }
+    with pytest.raises(UserError, match=r"prompts.revision=null: pin a commit"):
+        load_prompts(replace(chosen, revision=None), "distill")
+
+
+def test_no_prompt_leaks_and_duplicates_drop_out(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": t} for t in TEXTS + TEXTS[:50]])
+    distill, evaluate = (load_prompts(settings(path), role) for role in ("distill", "evaluate"))
+    assert not set(distill) & set(evaluate)
+    assert sorted(texts_of(distill + evaluate)) == sorted(TEXTS)
+    assert 8 <= len(evaluate) <= 35  # 10 % of 200
+    grown = write(tmp_path / "grown.jsonl", [{"prompt": t} for t in [*TEXTS, "one more", "and another"]])
+    moved = set(load_prompts(settings(grown), "distill")) & set(evaluate)
+    assert not moved, "a prompt that was held out must stay so when the file grows"
+
+
+def test_order_is_random_by_seed_and_the_same_every_time(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": t} for t in TEXTS])
+    backwards = write(tmp_path / "b.jsonl", [{"prompt": t} for t in reversed(TEXTS)])
+    first = texts_of(load_prompts(settings(path), "distill"))
+    assert first == texts_of(load_prompts(settings(backwards), "distill"))
+    assert first != texts_of(load_prompts(settings(path), "distill", seed=1))
+    assert first != [t for t in TEXTS if t in first]
+
+
+def test_evaluation_prompts_are_the_held_out_share_or_a_set_of_their_own(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": t} for t in TEXTS])
+    config = Config(prompts=settings(path))
+    assert evaluation_prompts(config) == load_prompts(config.prompts, "evaluate")
+    own = write(tmp_path / "own.jsonl", [{"prompt": f"own {i}"} for i in range(5)])
+    config.evaluate.prompts = EvaluatePrompts(path=own)
+    assert texts_of(evaluation_prompts(config)) == [f"own {i}" for i in range(5)]
+    config.evaluate.prompts = EvaluatePrompts(path=path)
+    with pytest.raises(UserError, match=r"evaluate\.prompts\.path=.*the heads have learnt from it"):
+        evaluation_prompts(config)
+
+
+def test_source_record_names_no_folder(tmp_path):
+    path = write(tmp_path / "mine.jsonl", [{"prompt": t} for t in TEXTS])
+    record = source_record(settings(path))
+    assert record["name"] == "mine.jsonl" and record["rows"] == 200 and len(record["sha256"]) == 64
+    assert str(tmp_path) not in json.dumps(record)
+    write(tmp_path / "mine.jsonl", [{"prompt": t} for t in TEXTS[1:]])
+    assert source_record(settings(path))["sha256"] != record["sha256"]
+
+
+def test_pocket_roles_have_files_of_their_own():
+    config = Config()
+    distill, evaluate = load_prompts(config.prompts, "distill"), evaluation_prompts(config)
+    assert not {p.id for p in distill} & {p.id for p in evaluate}
+    assert source_record(config.prompts)["licence"] == "PSF-2.0"
+    assert source_record(config.prompts, "evaluate")["rows"] == len(evaluate)
+    first = [json.loads(line)["prompt"] for line in pocket.PROMPTS["evaluate"].read_text().splitlines()[:24]]
+    assert texts_of(evaluate)[:24] == first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "changes", "message"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"\n', {}, r"prompts\.path=.*p\.jsonl: line 3: not JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n["b"]\n', {}, r"line 2: an object"),
+        ("p.json", '[{"prompt": "a"},\n {"prompt": ]', {}, r"line 2: not JSON"),
+        ("p.jsonl", "", {}, r"prompts\.path=.*holds no prompts"),
+        ("p.txt", "\n \n", {}, r"holds no prompts"),
+        ("p.jsonl", '{"prompt": " "}\n', {}, r"every prompt is empty"),
+        ("p.jsonl", '{"query": "a", "id": 1}\n', {}, r"prompts\.column=null: .*these are there: query, id"),
+        ("p.jsonl", '{"prompt": "a"}\n', {"column": "promt"}, r"prompts\.column=promt: .*these are there: prompt"),
+        ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', {}, r"column prompt holds a list, a text is needed"),
+        ("p.parquet", "not parquet", {}, r"not a parquet file"),
+        ("p.csv", "a,b", {}, r"unknown kind of file"),
+        ("p.jsonl", '{"prompt": "a"}\n', {"held_out": 0.0}, r"none are left to evaluate"),
+    ],
+)
+def test_bad_files_say_what_is_wrong(tmp_path, name, content, changes, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_prompts(settings(tmp_path / name, **changes), "evaluate")
+
+
+def test_missing_sources_say_so(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path, "a/b/c", "./here"):
+        with pytest.raises(UserError, match=r"^prompts\.path="):
+            load_prompts(settings(path), "distill")
+    config = Config()
+    config.evaluate.prompts.path = str(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match=r"^evaluate\.prompts\.path=.*no such file"):
+        evaluation_prompts(config)
+
+
+def test_plain_text_keeps_the_tokenizers_own_special_tokens(tmp_path, tokenizer):
+    path = write(tmp_path / "p.jsonl", [{"prompt": t} for t in TEXTS])
+    found = load_prompts(settings(path), "distill")
+    rows = encode(found, tokenizer, settings(path), 256, 16)
+    assert [p for p, _ in rows] == found
+    assert all(ids == tokenizer(p.text)["input_ids"] for p, ids in rows)
+
+
+def test_chat_template(tmp_path, tokenizer):
+    path = write(tmp_path / "p.jsonl", [{"prompt": t} for t in TEXTS])
+    chosen = settings(path, chat_template=True)
+    found = load_prompts(chosen, "distill")[:2]
+    with pytest.raises(UserError, match=r"prompts\.chat_template=true: this tokenizer has no chat template"):
+        encode(found, tokenizer, chosen, 256, 16)
+    turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}[me]{% endif %}"
+    rows = encode(found, tokenizer, chosen, 256, 16)
+    assert [tokenizer.decode(ids) for _, ids in rows] == [f"[user]{p.text}[me]" for p in found]
+
+
+def test_prompts_that_leave_no_room(tmp_path, tokenizer, capsys):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "x" * 100}, {"prompt": "y" * 20}])
+    for chosen, key in ((settings(path, held_out=0.0), "prompts"), (EvaluatePrompts(path=path), "evaluate.prompts")):
+        found = load_prompts(chosen, "distill")
+        long = next(p for p in found if p.text[0] == "x")
+        with pytest.raises(UserError) as caught:
+            encode(found, tokenizer, chosen, 110, 11)
+        for word in (long.id, "100 tokens", "11 new", "context of 110", f" {key}.too_long=drop"):
+            assert word in str(caught.value)
+        kept = encode(found, tokenizer, replace(chosen, too_long="drop"), 110, 11)
+        assert [p.text[0] for p, _ in kept] == ["y"]
+        assert f"{key}.too_long=drop: 1 of 2 prompts dropped" in capsys.readouterr().out
+        assert len(encode(found, tokenizer, chosen, 110, 10)) == 2
+    with pytest.raises(UserError, match="no prompt is left"):
+        encode(found, tokenizer, replace(chosen, too_long="drop"), 16, 15)
