@@ -4,7 +4,7 @@ Takes a backbone and a handful of prompts, prints a Markdown table of tokens/s: 
 transformers' generate, transformers' generate on padded batches, and the two engines of pipeline/generation.py.
 Knows nothing of run folders.
 
-  python benchmarks/generation.py                                  the pocket backbone, about 3 minutes on 2 cores
+  python benchmarks/generation.py                                  the pocket backbone, about 5 minutes on 2 cores
   python benchmarks/generation.py backbone.name_or_path=... machine.device=cuda backbone.dtype=bfloat16
 """
 

@@ -114,8 +114,8 @@ def main() -> None:
     ratios = seconds[:, 1] / seconds[:, 0]
     machine = provenance()["hardware"]
     print(
-        f"{date.today()}, {machine['cpu']} ({machine['cores']} cores), {torch.get_num_threads()} threads, float32, Python "
-        f"{platform.python_version()}, torch {torch.__version__}; `python {' '.join(sys.argv)}`\n"
+        f"{date.today()}, {machine['cpu']} ({machine['cores']} cores), {torch.get_num_threads()} threads, float32, "
+        f"Python {platform.python_version()}, torch {torch.__version__}; `python {' '.join(sys.argv)}`\n"
     )
     print("| step / teacher forward (CPU time, best of each) | range over repeats | FLOP floor |\n|---|---|---|")
     best = seconds.min(0)

@@ -78,6 +78,9 @@ class Generate:
 @dataclass
 class Distill:
     exit_layers: list[int] = option([2], "exit layers N, 1 <= N < L; one head is trained for each")
+    teacher: str = option(
+        "online", "online, or cached: one teacher pass over all sequences, its hidden states kept in host memory"
+    )
     max_steps: int = option(120, "optimizer steps")
     sequence_length: int = option(256, "tokens of a packed sequence")
     sequences_per_step: int = option(16, "packed sequences of a step, over all processes")
@@ -231,6 +234,7 @@ _RULES: dict[str, tuple[Any, str]] = {
         (lambda ns: bool(ns) and min(ns) >= 1 and len(set(ns)) == len(ns)),
         "one or more different exit layers, each N >= 1, such as [2]",
     ),
+    "distill.teacher": _one_of("online", "cached"),
     "distill.max_steps": _POSITIVE,
     "distill.sequence_length": _POSITIVE,
     "distill.sequences_per_step": _POSITIVE,

@@ -122,7 +122,7 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
     drafted, accepted = int(rounds.drafted.sum()), int(rounds.accepted.sum())
     histogram = rounds.drafted.value_counts().sort_index()
     marginal = [float((rounds.accepted > i).mean()) for i in range(int(rounds.drafted.max() or 0))]
-    figures = {
+    figures: dict[str, Any] = {
         "speedup": speedup,
         "speedup_ci95": speedup_ci,
         "speedup_before_loop": before,

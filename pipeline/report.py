@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -17,11 +18,11 @@ COLUMNS = [
     "exit layer",
     "controller",
     "speedup",
-    "95 % interval",
+    "95% interval",
     "before loops",
     "tokens/s",
     "acceptance length",
-    "draft acceptance",
+    "draft acceptance rate",
 ]
 
 
@@ -174,9 +175,9 @@ def closing_table(run: RunDir) -> None:
     results = json.loads((run / "eval" / "results.json").read_text())
     console = Console()
     for t in temperatures(results):
-        table = Table(title=f"temperature {t:g}", title_justify="left")
-        for i, name in enumerate(COLUMNS):
-            table.add_column(name, justify="left" if i == 1 else "right")
+        table = Table(title=f"temperature {t:g}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for i, name in enumerate(COLUMNS):  # headings in two lines: the table must fit 80 columns
+            table.add_column(name.replace(" ", "\n", 1), justify="left" if i == 1 else "right", no_wrap=True)
         for entry in (h for h in results["heads"] if h["temperature"] == t):
             for row in rows(entry):
                 best = results["best"]

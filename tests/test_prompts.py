@@ -134,7 +134,12 @@ def test_pocket_roles_have_files_of_their_own():
         ("p.txt", "\n \n", {}, r"holds no prompts"),
         ("p.jsonl", '{"prompt": " "}\n', {}, r"every prompt is empty"),
         ("p.jsonl", '{"query": "a", "id": 1}\n', {}, r"prompts\.column=null: .*these are there: query, id"),
-        ("p.jsonl", '{"prompt": "a"}\n', {"column": "promt"}, r"prompts\.column=promt: .*these are there: prompt"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n',
+            {"column": "topic"},
+            r"prompts\.column=topic: .*these are there: prompt",
+        ),
         ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', {}, r"column prompt holds a list, a text is needed"),
         ("p.parquet", "not parquet", {}, r"not a parquet file"),
         ("p.csv", "a,b", {}, r"unknown kind of file"),

@@ -39,7 +39,9 @@ class Throughput(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
         teacher = module.engine.teacher_clock.take()  # type: ignore[union-attr]  # waits for the GPU
         seconds = time.perf_counter() - self.started
-        self.last = {"tokens_per_second": module.step_tokens / seconds, "step_over_teacher": seconds / teacher}
+        self.last = {"tokens_per_second": module.step_tokens / seconds}
+        if module.taught is None:  # with a cached teacher only its logits are left in the step
+            self.last["step_over_teacher"] = seconds / teacher
         self.total["tokens"] += module.step_tokens
         self.total["rows"] += module.step_rows
         self.since_start += 1
@@ -53,10 +55,8 @@ class Throughput(Callback):
         t = self.total
         if not t["seconds"]:
             return {"tokens_per_second": None, "step_over_teacher": None}
-        return {
-            "tokens_per_second": round(t["timed_tokens"] / t["seconds"], 1),
-            "step_over_teacher": round(t["seconds"] / t["teacher_seconds"], 3),
-        }
+        ratio = round(t["seconds"] / t["teacher_seconds"], 3) if "step_over_teacher" in self.last else None
+        return {"tokens_per_second": round(t["timed_tokens"] / t["seconds"], 1), "step_over_teacher": ratio}
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.total)

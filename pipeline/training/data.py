@@ -126,6 +126,7 @@ class Packed(Dataset):
             "ids_BT": self.ids_ST[chosen_B].long(),
             "positions_BT": self.positions_ST[chosen_B].long(),
             "mask_BT": self.mask_ST[chosen_B] & real_B[:, None],
+            "sequences_B": chosen_B,
             "tokens": (self.lengths_S[chosen_B] * real_B).sum(),
         }
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from ..config import Config
 from .data import Packed, StepBatches, validation_batches
@@ -27,6 +28,10 @@ from .losses import LinearKL, acceptance_lengths, draft_statistics
 from .sharding import full_weights, load_sharded_backbone, number, shard_engine
 
 FIGURES = ("loss", "overlap", "match", "expected_acceptance_length", "greedy_acceptance_length")
+
+
+Taught = tuple[Tensor, dict[int, Tensor]]
+"""final_BTD, and the hidden state [B, T, D] after each exit layer N."""
 
 
 class Stopwatch:
@@ -80,14 +85,30 @@ class Engine(nn.Module):
         layers[-1].register_forward_pre_hook(self._keep_arguments, with_kwargs=True)
 
     def forward(
-        self, ids_BT: Tensor, positions_BT: Tensor, mask_BT: Tensor, scale: float = 1.0, statistics: bool = False
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        mask_BT: Tensor,
+        scale: float = 1.0,
+        statistics: bool = False,
+        taught: "Taught | None" = None,
+        teach_only: bool = False,
     ) -> Any:
-        """losses_H of the masked rows, each summed and times `scale`; or their `draft_statistics` and places."""
+        """losses_H of the masked rows, each summed and times `scale`; or their `draft_statistics` and places.
+
+        `taught` is what an earlier call with `teach_only` returned for the same sequences: the backbone rests then.
+        """
         with torch.no_grad(), self.teacher_clock:
-            final_BTD = self.backbone.model(  # type: ignore[operator,union-attr]
-                input_ids=ids_BT, position_ids=positions_BT, use_cache=False
-            ).last_hidden_state
-        seen, self._seen = self._seen, {}
+            if taught is None:
+                final_BTD = self.backbone.model(  # type: ignore[operator,union-attr]
+                    input_ids=ids_BT, position_ids=positions_BT, use_cache=False
+                ).last_hidden_state
+                seen, self._seen = self._seen, {}
+            else:
+                final_BTD, hidden = taught
+                seen = {**hidden, "arguments": last_layer_arguments(self.backbone, final_BTD, positions_BT)}
+        if teach_only:
+            return final_BTD, {n: seen[n] for n, _ in self._numbered()}
         index_R = mask_BT.flatten().nonzero().squeeze(1)
         teacher_RD = final_BTD.flatten(0, 1)[index_R]
         students_RD = [self._draft(head, seen[n], seen["arguments"], index_R) for n, head in self._numbered()]
@@ -139,6 +160,21 @@ class Engine(nn.Module):
         self._seen["arguments"] = {name: _float32(value) for name, value in kwargs.items()}
 
 
+def last_layer_arguments(backbone: Any, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:
+    """Attention mask and rotary angles as the backbone's last layer would get them, without running the backbone."""
+    config = backbone.config
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    slides = kinds[-1] == "sliding_attention" if kinds else config.model_type == "mistral" and window is not None
+    make = create_sliding_window_causal_mask if slides else create_causal_mask
+    mask = make(
+        config=config, inputs_embeds=hidden_BTD, attention_mask=None, past_key_values=None, position_ids=positions_BT
+    )
+    angles = backbone.model.rotary_emb(hidden_BTD, positions_BT)
+    arguments = {"attention_mask": mask, "position_ids": positions_BT, "position_embeddings": angles}
+    return {name: _float32(value) for name, value in arguments.items()}
+
+
 def _float32(value: Any) -> Any:
     """What a float32 layer can take of what a bfloat16 layer got."""
     if isinstance(value, tuple):
@@ -181,6 +217,8 @@ class Distillation(lightning.LightningModule):
         """Figures of each head before training."""
         self.validated_step = -1
         self._restore: dict[str, Any] | None = None
+        self.taught: Taught | None = None
+        """With distill.teacher=cached: the teacher's hidden states of all sequences, on the host."""
 
     # ---- assembly
 
@@ -223,9 +261,30 @@ class Distillation(lightning.LightningModule):
         self.step_rows, self.step_tokens = (int(n) for n in counts.tolist())
         # FSDP averages gradients over processes, which may hold unequal numbers of rows.
         scale = self.trainer.world_size / self.step_rows
-        losses_H = self.engine(batch["ids_BT"], batch["positions_BT"], batch["mask_BT"], scale)
+        taught = None if self.taught is None else self._lesson(batch["sequences_B"])
+        losses_H = self.engine(batch["ids_BT"], batch["positions_BT"], batch["mask_BT"], scale, taught=taught)
         self.step_losses_H = self._sum(losses_H.detach().clone()) / self.trainer.world_size
         return losses_H.sum()
+
+    @torch.no_grad()
+    def _teach_all(self) -> Taught:
+        """One teacher pass over every packed sequence, in their order, so that a resume finds the same numbers."""
+        assert self.engine is not None
+        packed, size = self.packed_train, self.config.distill.sequences_per_step
+        finals, hiddens = [], []
+        for start in range(0, len(packed), size):
+            batch = packed[range(start, min(start + size, len(packed)))]
+            inputs = (batch[name].to(self.device) for name in ("ids_BT", "positions_BT", "mask_BT"))
+            final_BTD, hidden = self.engine(*inputs, teach_only=True)
+            finals.append(final_BTD.cpu())
+            hiddens.append({n: h.cpu() for n, h in hidden.items()})
+        return torch.cat(finals), {n: torch.cat([h[n] for h in hiddens]) for n in hiddens[0]}
+
+    def _lesson(self, sequences_B: Tensor) -> Taught:
+        assert self.taught is not None
+        final_STD, hidden = self.taught
+        chosen_B = sequences_B.cpu()
+        return final_STD[chosen_B].to(self.device), {n: h[chosen_B].to(self.device) for n, h in hidden.items()}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         assert self.engine is not None
@@ -315,6 +374,9 @@ class Distillation(lightning.LightningModule):
         self._restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
 
     def on_train_start(self) -> None:
+        if self.config.distill.teacher == "cached":
+            self.taught = self._teach_all()
+            self.engine.teacher_clock.take()  # type: ignore[union-attr]  # not part of any step
         if self._restore is not None:
             set_random_state(self._restore)
         else:  # fresh, or with another number of processes than before
