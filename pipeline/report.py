@@ -176,8 +176,8 @@ def closing_table(run: RunDir) -> None:
     console = Console()
     for t in temperatures(results):
         table = Table(title=f"temperature {t:g}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for i, name in enumerate(COLUMNS):  # headings in two lines: the table must fit 80 columns
-            table.add_column(name.replace(" ", "\n", 1), justify="left" if i == 1 else "right", no_wrap=True)
+        for i, name in enumerate(COLUMNS):  # headings broken at spaces: the table must fit 80 columns
+            table.add_column(name.replace(" ", "\n"), justify="left" if i == 1 else "right", no_wrap=True)
         for entry in (h for h in results["heads"] if h["temperature"] == t):
             for row in rows(entry):
                 best = results["best"]

@@ -101,15 +101,24 @@ class RunDir:
 
     @contextlib.contextmanager
     def stage(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-        """Marks the stage begun, gives a dict for results worth keeping, marks it done at the end."""
+        """Marks the stage begun, gives a dict for results worth keeping, marks it done at the end.
+
+        A UserError takes a new mark back: what the user then changes needs no --redo.
+        """
         now = self._now(stage, inputs, outside)
         self._sweep(stage)
         atomic_write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+        fresh = self._read_mark(stage) is None
         self._write_mark(stage, {"state": "begun", **now})
         record = {"stage": stage, **provenance(), "config": now["config"], "inputs": now["inputs"]}
         started = time.time()
         summary: dict[str, Any] = {}
-        yield summary
+        try:
+            yield summary
+        except UserError:
+            if fresh:
+                self._mark(stage).unlink()
+            raise
         record |= {"seconds": round(time.time() - started, 1), **summary}
         records = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else []
         atomic_write(self.path / "run.json", json.dumps([*records, record], indent=1) + "\n")

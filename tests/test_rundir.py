@@ -225,3 +225,16 @@ def test_what_a_killed_run_left_is_no_input_and_is_swept(config: Config) -> None
 def test_an_error_that_is_no_matter_of_writing_is_not_called_one(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file.txt"):
         (tmp_path / "nowhere").read_text()
+
+
+def test_a_user_error_takes_a_new_mark_back_but_not_an_older_one(tmp_path: Path) -> None:
+    run = RunDir(load(None, [f"run.dir={tmp_path}"]))
+    with pytest.raises(UserError), run.stage("generate", []):
+        raise UserError("prompts.path=x: wrong")
+    assert not (run / "stages" / "generate.json").exists()
+    with pytest.raises(ValueError, match="a bug"), run.stage("generate", []):
+        raise ValueError("a bug")
+    with pytest.raises(UserError), run.stage("generate", []):
+        raise UserError("wrong again")
+    assert run.plan("generate", []), "a stage that was at work before still goes on"
+    assert (run / "stages" / "generate.json").exists()

@@ -206,11 +206,11 @@ class SplitBackbone:
         return torch.addcmul(x * cos, x.roll(self.head_dim // 2, -1), sin)
 
     def _mask(self, base: int, m: int) -> Tensor:
-        """Additive [R*M, base+M]: row i sees positions up to base+i. Rows repeat for the R heads of a group."""
+        """Additive [M*R, base+M]: row i sees positions up to base+i, in each of the R heads of a group."""
         rows = torch.arange(base, base + m, device=self.device)[:, None]
         hidden = torch.arange(base + m, device=self.device)[None] > rows
         mask = torch.zeros(m, base + m, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-        return mask.repeat(self.heads // self.kv_heads, 1)
+        return mask.repeat_interleave(self.heads // self.kv_heads, 0)
 
     def _attend(self, q_MHC: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """[M, H*C] from keys and values [1, G, T, C].
@@ -222,12 +222,9 @@ class SplitBackbone:
             q_1HMC = q_MHC.transpose(0, 1)[None]
             out = F.scaled_dot_product_attention(q_1HMC, keys, values, is_causal=True, enable_gqa=g != self.heads)
             return out[0].transpose(0, 1).reshape(m, -1)
-        if m == 1:  # the same without the copies
-            q = q_MHC.reshape(1, g, -1, c)
-            return F.scaled_dot_product_attention(q, keys, values).reshape(1, -1)
-        q = q_MHC.reshape(m, g, -1, c).permute(1, 2, 0, 3).reshape(1, g, -1, c)
+        q = q_MHC.reshape(m, g, -1, c).transpose(0, 1).reshape(1, g, -1, c)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return out.reshape(g, -1, m, c).permute(2, 0, 1, 3).reshape(m, -1)
+        return out.reshape(g, m, -1).transpose(0, 1).reshape(m, -1)
 
     def _out(self, w: LayerWeights, attended: Tensor, residual_MD: Tensor) -> Tensor:
         if w.out_bias is None:

@@ -1,0 +1,62 @@
+"""The published folder as a user has it: plain generate, and the same call with custom_generate, side by side.
+
+    python benchmarks/serving.py --hub runs/pocket/hub/1
+
+Greedy, prompts of the pocket backbone, the order rotating from prompt to prompt; prefill included. Ids must be
+equal. Speedups are ratios of total time, with 95 % bootstrap intervals over prompts.
+"""
+
+import argparse
+import json
+import sys
+import time
+from datetime import date
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import pocket
+from pipeline.metrics import interval
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hub", required=True, help="published folder, or a Hub id")
+    parser.add_argument("--backbone", default=str(pocket.BACKBONE))
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = AutoModelForCausalLM.from_pretrained(args.backbone)
+    tokenizer = AutoTokenizer.from_pretrained(args.backbone)
+    rows = [json.loads(line)["prompt"] for line in pocket.PROMPTS["evaluate"].read_text().splitlines()[: args.prompts]]
+    ours = {"custom_generate": args.hub, "trust_remote_code": True}
+    methods = {"generate": {}, 'controller="none"': ours | {"controller": "none"}, "custom_generate": ours}
+    seconds = {name: np.zeros(len(rows)) for name in methods}
+    names, differ = list(methods), 0
+    for i, text in enumerate([rows[0], *rows]):  # the first is warm-up
+        inputs = tokenizer(text, return_tensors="pt")
+        texts = []
+        for name in names[i % 3 :] + names[: i % 3]:
+            started = time.perf_counter()
+            texts.append(
+                model.generate(**inputs, max_new_tokens=args.tokens, do_sample=False, **methods[name]).tolist()
+            )
+            seconds[name][max(0, i - 1)] = time.perf_counter() - started
+        differ += texts.count(texts[0]) != 3
+    print(
+        f"{date.today()}, {args.threads} thread(s), {model.dtype}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}; {len(rows)} prompts x {args.tokens} tokens; `python {' '.join(sys.argv)}`\n"
+    )
+    print("| custom_generate over | speedup (95 % interval) |\n|---|---|")
+    for name in names[:2]:
+        value, (low, high) = interval(lambda a, b: a / b, seconds[name], seconds["custom_generate"])
+        print(f"| {name} | {value:.2f} ({low:.2f}-{high:.2f}) |")
+    print(f"\nPrompts whose ids differ: {differ}.")
+
+
+if __name__ == "__main__":
+    main()
