@@ -6,7 +6,7 @@
   python -m pipeline.pocket check --twin T            does its code parse, does its depth pay?
   python -m pipeline.pocket manifest                  record the sha256 of every source file
 
-All but `check` read the standard library of CPython 3.11.7; --stdlib says where it lies.
+All read the standard library of CPython 3.11.7; --stdlib says where it lies, if not in the running interpreter.
 """
 
 import argparse
@@ -37,7 +37,9 @@ def main() -> None:
     elif args.verb == "prompts":
         cutting.write_prompts(corpus.modules(args.stdlib))
     elif args.verb == "check":
-        print(json.dumps(checks.run(args.out, args.twin), indent=1))
+        print(json.dumps(checks.run(args.out, args.twin, args.stdlib), indent=1))
+        folders = [args.out, args.twin] if args.twin else [args.out]
+        checks.plot_curves(folders, Path("docs/pocket-training.png"))
     else:
         found = corpus.modules(args.stdlib)
         texts = {role: list(files.values()) for role, files in found.items()}

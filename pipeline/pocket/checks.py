@@ -23,7 +23,7 @@ BATCH = 50
 SEED = 0
 
 
-def run(backbone_folder: Path, twin_folder: Path | None = None) -> dict[str, Any]:
+def run(backbone_folder: Path, twin_folder: Path | None = None, stdlib: Path | None = None) -> dict[str, Any]:
     """Check a backbone, and its shallow twin if given; returns what it writes to `checks.json`.
 
     parse_share: of completions sampled from function heads, cut where the function ends or else at the last
@@ -32,7 +32,7 @@ def run(backbone_folder: Path, twin_folder: Path | None = None) -> dict[str, Any
     """
     transformers_logging.disable_progress_bar()
     backbone_folder = Path(backbone_folder)
-    texts = list(corpus.modules()["evaluate"].values())
+    texts = list(corpus.modules(stdlib)["evaluate"].values())
     losses = {"backbone": _held_out_loss(backbone_folder, texts)}
     if twin_folder is not None:
         losses["twin"] = _held_out_loss(Path(twin_folder), texts)
