@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -175,7 +174,7 @@ def closing_table(run: RunDir) -> None:
     results = json.loads((run / "eval" / "results.json").read_text())
     console = Console()
     for t in temperatures(results):
-        table = Table(title=f"temperature {t:g}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(title=f"temperature {t:g}", title_justify="left", box=None, padding=(0, 1, 0, 0))
         for i, name in enumerate(COLUMNS):  # headings broken at spaces: the table must fit 80 columns
             table.add_column(name.replace(" ", "\n"), justify="left" if i == 1 else "right", no_wrap=True)
         for entry in (h for h in results["heads"] if h["temperature"] == t):
