@@ -68,10 +68,9 @@ def write_folder(folder: Path, target: Path, run: RunDir, results: dict[str, Any
     code.mkdir()
     for file in sorted(CODE.glob("*.py")):
         shutil.copyfile(file, code / file.name)
-    origin = run.config.publish.repo_id if run.config.publish.target != "folder" else str(target.resolve())
     (code / "origin.py").write_text(
         '"""Where the published head lies: a Hub id and its tag, or a folder. Written anew by every publish."""\n\n'
-        f"HEAD: str | None = {origin!r}\nREVISION: str | None = None\n".replace("'", '"')
+        f"HEAD: str | None = {str(target.resolve())!r}\nREVISION: str | None = None\n".replace("'", '"')
     )
     kept = [h for h in results["heads"] if h["exit_layer"] == best["exit_layer"]]
     published = results | {"heads": kept, "gate": {"passed": not failed, "reasons": failed}}
