@@ -93,8 +93,8 @@ def main() -> None:
 
     def teacher() -> None:
         with torch.no_grad():
-            hidden = engine.backbone.model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-            engine.backbone.lm_head(hidden)
+            final_BTD, _ = engine(ids, positions, mask, teach_only=True)
+            engine.backbone.lm_head(final_BTD)
 
     def step() -> None:
         engine(ids, positions, mask, 1 / mask.sum().item()).sum().backward()

@@ -131,7 +131,7 @@ def test_training_writes_a_checkpoint_that_the_checks_can_read(tmp_path, monkeyp
     folders = [tmp_path / "deep", tmp_path / "twin"]
     for folder in folders:
         recipe.train(chosen, tokenizer, {k: list(v.values()) for k, v in sources.items()}, folder, "cpu")
-    monkeypatch.setattr(corpus, "modules", lambda: sources)
+    monkeypatch.setattr(corpus, "modules", lambda stdlib=None: sources)
     monkeypatch.setattr(checks, "heads", lambda count: ["def f(x):\n"] * 3)
     result = checks.run(*folders)
     assert result == json.loads((folders[0] / "checks.json").read_text())
