@@ -103,7 +103,8 @@ class RunDir:
     def stage(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
         """Marks the stage begun, gives a dict for results worth keeping, marks it done at the end.
 
-        A UserError takes a new mark back: what the user then changes needs no --redo.
+        A UserError before anything was written takes a new mark back: what the user then changes needs no --redo.
+        Once there is work to go on from, the mark stays, or that work could be mixed with another config's.
         """
         now = self._now(stage, inputs, outside)
         self._sweep(stage)
@@ -116,13 +117,17 @@ class RunDir:
         try:
             yield summary
         except UserError:
-            if fresh:
+            if fresh and not self._has_output(stage):
                 self._mark(stage).unlink()
             raise
         record |= {"seconds": round(time.time() - started, 1), **summary}
         records = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else []
         atomic_write(self.path / "run.json", json.dumps([*records, record], indent=1) + "\n")
         self._write_mark(stage, {"state": "done", **now})
+
+    def _has_output(self, stage: str) -> bool:
+        outputs = [self.path / name for name in OUTPUTS[stage]]
+        return any(p.is_file() or (p.is_dir() and any(f.is_file() for f in p.rglob("*"))) for p in outputs)
 
     def redo(self, stage: str) -> None:
         """Forget the stage and remove what it wrote."""

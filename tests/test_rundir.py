@@ -238,3 +238,15 @@ def test_a_user_error_takes_a_new_mark_back_but_not_an_older_one(tmp_path: Path)
         raise UserError("wrong again")
     assert run.plan("generate", []), "a stage that was at work before still goes on"
     assert (run / "stages" / "generate.json").exists()
+
+
+def test_a_user_error_keeps_the_mark_of_work_that_was_begun(tmp_path: Path) -> None:
+    """A disk that fills after the first shard: another config must not go on from what is there."""
+    run = RunDir(load(None, [f"run.dir={tmp_path}"]))
+    with pytest.raises(UserError), run.stage("generate", []):
+        atomic_write(run / "responses" / "shard-00000.parquet", "rows")
+        raise UserError("no space left")
+    assert run.plan("generate", [])
+    other = RunDir(load(None, [f"run.dir={tmp_path}", "generate.max_new_tokens=7"]))
+    with pytest.raises(UserError, match="generate.max_new_tokens was 128, is 7"):
+        other.plan("generate", [])
