@@ -248,5 +248,5 @@ def test_a_user_error_keeps_the_mark_of_work_that_was_begun(tmp_path: Path) -> N
         raise UserError("no space left")
     assert run.plan("generate", [])
     other = RunDir(load(None, [f"run.dir={tmp_path}", "generate.max_new_tokens=7"]))
-    with pytest.raises(UserError, match="generate.max_new_tokens was 128, is 7"):
+    with pytest.raises(UserError, match=r"generate\.max_new_tokens was 128, is 7"):
         other.plan("generate", [])
