@@ -1,8 +1,23 @@
 """Controllers decide and learn as their docstrings say."""
 
-import pytest
+import json
+import math
+import random
 
-from pipeline.inference.controllers import Beta, Fixed, Round, make_controller
+import pytest
+import torch
+
+from pipeline.inference.controllers import (
+    Beta,
+    Calibration,
+    Confidence,
+    ConfidenceStop,
+    EntropyStop,
+    Fixed,
+    Round,
+    make_controller,
+)
+from pipeline.inference.thompson import Costs, Thompson
 
 
 def lengths(controller, rounds: int) -> list[int]:
@@ -43,7 +58,178 @@ def test_beta_has_a_limit() -> None:
     assert lengths(beta, 3) == [6] * 3
 
 
-@pytest.mark.parametrize("name", ["fixed", "fixed:", "fixed:-1", "fixed:x", "thompsom", ""])
-def test_unknown_names_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="must be fixed:K"):
+UNKNOWN = ["fixed", "fixed:", "fixed:-1", "fixed:x", "thompsom", "", "confidence", "confidence:0", "confidence:1.2",
+           "entropy:x", "entropy:nan", "beta:3", "calibration:pul", "thompson:4"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_names_and_parameters_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="must be thompson, fixed:K"):
         make_controller(name)
+
+
+class Said:
+    """A confidence that is said rather than computed."""
+
+    def __init__(self, top: float, entropy: float = 1.0):
+        self.top, self.entropy = top, entropy
+
+
+def test_confidence_is_that_of_the_distribution() -> None:
+    q = torch.tensor([0.7, 0.2, 0.1, 0.0])
+    confidence = Confidence(q.log())
+    assert confidence.top == pytest.approx(0.7)
+    assert confidence.entropy == pytest.approx(-sum(x * math.log(x) for x in (0.7, 0.2, 0.1)))
+
+
+def test_thresholds() -> None:
+    assert [ConfidenceStop(0.6).draft(0, Said(top)) for top in (0.59, 0.6, 0.9)] == [False, True, True]
+    bound = [EntropyStop(0.5).draft(0, Said(0.5, h)) for h in (1.2, 1.3)]  # 1 - sqrt(0.2 h) = 0.5 at h = 1.25
+    assert bound == [True, False]
+
+
+def test_calibration_joins_confidence_and_outcomes() -> None:
+    """By hand: 100 tested drafts said 0.9, half were accepted; n s0^2 / (n s0^2 + s^2) = 4 / 4.25."""
+    for shift, expected in ((False, 4 / 4.25 * 0.5 + 0.25 / 4.25 * 0.9), (True, 0.9 + 4 / 4.25 * (0.5 - 0.9))):
+        controller = Calibration(shift=shift)
+        for i in range(100):
+            controller.peek(0)
+            controller.draft(0, Said(0.9))
+            controller.draft(1, Said(0.1))  # drafted behind a rejection half of the time, then it does not count
+            controller.observe(Round(drafted=1, accepted=i % 2))
+        mean, variance = controller.posterior(0.9)
+        assert mean == pytest.approx(expected)
+        assert variance == pytest.approx(0.04 * 0.25 / 4.25)
+
+
+# ---- thompson, on rounds whose law is known
+
+
+def play(controller, acceptance, rounds: int, seed: int = 1, step: float = 0.11, verify: float = 0.02) -> float:
+    """Tokens per unit of time; `acceptance(random)` is each draft's chance, and what the head says of it."""
+    dice = random.Random(seed)
+    tokens = seconds = 0.0
+    for _ in range(rounds):
+        k = accepted = passes = 0
+        alive = True
+        while controller.peek(k):
+            a, passes = acceptance(dice), passes + 1
+            if not controller.draft(k, Said(a)):
+                break
+            k += 1
+            alive = alive and dice.random() < a
+            accepted += alive
+        shallow, head, deep = 0.55 * step * (k + 1), 0.45 * step * passes, 0.94 + verify * k
+        controller.observe(Round(k, accepted, accepted + 1, passes, shallow + head + deep, shallow, head, deep))
+        tokens, seconds = tokens + accepted + 1, seconds + shallow + head + deep
+    return tokens / seconds
+
+
+def best_fixed(acceptance, **kwargs) -> float:
+    return max(play(Fixed(k), acceptance, 4000, **kwargs) for k in range(9))
+
+
+def bimodal(dice: random.Random) -> float:
+    return 0.95 if dice.random() < 0.75 else 0.38
+
+
+def test_thompson_beats_every_fixed_length_where_acceptance_varies() -> None:
+    """The cost-aware rule of docs/control.md is 9 % above the best fixed K here; half of that must be reached."""
+    assert play(make_controller("thompson"), bimodal, 4000) > 1.045 * best_fixed(bimodal)
+
+
+def test_thompson_is_the_best_fixed_length_where_acceptance_does_not_vary() -> None:
+    assert play(make_controller("thompson"), lambda dice: 0.8, 4000) > 0.98 * best_fixed(lambda dice: 0.8)
+
+
+def test_thompson_stops_drafting_where_nothing_is_accepted_and_keeps_probing() -> None:
+    controller = make_controller("thompson")
+    speed = play(controller, lambda dice: 0.05, 2000)
+    assert speed > 0.93 * best_fixed(lambda dice: 0.05)
+    drafts = lengths_with(controller, Said(0.05), 500)
+    assert 2 <= sum(k > 0 for k in drafts) < 100
+
+
+def test_thompson_comes_back_when_the_text_becomes_easy() -> None:
+    """Drafting does not pay, then it does, at the same confidence: the probes must find out."""
+    controller = Thompson()
+    said = 0.3
+    for truth, least, most in ((0.05, 0.0, 0.4), (0.95, 4.0, 8.0)):
+        dice, drafts = random.Random(0), []
+        for _ in range(3000):
+            k = accepted = passes = 0
+            alive = True
+            while controller.peek(k):
+                passes += 1
+                if not controller.draft(k, Said(said)):
+                    break
+                k, alive = k + 1, alive and dice.random() < truth
+                accepted += alive
+            shallow, head, deep = 0.06 * (k + 1), 0.05 * passes, 0.94 + 0.02 * k
+            controller.observe(Round(k, accepted, accepted + 1, passes, shallow + head + deep, shallow, head, deep))
+            drafts.append(k)
+        assert least <= sum(drafts[-200:]) / 200 <= most
+
+
+def lengths_with(controller, confidence, rounds: int) -> list[int]:
+    counts = []
+    for _ in range(rounds):
+        k = passes = 0
+        while controller.peek(k):
+            passes += 1
+            if not controller.draft(k, confidence):
+                break
+            k += 1
+        controller.observe(Round(k, 0, 1, passes, 1.0 + 0.11 * k, 0.06 * (k + 1), 0.05 * passes, 0.94))
+        counts.append(k)
+    return counts
+
+
+def test_a_jump_in_cost_is_looked_over() -> None:
+    """Verifying 2 tokens costs half a round more, further ones nothing: one step ahead no draft ever pays."""
+
+    class Jump(Costs):
+        def verify_seconds(self, width: int) -> float:
+            return 0.9 if width == 1 else 1.4
+
+    costs = Jump()
+    costs.shallow.add(0.05), costs.head.add(0.05), costs.rest.add(0.0)
+    controller = Thompson(costs=costs)
+    controller.counts = [[800.0, 200.0]] * 8
+    controller.tokens, controller.seconds = 190.0, 100.0
+    assert controller.peek(0)
+    one_step = controller.theta[5] - controller.rate * (controller.times[1] - controller.times[0] - 0.05)
+    assert one_step < 0 < controller._worth(0, controller.theta[5])
+
+
+def test_costs_are_measured_by_part_and_interpolated() -> None:
+    costs = Costs()
+    for width, verify in ((1, 1.0), (3, 1.2), (5, 1.6)):
+        costs.observe(Round(width - 1, 0, 1, width, 0.1 * width + 0.2 * width + verify + 0.05, 0.1 * width,
+                            0.2 * width, verify))  # fmt: skip
+    assert [costs.verify_seconds(w) for w in (1, 2, 3, 4, 5, 7)] == pytest.approx([1.0, 1.1, 1.2, 1.4, 1.6, 2.0])
+    assert costs.rounds(2) == pytest.approx([1.15, 1.15 + 0.4, 1.15 + 0.8])
+
+
+def test_thompson_learns_only_from_tested_drafts() -> None:
+    controller = Thompson()
+    controller.plan = [4]
+    controller.peek(0)
+    for k, top in enumerate((0.95, 0.55, 0.3, 0.05)):
+        assert controller.draft(k, Said(top))
+    controller.observe(Round(4, 2, 3, 4, 1.6, 0.3, 0.2, 1.0))
+    gained = [sum(c) - 2.0 for c in controller.counts]
+    assert gained == pytest.approx([0, 0, 1, 0, 1, 0, 0, 1])
+    assert controller.counts[2][1] > controller.prior[2][1]  # the rejected one
+
+
+def test_thompson_state_survives_json_and_is_checked() -> None:
+    first = make_controller("thompson")
+    play(first, bimodal, 300)
+    again = make_controller("thompson")
+    again.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert again.counts == first.counts and again.state_dict() == first.state_dict()
+    with pytest.raises(ValueError, match="greedy=True: thompson with greedy=False"):
+        make_controller("thompson", greedy=False).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="kind=None"):
+        again.load_state_dict({})

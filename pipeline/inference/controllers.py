@@ -1,16 +1,21 @@
-"""Who decides how many tokens to draft. One small interface, one class a rule.
+"""Who decides how many tokens to draft. One small interface, one class a rule; ours is in thompson.py.
 
 Takes what the condition of losslessness allows, gives yes or no: whether to draft token k+1 may depend on
 committed text, earlier rounds, this round's drafted tokens and their q, q of token k+1, and random numbers of
-its own; never on token k+1 itself, an accept draw of this round, or the deep layers' view of it. Knows
-nothing of models.
+its own; never on token k+1 itself, an accept draw of this round, or the deep layers' view of it. Then the next
+token is distributed as the backbone's whatever the controller's state (docs/control.md). Knows nothing of models.
 """
 
+import math
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
+
+LONGEST = 16
+"""Drafts of a round at most, of the rules that have no limit of their own."""
 
 
 @dataclass(slots=True)
@@ -21,10 +26,31 @@ class Round:
     accepted: int = 0
     tokens: int = 0
     """Committed: accepted plus the bonus token, less what an end token or the length limit cut off."""
+    head_passes: int = 0
+    """Drafted, plus one where the controller saw a distribution and did not draft from it."""
     seconds: float = 0.0
     shallow_seconds: float = 0.0
     head_seconds: float = 0.0
     verify_seconds: float = 0.0
+
+
+class Confidence:
+    """What the head's distribution q says of itself before anything is drawn from it; computed when it is read."""
+
+    def __init__(self, q_logits_V: Tensor):
+        self._logits_V = q_logits_V
+
+    @cached_property
+    def top(self) -> float:
+        """max q: of a greedy draft, the head's own estimate that it is right."""
+        return float(self._logits_V.softmax(-1).max())
+
+    @cached_property
+    def entropy(self) -> float:
+        """-sum q log q, in nats."""
+        log_q_V = self._logits_V.log_softmax(-1)
+        # a token that the processors forbid has q = 0 and log q = -inf, whose product is not a number
+        return -float((log_q_V.exp() * log_q_V.clamp_min(-1e4)).sum())
 
 
 class Controller(Protocol):
@@ -34,8 +60,8 @@ class Controller(Protocol):
         """After k drafts, before the exit head runs: is its next distribution worth computing?"""
         ...
 
-    def draft(self, k: int, q_logits_V: Tensor) -> bool:
-        """The distribution of draft k+1 is known, nothing is sampled yet: draft it?"""
+    def draft(self, k: int, confidence: Confidence) -> bool:
+        """The distribution of draft k+1 is known, nothing is drawn from it yet: draft it?"""
         ...
 
     def observe(self, round: Round) -> None:
@@ -52,11 +78,41 @@ class Fixed:
     def peek(self, k: int) -> bool:
         return k < self.k
 
-    def draft(self, k: int, q_logits_V: Tensor) -> bool:
+    def draft(self, k: int, confidence: Confidence) -> bool:
         return True
 
     def observe(self, round: Round) -> None:
         pass
+
+
+class ConfidenceStop:
+    """Drafts while max q is at least a threshold (Kangaroo: Liu et al., NeurIPS 2024, section 3).
+
+    Kangaroo keeps the first token below the threshold; here it is not drawn at all, which saves its place in
+    the verification. Drawing it and throwing it away would change the distribution of the text.
+    """
+
+    def __init__(self, threshold: float, limit: int = LONGEST):
+        self.threshold, self.limit = threshold, limit
+
+    def peek(self, k: int) -> bool:
+        return k < self.limit
+
+    def draft(self, k: int, confidence: Confidence) -> bool:
+        return confidence.top >= self.threshold
+
+    def observe(self, round: Round) -> None:
+        pass
+
+
+class EntropyStop(ConfidenceStop):
+    """Drafts while 1 - sqrt(gamma * H(q)), a lower bound of acceptance in the style of AdaEDL (Agrawal et al.,
+    2024, arXiv 2410.18351), is at least a threshold. gamma = 0.2; AdaEDL also adapts the threshold, we do not."""
+
+    gamma = 0.2
+
+    def draft(self, k: int, confidence: Confidence) -> bool:
+        return 1 - math.sqrt(self.gamma * max(0.0, confidence.entropy)) >= self.threshold
 
 
 class Beta:
@@ -67,7 +123,7 @@ class Beta:
     never tested and count for nothing.
     """
 
-    def __init__(self, limit: int = 16, seed: int = 0):
+    def __init__(self, limit: int = LONGEST, seed: int = 0):
         self.accepted, self.rejected, self.limit = 1, 1, limit
         self.random = random.Random(seed)
 
@@ -77,7 +133,7 @@ class Beta:
         theta = self.random.betavariate(self.accepted, self.rejected)
         return k < self.limit and self.random.random() < theta
 
-    def draft(self, k: int, q_logits_V: Tensor) -> bool:
+    def draft(self, k: int, confidence: Confidence) -> bool:
         return True
 
     def observe(self, round: Round) -> None:
@@ -85,13 +141,81 @@ class Beta:
         self.rejected += round.accepted < round.drafted
 
 
-def make_controller(name: str, seed: int = 0) -> Controller:
-    """`fixed:K`, `beta`, or `none` (drafts nothing). Raises ValueError for another name."""
-    kind, _, argument = name.partition(":")
+class Calibration:
+    """EESD's Calibration-TS: as Beta, but theta joins the head's own confidence with the observed acceptance.
+
+    theta ~ N(mu, v) cut to [0, 1], with p = max q of the last draft, n tested drafts of mean acceptance r and mean
+    confidence p', prior variance s0^2 = 0.04 and noise s^2 = 0.25 (ours). The paper's text allows two readings:
+      pull:  mu = (n s0^2 r + s^2 p) / (n s0^2 + s^2), the posterior of a Gaussian with prior mean p. It forgets p
+             as n grows;
+      shift: mu = p + n / (n + n0) (r - p'), n0 = s^2 / s0^2: the confidence, moved by its mean error. It does not.
+    Either way v = s^2 s0^2 / (n s0^2 + s^2).
+    """
+
+    prior, noise = 0.04, 0.25
+
+    def __init__(self, shift: bool = False, limit: int = LONGEST, seed: int = 0):
+        self.shift, self.limit, self.random = shift, limit, random.Random(seed)
+        self.tested = 0
+        self.accepted = self.predicted = 0.0
+        self.drafts: list[float] = []
+
+    def peek(self, k: int) -> bool:
+        if k == 0:
+            self.drafts = []
+            return True
+        mean, variance = self.posterior(self.drafts[-1])
+        theta = min(1.0, max(0.0, self.random.gauss(mean, math.sqrt(variance))))
+        return k < self.limit and self.random.random() < theta
+
+    def draft(self, k: int, confidence: Confidence) -> bool:
+        self.drafts.append(confidence.top)
+        return True
+
+    def observe(self, round: Round) -> None:
+        tested = min(round.accepted + 1, round.drafted)
+        self.tested += tested
+        self.accepted += round.accepted
+        self.predicted += sum(self.drafts[:tested])
+
+    def posterior(self, p: float) -> tuple[float, float]:
+        """Mean and variance of theta for a draft of confidence p."""
+        n, s0, s = self.tested, self.prior, self.noise
+        weight = n * s0 / (n * s0 + s)
+        observed = self.accepted / n if n else 0.0
+        centre = self.predicted / n if n else 0.0
+        mean = p + weight * (observed - centre) if self.shift else weight * observed + (1 - weight) * p
+        return mean, s * s0 / (n * s0 + s)
+
+
+NAMES = "thompson, fixed:K, confidence:T, entropy:T (0 < T < 1), beta, calibration, calibration:shift or none"
+
+
+def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller:
+    """The controller of a name, such as `thompson`, `fixed:3` or `confidence:0.6`; `none` drafts nothing.
+
+    `greedy` says how the text will be chosen: what predicts acceptance differs. Raises ValueError for another name
+    or a parameter out of range.
+    """
+    from .thompson import Thompson
+
+    kind, colon, argument = name.partition(":")
     if kind == "fixed" and argument.isdecimal():
         return Fixed(int(argument))
-    if name == "none":
-        return Fixed(0)
-    if name == "beta":
-        return Beta(seed=seed)
-    raise ValueError(f"controller={name}: must be fixed:K (such as fixed:3), beta or none")
+    if kind in ("confidence", "entropy"):
+        try:
+            threshold = float(argument)
+        except ValueError:
+            threshold = math.nan
+        if 0 < threshold < 1:
+            return (ConfidenceStop if kind == "confidence" else EntropyStop)(threshold)
+    plain = {
+        "thompson": lambda: Thompson(greedy=greedy, seed=seed),
+        "beta": lambda: Beta(seed=seed),
+        "calibration": lambda: Calibration(seed=seed),
+        "calibration:shift": lambda: Calibration(shift=True, seed=seed),
+        "none": lambda: Fixed(0),
+    }
+    if name in plain:
+        return plain[name]()
+    raise ValueError(f"controller={name}: must be {NAMES}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .backbone import SplitBackbone
-from .controllers import Controller, Round
+from .controllers import Confidence, Controller, Round
 from .kv_cache import KVCache
 from .sampling import Sampler
 
@@ -130,7 +130,8 @@ def _draft(backbone, request, sampler, controller, out, cache, room, round, cloc
         tick = clock()
         logits_1V = backbone.draft_logits(cache.length + len(drafted) + 1, cache)[None]
         q_V = sampler.shape(logits_1V, request.prompt, out.tokens + drafted)[0]
-        wanted = controller.draft(len(drafted), q_V)
+        round.head_passes += 1
+        wanted = controller.draft(len(drafted), Confidence(q_V))
         if wanted:  # once sampled, a draft is verified: throwing it away would change the distribution
             last = sampler.draw(q_V)
             drafted.append(last)

@@ -1,6 +1,6 @@
 """The entry point of transformers' `generate(custom_generate=...)`: prompts in, ids out, drafted by the exit head.
 
-Takes what `generate` takes, and `controller=` (`fixed:3`, `beta`, `none`, ...) and `exit_head=` (a folder or a
+Takes what `generate` takes, and `controller=` (`thompson`, `fixed:3`, `none`, ...) and `exit_head=` (a folder or a
 Hub id; default: the head this file was published with). Sampling, logits processors, stopping criteria and
 streamers work as ever; several rows are decoded one after the other. Knows nothing of how heads are trained.
 """
@@ -14,7 +14,7 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
-from .controllers import make_controller
+from .controllers import Controller, make_controller
 from .decoding import Request, self_speculative
 from .exit_head import ExitHead
 from .origin import HEAD, REVISION
@@ -24,21 +24,28 @@ from .sampling import Sampler
 OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
-def generate(inputs=None, *, model, exit_head: str | None = None, controller: str | None = None, **kwargs):
+def generate(inputs=None, *, model, exit_head: str | None = None, controller: str | Controller | None = None, **kwargs):
     """`model.generate` with self-speculative decoding; returns ids [B, T] as plain `generate` does.
+
+    A controller given by name keeps what it learns from call to call; one given as an object is the caller's.
 
     Raises ValueError for a backbone the head does not belong to, an unknown controller, beams, or a request
     for anything but ids.
     """
     kwargs.pop("use_model_defaults", None)
     backbone, config = _engine(model, exit_head or HEAD, None if exit_head else REVISION)
-    decide = make_controller(controller or config.get("controller", "fixed:2"))
+    if controller is None or isinstance(controller, str):
+        name = controller or config.get("controller", "thompson")
+        make_controller(name)  # a wrong name is refused before anything is computed
+    else:
+        name = None
     # transformers 5.23 hands neither of these two to a callable, so they are taken from the call itself.
     streamer = kwargs.get("streamer")
     _stop_at_strings(kwargs)
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         _refuse(generation_config)
+        decide = controller if name is None else _remembered(backbone, name, not generation_config.do_sample)
         own = [c for c in stopping_criteria if type(c).__name__ not in OWN_CRITERIA]
         end = generation_config.eos_token_id
         ends = frozenset([end] if isinstance(end, int) else [] if end is None else torch.as_tensor(end).tolist())
@@ -79,6 +86,14 @@ def _engine(model, source: str | None, revision: str | None) -> tuple[SplitBackb
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
         known[key] = SplitBackbone(model, head), config
     return known[key]
+
+
+def _remembered(backbone: SplitBackbone, name: str, greedy: bool) -> Controller:
+    """The controller of this name that has served this head so far; greedy and sampled texts have one each."""
+    known = backbone.__dict__.setdefault("_controllers", {})
+    if (name, greedy) not in known:
+        known[name, greedy] = make_controller(name, greedy=greedy)
+    return known[name, greedy]
 
 
 def _stop_at_strings(kwargs: dict[str, Any]) -> None:

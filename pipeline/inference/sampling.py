@@ -54,9 +54,7 @@ class Sampler:
 
     def draw(self, logits_V: Tensor) -> int:
         """A token from processed logits."""
-        if self.greedy:
-            return int(logits_V.argmax())
-        return int(torch.multinomial(logits_V.softmax(-1), 1, generator=self.generator))
+        return int(logits_V.argmax()) if self.greedy else self._draw(logits_V.softmax(-1))
 
     def accept(self, drafted: list[int], q_logits: list[Tensor], p_logits_MV: Tensor) -> tuple[int, int]:
         """(accepted, bonus token) of a round, from processed logits; p has K+1 rows.
@@ -73,16 +71,21 @@ class Sampler:
         if drafted:
             q_KV = torch.stack(q_logits).softmax(-1)
             x_K1 = torch.tensor(drafted, device=p_MV.device)[:, None]
-            p_x, q_x = p_MV[:-1].gather(1, x_K1)[:, 0], q_KV.gather(1, x_K1)[:, 0]
-            u_K = torch.rand(len(drafted), generator=self.generator, device=p_MV.device, dtype=p_x.dtype)
-            rejected = (u_K * q_x >= p_x).tolist()
-            if True in rejected:
-                first = rejected.index(True)
+            accepted = self._coins((p_MV[:-1].gather(1, x_K1) / q_KV.gather(1, x_K1))[:, 0])
+            if False in accepted:
+                first = accepted.index(False)
                 return first, self._draw(residual(p_MV[first], q_KV[first]))
         return len(drafted), self._draw(p_MV[-1])
 
+    # All randomness of a text passes through these two, so that a proof can enumerate it (tests/test_exact.py).
+
     def _draw(self, weights_V: Tensor) -> int:
         return int(torch.multinomial(weights_V, 1, generator=self.generator))
+
+    def _coins(self, chance_K: Tensor) -> list[bool]:
+        """Independent coins that show True with these chances; above 1 is always."""
+        u_K = torch.rand(len(chance_K), generator=self.generator, device=chance_K.device, dtype=chance_K.dtype)
+        return (u_K < chance_K).tolist()
 
 
 def residual(p_V: Tensor, q_V: Tensor) -> Tensor:

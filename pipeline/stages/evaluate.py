@@ -92,7 +92,9 @@ def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: Encoded, e
         for n, names in ((0, [BASELINE]), *((n, config.controllers) for n in engines))
         for name in names
     ]
-    deciders = {m: make_controller(m.controller, run.config.seed) for m in methods if m.exit_layer}
+    deciders = {
+        m: make_controller(m.controller, run.config.seed, m.temperature == 0) for m in methods if m.exit_layer
+    }
     any_engine = next(iter(engines.values()))
 
     def decode(method: Method, ids: list[int], seed: int, max_new_tokens: int):

@@ -1,0 +1,181 @@
+"""The cost-aware Thompson-sampling controller, our default: draft while it is expected to pay, by the clock.
+
+Takes the head's confidence and finished rounds with their times, gives yes or no. A round is renewed like any
+other, so tokens per second are largest when every decision raises tokens - rate * seconds, `rate` being what the
+decoder reaches in the long run (docs/control.md derives it). Knows nothing of models or tokens.
+"""
+
+import random
+from typing import Any
+
+from .controllers import Confidence, Round
+
+BINS = 8
+LIMIT = 8
+PRIOR = 2.0
+"""Weight of the prior, in drafts: a bin's acceptance is thought to be its confidence until seen."""
+MEMORY = 0.999
+"""What a round leaves of the counts of earlier rounds: acceptance changes with the text."""
+RATE_MEMORY = 0.99
+
+
+class Average:
+    """Running mean that turns into an exponential one; a single outlier moves it little."""
+
+    def __init__(self, value: float = 0.0, count: int = 0):
+        self.value, self.count = value, count
+
+    def add(self, x: float) -> None:
+        if self.count >= 2 and self.value > 0:
+            x = min(x, 3 * self.value)  # the machine was away, not the work longer
+        self.count += 1
+        self.value += (x - self.value) * max(1 / self.count, 0.03)
+
+
+class Costs:
+    """Seconds of each part of a round, measured on the rounds themselves.
+
+    A synthetic benchmark is a third off on CPUs: caches are warm there and cold here.
+    """
+
+    def __init__(self) -> None:
+        self.shallow, self.head, self.rest = Average(), Average(), Average()
+        self.verify: dict[int, Average] = {}
+
+    def observe(self, round: Round) -> None:
+        self.shallow.add(round.shallow_seconds / (round.drafted + 1))
+        if round.head_passes:
+            self.head.add(round.head_seconds / round.head_passes)
+        self.verify.setdefault(round.drafted + 1, Average()).add(round.verify_seconds)
+        parts = round.shallow_seconds + round.head_seconds + round.verify_seconds
+        self.rest.add(max(0.0, round.seconds - parts))
+
+    def rounds(self, limit: int) -> list[float]:
+        """C(k), seconds of a round of k drafts, for k = 0..limit: k+1 shallow passes, k of the head, one verify."""
+        fixed = self.rest.value + self.shallow.value
+        step = self.shallow.value + self.head.value
+        return [fixed + k * step + self.verify_seconds(k + 1) for k in range(limit + 1)]
+
+    def verify_seconds(self, width: int) -> float:
+        """Measured, or on the line through the two nearest measured widths (their mean if only one is known)."""
+        if width in self.verify:
+            return self.verify[width].value
+        known = sorted(self.verify)
+        if len(known) < 2:
+            return self.verify[known[0]].value if known else 0.0
+        above = next((i for i, w in enumerate(known) if w > width), len(known) - 1)
+        low, high = known[max(0, above - 1)], known[max(1, above)]
+        slope = max(0.0, (self.verify[high].value - self.verify[low].value) / (high - low))
+        return self.verify[low].value + slope * (width - low)
+
+
+class Thompson:
+    """Sampled acceptances per confidence bin, measured costs, look-ahead over several drafts.
+
+    Each round draws theta_b ~ Beta(a_b, b_b) for every bin b of confidence. With P the product of the theta of the
+    drafts made, C(k) the seconds of a round with k drafts, h those of a head pass, abar the mean theta over bins as
+    they occur, and rate the running tokens per second (never below 1 / C(0), which needs no drafting):
+      worth(k, a) = max over j >= 1 of  P a (1 + abar + ... + abar^(j-1)) - rate (C(k+j) - C(k) - h)
+      draft, q known, its pass paid:   go on iff worth(k, theta_bin) > 0
+      peek, q not known:               look iff  E_b[max(0, worth(k, theta_b))] > rate h
+    Refusing the first peek is K = 0, one autoregressive token. It teaches nothing about drafting, so one such round
+    in sqrt(100 + n) drafts all the same. The first rounds walk through the widths to measure C.
+    """
+
+    calibration = (0, 1, 2, 4, 3, 8, 6)
+
+    def __init__(self, greedy: bool = True, seed: int = 0, limit: int = LIMIT, costs: Costs | None = None):
+        self.greedy, self.limit = greedy, limit
+        self.random = random.Random(seed)
+        self.prior = [(PRIOR * (b + 0.5) / BINS, PRIOR * (1 - (b + 0.5) / BINS)) for b in range(BINS)]
+        self.counts = [list(p) for p in self.prior]
+        self.seen = [1.0] * BINS
+        """How often q fell into each bin, discounted."""
+        self.costs = costs or Costs()
+        self.tokens = self.seconds = 0.0
+        self.rounds = 0
+        self.plan = [] if costs else [k for _ in range(2) for k in self.calibration if k <= limit]
+        """Lengths of the next rounds, as long as costs are being measured."""
+        self._begin()
+
+    # ---- decisions
+
+    def peek(self, k: int) -> bool:
+        if k == 0:
+            self._begin()
+        if k >= self.limit or self.forced is not None:
+            return k < (self.forced if self.forced is not None else self.limit)
+        needed = sum(self.seen) * self.rate * self.costs.head.value
+        for b in reversed(range(BINS)):  # the confident bins decide most cases alone
+            needed -= self.seen[b] * max(0.0, self._worth(k, self.theta[b]))
+            if needed < 0:
+                return True
+        if k == 0 and self.random.random() < (100 + self.rounds) ** -0.5:
+            self.forced = 1
+            return True
+        return False
+
+    def draft(self, k: int, confidence: Confidence) -> bool:
+        b = min(BINS - 1, int(self.signal(confidence) * BINS))
+        self.seen[b] += 1
+        if self.forced is None and self._worth(k, self.theta[b]) <= 0:
+            return False
+        self.product *= self.theta[b]
+        self.bins.append(b)
+        return True
+
+    def signal(self, confidence: Confidence) -> float:
+        """What predicts acceptance, in [0, 1]."""
+        return confidence.top
+
+    def _begin(self) -> None:
+        self.bins: list[int] = []
+        self.product = 1.0
+        self.forced: int | None = self.plan.pop(0) if self.plan else None
+        self.theta = [self.random.betavariate(a, b) for a, b in self.counts]
+        mean = sum(n * t for n, t in zip(self.seen, self.theta, strict=True)) / sum(self.seen)
+        self.chains = [1.0]
+        for _ in range(self.limit - 1):
+            self.chains.append(1 + mean * self.chains[-1])
+        self.times = self.costs.rounds(self.limit)
+        alone = 1 / self.times[0] if self.times[0] > 0 else 0.0
+        self.rate = max(alone, self.tokens / self.seconds if self.seconds > 0 else 0.0)
+
+    def _worth(self, k: int, acceptance: float) -> float:
+        reach, rate, spent = self.product * acceptance, self.rate, self.times[k] + self.costs.head.value
+        return max(
+            [reach * g - rate * (c - spent) for g, c in zip(self.chains, self.times[k + 1 :], strict=False)]
+        )
+
+    # ---- learning
+
+    def observe(self, round: Round) -> None:
+        for count, prior in zip(self.counts, self.prior, strict=True):
+            count[0] += (1 - MEMORY) * (prior[0] - count[0])
+            count[1] += (1 - MEMORY) * (prior[1] - count[1])
+        self.seen = [max(1e-3, MEMORY * n) for n in self.seen]
+        for i, b in enumerate(self.bins[: round.accepted + 1]):  # behind the first rejected draft nothing was tested
+            self.counts[b][i >= round.accepted] += 1
+        self.bins = []
+        self.rounds += 1
+        self.costs.observe(round)
+        self.tokens = RATE_MEMORY * self.tokens + round.tokens
+        self.seconds = RATE_MEMORY * self.seconds + round.seconds
+
+    # ---- to keep
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned about the head, as plain JSON. Times are left out: they belong to a machine."""
+        return {"kind": "thompson", "greedy": self.greedy, "counts": [list(c) for c in self.counts],
+                "seen": list(self.seen), "rounds": self.rounds}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for a state that is not of this kind of controller."""
+        same = state.get("kind") == "thompson" and state.get("greedy") == self.greedy
+        if not same or len(state.get("counts", [])) != BINS or len(state.get("seen", [])) != BINS:
+            raise ValueError(
+                f"controller state of kind={state.get('kind')}, greedy={state.get('greedy')}: thompson with "
+                f"greedy={self.greedy} and {BINS} bins is needed"
+            )
+        self.counts = [list(map(float, c)) for c in state["counts"]]
+        self.seen, self.rounds = list(map(float, state["seen"])), int(state["rounds"])

@@ -1,0 +1,193 @@
+"""Losslessness in closed form: every way a decode can go is run, and the law of the text must be the backbone's.
+
+The real decoder, sampler and controllers run on random tables in place of a network. The sampler's draws and
+coins are taken from a script; running all scripts with their probabilities gives the exact joint of the first
+tokens. A controller's own randomness is fixed by its seed: what holds for every stream holds for their mean.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from cheats import Discards, LooksAtAcceptDraw, with_pending
+
+from pipeline.inference import decoding
+from pipeline.inference.controllers import make_controller
+from pipeline.inference.decoding import Request, self_speculative
+from pipeline.inference.sampling import Sampler
+from pipeline.inference.thompson import Costs, Thompson
+
+PROMPT = [1]
+
+
+class Tables:
+    """Stands for SplitBackbone: p and q of every prefix are random logits; a hidden state is the prefix itself."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, vocabulary: int, seed: int):
+        self.v, self.seed, self.known = vocabulary, seed, {}
+
+    def table(self, kind: int, prefix: tuple[int, ...]):
+        if (kind, prefix) not in self.known:
+            generator = torch.Generator().manual_seed(hash((self.seed, kind, prefix)) % 2**40)
+            self.known[kind, prefix] = 1.5 * torch.randn(self.v, generator=generator, dtype=torch.float64)
+        return self.known[kind, prefix]
+
+    def new_cache(self, length: int):
+        self.text = []
+        return Positions()
+
+    def shallow(self, ids, base, cache) -> None:
+        self.text[base:] = ids
+
+    def deep(self, base, end, cache):
+        return [tuple(self.text[: i + 1]) for i in range(base, end)]
+
+    def logits(self, prefixes):
+        return torch.stack([self.table(0, prefix) for prefix in prefixes])
+
+    def draft_logits(self, end, cache):
+        return self.table(1, tuple(self.text[:end]))
+
+
+class Positions:
+    length = 0
+
+    def commit(self, length: int) -> None:
+        self.length = length
+
+
+class Scripted(Sampler):
+    """Takes each decision from `script`, the first possible one beyond it; notes how many there were."""
+
+    def start(self, script: list[int]) -> None:
+        self.script, self.taken, self.options, self.probability = script, [], [], 1.0
+
+    def _choose(self, chances: list[float]) -> int:
+        possible = [i for i, c in enumerate(chances) if c > 0]
+        at = len(self.taken)
+        choice = self.script[at] if at < len(self.script) else 0
+        self.taken.append(choice)
+        self.options.append(len(possible))
+        self.probability *= chances[possible[choice]]
+        return possible[choice]
+
+    def _draw(self, weights_V) -> int:
+        return self._choose((weights_V / weights_V.sum()).tolist())
+
+    def _coins(self, chance_K) -> list[bool]:
+        """What matters is the first coin that shows False."""
+        chances, reached = [], 1.0
+        for a in chance_K.clamp(max=1).tolist():
+            chances.append(reached * (1 - a))
+            reached *= a
+        first = self._choose([*chances, reached])
+        return [i < first for i in range(len(chance_K))]
+
+
+def joint(decode, sampler, length: int) -> dict[tuple[int, ...], float]:
+    """Exact probabilities of the first `length` tokens over all scripts of `decode()`."""
+    total: dict[tuple[int, ...], float] = {}
+    script: list[int] | None = []
+    while script is not None:
+        sampler.start(script)
+        text = tuple(decode()[:length])
+        total[text] = total.get(text, 0.0) + sampler.probability
+        script = None
+        for at in reversed(range(len(sampler.taken))):  # the next script in order, like the digits of a counter
+            if sampler.taken[at] + 1 < sampler.options[at]:
+                script = [*sampler.taken[:at], sampler.taken[at] + 1]
+                break
+    return total
+
+
+def backbones_own(tables: Tables, sampler: Sampler, length: int) -> dict[tuple[int, ...], float]:
+    law = {}
+    for text in itertools.product(range(tables.v), repeat=length):
+        law[text] = 1.0
+        for i in range(length):
+            row = tables.table(0, (*PROMPT, *text[:i]))[None]
+            law[text] *= float(sampler.shape(row, PROMPT, list(text[:i])).softmax(-1)[0, text[i]])
+    return law
+
+
+def distance(tables, sampler, controller, new: int, compared: int) -> float:
+    """Largest difference of any text's probability; the controller starts each text as it is given."""
+
+    def decode():
+        mine = controller if hasattr(controller, "sampler") else copy.deepcopy(controller)
+        return self_speculative(tables, Request(PROMPT, new), sampler, mine).tokens
+
+    found = joint(decode, sampler, compared)
+    assert abs(sum(found.values()) - 1) < 1e-9
+    return max(abs(found.get(text, 0.0) - p) for text, p in backbones_own(tables, sampler, compared).items())
+
+
+@pytest.fixture(autouse=True)
+def counting_clock(monkeypatch):
+    """Time enters thompson's decisions; here it must be the same in every replay."""
+    monkeypatch.setattr(decoding, "_clock", lambda backbone: itertools.count().__next__)
+
+
+def experienced(seed: int) -> Thompson:
+    """Past its calibration, with something learned: peeks and drafts are both refused at times."""
+    costs = Costs()
+    costs.shallow.add(0.5), costs.head.add(0.5), costs.rest.add(1)
+    for width in (1, 2, 4):
+        costs.verify[width] = copy.deepcopy(costs.rest)
+        costs.verify[width].add(5 + width)
+    controller = Thompson(greedy=False, seed=seed, costs=costs)
+    controller.counts = [[2.0, 6.0] if b < 6 else [8.0, 2.0] for b in range(8)]
+    return controller
+
+
+CONTROLLERS = {
+    **{f"fixed:{k}": lambda k=k: make_controller(f"fixed:{k}") for k in range(5)},
+    "confidence": lambda: make_controller("confidence:0.6"),
+    "entropy": lambda: make_controller("entropy:0.68"),
+    **{f"{n}, seed {s}": lambda n=n, s=s: make_controller(n, s)
+       for n in ("beta", "calibration", "calibration:shift") for s in (0, 1)},
+    "thompson, calibrating": lambda: make_controller("thompson", 0, greedy=False),
+    **{f"thompson, seed {s}": lambda s=s: experienced(s) for s in (0, 1, 2)},
+}  # fmt: skip
+SHAPES = {"plain": {}, "T=0.7, top-p 0.8": {"temperature": 0.7, "top_p": 0.8}, "top-k 2": {"top_k": 2}}
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_five_tokens_have_the_backbones_joint_law(name: str) -> None:
+    sampler = Scripted(temperature=1.0)
+    assert distance(Tables(2, seed=3), sampler, CONTROLLERS[name](), new=5, compared=5) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", ["fixed:2", "confidence", "calibration:shift, seed 1", "thompson, seed 1"])
+def test_three_token_vocabulary_and_processors(name: str, shape: str) -> None:
+    sampler = Scripted(**({"temperature": 1.0} | SHAPES[shape]))
+    assert distance(Tables(3, seed=5), sampler, CONTROLLERS[name](), new=4, compared=4) < 1e-6
+
+
+def test_four_drafts_in_one_round() -> None:
+    sampler = Scripted(temperature=1.0)
+    assert distance(Tables(2, seed=4), sampler, make_controller("fixed:4"), new=6, compared=5) < 1e-6
+
+
+def test_experienced_thompson_uses_all_its_freedom() -> None:
+    """The proof above would be empty if it always drafted the same number."""
+    tables, sampler, drafted = Tables(2, seed=3), Sampler(1.0, generator=torch.Generator().manual_seed(0)), set()
+    for seed in range(30):
+        out = self_speculative(tables, Request(PROMPT, 12), sampler, experienced(seed))
+        drafted |= {(r.drafted, r.head_passes > r.drafted) for r in out.rounds}
+    assert {k for k, _ in drafted} >= {0, 1, 2} and {refused for _, refused in drafted} == {True, False}
+
+
+def test_a_controller_that_discards_a_sampled_token_is_caught() -> None:
+    sampler = with_pending(Scripted)(temperature=1.0)
+    assert distance(Tables(2, seed=3), sampler, Discards(sampler, 0.4), new=5, compared=5) > 1e-3
+
+
+def test_a_controller_that_looks_at_the_accept_draw_is_caught() -> None:
+    tables, sampler = Tables(2, seed=3), with_pending(Scripted)(temperature=1.0)
+    cheat = LooksAtAcceptDraw(sampler, lambda: tables.table(0, tuple(tables.text)).softmax(-1))
+    assert distance(tables, sampler, cheat, new=5, compared=5) > 1e-3
