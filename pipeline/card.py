@@ -11,7 +11,7 @@ import torch
 import transformers
 import yaml
 
-from . import report
+from . import plots, report
 from .backbones import public_name
 from .config import Config
 
@@ -55,7 +55,7 @@ def render(results: dict[str, Any], config: Config) -> str:
             *(f"> - {r}" for r in results["gate"]["reasons"]),
             "",
         ]
-    for t in report.temperatures(results):
+    for t in plots.temperatures(results):
         lines += [
             f"## Temperature {t:g}",
             "",

@@ -104,7 +104,8 @@ class Evaluate:
     top_k: int = option(0, "applied to backbone and exit head alike; 0 = off")
     top_p: float = option(1.0, "applied to backbone and exit head alike; 1 = off")
     controllers: list[str] = option(
-        ["fixed:1", "fixed:2", "fixed:3", "fixed:4", "beta"], "who decides how many tokens to draft"
+        ["thompson", "fixed:1", "fixed:2", "fixed:4", "beta"],
+        "who decides how many tokens to draft: thompson, fixed:K, confidence:T, entropy:T, beta, calibration",
     )
     repeats: int = option(1, "interleaved passes over the prompts")
     threads: int = option(1, "CPU threads while decoding: one token at a time rarely profits from more")

@@ -40,7 +40,7 @@ def summarise(generations: pd.DataFrame, rounds: pd.DataFrame) -> list[dict[str,
 
     generations: exit_layer (0 for the baseline), temperature, controller, prompt, repeat, tokens (list),
     seconds, finish_reason. rounds: exit_layer, temperature, controller, prompt, repeat, drafted, accepted,
-    tokens, seconds, shallow_seconds, head_seconds, verify_seconds.
+    tokens, head_passes, seconds, shallow_seconds, head_seconds, verify_seconds.
     """
     generations = generations.assign(length=generations.tokens.map(len), loop=generations.tokens.map(first_loop))
     entries = []
@@ -67,10 +67,11 @@ def summarise(generations: pd.DataFrame, rounds: pd.DataFrame) -> list[dict[str,
 def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
     """Mean time of each part of a round, in units of one autoregressive token.
 
-    shallow and head per call, verify per width (tokens verified in one pass), rest per round.
+    shallow and head per call, verify per width (tokens verified in one pass), rest per round. target_efficiency:
+    verification of the smallest width over that of each (MoESD, Huang et al., 2025); 1 where more tokens are free.
     """
     parts = rounds.shallow_seconds + rounds.head_seconds + rounds.verify_seconds
-    calls = max(1, int(rounds.drafted.sum()))
+    calls = max(1, int(rounds.head_passes.sum()))
     verify = rounds.groupby(rounds.drafted + 1).verify_seconds.mean() / token_seconds
     return {
         "unit_seconds": token_seconds,
@@ -78,6 +79,7 @@ def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
         "head": float(rounds.head_seconds.sum() / calls / token_seconds),
         "verify": {int(width): round(float(cost), 4) for width, cost in verify.items()},
         "rest": float((rounds.seconds - parts).mean() / token_seconds),
+        "target_efficiency": {int(w): round(float(verify.iloc[0] / cost), 4) for w, cost in verify.items()},
     }
 
 
@@ -94,6 +96,22 @@ def predicted_speedup(k: int, rates: list[float], costs: dict[str, Any]) -> floa
     """
     tokens = 1 + float(np.cumprod(rates[:k]).sum())
     return tokens / ((k + 1) * costs["shallow"] + k * costs["head"] + costs["verify"][k + 1] + costs["rest"])
+
+
+def time_per_token(rounds: pd.DataFrame, token_seconds: float) -> dict[str, float]:
+    """Where the time of a committed token goes, in units of one autoregressive token; the sum is 1 / speedup."""
+    tokens = rounds.tokens.sum() * token_seconds
+    parts = {name: float(rounds[f"{name}_seconds"].sum() / tokens) for name in ("shallow", "head", "verify")}
+    return parts | {"rest": float(rounds.seconds.sum() / tokens) - sum(parts.values())}
+
+
+def _task(base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
+    """Speedup on the prompts of one task."""
+    ours = rows.groupby("prompt")[["length", "seconds"]].sum()
+    theirs = base.groupby("prompt")[["length", "seconds"]].sum().loc[ours.index]
+    columns = [x.to_numpy() for x in (ours["length"], ours.seconds, theirs["length"], theirs.seconds)]
+    speedup, ci = interval(lambda n, s, m, t: (n / s) / (m / t), *columns)
+    return {"prompts": len(ours), "speedup": speedup, "speedup_ci95": ci}
 
 
 def _seconds_per_token(rows: pd.DataFrame) -> float:
@@ -133,10 +151,14 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
         "conditional_rates": conditional_rates(rounds),
         "marginal_rates": marginal,
         "drafted_histogram": {int(k): int(n) for k, n in histogram.items()},
+        "time_per_token": time_per_token(rounds, _seconds_per_token(base)),
         "rounds": len(rounds),
         "tokens": int(ours["length"].sum()),
+        "tasks": {task: _task(base[base.task == task], part) for task, part in rows.groupby("task", sort=False)},
     }
+    # every token but the first of each text comes from a round
     assert abs(figures["acceptance_length"] - 1 - sum(marginal)) < 1e-9
+    assert figures["tokens"] == int(rounds.tokens.sum()) + len(rows)
     if name.startswith("fixed:"):
         figures["predicted_speedup"] = _cross_predicted(int(name.split(":")[1]), base, rounds)
     return figures

@@ -10,13 +10,12 @@ import torch
 from pipeline.inference.controllers import (
     Beta,
     Calibration,
-    Confidence,
     ConfidenceStop,
     EntropyStop,
     Fixed,
-    Round,
     make_controller,
 )
+from pipeline.inference.rounds import Confidence, Round
 from pipeline.inference.thompson import Costs, Thompson
 
 

@@ -32,7 +32,9 @@ def test_results_hold_the_contract(run) -> None:
         "heads",
         "best",
     } <= results.keys()
-    assert results["lossless"]["greedy"] == {"prompts": 4, "texts": 16, "identical": 16, "divergences": []}
+    assert results["lossless"]["greedy"] == {
+        "prompts": 4, "texts": 16, "identical": 16, "divergences": [], "passed": True
+    }  # fmt: skip
     assert {(h["exit_layer"], h["temperature"]) for h in results["heads"]} == {(2, 0.0), (3, 0.0), (2, 1.0), (3, 1.0)}
     perfect = next(h for h in results["heads"] if h["exit_layer"] == 3)["controllers"]["fixed:2"]
     assert perfect["conditional_rates"][0] == 1, "after L-1 layers the copied last layer is the backbone itself"
@@ -54,7 +56,9 @@ def test_tables_agree(run) -> None:
 def test_report_is_there(run) -> None:
     text = (run / "report" / "report.md").read_text()
     assert "Lossless: yes: 16 of 16" in text and "| 2 | fixed:2 |" in text
-    assert {p.name for p in (run / "report").iterdir()} == {"report.md", "speedup.png", "acceptance.png"}
+    assert {p.name for p in (run / "report").iterdir()} == {
+        "report.md", "index.html", "speedup.png", "time.png", "acceptance.png", "drafted.png"
+    }  # fmt: skip
 
 
 def test_a_second_run_does_nothing_and_another_config_is_refused(run, tmp_path, capsys) -> None:
@@ -92,7 +96,7 @@ def test_bad_input(tmp_path) -> None:
     with pytest.raises(UserError, match="holds no exit head: run distill first"):
         evaluate.run(run)
     plant_heads(run, 2)
-    with pytest.raises(UserError, match=r"evaluate.controllers=\['fixd:2'\].*must be fixed:K"):
+    with pytest.raises(UserError, match=r"evaluate.controllers=\['fixd:2'\].*must be thompson, fixed:K"):
         evaluate.run(make_run(tmp_path, "evaluate.controllers=[fixd:2]"))
     with pytest.raises(UserError, match=r"does not fit into the context of 256.*too_long=drop"):
         evaluate.run(make_run(tmp_path, "evaluate.max_new_tokens=250"))

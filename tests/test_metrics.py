@@ -10,7 +10,7 @@ from pipeline.metrics import BASELINE, conditional_rates, cost_table, first_loop
 def round_row(prompt: str, j: int, drafted: int, accepted: int, **more) -> dict:
     row = {
         "exit_layer": 2, "temperature": 0.0, "controller": "fixed:2", "prompt": prompt, "repeat": 0, "round": j,
-        "drafted": drafted, "accepted": accepted, "tokens": accepted + 1, "seconds": 2.0,
+        "drafted": drafted, "accepted": accepted, "tokens": accepted + 1, "head_passes": drafted, "seconds": 2.0,
         "shallow_seconds": 0.3, "head_seconds": 0.2, "verify_seconds": 1.0,
     }  # fmt: skip
     return row | more
@@ -84,8 +84,8 @@ def test_summary_of_a_perfect_head() -> None:
 def test_speedup_before_the_loop_leaves_the_loop_out() -> None:
     """A text that repeats one token from position 4 on: only the rounds before it count."""
     generations, rounds = tables()
-    looping = [0, 1, 2, 3] + [9] * 20
-    long = [generation("a", BASELINE, looping, 24.0), generation("a", "fixed:2", looping, 100.0)]
+    looping = [0, 1, 2, 3] + [9] * 21
+    long = [generation("a", BASELINE, looping, 25.0), generation("a", "fixed:2", looping, 100.0)]
     generations = pd.concat([generations[generations.prompt == "b"], pd.DataFrame(long)], ignore_index=True)
     first = [round_row("a", 0, 2, 2), round_row("a", 1, 2, 2)]  # 7 tokens in 4 s
     slow = [round_row("a", 2 + j, 2, 2, seconds=16.0) for j in range(6)]

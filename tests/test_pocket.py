@@ -107,6 +107,11 @@ def test_cutting():
     docstring = head + '\n        """How large it is.\n\n        In bytes.\n        """'
     assert [text for kind, text in found if kind == "docstring"] == [docstring]
     openings = [text for kind, text in found if kind == "opening"]
+    assert list(cutting.continuations(MODULE)) == [head, wait]
+    assert (
+        cutting.continuations(MODULE)[wait]
+        == "\n        # first of all\n        if self:\n            pass\n        return 2\n"
+    )
     assert openings and all(MODULE.startswith(text + "\n") for text in openings)
 
 
@@ -122,8 +127,10 @@ def test_notice_carries_the_licence():
 
 
 def test_training_writes_a_checkpoint_that_the_checks_can_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.nn.Module.compile", lambda self: None)  # a minute of compilation proves nothing here
-    monkeypatch.setattr(checks, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(
+        "torch.nn.Module.compile", lambda self: None
+    )  # a minute of compilation proves nothing here
+    monkeypatch.setattr(checks, "MAX_NEW_TOKENS", 8)
     text = "def f(x):\n    return x + 1\n\n" * 200
     sources = {"train": {"a.py": text}, "distill": {}, "evaluate": {"b.py": text}}
     tokenizer = recipe.train_tokenizer([text], 300)
@@ -132,24 +139,26 @@ def test_training_writes_a_checkpoint_that_the_checks_can_read(tmp_path, monkeyp
     for folder in folders:
         recipe.train(chosen, tokenizer, {k: list(v.values()) for k, v in sources.items()}, folder, "cpu")
     monkeypatch.setattr(corpus, "modules", lambda stdlib=None: sources)
-    monkeypatch.setattr(checks, "heads", lambda count: ["def f(x):\n"] * 3)
+    monkeypatch.setattr(checks, "heads", lambda count: ["def f(x):"] * 3)
+    monkeypatch.setattr(cutting, "SHORTEST_BODY", 1)
     result = checks.run(*folders)
     assert result == json.loads((folders[0] / "checks.json").read_text())
     assert result["held_out_loss"]["gain"] == 0 and result["held_out_loss"]["backbone"] > 0
-    assert set(result["parse_share"]) == {str(t) for t in checks.TEMPERATURES}
+    assert set(result["parse_share"]) == {*(str(t) for t in checks.TEMPERATURES), "library"}
+    assert result["parse_share"]["library"]["function"] == 1, "what stands in the module is Python"
     checks.plot_curves(folders, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
-def test_what_counts_as_parsing(monkeypatch):
+def test_what_counts_as_parsing():
     completions = {
         "def a():": "\n    return 1\n    half a li",
         "class B:\n    def b():": "\n        pass\n\n    def c(:\n",  # the next function is no longer this one
         "def c():": "\n    return (1,\n            2",
         "def d():": "no line at all",
     }
-    monkeypatch.setattr(checks, "complete", lambda model, tokenizer, prompts, t: [completions[p] for p in prompts])
-    assert checks.parse_share(None, None, list(completions), 1.0) == 0.5
+    found = checks.parse_share(list(completions), list(completions.values()))
+    assert found == {"function": 0.5, "last_line": 0.25}
 
 
 # ---- the weights that are shipped
@@ -197,7 +206,8 @@ def test_recorded_checks_meet_their_floors():
     assert record["weights_sha256"] == checks.weights_sha256(pocket.BACKBONE), (
         "run python -m pipeline.pocket check anew"
     )
-    assert record["parse_share"]["0.7"] >= 0.5, "half of its functions, sampled at temperature 0.7, are Python"
+    share = record["parse_share"]["0.7"]["function"]
+    assert share >= 0.5, "half of its functions, sampled at temperature 0.7, are Python"
     assert record["held_out_loss"]["gain"] >= 0.15, "nats per token below the shallow twin: depth is not for show"
     training = json.loads((pocket.BACKBONE / "training.json").read_text())
     assert abs(training["held_out_loss"] - record["held_out_loss"]["backbone"]) < 0.02, "bf16 weights lose little"

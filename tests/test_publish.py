@@ -119,7 +119,7 @@ def test_sampling_is_seeded_and_streaming_streams(served, run, capsys) -> None:
 def test_clear_errors(served) -> None:
     model, inputs, hub = served
     ours = {"custom_generate": hub, "trust_remote_code": True, "max_new_tokens": 4}
-    with pytest.raises(ValueError, match="must be fixed:K"):
+    with pytest.raises(ValueError, match="must be thompson, fixed:K"):
         model.generate(**inputs, **ours, controller="fast")
     with pytest.raises(ValueError, match="num_beams=2"):
         model.generate(**inputs, **ours, num_beams=2)
@@ -131,15 +131,19 @@ def test_clear_errors(served) -> None:
 def test_the_gate_names_every_reason() -> None:
     good = {
         "dtype": "float32",
-        "lossless": {"greedy": {"prompts": 4, "texts": 8, "identical": 8, "divergences": []}},
+        "lossless": {
+            "greedy": {"prompts": 4, "texts": 8, "identical": 8, "divergences": [], "passed": True},
+            "sampling": None,
+        },
         "best": {"exit_layer": 2, "controller": "beta", "speedup_ci95": [1.2, 1.4]},
     }
     assert gate(good, 1.0) == []
     slow = good | {"best": good["best"] | {"speedup_ci95": [0.99, 1.4]}}
-    wrong = slow | {"lossless": {"greedy": good["lossless"]["greedy"] | {"identical": 7}}}
-    assert [r.split(":")[0] for r in gate(wrong, 1.0)] == ["lossless", "speedup"]
+    greedy = good["lossless"]["greedy"] | {"identical": 7, "passed": False}
+    wrong = slow | {"lossless": {"greedy": greedy, "sampling": {"passed": False, "p_value": 1e-9}}}
+    assert [r.split(":")[0] for r in gate(wrong, 1.0)] == ["lossless", "lossless", "speedup"]
     assert "begins at 0.990" in gate(slow, 1.0)[0]
-    assert "nothing greedy" in gate(good | {"lossless": {"greedy": None}}, 1.0)[0]
+    assert "nothing greedy" in gate(good | {"lossless": {"greedy": None, "sampling": None}}, 1.0)[0]
 
 
 def test_a_refused_head_is_not_written_unless_forced(run, tmp_path) -> None:

@@ -14,8 +14,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from pipeline.inference import decoding
 from pipeline.inference.backbone import SplitBackbone
-from pipeline.inference.controllers import Beta, Fixed
+from pipeline.inference.controllers import Fixed, make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.sampling import Sampler, residual
 
@@ -93,13 +94,29 @@ PROMPT3 = [1, 4, 2]
 
 
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9)])
-@pytest.mark.parametrize("controller", ["autoregressive", "fixed:1", "fixed:3", "beta"])
-def test_sampled_text_has_the_backbones_law(tmp_path, temperature: float, top_p: float, controller: str) -> None:
-    """Chi-square of the joint of three tokens, vocabulary 5; fixed seeds; 0.1 % Bonferroni over the 8 cases."""
+@pytest.mark.parametrize(
+    "controller",
+    [
+        "autoregressive",
+        "fixed:1",
+        "fixed:3",
+        "confidence:0.4",
+        "entropy:0.5",
+        "beta",
+        "calibration",
+        "thompson",
+    ],
+)
+def test_sampled_text_has_the_backbones_law(
+    tmp_path, monkeypatch, temperature: float, top_p: float, controller: str
+) -> None:
+    """Chi-square of the joint of three tokens, vocabulary 5; fixed seeds; 0.1 % Bonferroni over the 16 cases."""
+    # thompson reads the clock: one that counts makes its decisions, and so this text, the same every time
+    monkeypatch.setattr(decoding, "_clock", lambda backbone: itertools.count().__next__)
     model = load(tiny_backbone(tmp_path, vocab_size=5, num_hidden_layers=3, eos_token_id=None, pad_token_id=None))
     engine = SplitBackbone(model, head_for(model, 1))
     exact = joint_of_three(model, temperature, top_p).flatten()
-    decide = {"fixed:1": Fixed(1), "fixed:3": Fixed(3), "beta": Beta()}.get(controller)
+    decide = None if controller == "autoregressive" else make_controller(controller, greedy=False)
     sampler = Sampler(temperature, top_p=top_p, generator=torch.Generator().manual_seed(7))
     counts = torch.zeros(5**3, dtype=torch.float64)
     draws, rejected = 1500, 0
@@ -122,4 +139,4 @@ def test_sampled_text_has_the_backbones_law(tmp_path, temperature: float, top_p:
     statistic = ((observed - wanted) ** 2 / wanted).sum().item()
     freedom = len(observed) - 1
     z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5  # Wilson-Hilferty
-    assert z < 3.7, f"chi-square {statistic:.1f} of {freedom} degrees of freedom"
+    assert z < 3.84, f"chi-square {statistic:.1f} of {freedom} degrees of freedom"

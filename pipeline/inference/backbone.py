@@ -126,6 +126,17 @@ class SplitBackbone:
             self.num_layers + 1, self.kv_heads, max_length, self.head_dim, self.hidden, self.dtype, self.device
         )
 
+    def extra_bytes(self, length: int) -> dict[str, int]:
+        """Memory on top of autoregressive decoding: the head's weights; its keys, values and the stored hidden states
+        of `length` positions."""
+        w, size = self.layers[-1], self.embedding_VD.element_size()
+        tensors = [getattr(w, name) for name in LayerWeights.__slots__]
+        numbers = 2 * self.kv_heads * self.head_dim + self.hidden
+        return {
+            "head_bytes": sum(t.numel() * t.element_size() for t in tensors if t is not None),
+            "cache_bytes": numbers * length * size,
+        }
+
     def shallow(self, ids: list[int], base: int, cache: KVCache) -> None:
         """Run layers 1..N on tokens at positions base..; their hidden states stay in the cache."""
         ids_M = torch.tensor(ids, device=self.device)
@@ -174,6 +185,13 @@ class SplitBackbone:
         attended = self._attend(self._rotate(q_1HC, cos[-1:], sin[-1:]), keys, values, None)
         hidden_1D = self._mlp(w, self._out(w, attended, hidden_MD[-1:]))
         return self.logits(hidden_1D)[0]
+
+    def draft_logits_of_all(self, end: int, cache: KVCache) -> Tensor:
+        """The exit head's logits [end, V] behind each of the positions 0..end-1 at once, for analysis."""
+        slot = self.num_layers
+        hidden_MD = self._run(cache.hidden_TD[:end], slot, slot + 1, 0, cache)
+        cache.head_length = end
+        return self.logits(hidden_MD)
 
     # ---- the layer loop
 

@@ -1,4 +1,4 @@
-"""Who decides how many tokens to draft. One small interface, one class a rule; ours is in thompson.py.
+"""Who decides how many tokens to draft: one class a rule, and the name of each. Ours is in thompson.py.
 
 Takes what the condition of losslessness allows, gives yes or no: whether to draft token k+1 may depend on
 committed text, earlier rounds, this round's drafted tokens and their q, q of token k+1, and random numbers of
@@ -8,65 +8,13 @@ token is distributed as the backbone's whatever the controller's state (docs/con
 
 import math
 import random
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from collections.abc import Callable
 
-from torch import Tensor
+from .rounds import Confidence, Controller, Round
+from .thompson import Thompson
 
 LONGEST = 16
 """Drafts of a round at most, of the rules that have no limit of their own."""
-
-
-@dataclass(slots=True)
-class Round:
-    """What happened in one round."""
-
-    drafted: int = 0
-    accepted: int = 0
-    tokens: int = 0
-    """Committed: accepted plus the bonus token, less what an end token or the length limit cut off."""
-    head_passes: int = 0
-    """Drafted, plus one where the controller saw a distribution and did not draft from it."""
-    seconds: float = 0.0
-    shallow_seconds: float = 0.0
-    head_seconds: float = 0.0
-    verify_seconds: float = 0.0
-
-
-class Confidence:
-    """What the head's distribution q says of itself before anything is drawn from it; computed when it is read."""
-
-    def __init__(self, q_logits_V: Tensor):
-        self._logits_V = q_logits_V
-
-    @cached_property
-    def top(self) -> float:
-        """max q: of a greedy draft, the head's own estimate that it is right."""
-        return float(self._logits_V.softmax(-1).max())
-
-    @cached_property
-    def entropy(self) -> float:
-        """-sum q log q, in nats."""
-        log_q_V = self._logits_V.log_softmax(-1)
-        # a token that the processors forbid has q = 0 and log q = -inf, whose product is not a number
-        return -float((log_q_V.exp() * log_q_V.clamp_min(-1e4)).sum())
-
-
-class Controller(Protocol):
-    """Decides on-line; one object may serve many prompts and keeps what it learns."""
-
-    def peek(self, k: int) -> bool:
-        """After k drafts, before the exit head runs: is its next distribution worth computing?"""
-        ...
-
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        """The distribution of draft k+1 is known, nothing is drawn from it yet: draft it?"""
-        ...
-
-    def observe(self, round: Round) -> None:
-        """A round is over; learn from it."""
-        ...
 
 
 class Fixed:
@@ -197,9 +145,7 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
     `greedy` says how the text will be chosen: what predicts acceptance differs. Raises ValueError for another name
     or a parameter out of range.
     """
-    from .thompson import Thompson
-
-    kind, colon, argument = name.partition(":")
+    kind, _, argument = name.partition(":")
     if kind == "fixed" and argument.isdecimal():
         return Fixed(int(argument))
     if kind in ("confidence", "entropy"):
@@ -209,7 +155,7 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
             threshold = math.nan
         if 0 < threshold < 1:
             return (ConfidenceStop if kind == "confidence" else EntropyStop)(threshold)
-    plain = {
+    plain: dict[str, Callable[[], Controller]] = {
         "thompson": lambda: Thompson(greedy=greedy, seed=seed),
         "beta": lambda: Beta(seed=seed),
         "calibration": lambda: Calibration(seed=seed),

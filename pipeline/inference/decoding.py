@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from .backbone import SplitBackbone
-from .controllers import Confidence, Controller, Round
 from .kv_cache import KVCache
+from .rounds import Confidence, Controller, Round
 from .sampling import Sampler
 
 

@@ -14,10 +14,11 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
-from .controllers import Controller, make_controller
+from .controllers import make_controller
 from .decoding import Request, self_speculative
 from .exit_head import ExitHead
 from .origin import HEAD, REVISION
+from .rounds import Controller
 from .sampling import Sampler
 
 # Handled by the decoder itself, which must know them before it drafts.

@@ -71,9 +71,9 @@ class Sampler:
         if drafted:
             q_KV = torch.stack(q_logits).softmax(-1)
             x_K1 = torch.tensor(drafted, device=p_MV.device)[:, None]
-            accepted = self._coins((p_MV[:-1].gather(1, x_K1) / q_KV.gather(1, x_K1))[:, 0])
-            if False in accepted:
-                first = accepted.index(False)
+            kept = self._coins((p_MV[:-1].gather(1, x_K1) / q_KV.gather(1, x_K1))[:, 0])
+            if False in kept:
+                first = kept.index(False)
                 return first, self._draw(residual(p_MV[first], q_KV[first]))
         return len(drafted), self._draw(p_MV[-1])
 

@@ -8,7 +8,7 @@ decoder reaches in the long run (docs/control.md derives it). Knows nothing of m
 import random
 from typing import Any
 
-from .controllers import Confidence, Round
+from .rounds import Confidence, Round
 
 BINS = 8
 LIMIT = 8
@@ -96,7 +96,15 @@ class Thompson:
         self.rounds = 0
         self.plan = [] if costs else [k for _ in range(2) for k in self.calibration if k <= limit]
         """Lengths of the next rounds, as long as costs are being measured."""
-        self._begin()
+        # of the round at hand
+        self.bins: list[int] = []
+        self.product = 1.0
+        self.forced: int | None = None
+        self.theta: list[float] = []
+        self.chains: list[float] = []
+        """chains[j] = 1 + abar + ... + abar^j: tokens that j + 1 more drafts bring once the first is accepted."""
+        self.times: list[float] = []
+        self.rate = 0.0
 
     # ---- decisions
 
@@ -129,9 +137,8 @@ class Thompson:
         return confidence.top
 
     def _begin(self) -> None:
-        self.bins: list[int] = []
-        self.product = 1.0
-        self.forced: int | None = self.plan.pop(0) if self.plan else None
+        self.bins, self.product = [], 1.0
+        self.forced = self.plan.pop(0) if self.plan else None
         self.theta = [self.random.betavariate(a, b) for a, b in self.counts]
         mean = sum(n * t for n, t in zip(self.seen, self.theta, strict=True)) / sum(self.seen)
         self.chains = [1.0]
@@ -143,9 +150,7 @@ class Thompson:
 
     def _worth(self, k: int, acceptance: float) -> float:
         reach, rate, spent = self.product * acceptance, self.rate, self.times[k] + self.costs.head.value
-        return max(
-            [reach * g - rate * (c - spent) for g, c in zip(self.chains, self.times[k + 1 :], strict=False)]
-        )
+        return max([reach * g - rate * (c - spent) for g, c in zip(self.chains, self.times[k + 1 :], strict=False)])
 
     # ---- learning
 
@@ -162,7 +167,11 @@ class Thompson:
         self.tokens = RATE_MEMORY * self.tokens + round.tokens
         self.seconds = RATE_MEMORY * self.seconds + round.seconds
 
-    # ---- to keep
+    # ---- to look at, to keep
+
+    def acceptance(self) -> list[float]:
+        """Posterior mean of each bin, from the least confident to the most."""
+        return [a / (a + b) for a, b in self.counts]
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned about the head, as plain JSON. Times are left out: they belong to a machine."""

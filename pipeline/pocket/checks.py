@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from . import PROMPTS, corpus, recipe
+from . import PROMPTS, corpus, cutting, recipe
 
 NUM_PROMPTS = 200
 MAX_NEW_TOKENS = 96
@@ -26,13 +26,15 @@ SEED = 0
 def run(backbone_folder: Path, twin_folder: Path | None = None, stdlib: Path | None = None) -> dict[str, Any]:
     """Check a backbone, and its shallow twin if given; returns what it writes to `checks.json`.
 
-    parse_share: of completions sampled from function heads, cut where the function ends or else at the last
-    whole line, the share that is Python together with its head. held_out_loss: nats per token over the evaluate
-    modules, in float32.
+    parse_share: of completions sampled from function heads, the share that is Python together with its head, cut
+    where the function ends or else at the last whole line (`function`), and at the last whole line of whatever
+    follows (`last_line`). `library`: the same of what the library itself goes on with, the best there is.
+    held_out_loss: nats per token over the evaluate modules, in float32.
     """
     transformers_logging.disable_progress_bar()
     backbone_folder = Path(backbone_folder)
-    texts = list(corpus.modules(stdlib)["evaluate"].values())
+    modules = corpus.modules(stdlib)
+    texts = list(modules["evaluate"].values())
     losses = {"backbone": _held_out_loss(backbone_folder, texts)}
     if twin_folder is not None:
         losses["twin"] = _held_out_loss(Path(twin_folder), texts)
@@ -49,7 +51,8 @@ def run(backbone_folder: Path, twin_folder: Path | None = None, stdlib: Path | N
         "prompts": len(prompts),
         "max_new_tokens": MAX_NEW_TOKENS,
         "seed": SEED,
-        "parse_share": {str(t): round(parse_share(model, tokenizer, prompts, t), 3) for t in TEMPERATURES},
+        "parse_share": {str(t): parse_share(prompts, complete(model, tokenizer, prompts, t)) for t in TEMPERATURES}
+        | {"library": parse_share(prompts, library_text(prompts, modules, tokenizer))},
         "held_out_loss": {name: round(loss, 4) for name, loss in losses.items()},
     }
     (backbone_folder / "checks.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -64,10 +67,21 @@ def heads(count: int) -> list[str]:
     return [row["prompt"] for row in rows if row["task"] == "head"][:count]
 
 
-def parse_share(model: Any, tokenizer: Any, prompts: list[str], temperature: float) -> float:
-    """Share of the prompts that their completion, cut by `function_body`, makes a Python program of."""
-    completions = complete(model, tokenizer, prompts, temperature)
-    return sum(parses(p + function_body(p, c)) for p, c in zip(prompts, completions, strict=True)) / len(prompts)
+def parse_share(prompts: list[str], completions: list[str]) -> dict[str, float]:
+    """Share of the prompts that their completion makes a Python program of, cut in both ways."""
+    pairs = list(zip(prompts, completions, strict=True))
+    return {
+        "function": round(sum(parses(p + function_body(p, c)) for p, c in pairs) / len(pairs), 3),
+        "last_line": round(sum(parses(p + c[: c.rfind("\n") + 1]) for p, c in pairs) / len(pairs), 3),
+    }
+
+
+def library_text(prompts: list[str], modules: dict[str, dict[str, str]], tokenizer: Any) -> list[str]:
+    """What the library itself writes behind each prompt, as many tokens of it as a completion has."""
+    sources = [source for role in ("evaluate", "distill") for source in modules[role].values()]
+    known = {head: rest for source in sources for head, rest in cutting.continuations(source).items()}
+    ids = [tokenizer.encode(known.get(p, ""), add_special_tokens=False)[:MAX_NEW_TOKENS] for p in prompts]
+    return [tokenizer.decode(x) for x in ids]
 
 
 def function_body(head: str, completion: str) -> str:

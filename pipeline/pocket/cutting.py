@@ -10,11 +10,13 @@ import json
 import random
 import sysconfig
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import PROMPTS
 from .corpus import PYTHON
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 KINDS = ("head", "docstring", "opening")
 ROWS = {"distill": 1500, "evaluate": 200}
@@ -56,14 +58,30 @@ def cut(source: str) -> list[tuple[str, str]]:
     """
     lines = source.splitlines(keepends=True)
     found = [("opening", text) for text in _openings(lines)]
+    for node, before in _functions(source, lines):
+        found += _of_function(node, lines, before)
+    return [(kind, text.rstrip("\n")) for kind, text in found]
+
+
+def continuations(source: str) -> dict[str, str]:
+    """Head prompt -> what the module itself goes on with."""
+    lines = source.splitlines(keepends=True)
+    found = {}
+    for node, before in _functions(source, lines):
+        for kind, text in _of_function(node, lines, before):
+            if kind == "head":
+                end = node.lineno - 1 + _head(node, lines).count("\n")
+                found[text.rstrip("\n")] = "\n" + "".join(lines[end:])
+    return found
+
+
+def _functions(source: str, lines: list[str]) -> Iterator[tuple[Function, str]]:
+    """Every function of a module and every method of its classes, with the class head that must stand before it."""
     for node in ast.parse(source).body:
         if isinstance(node, FUNCTIONS):
-            found += _of_function(node, lines, "")
+            yield node, ""
         elif isinstance(node, ast.ClassDef):
-            for child in node.body:
-                if isinstance(child, FUNCTIONS):
-                    found += _of_function(child, lines, _head(node, lines))
-    return [(kind, text.rstrip("\n")) for kind, text in found]
+            yield from ((child, _head(node, lines)) for child in node.body if isinstance(child, FUNCTIONS))
 
 
 def _head(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
@@ -74,7 +92,7 @@ def _head(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, lines: li
     return "".join(head)
 
 
-def _of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str], before: str) -> list[tuple[str, str]]:
+def _of_function(node: Function, lines: list[str], before: str) -> list[tuple[str, str]]:
     """Its head, and its head with the docstring; of a method, behind the head of its class."""
     documented = ast.get_docstring(node) is not None
     body = node.body[1:] if documented else node.body

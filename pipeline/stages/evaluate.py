@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .. import backbones, prompts, report
+from .. import backbones, losslessness, prompts, report
 from ..config import Config
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
@@ -22,6 +22,7 @@ from ..inference.controllers import make_controller
 from ..inference.decoding import Request, autoregressive, self_speculative
 from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
+from ..inference.thompson import Thompson
 from ..metrics import BASELINE, LOOP, summarise
 from ..rundir import RunDir, atomic_path, atomic_write
 
@@ -61,8 +62,15 @@ def run(run: RunDir) -> None:
     encoded = prompts.encode(chosen, tokenizer, settings, context, config.max_new_tokens)
     ends = frozenset(_end_tokens(model, tokenizer))
     with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
-        generations, rounds = _measure(run, engines, encoded, ends)
+        generations, rounds, learned = _measure(run, engines, encoded, ends)
         results = _results(run, model, engines, encoded, source, generations, rounds)
+        longest = max(len(ids) for _, ids in encoded) + config.max_new_tokens
+        for entry in results["heads"]:
+            entry["memory"] = engines[entry["exit_layer"]].extra_bytes(longest)
+        for method, means in learned.items():
+            where = next(h for h in results["heads"]
+                         if (h["exit_layer"], h["temperature"]) == (method.exit_layer, method.temperature))  # fmt: skip
+            where["controllers"][method.controller]["learned"] = [[round(m, 4) for m in row] for row in means]
         summary["best"] = results["best"]
         with atomic_path(run / "eval") as folder:
             folder.mkdir()
@@ -84,7 +92,10 @@ def _engines(folders: list[Path], model: Any) -> dict[int, SplitBackbone]:
 
 
 def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: Encoded, ends: frozenset[int]):
-    """Two tables. The order of the methods rotates from prompt to prompt, so drift of the machine hits all alike."""
+    """Two tables, and what thompson had learned after each text.
+
+    The order of the methods rotates from prompt to prompt, so drift of the machine hits all alike.
+    """
     config = run.config.evaluate
     methods = [
         Method(n, name, t)
@@ -92,9 +103,7 @@ def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: Encoded, e
         for n, names in ((0, [BASELINE]), *((n, config.controllers) for n in engines))
         for name in names
     ]
-    deciders = {
-        m: make_controller(m.controller, run.config.seed, m.temperature == 0) for m in methods if m.exit_layer
-    }
+    deciders = {m: make_controller(m.controller, run.config.seed, m.temperature == 0) for m in methods if m.exit_layer}
     any_engine = next(iter(engines.values()))
 
     def decode(method: Method, ids: list[int], seed: int, max_new_tokens: int):
@@ -109,6 +118,7 @@ def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: Encoded, e
         decode(method, encoded[0][1], run.config.seed, min(32, config.max_new_tokens))
     generations: list[dict] = []
     rounds: list[dict] = []
+    learned: dict[Method, list[list[float]]] = {}
     gc.disable()  # a collection in the middle of one method's turn would be counted against it
     bar = tqdm(total=len(encoded) * config.repeats * len(methods), desc="evaluate", unit="text")
     for repeat in range(config.repeats):
@@ -127,11 +137,13 @@ def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: Encoded, e
                     }
                 )
                 rounds += [key | {"round": j} | asdict(r) for j, r in enumerate(out.rounds)]
+                if isinstance(decider := deciders.get(method), Thompson):
+                    learned.setdefault(method, []).append(decider.acceptance())
                 bar.update()
             gc.collect()
     gc.enable()
     bar.close()
-    return pd.DataFrame(generations), pd.DataFrame(rounds)
+    return pd.DataFrame(generations), pd.DataFrame(rounds), learned
 
 
 def _results(
@@ -139,7 +151,15 @@ def _results(
 ) -> dict[str, Any]:
     config = run.config.evaluate
     heads = summarise(generations, rounds)
-    greedy = _greedy_losslessness(next(iter(engines.values())), encoded, generations)
+    ids = {p.id: ids for p, ids in encoded}
+
+    def sampler_of(temperature: float) -> Sampler:
+        return Sampler(temperature, config.top_k, config.top_p)
+
+    lossless = {
+        "greedy": losslessness.greedy(next(iter(engines.values())), ids, generations),
+        "sampling": losslessness.sampling(engines, ids, generations, sampler_of, run.config.seed),
+    }
     ranked = [
         (entry["temperature"] != config.temperatures[0], -figures["speedup"], entry, name)
         for entry in heads
@@ -163,7 +183,7 @@ def _results(
             "repeats": config.repeats,
         },
         "sampling": {"top_k": config.top_k, "top_p": config.top_p},
-        "lossless": {"greedy": greedy},
+        "lossless": lossless,
         "heads": heads,
         "loop_ngram": LOOP,
         "best": {
@@ -172,40 +192,6 @@ def _results(
             "temperature": entry["temperature"],
             **{k: entry["controllers"][name][k] for k in ("speedup", "speedup_ci95", "acceptance_length")},
         },
-    }
-
-
-@torch.inference_mode()
-def _greedy_losslessness(engine: SplitBackbone, encoded: Encoded, generations: pd.DataFrame) -> dict[str, Any] | None:
-    """Token ids of every greedy text against autoregressive decoding; None if nothing greedy was measured.
-
-    For each text that differs: the position of the first divergence and the gap between the two largest logits
-    there, which tells a numerical near-tie from an error.
-    """
-    greedy = generations[generations.temperature == 0.0]
-    if greedy.empty:
-        return None
-    expected = {(r.prompt, r.repeat): list(r.tokens) for r in greedy[greedy.exit_layer == 0].itertuples()}
-    ids_of = {p.id: ids for p, ids in encoded}
-    divergences = []
-    texts = greedy[greedy.exit_layer != 0]
-    for row in texts.itertuples():
-        want, got = expected[row.prompt, row.repeat], list(row.tokens)
-        if want == got:
-            continue
-        at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
-        ids = ids_of[row.prompt] + want[:at]
-        logits_V = engine.logits(engine.full(ids, 0, engine.new_cache(len(ids)))[-1:])[0]
-        top = logits_V.topk(2).values
-        divergences.append(
-            {"prompt": row.prompt, "exit_layer": row.exit_layer, "controller": row.controller,
-             "first_divergence": at, "top2_gap": float(top[0] - top[1])}
-        )  # fmt: skip
-    return {
-        "prompts": int(texts.prompt.nunique()),
-        "texts": len(texts),
-        "identical": len(texts) - len(divergences),
-        "divergences": divergences,
     }
 
 

@@ -41,14 +41,16 @@ def run(run: RunDir) -> None:
 def gate(results: dict[str, Any], min_speedup: float) -> list[str]:
     """The reasons why the best head must not be published; none if it may."""
     failed = []
-    greedy, best = results["lossless"]["greedy"], results["best"]
+    greedy, sampling, best = results["lossless"]["greedy"], results["lossless"]["sampling"], results["best"]
     if greedy is None:
         failed.append("lossless: nothing greedy was evaluated; add 0 to evaluate.temperatures")
-    elif greedy["identical"] < greedy["texts"]:
+    elif not greedy["passed"]:
         failed.append(
             f"lossless: {greedy['identical']} of {greedy['texts']} greedy texts are identical to autoregressive "
-            f"decoding in {results['dtype']}"
+            f"decoding in {results['dtype']}, and not every difference is a near tie of bfloat16"
         )
+    if sampling is not None and not sampling["passed"]:
+        failed.append(f"lossless: sampled tokens are not distributed as the backbone's, p = {sampling['p_value']:.2g}")
     low = best["speedup_ci95"][0]
     if low <= min_speedup:
         failed.append(

@@ -1,0 +1,242 @@
+"""Every controller against every other: paired wall clock, and simulation over recorded traces.
+
+    python benchmarks/controllers.py --run runs/pocket --exit-layers 1 2 --prompts 64 --out docs/controllers
+
+Per exit layer and sampling setting: the backbone answers the prompts; every controller decodes them too, the order
+rotating from prompt to prompt (wall clock; these rounds also give the costs); then the answers become traces and
+every controller is replayed over them with those costs, several seeds. The `fixed` rival's K is tuned on the other
+half of the prompts and used on this one, both ways round. Ratios carry 95 % bootstrap intervals over prompts. Also
+printed: what best predicts acceptance (`signals`), and how far the simulation lies from the clock.
+
+The limit: the oracle knows every outcome beforehand and drafts exactly what will be accepted; no rule can reach it.
+"""
+
+import argparse
+import hashlib
+import json
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from pipeline import prompts, simulation
+from pipeline.backbones import load_model, load_tokenizer
+from pipeline.config import Backbone, Prompts
+from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.controllers import make_controller
+from pipeline.inference.decoding import Request, autoregressive, self_speculative
+from pipeline.inference.exit_head import ExitHead
+from pipeline.inference.sampling import Sampler
+from pipeline.metrics import cost_table, interval
+from pipeline.rundir import provenance
+
+SETTINGS = {
+    "greedy": {"temperature": 0.0},
+    "T=1": {"temperature": 1.0},
+    "T=0.7, top-p 0.9": {"temperature": 0.7, "top_p": 0.9},
+}
+FIXED = [f"fixed:{k}" for k in range(7)]
+RIVALS = ["confidence:0.3", "confidence:0.5", "confidence:0.7", "entropy:0.4", "entropy:0.6", "beta", "calibration",
+          "calibration:shift", "thompson"]  # fmt: skip
+TIMED = ["fixed:1", "fixed:2", "fixed:3", "fixed:4", "confidence:0.5", "beta", "calibration:shift", "thompson"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, type=Path, help="run folder with heads/")
+    parser.add_argument("--exit-layers", nargs="+", type=int, required=True)
+    parser.add_argument("--backbone", default="pocket")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompt-file", default="pocket", help="pocket, or a .jsonl of prompts")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--timed", type=int, default=24, help="prompts of the wall clock, the first of them")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--seeds", type=int, default=3, help="of the simulation")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype)
+    model, tokenizer = load_model(backbone, torch.device(args.device)), load_tokenizer(backbone)
+    texts = prompts.load_prompts(Prompts(path=args.prompt_file), "evaluate")[: args.prompts]
+    ids = [tokenizer(p.text)["input_ids"] for p in texts]
+    ends = frozenset([tokenizer.eos_token_id])
+    machine = provenance()["hardware"]
+    print(f"{date.today()}  {machine}  torch {torch.__version__}, {args.threads} threads, {args.dtype}, "
+          f"{len(ids)} prompts ({args.timed} timed) x {args.tokens} tokens of {args.prompt_file}\n")  # fmt: skip
+    record = []
+    for n in args.exit_layers:
+        folder = args.run / "heads" / f"exit-{n}"
+        engine = SplitBackbone(model, ExitHead.load(folder))
+        sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        for name in args.settings:
+            entry = compare(engine, ids, ends, name, args, sha)
+            record.append({"exit_layer": n, "setting": name} | entry)
+            show(record[-1])
+    if args.out:
+        about = {"date": str(date.today()), "hardware": machine, "torch": torch.__version__, "prompts": len(ids),
+                 "timed": args.timed, "tokens": args.tokens, "seeds": args.seeds,
+                 "source": Path(args.prompt_file).name}  # fmt: skip
+        args.out.with_suffix(".json").write_text(json.dumps({"about": about, "entries": record}, indent=1) + "\n")
+        draw(record, args.out.with_suffix(".png"))
+
+
+def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
+    def sampler(seed: int) -> Sampler:
+        return Sampler(**SETTINGS[setting], generator=torch.Generator().manual_seed(seed))
+
+    wall, rounds, baseline = clock(engine, ids[: args.timed], ends, sampler, args.tokens)
+    costs = cost_table(rounds, baseline)
+    model = simulation.CostModel(costs)
+    traces = []
+    for i, prompt in enumerate(tqdm(ids, desc=f"N={engine.exit_layer} {setting}: traces", unit="text")):
+        text = autoregressive(engine, Request(prompt, args.tokens, ends), sampler(i)).tokens
+        if len(text) > 1:
+            traces.append(simulation.record(engine, str(i), prompt, text, sampler(10_000 + i), args.tokens))
+    path = args.run / "eval" / f"traces-{engine.exit_layer}-{list(SETTINGS).index(setting)}.npz"
+    simulation.save(path, traces, sha)
+    simulated = simulate(traces, model, args.seeds, greedy=SETTINGS[setting]["temperature"] == 0)
+    return {"costs": costs, "wall": wall, "simulated": simulated, "signals": signals(traces)}
+
+
+def clock(engine, ids, ends, sampler, new: int):
+    """Speedup of each timed controller with its interval; all rounds; seconds of an autoregressive token."""
+    greedy = sampler(0).greedy
+    controllers = {name: make_controller(name, greedy=greedy) for name in TIMED}
+    names = ["autoregressive", *TIMED]
+
+    def decode(name: str, prompt: list[int], seed: int):
+        request = Request(prompt, new, ends)
+        if name == "autoregressive":
+            return autoregressive(engine, request, sampler(seed))
+        return self_speculative(engine, request, sampler(seed), controllers[name])
+
+    for name in names:
+        decode(name, ids[0], 0)
+    tokens, seconds = ({name: np.zeros(len(ids)) for name in names} for _ in range(2))
+    rows = []
+    for i, prompt in enumerate(tqdm(ids, desc=f"N={engine.exit_layer} wall clock", unit="prompt")):
+        turn = i % len(names)
+        for name in names[turn:] + names[:turn]:
+            out = decode(name, prompt, i)
+            tokens[name][i], seconds[name][i] = len(out.tokens), out.seconds
+            rows += [{"drafted": r.drafted, "head_passes": r.head_passes, "seconds": r.seconds,
+                      "shallow_seconds": r.shallow_seconds, "head_seconds": r.head_seconds,
+                      "verify_seconds": r.verify_seconds} for r in out.rounds]  # fmt: skip
+    base = tokens["autoregressive"], seconds["autoregressive"]
+    wall = {name: rated(tokens[name], seconds[name], *base) for name in TIMED}
+    for rival in ("beta", "fixed:2", "fixed:3"):
+        wall[f"thompson / {rival}"] = rated(tokens["thompson"], seconds["thompson"], tokens[rival], seconds[rival])
+    return wall, pd.DataFrame(rows), float(base[1].sum() / base[0].sum())
+
+
+def rated(n, s, m, t) -> list[float]:
+    """[ratio of rates, low, high]"""
+    value, (low, high) = interval(lambda a, b, c, d: (a / b) / (c / d), n, s, m, t)
+    return [round(x, 4) for x in (value, low, high)]
+
+
+def simulate(traces, costs, seeds: int, greedy: bool) -> dict:
+    """Speedup of every controller over the traces, and thompson over each; the mean over seeds, by prompt."""
+    names = FIXED + RIVALS
+    sums = {name: [np.zeros(len(traces)), np.zeros(len(traces))] for name in [*names, "oracle"]}
+    for seed in range(seeds):
+        accepted = simulation.outcomes(traces, seed)
+        for name in names:
+            tokens, seconds = simulation.play(
+                lambda name=name, seed=seed: make_controller(name, seed, greedy), traces, accepted, costs
+            )
+            sums[name][0] += tokens
+            sums[name][1] += seconds
+        least = [simulation.oracle(t, a, costs) for t, a in zip(traces, accepted, strict=True)]
+        sums["oracle"][0] += [len(t) - 1 for t in traces]
+        sums["oracle"][1] += least
+    halves = np.arange(len(traces)) % 2
+    tuned = [np.zeros(len(traces)), np.zeros(len(traces))]
+    chosen = []
+    for half in (0, 1):
+        rate = {k: sums[k][0][halves != half].sum() / sums[k][1][halves != half].sum() for k in FIXED}
+        best = max(rate, key=rate.__getitem__)
+        chosen.append(best)
+        for column in (0, 1):
+            tuned[column][halves == half] = sums[best][column][halves == half]
+    ones = sums["fixed:0"][0]
+    result = {name: rated(*sums[name], ones, ones) for name in sums}
+    result["fixed, tuned on other prompts"] = rated(*tuned, ones, ones)
+    result["thompson / fixed tuned"] = rated(*sums["thompson"], *tuned)
+    result["thompson / beta"] = rated(*sums["thompson"], *sums["beta"])
+    result["thompson / calibration"] = rated(*sums["thompson"], *sums["calibration"])
+    result["thompson / oracle"] = rated(*sums["thompson"], *sums["oracle"])
+    return {"speedup": result, "tuned": chosen}
+
+
+def signals(traces) -> dict[str, float]:
+    """Share of the log-loss of acceptance that a signal in 8 bins removes, fitted on one half of the prompts and
+    measured on the other."""
+    found = {}
+    for name, of in {
+        "top": lambda t: t.top_T,
+        "entropy": lambda t: np.exp(-t.entropy_T),
+        "mean of both": lambda t: (t.top_T + np.exp(-t.entropy_T)) / 2,
+    }.items():
+        halves = []
+        for half in (0, 1):
+            x, a = (np.concatenate([f(t)[1:] for t in traces[half::2]]) for f in (of, lambda t: t.acceptance_T))
+            halves.append((np.minimum((x * 8).astype(int), 7), a))
+        gains = []
+        for (x, a), (y, b) in (halves, halves[::-1]):
+            rates = np.array([(a[x == i].sum() + a.mean()) / ((x == i).sum() + 1) for i in range(8)]).clip(1e-3, 0.999)
+            loss = -(b * np.log(rates[y]) + (1 - b) * np.log(1 - rates[y])).mean()
+            flat = -(b * np.log(a.mean()) + (1 - b) * np.log(1 - a.mean())).mean()
+            gains.append(1 - loss / flat)
+        found[name] = round(float(np.mean(gains)), 4)
+    return found
+
+
+def show(entry: dict) -> None:
+    print(f"\n## N = {entry['exit_layer']}, {entry['setting']}\n")
+    c = entry["costs"]
+    verify = ", ".join(f"{w}: {v:.2f}" for w, v in c["verify"].items())
+    print(f"costs in tokens: shallow {c['shallow']:.3f}, head {c['head']:.3f}, verify {verify}, rest {c['rest']:.3f}")
+    print(f"log-loss of acceptance removed by: {entry['signals']}")
+    print(f"fixed K tuned on other prompts: {entry['simulated']['tuned']}\n")
+    print("| controller | wall clock | simulated |\n|---|---|---|")
+    simulated = entry["simulated"]["speedup"]
+    for name in [*simulated, *(n for n in entry["wall"] if n not in simulated)]:
+        cells = [
+            f"{x[0]:.3f} ({x[1]:.3f}-{x[2]:.3f})" if x else "" for x in (entry["wall"].get(name), simulated.get(name))
+        ]
+        print(f"| {name} | {cells[0]} | {cells[1]} |")
+
+
+def draw(record: list[dict], path: Path) -> None:
+    """Simulated speedups, one panel a setting and exit layer, the oracle as a line."""
+    from matplotlib.figure import Figure
+
+    names = ["fixed, tuned on other prompts", "confidence:0.5", "entropy:0.6", "beta", "calibration",
+             "calibration:shift", "thompson"]  # fmt: skip
+    columns = min(3, len(record))
+    lines = -(-len(record) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3 * lines), layout="constrained")
+    for i, entry in enumerate(record):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        speedup = entry["simulated"]["speedup"]
+        for y, name in enumerate(reversed(names)):
+            value, low, high = speedup[name]
+            colour = "tab:green" if name == "thompson" else "tab:blue"
+            axes.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3)
+        axes.set_yticks(range(len(names)), [n.replace(", tuned on other prompts", " (tuned)") for n in reversed(names)])
+        axes.axvline(1, color="grey", linestyle="--", linewidth=1)
+        axes.set_title(f"N = {entry['exit_layer']}, {entry['setting']} (oracle {speedup['oracle'][0]:.2f})", fontsize=9)
+    figure.supxlabel("simulated speedup over autoregressive decoding", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

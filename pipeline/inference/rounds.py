@@ -1,0 +1,62 @@
+"""What happened in a round, what the exit head says of itself, and the interface of a controller.
+
+Takes processed logits of the head, gives numbers that a controller may look at. Knows nothing of how any
+controller decides.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Round:
+    """What happened in one round."""
+
+    drafted: int = 0
+    accepted: int = 0
+    tokens: int = 0
+    """Committed: accepted plus the bonus token, less what an end token or the length limit cut off."""
+    head_passes: int = 0
+    """Drafted, plus one where the controller saw a distribution and did not draft from it."""
+    seconds: float = 0.0
+    shallow_seconds: float = 0.0
+    head_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+
+class Confidence:
+    """What the head's distribution q says of itself before anything is drawn from it; computed when it is read."""
+
+    def __init__(self, q_logits_V: Tensor):
+        self._logits_V = q_logits_V
+
+    @cached_property
+    def top(self) -> float:
+        """max q: of a greedy draft, the head's own estimate that it is right."""
+        return float(self._logits_V.softmax(-1).max())
+
+    @cached_property
+    def entropy(self) -> float:
+        """-sum q log q, in nats."""
+        log_q_V = self._logits_V.log_softmax(-1)
+        # a token that the processors forbid has q = 0 and log q = -inf, whose product is not a number
+        return -float((log_q_V.exp() * log_q_V.clamp_min(-1e4)).sum())
+
+
+class Controller(Protocol):
+    """Decides on-line; one object may serve many prompts and keeps what it learns."""
+
+    def peek(self, k: int) -> bool:
+        """After k drafts, before the exit head runs: is its next distribution worth computing?"""
+        ...
+
+    def draft(self, k: int, confidence: Confidence) -> bool:
+        """The distribution of draft k+1 is known, nothing is drawn from it yet: draft it?"""
+        ...
+
+    def observe(self, round: Round) -> None:
+        """A round is over; learn from it."""
+        ...

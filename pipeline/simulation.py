@@ -1,0 +1,205 @@
+"""Any controller replayed over recorded texts, in seconds instead of minutes, and the best that could have been done.
+
+Takes an engine to record traces once, then only traces, a controller and the costs of a round; gives rounds and
+times. What makes it exact: the exit head reads the hidden states of the true tokens and keeps its own keys and
+values, so q behind an accepted prefix does not depend on where a round began. Knows nothing of files but its own.
+
+T tokens of a text, V vocabulary, J drafts recorded behind a rejected one;  p: backbone's distribution, q: exit head's
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .inference.backbone import SplitBackbone
+from .inference.rounds import Confidence, Controller, Round
+from .inference.sampling import Sampler, residual
+from .losslessness import teacher_forced
+
+RECORDED = 8
+"""Confidences kept behind a rejected draft: no controller that reads them drafts more."""
+
+
+@dataclass
+class Trace:
+    """What drafting would meet along one text. Index t stands for the text's token t; token 0 is never drafted."""
+
+    prompt: str
+    max_new_tokens: int
+    acceptance_T: np.ndarray
+    """Chance that a draft for token t is accepted, given the text: greedy 0 or 1, sampling min(1, q/p)."""
+    top_T: np.ndarray
+    entropy_T: np.ndarray
+    off_top_TJ: np.ndarray
+    """The confidences that follow when the draft for token t is rejected and drafting goes on."""
+    off_entropy_TJ: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.acceptance_T)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A Confidence that was computed earlier."""
+
+    top: float
+    entropy: float
+
+
+@torch.inference_mode()
+def record(
+    engine: SplitBackbone, prompt: str, ids: list[int], tokens: list[int], sampler: Sampler, max_new_tokens: int
+) -> Trace:
+    """The trace of one text that the backbone wrote with `sampler`'s settings; its generator draws wrong drafts.
+
+    A rejected draft of a sampled text is distributed as max(q - p, 0); one such draft and its continuation by the
+    head's own draws is recorded at every position (greedy: the one that there is).
+    """
+    p_TV, q_TV = teacher_forced(engine, ids, tokens, sampler)
+    y_T1 = torch.tensor(tokens, device=p_TV.device)[:, None]
+    if sampler.greedy:
+        acceptance = (q_TV.argmax(-1, keepdim=True) == y_T1)[:, 0].double()
+    else:
+        acceptance = (q_TV.gather(1, y_T1) / p_TV.gather(1, y_T1)).clamp(max=1)[:, 0].double()
+    on_path = [_read(Confidence(row.log())) for row in q_TV]
+    off = np.zeros((len(tokens), RECORDED, 2))
+    cache = engine.new_cache(min(len(ids) + len(tokens) + RECORDED, engine.max_context))
+    engine.shallow([*ids, tokens[0]], 0, cache)
+    for t in range(1, len(tokens)):
+        at = len(ids) + t
+        wrong = int(q_TV[t].argmax()) if sampler.greedy else sampler._draw(residual(q_TV[t], p_TV[t]))
+        chain = [wrong]
+        for j in range(min(RECORDED, cache.max_length - at)):
+            engine.shallow(chain[-1:], at + j, cache)
+            logits_1V = engine.draft_logits(at + j + 1, cache)[None]
+            q_V = sampler.shape(logits_1V, ids, tokens[:t] + chain)[0]
+            off[t, j] = _read(Confidence(q_V))
+            chain.append(sampler.draw(q_V))
+        engine.shallow(tokens[t : t + 1], at, cache)  # back on the path; the head catches up by itself
+        cache.head_length = at
+    top_T, entropy_T = np.array(on_path).T
+    return Trace(prompt, max_new_tokens, acceptance.cpu().numpy(), top_T, entropy_T, off[..., 0], off[..., 1])
+
+
+def _read(confidence: Confidence) -> tuple[float, float]:
+    return confidence.top, confidence.entropy
+
+
+class CostModel:
+    """Time of a round's parts in autoregressive tokens, from the `costs` of results.json."""
+
+    def __init__(self, costs: dict[str, Any]):
+        self.shallow, self.head, self.rest = costs["shallow"], costs["head"], costs["rest"]
+        known = sorted((int(width), cost) for width, cost in costs["verify"].items())
+        self._widths, self._verify = zip(*known, strict=True)
+
+    def verify(self, width: int) -> float:
+        """Between measured widths on the line through them; beyond the largest on the line through the outer two."""
+        if width > self._widths[-1] and len(self._widths) > 1:
+            slope = (self._verify[-1] - self._verify[0]) / (self._widths[-1] - self._widths[0])
+            return self._verify[-1] + max(0.0, slope) * (width - self._widths[-1])
+        return float(np.interp(width, self._widths, self._verify))
+
+    def round(self, drafted: int, head_passes: int) -> tuple[float, float, float, float]:
+        """(all, shallow, head, verify)."""
+        parts = self.shallow * (drafted + 1), self.head * head_passes, self.verify(drafted + 1)
+        return sum(parts) + self.rest, *parts
+
+
+def outcomes(traces: list[Trace], seed: int) -> list[np.ndarray]:
+    """Whether a draft for each token is accepted: one draw a trace, the same for every controller of this seed."""
+    dice = np.random.default_rng(seed)
+    return [dice.random(len(t)) < t.acceptance_T for t in traces]
+
+
+def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: CostModel) -> list[Round]:
+    """The rounds that decoding this text with the controller would take."""
+    rounds, t = [], 1
+    while t < len(trace):
+        k = passes = 0
+        rejected_at: int | None = None
+        room = trace.max_new_tokens - t - 1
+        # behind an accepted end token, the last of a text that ended by itself, nothing is drafted
+        while k < room and not (rejected_at is None and t + k == len(trace)) and controller.peek(k):
+            passes += 1
+            if rejected_at is None:
+                said = Recorded(trace.top_T[t + k], trace.entropy_T[t + k])
+            else:
+                j = min(t + k - rejected_at, RECORDED) - 1
+                said = Recorded(trace.off_top_TJ[rejected_at, j], trace.off_entropy_TJ[rejected_at, j])
+            if not controller.draft(k, said):  # type: ignore[arg-type]
+                break
+            if rejected_at is None and not accepted_T[t + k]:
+                rejected_at = t + k
+            k += 1
+        accepted = k if rejected_at is None else rejected_at - t
+        seconds, shallow, head, verify = costs.round(k, passes)
+        tokens = min(accepted + 1, len(trace) - t)
+        rounds.append(Round(k, accepted, tokens, passes, seconds, shallow, head, verify))
+        controller.observe(rounds[-1])
+        t += tokens
+    return rounds
+
+
+def play(
+    make: Callable[[], Controller], traces: Iterable[Trace], accepted: Iterable[np.ndarray], costs: CostModel
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, time in autoregressive tokens) of each trace [P], one controller keeping its state throughout."""
+    controller, totals = make(), []
+    for trace, accepted_T in zip(traces, accepted, strict=True):
+        rounds = replay(controller, trace, accepted_T, costs)
+        totals.append((sum(r.tokens for r in rounds), sum(r.seconds for r in rounds)))
+    tokens, seconds = np.array(totals, dtype=float).T
+    return tokens, seconds
+
+
+def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel) -> float:
+    """Least time of any controller that knows every outcome beforehand (dynamic programme over the text)."""
+    n = len(trace)
+    prices = [costs.round(k, k)[0] for k in range(n + 1)]
+    least = np.zeros(n + 1)
+    for t in reversed(range(1, n)):
+        run = 0
+        while t + run < n and accepted_T[t + run]:
+            run += 1
+        most = min(run, trace.max_new_tokens - t - 1)
+        least[t] = min(prices[k] + least[min(n, t + k + 1)] for k in range(most + 1))
+    return float(least[1]) if n > 1 else 0.0
+
+
+# ---- files
+
+
+def save(path: Path, traces: list[Trace], head_sha256: str) -> None:
+    """All traces of one head in one .npz file."""
+    arrays: dict[str, np.ndarray] = {"head": np.array(json.dumps({"sha256": head_sha256, "traces": len(traces)}))}
+    for i, t in enumerate(traces):
+        arrays[f"{i}.name"] = np.array([t.prompt, str(t.max_new_tokens)])
+        arrays[f"{i}.path"] = np.stack([t.acceptance_T, t.top_T, t.entropy_T])
+        arrays[f"{i}.off"] = np.stack([t.off_top_TJ, t.off_entropy_TJ])
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def load(path: Path, head_sha256: str) -> list[Trace]:
+    """Raises ValueError for a file that is no trace, or that was recorded with another head."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            about = json.loads(str(arrays["head"]))
+            if about["sha256"] != head_sha256:
+                raise ValueError(
+                    f"{path}: recorded with another exit head ({about['sha256'][:12]}, not {head_sha256[:12]}); "
+                    "record it again"
+                )
+            traces = []
+            for i in range(about["traces"]):
+                (name, most), path_3T, off_2TJ = (arrays[f"{i}.{part}"] for part in ("name", "path", "off"))
+                traces.append(Trace(str(name), int(most), *path_3T, *off_2TJ))
+            return traces
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a file of traces: {error}") from None

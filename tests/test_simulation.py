@@ -1,0 +1,141 @@
+"""The simulator takes the same rounds as the decoder, and its oracle is what trying everything gives."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_backbone
+from test_engine import PROMPT, head_for, load
+
+from pipeline import simulation
+from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.controllers import Fixed, make_controller
+from pipeline.inference.decoding import Request, autoregressive, self_speculative
+from pipeline.inference.sampling import Sampler
+from pipeline.inference.thompson import Costs, Thompson
+from pipeline.simulation import CostModel, Trace
+
+COSTS = CostModel({"shallow": 0.1, "head": 0.1, "rest": 0.02, "verify": {1: 0.9, 2: 1.0, 4: 1.1}})
+NEW = 40
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    model = load(tiny_backbone(tmp_path_factory.mktemp("s"), sharpness=4.0, vocab_size=24, eos_token_id=None,
+                               pad_token_id=None))  # fmt: skip
+    return SplitBackbone(model, head_for(model, 3 - 1))
+
+
+PROMPT24 = [t % 24 for t in PROMPT]
+
+
+class Timeless:
+    """A controller that is told the same time for every round of a shape, by the decoder and by the simulator."""
+
+    def __init__(self, inner):
+        self.inner, self.peek, self.draft = inner, inner.peek, inner.draft
+
+    def observe(self, round) -> None:
+        seconds, shallow, head, verify = COSTS.round(round.drafted, round.head_passes)
+        self.inner.observe(
+            replace(round, seconds=seconds, shallow_seconds=shallow, head_seconds=head, verify_seconds=verify)
+        )
+
+
+NAMES = ["fixed:0", "fixed:3", "confidence:0.3", "entropy:0.3", "beta", "calibration", "calibration:shift", "thompson"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_rounds_are_the_decoders_own(engine, name: str) -> None:
+    """Off the path too: confidences behind a wrong draft come from a forced replay."""
+    text = autoregressive(engine, Request(PROMPT24, NEW), Sampler()).tokens
+    trace = simulation.record(engine, "p", PROMPT24, text, Sampler(), NEW)
+    assert 0 < trace.acceptance_T[1:].mean() < 1
+    real = self_speculative(engine, Request(PROMPT24, NEW), Sampler(), Timeless(make_controller(name)))
+    assert real.tokens == text
+    outcome = simulation.outcomes([trace], 0)[0]
+    rounds = simulation.replay(Timeless(make_controller(name)), trace, outcome, COSTS)
+    assert [(r.drafted, r.accepted, r.tokens, r.head_passes) for r in rounds] == [
+        (r.drafted, r.accepted, r.tokens, r.head_passes) for r in real.rounds
+    ]
+
+
+@pytest.mark.parametrize("name", ["fixed:2", "confidence:0.3"])
+def test_sampled_rounds_have_the_decoders_law(engine, name: str) -> None:
+    """Mean drafted and accepted per round of 60 texts each way, within four standard errors."""
+
+    def sampler(seed: int) -> Sampler:
+        return Sampler(1.0, generator=torch.Generator().manual_seed(seed))
+
+    real, simulated = [], []
+    for seed in range(60):
+        out = self_speculative(engine, Request(PROMPT24, NEW), sampler(seed), make_controller(name))
+        real += [(r.drafted, r.accepted) for r in out.rounds]
+        text = autoregressive(engine, Request(PROMPT24, NEW), sampler(1000 + seed)).tokens
+        trace = simulation.record(engine, "p", PROMPT24, text, sampler(2000 + seed), NEW)
+        rounds = simulation.replay(make_controller(name), trace, simulation.outcomes([trace], seed)[0], COSTS)
+        simulated += [(r.drafted, r.accepted) for r in rounds]
+    a, b = np.array(real, float), np.array(simulated, float)
+    error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b)) + 1e-9
+    assert a[:, 1].mean() > 0.1
+    assert (abs(a.mean(0) - b.mean(0)) < 4 * error).all(), (a.mean(0), b.mean(0), error)
+
+
+def toy_trace(accepted: list[int]) -> Trace:
+    n = len(accepted)
+    flat = np.full((n, simulation.RECORDED), 0.5)
+    return Trace("toy", n, np.array(accepted, float), np.full(n, 0.5), np.ones(n), flat, flat)
+
+
+def test_oracle_is_the_best_of_all_plans() -> None:
+    """All sequences of draft counts tried one by one."""
+    trace = toy_trace([0, 1, 1, 0, 1, 1, 1, 0])
+    outcome = simulation.outcomes([trace], 0)[0]
+
+    class Plan(Fixed):
+        def __init__(self, plan):
+            super().__init__(0)
+            self.plan, self.at = plan, 0
+
+        def peek(self, k: int) -> bool:
+            return k < self.plan[self.at]
+
+        def observe(self, round) -> None:
+            self.at += 1
+
+    every = itertools.product(range(5), repeat=7)
+    best = min(sum(r.seconds for r in simulation.replay(Plan(p), trace, outcome, COSTS)) for p in every)
+    assert simulation.oracle(trace, outcome, COSTS) == pytest.approx(best)
+
+
+def test_costs_of_a_round_add_up() -> None:
+    assert COSTS.round(2, 3)[0] == pytest.approx(3 * 0.1 + 3 * 0.1 + 1.05 + 0.02)
+    assert COSTS.verify(7) == pytest.approx(1.1 + 3 * (1.1 - 0.9) / 3)
+
+
+def test_play_keeps_one_controller_for_all_traces() -> None:
+    traces = [toy_trace([0, 1, 1, 0, 1, 1]), toy_trace([0, 1, 0])]
+    made = []
+
+    def make():
+        made.append(Thompson(costs=Costs()))
+        return made[-1]
+
+    tokens, seconds = simulation.play(make, traces, simulation.outcomes(traces, 0), COSTS)
+    assert tokens.tolist() == [5, 2] and (seconds > 0).all()
+    assert len(made) == 1 and made[0].rounds > 0
+
+
+def test_files_round_trip_and_know_their_head(tmp_path) -> None:
+    traces = [toy_trace([0, 1, 1]), toy_trace([0, 1, 0, 1])]
+    simulation.save(tmp_path / "t.npz", traces, "ab" * 32)
+    again = simulation.load(tmp_path / "t.npz", "ab" * 32)
+    assert [t.acceptance_T.tolist() for t in again] == [t.acceptance_T.tolist() for t in traces]
+    assert again[0].off_top_TJ.shape == traces[0].off_top_TJ.shape and again[1].max_new_tokens == 4
+    with pytest.raises(ValueError, match="recorded with another exit head"):
+        simulation.load(tmp_path / "t.npz", "cd" * 32)
+    (tmp_path / "bad").write_text("x")
+    with pytest.raises(ValueError, match="not a file of traces"):
+        simulation.load(tmp_path / "bad", "ab" * 32)
