@@ -81,6 +81,9 @@ class Distill:
     teacher: str = option(
         "online", "online, or cached: one teacher pass over all sequences, its hidden states kept in host memory"
     )
+    learn_from: str = option(
+        "responses", "responses, or all: the prompts' tokens too, of which the teacher gives the distributions for free"
+    )
     max_steps: int = option(120, "optimizer steps")
     sequence_length: int = option(256, "tokens of a packed sequence")
     sequences_per_step: int = option(16, "packed sequences of a step, over all processes")
@@ -236,6 +239,7 @@ _RULES: dict[str, tuple[Any, str]] = {
         "one or more different exit layers, each N >= 1, such as [2]",
     ),
     "distill.teacher": _one_of("online", "cached"),
+    "distill.learn_from": _one_of("responses", "all"),
     "distill.max_steps": _POSITIVE,
     "distill.sequence_length": _POSITIVE,
     "distill.sequences_per_step": _POSITIVE,

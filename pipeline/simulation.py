@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from .inference.backbone import SplitBackbone
-from .inference.rounds import Confidence, Controller, Round
+from .inference.rounds import LONGEST, Confidence, Controller, Round
 from .inference.sampling import Sampler, residual
 from .losslessness import teacher_forced
 
-RECORDED = 8
+RECORDED = LONGEST
 """Confidences kept behind a rejected draft: no controller that reads them drafts more."""
 
 
@@ -189,17 +189,17 @@ def save(path: Path, traces: list[Trace], head_sha256: str) -> None:
 def load(path: Path, head_sha256: str) -> list[Trace]:
     """Raises ValueError for a file that is no trace, or that was recorded with another head."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            about = json.loads(str(arrays["head"]))
-            if about["sha256"] != head_sha256:
-                raise ValueError(
-                    f"{path}: recorded with another exit head ({about['sha256'][:12]}, not {head_sha256[:12]}); "
-                    "record it again"
-                )
-            traces = []
-            for i in range(about["traces"]):
-                (name, most), path_3T, off_2TJ = (arrays[f"{i}.{part}"] for part in ("name", "path", "off"))
-                traces.append(Trace(str(name), int(most), *path_3T, *off_2TJ))
-            return traces
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        about = json.loads(str(arrays["head"]))
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a file of traces: {error}") from None
+    if about["sha256"] != head_sha256:
+        raise ValueError(
+            f"{path}: recorded with another exit head ({about['sha256'][:12]}, not {head_sha256[:12]}); record it again"
+        )
+    traces = []
+    for i in range(about["traces"]):
+        (name, most), path_3T, off_2TJ = (arrays[f"{i}.{part}"] for part in ("name", "path", "off"))
+        traces.append(Trace(str(name), int(most), *path_3T, *off_2TJ))
+    return traces

@@ -127,9 +127,7 @@ def test_notice_carries_the_licence():
 
 
 def test_training_writes_a_checkpoint_that_the_checks_can_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "torch.nn.Module.compile", lambda self: None
-    )  # a minute of compilation proves nothing here
+    monkeypatch.setattr("torch.nn.Module.compile", lambda self: None)  # a minute of compilation proves nothing here
     monkeypatch.setattr(checks, "MAX_NEW_TOKENS", 8)
     text = "def f(x):\n    return x + 1\n\n" * 200
     sources = {"train": {"a.py": text}, "distill": {}, "evaluate": {"b.py": text}}

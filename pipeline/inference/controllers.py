@@ -10,11 +10,8 @@ import math
 import random
 from collections.abc import Callable
 
-from .rounds import Confidence, Controller, Round
+from .rounds import LONGEST, Confidence, Controller, Round
 from .thompson import Thompson
-
-LONGEST = 16
-"""Drafts of a round at most, of the rules that have no limit of their own."""
 
 
 class Fixed:

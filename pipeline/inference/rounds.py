@@ -10,6 +10,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+LONGEST = 8
+"""Drafts of a round at most, of every controller that has no length of its own: the same for all, to be compared."""
+
 
 @dataclass(slots=True)
 class Round:

@@ -8,10 +8,9 @@ decoder reaches in the long run (docs/control.md derives it). Knows nothing of m
 import random
 from typing import Any
 
-from .rounds import Confidence, Round
+from .rounds import LONGEST, Confidence, Round
 
 BINS = 8
-LIMIT = 8
 PRIOR = 2.0
 """Weight of the prior, in drafts: a bin's acceptance is thought to be its confidence until seen."""
 MEMORY = 0.999
@@ -84,7 +83,7 @@ class Thompson:
 
     calibration = (0, 1, 2, 4, 3, 8, 6)
 
-    def __init__(self, greedy: bool = True, seed: int = 0, limit: int = LIMIT, costs: Costs | None = None):
+    def __init__(self, greedy: bool = True, seed: int = 0, limit: int = LONGEST, costs: Costs | None = None):
         self.greedy, self.limit = greedy, limit
         self.random = random.Random(seed)
         self.prior = [(PRIOR * (b + 0.5) / BINS, PRIOR * (1 - (b + 0.5) / BINS)) for b in range(BINS)]

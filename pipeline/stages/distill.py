@@ -65,7 +65,11 @@ def read(run: RunDir, place: Place) -> tuple[dict[str, Any], data.Packed, data.P
     if place.rank == 0 and len(kept) < len(documents):
         print(f"distill: {len(documents) - len(kept)} of {len(documents)} responses are empty or too long, left out")
     train, validation = data.split(kept, d.held_out)
-    packed = data.pack(train, d.sequence_length), data.pack(validation, d.sequence_length)
+    # validation is always on responses: that is what will be drafted
+    packed = (
+        data.pack(train, d.sequence_length, prompts_too=d.learn_from == "all"),
+        data.pack(validation, d.sequence_length),
+    )
     data.StepBatches(len(packed[0]), d.sequences_per_step, d.max_steps, 0, world_size=place.world_size)  # checks
     return manifest, *packed
 

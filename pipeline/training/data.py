@@ -110,7 +110,7 @@ class Packed(Dataset):
         self.positions_ST = positions_ST
         """Place in the document: restarts at 0 with each one, which is how attention knows the boundaries."""
         self.mask_ST = mask_ST
-        """True where the next token is a response token: the positions whose distribution is learned."""
+        """True at the positions whose next-token distribution is learned."""
         self.lengths_S = lengths_S
         """Tokens that are not padding."""
 
@@ -131,9 +131,10 @@ class Packed(Dataset):
         }
 
 
-def pack(documents: Sequence[Document], sequence_length: int) -> Packed:
+def pack(documents: Sequence[Document], sequence_length: int, *, prompts_too: bool = False) -> Packed:
     """Best-fit-decreasing packing of documents no longer than `sequence_length`: a pure function of their order.
 
+    Learned are the positions before response tokens, or, with `prompts_too`, before every token but a document's first.
     Padding is a document of its own (positions from 0, nothing to learn), so that no real token attends to it.
     """
     sequences: list[list[Document]] = []
@@ -166,7 +167,8 @@ def pack(documents: Sequence[Document], sequence_length: int) -> Packed:
             end = start + len(document.tokens)
             ids_ST[s, start:end] = document.tokens
             positions_ST[s, start:end] = np.arange(end - start)
-            mask_ST[s, start + document.prompt_length - 1 : end - 1] = True
+            learned_from = 0 if prompts_too else document.prompt_length - 1
+            mask_ST[s, start + learned_from : end - 1] = True
             start = end
         positions_ST[s, start:] = np.arange(sequence_length - start)
         lengths_S[s] = start
