@@ -100,6 +100,7 @@ def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
         if len(text) > 1:
             traces.append(simulation.record(engine, str(i), prompt, text, sampler(10_000 + i), args.tokens))
     path = args.run / "eval" / f"traces-{engine.exit_layer}-{list(SETTINGS).index(setting)}.npz"
+    path.parent.mkdir(exist_ok=True)  # a run that was never evaluated
     simulation.save(path, traces, sha)
     simulated = simulate(traces, model, args.seeds, greedy=SETTINGS[setting]["temperature"] == 0)
     return {"costs": costs, "wall": wall, "simulated": simulated, "signals": signals(traces)}

@@ -27,6 +27,17 @@ def _figure(results: dict[str, Any], height: float) -> tuple[Any, list[tuple[Any
     return figure, panels
 
 
+def _legend_below(figure: Any, columns: int) -> None:
+    """One legend for all panels, under them: each name once."""
+    names: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            names.setdefault(name, handle)
+    figure.legend(
+        list(names.values()), list(names), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )
+
+
 def speedup(results: dict[str, Any], path: Path) -> None:
     """Speedup with its interval for every controller, one colour an exit layer."""
     figure, panels = _figure(results, 3.6)
@@ -73,6 +84,7 @@ def drafted(results: dict[str, Any], path: Path) -> None:
             axes.bar([k + (j - (count - 1) / 2) * 0.8 / count for k in ks], shares, 0.8 / count, label=name)
         axes.set_xlabel(f"tokens drafted in a round, N = {entry['exit_layer']}")
         axes.set_ylabel("share of rounds")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
 
@@ -94,24 +106,26 @@ def time(results: dict[str, Any], path: Path) -> None:
         axes.invert_yaxis()
         axes.axvline(1, color="grey", linewidth=1, linestyle="--")
         axes.set_xlabel("time of a token, autoregressive = 1")
-        axes.legend(frameon=False, fontsize=8)
+    _legend_below(figure, len(PARTS))
     figure.savefig(path, dpi=110)
 
 
 def learned(results: dict[str, Any], path: Path) -> None:
     """Posterior mean acceptance of each confidence bin after each prompt, for the best exit layer."""
-    figure, panels = _figure(results, 3.4)
+    figure, panels = _figure(results, 4.0)
     for axes, entries in panels:
         entry = next((h for h in entries if h["exit_layer"] == results["best"]["exit_layer"]), entries[0])
         for c in entry["controllers"].values():
             means = c.get("learned") or []
             for b in range(len(means[0]) if means else 0):
                 line = [row[b] for row in means]
-                axes.plot(range(1, len(line) + 1), line, color=f"C{b}", label=f"{b / len(means[0]):.2f} and above")
+                label = f"confidence {b / len(means[0]):.2f} to {(b + 1) / len(means[0]):.2f}"
+                axes.plot(range(1, len(line) + 1), line, color=f"C{b}", label=label)
         axes.set_ylim(0, 1)
         axes.set_xlabel(f"texts decoded, N = {entry['exit_layer']}")
         axes.set_ylabel("acceptance")
-        axes.legend(frameon=False, fontsize=7, title="confidence", title_fontsize=7)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend_below(figure, 4)
     figure.savefig(path, dpi=110)
 
 

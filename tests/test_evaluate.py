@@ -57,8 +57,32 @@ def test_report_is_there(run) -> None:
     text = (run / "report" / "report.md").read_text()
     assert "Lossless: yes: 16 of 16" in text and "| 2 | fixed:2 |" in text
     assert {p.name for p in (run / "report").iterdir()} == {
-        "report.md", "index.html", "speedup.png", "time.png", "acceptance.png", "drafted.png"
+        "report.md", "index.html", "speedup.png", "time.png", "acceptance.png", "drafted.png", "learned.png"
     }  # fmt: skip
+
+
+def test_the_page_needs_nothing_beside_it(run) -> None:
+    page = (run / "report" / "index.html").read_text()
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 5
+    assert "http" not in page.replace("https://arxiv.org", "") and str(run.path) not in page
+    assert page.count("<table>") == page.count("</table>") >= 5
+
+
+def test_figures_of_a_controller_fit_together(run) -> None:
+    results = json.loads((run / "eval" / "results.json").read_text())
+    for entry in results["heads"]:
+        file = run / "heads" / f"exit-{entry['exit_layer']}" / "model.safetensors"
+        assert 0 <= file.stat().st_size - entry["memory"]["head_bytes"] < 4096, "the file's header, and nothing else"
+        for c in entry["controllers"].values():
+            assert sum(c["time_per_token"].values()) > 0 and set(c["tasks"]) == {"t0", "t1"}
+        learned = entry["controllers"]["thompson"]["learned"]
+        assert len(learned) == 4 and all(0 < mean < 1 for row in learned for mean in row)
+
+
+def test_sampled_texts_are_tested(run) -> None:
+    sampling = json.loads((run / "eval" / "results.json").read_text())["lossless"]["sampling"]
+    assert sampling["passed"] and len(sampling["tests"]) == 5  # the baseline, 2 heads x 2 controllers
+    assert sampling["largest_p_difference"] < 1e-4
 
 
 def test_a_second_run_does_nothing_and_another_config_is_refused(run, tmp_path, capsys) -> None:

@@ -135,9 +135,7 @@ def experienced(seed: int) -> Thompson:
     """Past its calibration, with something learned: peeks and drafts are both refused at times."""
     costs = Costs()
     costs.shallow.add(0.5), costs.head.add(0.5), costs.rest.add(1)
-    for width in (1, 2, 4):
-        costs.verify[width] = copy.deepcopy(costs.rest)
-        costs.verify[width].add(5 + width)
+    costs.single.add(6), costs.several.add(2, 7), costs.several.add(4, 9)
     controller = Thompson(greedy=False, seed=seed, costs=costs)
     controller.counts = [[2.0, 6.0] if b < 6 else [8.0, 2.0] for b in range(8)]
     return controller

@@ -50,7 +50,7 @@ def test_folder_holds_the_code_byte_for_byte(run) -> None:
     assert {p.name for p in (hub / "custom_generate").iterdir()} == names
     for name in names - {"origin.py"}:
         assert (hub / "custom_generate" / name).read_bytes() == (CODE / name).read_bytes()
-    assert json.loads((hub / "config.json").read_text())["controller"] in ("fixed:2", "beta")
+    assert json.loads((hub / "config.json").read_text())["controller"] in ("fixed:2", "thompson")
 
 
 def test_card_says_what_and_how_much_and_leaks_nothing(run) -> None:
@@ -65,7 +65,7 @@ def test_card_says_what_and_how_much_and_leaks_nothing(run) -> None:
 def test_greedy_through_transformers_is_plain_greedy(served) -> None:
     model, inputs, hub = served
     plain = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    for controller in (None, "none", "fixed:3", "beta"):
+    for controller in (None, "none", "fixed:3", "beta", "thompson"):
         drafted = model.generate(
             **inputs,
             max_new_tokens=24,

@@ -5,6 +5,7 @@ other, so tokens per second are largest when every decision raises tokens - rate
 decoder reaches in the long run (docs/control.md derives it). Knows nothing of models or tokens.
 """
 
+import math
 import random
 from typing import Any
 
@@ -15,7 +16,9 @@ PRIOR = 2.0
 """Weight of the prior, in drafts: a bin's acceptance is thought to be its confidence until seen."""
 MEMORY = 0.999
 """What a round leaves of the counts of earlier rounds: acceptance changes with the text."""
-RATE_MEMORY = 0.99
+RATE_MEMORY = 0.995
+FADING = 0.99
+REFRESH = 8
 
 
 class Average:
@@ -31,21 +34,46 @@ class Average:
         self.value += (x - self.value) * max(1 / self.count, 0.03)
 
 
+class Line:
+    """Weighted least squares t = a + b m, b >= 0, over points that fade: a few numbers instead of a noisy table."""
+
+    def __init__(self) -> None:
+        self.n = self.m = self.t = self.mm = self.mt = 0.0
+
+    def add(self, m: float, t: float) -> None:
+        if self.n >= 3:
+            t = min(t, 3 * max(0.0, self.at(m)))
+        self.n, self.m, self.t = FADING * self.n + 1, FADING * self.m + m, FADING * self.t + t
+        self.mm, self.mt = FADING * self.mm + m * m, FADING * self.mt + m * t
+
+    def at(self, m: float) -> float:
+        """0 before the first point; flat until two different m were seen."""
+        if self.n == 0:
+            return 0.0
+        spread = self.n * self.mm - self.m * self.m
+        slope = max(0.0, (self.n * self.mt - self.m * self.t) / spread) if spread > 1e-6 * self.n * self.n else 0.0
+        return (self.t - slope * self.m) / self.n + slope * m
+
+
 class Costs:
     """Seconds of each part of a round, measured on the rounds themselves.
 
-    A synthetic benchmark is a third off on CPUs: caches are warm there and cold here.
+    A synthetic benchmark is a third off on CPUs: caches are warm there and cold here. Verification is one number for
+    a single token, which has kernels of its own, and a line for more.
     """
 
     def __init__(self) -> None:
-        self.shallow, self.head, self.rest = Average(), Average(), Average()
-        self.verify: dict[int, Average] = {}
+        self.shallow, self.head, self.rest, self.single = Average(), Average(), Average(), Average()
+        self.several = Line()
 
     def observe(self, round: Round) -> None:
         self.shallow.add(round.shallow_seconds / (round.drafted + 1))
         if round.head_passes:
             self.head.add(round.head_seconds / round.head_passes)
-        self.verify.setdefault(round.drafted + 1, Average()).add(round.verify_seconds)
+        if round.drafted:
+            self.several.add(round.drafted + 1, round.verify_seconds)
+        else:
+            self.single.add(round.verify_seconds)
         parts = round.shallow_seconds + round.head_seconds + round.verify_seconds
         self.rest.add(max(0.0, round.seconds - parts))
 
@@ -56,24 +84,18 @@ class Costs:
         return [fixed + k * step + self.verify_seconds(k + 1) for k in range(limit + 1)]
 
     def verify_seconds(self, width: int) -> float:
-        """Measured, or on the line through the two nearest measured widths (their mean if only one is known)."""
-        if width in self.verify:
-            return self.verify[width].value
-        known = sorted(self.verify)
-        if len(known) < 2:
-            return self.verify[known[0]].value if known else 0.0
-        above = next((i for i, w in enumerate(known) if w > width), len(known) - 1)
-        low, high = known[max(0, above - 1)], known[max(1, above)]
-        slope = max(0.0, (self.verify[high].value - self.verify[low].value) / (high - low))
-        return self.verify[low].value + slope * (width - low)
+        """Of a pass over `width` tokens; where only the other kind of pass was seen, that stands for both."""
+        if self.several.n == 0 or (width == 1 and self.single.count):
+            return self.single.value
+        return self.several.at(width)
 
 
 class Thompson:
     """Sampled acceptances per confidence bin, measured costs, look-ahead over several drafts.
 
     Each round draws theta_b ~ Beta(a_b, b_b) for every bin b of confidence. With P the product of the theta of the
-    drafts made, C(k) the seconds of a round with k drafts, h those of a head pass, abar the mean theta over bins as
-    they occur, and rate the running tokens per second (never below 1 / C(0), which needs no drafting):
+    drafts made, C(k) the seconds of a round with k drafts, h those of a head pass, abar the mean acceptance over bins
+    as they occur, and rate the running tokens per second (never below 1 / C(0), which needs no drafting):
       worth(k, a) = max over j >= 1 of  P a (1 + abar + ... + abar^(j-1)) - rate (C(k+j) - C(k) - h)
       draft, q known, its pass paid:   go on iff worth(k, theta_bin) > 0
       peek, q not known:               look iff  E_b[max(0, worth(k, theta_b))] > rate h
@@ -99,11 +121,11 @@ class Thompson:
         self.bins: list[int] = []
         self.product = 1.0
         self.forced: int | None = None
-        self.theta: list[float] = []
+        self.theta: list[float | None] = []
         self.chains: list[float] = []
         """chains[j] = 1 + abar + ... + abar^j: tokens that j + 1 more drafts bring once the first is accepted."""
         self.times: list[float] = []
-        self.rate = 0.0
+        self.alone = self.rate = 0.0
 
     # ---- decisions
 
@@ -114,7 +136,7 @@ class Thompson:
             return k < (self.forced if self.forced is not None else self.limit)
         needed = sum(self.seen) * self.rate * self.costs.head.value
         for b in reversed(range(BINS)):  # the confident bins decide most cases alone
-            needed -= self.seen[b] * max(0.0, self._worth(k, self.theta[b]))
+            needed -= self.seen[b] * max(0.0, self._worth(k, self._sampled(b)))
             if needed < 0:
                 return True
         if k == 0 and self.random.random() < (100 + self.rounds) ** -0.5:
@@ -125,27 +147,45 @@ class Thompson:
     def draft(self, k: int, confidence: Confidence) -> bool:
         b = min(BINS - 1, int(self.signal(confidence) * BINS))
         self.seen[b] += 1
-        if self.forced is None and self._worth(k, self.theta[b]) <= 0:
+        if self.forced is None and self._worth(k, self._sampled(b)) <= 0:
             return False
-        self.product *= self.theta[b]
+        self.product *= self._sampled(b)
         self.bins.append(b)
         return True
 
     def signal(self, confidence: Confidence) -> float:
-        """What predicts acceptance, in [0, 1]."""
-        return confidence.top
+        """What predicts acceptance, in [0, 1]: greedy max q; sampling exp(-H(q)), which says more of the overlap of q
+        with p (share of the log-loss of acceptance removed on held-out prompts: docs/lab-notes.md)."""
+        return confidence.top if self.greedy else math.exp(-confidence.entropy)
 
     def _begin(self) -> None:
         self.bins, self.product = [], 1.0
         self.forced = self.plan.pop(0) if self.plan else None
-        self.theta = [self.random.betavariate(a, b) for a, b in self.counts]
-        mean = sum(n * t for n, t in zip(self.seen, self.theta, strict=True)) / sum(self.seen)
+        self.theta = [None] * BINS
+        if self.rounds % REFRESH == 0 or self.rounds < 4 * REFRESH:
+            self._refresh()
+        self.rate = max(self.alone, self.tokens / self.seconds if self.seconds > 0 else 0.0)
+
+    def _refresh(self) -> None:
+        """What changes slowly, every few rounds: a decision must cost little beside a token."""
+        faded = 1 - MEMORY**REFRESH
+        for count, prior in zip(self.counts, self.prior, strict=True):
+            count[0] += faded * (prior[0] - count[0])
+            count[1] += faded * (prior[1] - count[1])
+        self.seen = [max(1e-3, (1 - faded) * n) for n in self.seen]
+        abar = sum(n * a for n, a in zip(self.seen, self.acceptance(), strict=True)) / sum(self.seen)
         self.chains = [1.0]
         for _ in range(self.limit - 1):
-            self.chains.append(1 + mean * self.chains[-1])
+            self.chains.append(1 + abar * self.chains[-1])
         self.times = self.costs.rounds(self.limit)
-        alone = 1 / self.times[0] if self.times[0] > 0 else 0.0
-        self.rate = max(alone, self.tokens / self.seconds if self.seconds > 0 else 0.0)
+        self.alone = 1 / self.times[0] if self.times[0] > 0 else 0.0
+
+    def _sampled(self, b: int) -> float:
+        """This round's acceptance of bin b, drawn from its posterior when it is first asked for."""
+        theta = self.theta[b]
+        if theta is None:
+            theta = self.theta[b] = self.random.betavariate(*self.counts[b])
+        return theta
 
     def _worth(self, k: int, acceptance: float) -> float:
         reach, rate, spent = self.product * acceptance, self.rate, self.times[k] + self.costs.head.value
@@ -154,10 +194,6 @@ class Thompson:
     # ---- learning
 
     def observe(self, round: Round) -> None:
-        for count, prior in zip(self.counts, self.prior, strict=True):
-            count[0] += (1 - MEMORY) * (prior[0] - count[0])
-            count[1] += (1 - MEMORY) * (prior[1] - count[1])
-        self.seen = [max(1e-3, MEMORY * n) for n in self.seen]
         for i, b in enumerate(self.bins[: round.accepted + 1]):  # behind the first rejected draft nothing was tested
             self.counts[b][i >= round.accepted] += 1
         self.bins = []
