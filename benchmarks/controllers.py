@@ -12,7 +12,6 @@ The limit: the oracle knows every outcome beforehand and drafts exactly what wil
 """
 
 import argparse
-import hashlib
 import json
 from datetime import date
 from pathlib import Path
@@ -30,8 +29,8 @@ from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
-from pipeline.metrics import cost_table, interval
-from pipeline.rundir import provenance
+from pipeline.metrics import cost_table, interval, ratio_of_rates
+from pipeline.rundir import provenance, sha256_of
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},
@@ -74,7 +73,7 @@ def main() -> None:
     for n in args.exit_layers:
         folder = args.run / "heads" / f"exit-{n}"
         engine = SplitBackbone(model, ExitHead.load(folder))
-        sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        sha = sha256_of(folder / "model.safetensors")
         for name in args.settings:
             entry = compare(engine, ids, ends, name, args, sha)
             record.append({"exit_layer": n, "setting": name} | entry)
@@ -139,7 +138,7 @@ def clock(engine, ids, ends, sampler, new: int):
 
 def rated(n, s, m, t) -> list[float]:
     """[ratio of rates, low, high]"""
-    value, (low, high) = interval(lambda a, b, c, d: (a / b) / (c / d), n, s, m, t)
+    value, (low, high) = interval(ratio_of_rates, n, s, m, t)
     return [round(x, 4) for x in (value, low, high)]
 
 

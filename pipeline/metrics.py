@@ -105,13 +105,18 @@ def time_per_token(rounds: pd.DataFrame, token_seconds: float) -> dict[str, floa
     return parts | {"rest": float(rounds.seconds.sum() / tokens) - sum(parts.values())}
 
 
-def _task(base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
-    """Speedup on the prompts of one task."""
+def ratio_of_rates(n, s, m, t):
+    """n tokens in s seconds over m tokens in t seconds: what `interval` takes for a speedup."""
+    return (n / s) / (m / t)
+
+
+def _speedup(base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
+    """Of the texts `rows` over the baseline's texts of the same prompts."""
     ours = rows.groupby("prompt")[["length", "seconds"]].sum()
     theirs = base.groupby("prompt")[["length", "seconds"]].sum().loc[ours.index]
     columns = [x.to_numpy() for x in (ours["length"], ours.seconds, theirs["length"], theirs.seconds)]
-    speedup, ci = interval(lambda n, s, m, t: (n / s) / (m / t), *columns)
-    return {"prompts": len(ours), "speedup": speedup, "speedup_ci95": ci}
+    speedup, ci = interval(ratio_of_rates, *columns)
+    return {"speedup": speedup, "speedup_ci95": ci}
 
 
 def _seconds_per_token(rows: pd.DataFrame) -> float:
@@ -132,20 +137,15 @@ def _baseline(base: pd.DataFrame) -> dict[str, Any]:
 
 
 def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.DataFrame) -> dict[str, Any]:
-    ours = rows.groupby("prompt")[["length", "seconds"]].sum()
-    theirs = base.groupby("prompt")[["length", "seconds"]].sum().loc[ours.index]
-    columns = [x.to_numpy() for x in (ours["length"], ours.seconds, theirs["length"], theirs.seconds)]
-    speedup, speedup_ci = interval(lambda n, s, m, t: (n / s) / (m / t), *columns)
     before, before_ci = _before_loop(base, rows, rounds)
     drafted, accepted = int(rounds.drafted.sum()), int(rounds.accepted.sum())
     histogram = rounds.drafted.value_counts().sort_index()
     marginal = [float((rounds.accepted > i).mean()) for i in range(int(rounds.drafted.max() or 0))]
     figures: dict[str, Any] = {
-        "speedup": speedup,
-        "speedup_ci95": speedup_ci,
+        **_speedup(base, rows),
         "speedup_before_loop": before,
         "speedup_before_loop_ci95": before_ci,
-        "tokens_per_second": float(ours["length"].sum() / ours.seconds.sum()),
+        "tokens_per_second": 1 / _seconds_per_token(rows),
         "acceptance_length": 1 + accepted / len(rounds),
         "draft_acceptance_rate": accepted / drafted if drafted else None,
         "conditional_rates": conditional_rates(rounds),
@@ -153,8 +153,11 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
         "drafted_histogram": {int(k): int(n) for k, n in histogram.items()},
         "time_per_token": time_per_token(rounds, _seconds_per_token(base)),
         "rounds": len(rounds),
-        "tokens": int(ours["length"].sum()),
-        "tasks": {task: _task(base[base.task == task], part) for task, part in rows.groupby("task", sort=False)},
+        "tokens": int(rows["length"].sum()),
+        "tasks": {
+            task: {"prompts": part.prompt.nunique(), **_speedup(base[base.task == task], part)}
+            for task, part in rows.groupby("task", sort=False)
+        },
     }
     # every token but the first of each text comes from a round
     assert abs(figures["acceptance_length"] - 1 - sum(marginal)) < 1e-9
@@ -190,7 +193,7 @@ def _before_loop(base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.DataFrame) -
         theirs.loop.loc[index].to_numpy(),
         theirs.before.loc[index].to_numpy(),
     ]
-    return interval(lambda n, s, m, t: (n / s) / (m / t), *columns)
+    return interval(ratio_of_rates, *columns)
 
 
 def _cross_predicted(k: int, base: pd.DataFrame, rounds: pd.DataFrame) -> float | None:

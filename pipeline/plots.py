@@ -27,6 +27,11 @@ def _figure(results: dict[str, Any], height: float) -> tuple[Any, list[tuple[Any
     return figure, panels
 
 
+def _best(results: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The entry of the best exit layer."""
+    return next(h for h in entries if h["exit_layer"] == results["best"]["exit_layer"])
+
+
 def _legend_below(figure: Any, columns: int) -> None:
     """One legend for all panels, under them: each name once."""
     names: dict[str, Any] = {}
@@ -76,7 +81,7 @@ def drafted(results: dict[str, Any], path: Path) -> None:
     """Share of rounds by the number of tokens drafted, for every controller of the best exit layer."""
     figure, panels = _figure(results, 3.4)
     for axes, entries in panels:
-        entry = next((h for h in entries if h["exit_layer"] == results["best"]["exit_layer"]), entries[0])
+        entry = _best(results, entries)
         count = len(entry["controllers"])
         for j, (name, c) in enumerate(entry["controllers"].items()):
             ks = [int(k) for k in c["drafted_histogram"]]
@@ -114,7 +119,7 @@ def learned(results: dict[str, Any], path: Path) -> None:
     """Posterior mean acceptance of each confidence bin after each prompt, for the best exit layer."""
     figure, panels = _figure(results, 4.0)
     for axes, entries in panels:
-        entry = next((h for h in entries if h["exit_layer"] == results["best"]["exit_layer"]), entries[0])
+        entry = _best(results, entries)
         for c in entry["controllers"].values():
             means = c.get("learned") or []
             for b in range(len(means[0]) if means else 0):

@@ -1,4 +1,5 @@
-"""Two controllers that break the condition of losslessness, each as it is really met. Every proof must catch them.
+"""Two controllers that break the condition of losslessness, each as it is really met. The enumeration
+must catch both, the transform test the first.
 
 Take the sampler they cheat with, give wrong text. Both draw the next draft in `draft`, before they answer, and
 hand it to the decoder when they answer yes.

@@ -104,28 +104,33 @@ def test_calibration_joins_confidence_and_outcomes() -> None:
 # ---- thompson, on rounds whose law is known
 
 
-def play(controller, acceptance, rounds: int, seed: int = 1, step: float = 0.11, verify: float = 0.02) -> float:
-    """Tokens per unit of time; `acceptance(random)` is each draft's chance, and what the head says of it."""
-    dice = random.Random(seed)
-    tokens = seconds = 0.0
-    for _ in range(rounds):
+def rounds_of(controller, acceptance, count: int, said: float | None = None, seed: int = 1) -> list[Round]:
+    """`acceptance(random)` is each draft's chance, and what the head says of it unless `said` is given."""
+    dice, rounds = random.Random(seed), []
+    for _ in range(count):
         k = accepted = passes = 0
         alive = True
         while controller.peek(k):
             a, passes = acceptance(dice), passes + 1
-            if not controller.draft(k, Said(a)):
+            if not controller.draft(k, Said(a if said is None else said)):
                 break
             k += 1
             alive = alive and dice.random() < a
             accepted += alive
-        shallow, head, deep = 0.55 * step * (k + 1), 0.45 * step * passes, 0.94 + verify * k
-        controller.observe(Round(k, accepted, accepted + 1, passes, shallow + head + deep, shallow, head, deep))
-        tokens, seconds = tokens + accepted + 1, seconds + shallow + head + deep
-    return tokens / seconds
+        shallow, head, deep = 0.06 * (k + 1), 0.05 * passes, 0.94 + 0.02 * k
+        rounds.append(Round(k, accepted, accepted + 1, passes, shallow + head + deep, shallow, head, deep))
+        controller.observe(rounds[-1])
+    return rounds
 
 
-def best_fixed(acceptance, **kwargs) -> float:
-    return max(play(Fixed(k), acceptance, 4000, **kwargs) for k in range(9))
+def play(controller, acceptance, count: int) -> float:
+    """Tokens per unit of time."""
+    rounds = rounds_of(controller, acceptance, count)
+    return sum(r.tokens for r in rounds) / sum(r.seconds for r in rounds)
+
+
+def best_fixed(acceptance) -> float:
+    return max(play(Fixed(k), acceptance, 4000) for k in range(9))
 
 
 def bimodal(dice: random.Random) -> float:
@@ -145,43 +150,16 @@ def test_thompson_stops_drafting_where_nothing_is_accepted_and_keeps_probing() -
     controller = make_controller("thompson")
     speed = play(controller, lambda dice: 0.05, 2000)
     assert speed > 0.93 * best_fixed(lambda dice: 0.05)
-    drafts = lengths_with(controller, Said(0.05), 500)
-    assert 2 <= sum(k > 0 for k in drafts) < 100
+    rounds = rounds_of(controller, lambda dice: 0.0, 500, said=0.05)
+    assert 2 <= sum(r.drafted > 0 for r in rounds) < 100
 
 
 def test_thompson_comes_back_when_the_text_becomes_easy() -> None:
     """Drafting does not pay, then it does, at the same confidence: the probes must find out."""
     controller = Thompson()
-    said = 0.3
     for truth, least, most in ((0.05, 0.0, 0.4), (0.95, 4.0, 8.0)):
-        dice, drafts = random.Random(0), []
-        for _ in range(3000):
-            k = accepted = passes = 0
-            alive = True
-            while controller.peek(k):
-                passes += 1
-                if not controller.draft(k, Said(said)):
-                    break
-                k, alive = k + 1, alive and dice.random() < truth
-                accepted += alive
-            shallow, head, deep = 0.06 * (k + 1), 0.05 * passes, 0.94 + 0.02 * k
-            controller.observe(Round(k, accepted, accepted + 1, passes, shallow + head + deep, shallow, head, deep))
-            drafts.append(k)
-        assert least <= sum(drafts[-200:]) / 200 <= most
-
-
-def lengths_with(controller, confidence, rounds: int) -> list[int]:
-    counts = []
-    for _ in range(rounds):
-        k = passes = 0
-        while controller.peek(k):
-            passes += 1
-            if not controller.draft(k, confidence):
-                break
-            k += 1
-        controller.observe(Round(k, 0, 1, passes, 1.0 + 0.11 * k, 0.06 * (k + 1), 0.05 * passes, 0.94))
-        counts.append(k)
-    return counts
+        rounds = rounds_of(controller, lambda dice, truth=truth: truth, 3000, said=0.3, seed=0)
+        assert least <= sum(r.drafted for r in rounds[-200:]) / 200 <= most
 
 
 def test_a_jump_in_cost_is_looked_over() -> None:
@@ -228,6 +206,9 @@ def test_thompson_state_survives_json_and_is_checked() -> None:
     again = make_controller("thompson")
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert again.counts == first.counts and again.state_dict() == first.state_dict()
+    for controller in (again, Thompson(costs=first.costs)):  # calibrating first, and at once
+        controller.load_state_dict(first.state_dict())
+        assert max(r.drafted for r in rounds_of(controller, lambda dice: 0.9, 20)) > 0
     with pytest.raises(ValueError, match="greedy=True: thompson with greedy=False"):
         make_controller("thompson", greedy=False).load_state_dict(first.state_dict())
     with pytest.raises(ValueError, match="kind=None"):

@@ -7,6 +7,7 @@ from itertools import chain, pairwise
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.errors import UserError
 from pipeline.rundir import sha256_of
@@ -48,6 +49,17 @@ def test_every_document_is_packed_whole_once_with_its_own_positions():
     expected = [(d.tokens, list(range(d.prompt_length - 1, len(d.tokens) - 1))) for d in docs]
     assert sorted(found) == sorted(expected)
     assert packed.lengths_S.sum() == sum(len(d.tokens) for d in docs)
+
+
+def test_prompts_can_teach_too():
+    """Every position but a document's last is learned then, and nothing of the padding."""
+    docs = documents(20)
+    packed = pack(docs, 32, prompts_too=True)
+    assert int(packed.mask_ST.sum()) == sum(len(d.tokens) - 1 for d in docs)
+    followed = packed.positions_ST.roll(-1, 1) == packed.positions_ST + 1  # the next place is of the same document
+    followed[:, -1] = False
+    inside = torch.arange(32) < packed.lengths_S[:, None] - 1
+    assert torch.equal(packed.mask_ST, followed & inside)
 
 
 def test_packing_wastes_little():

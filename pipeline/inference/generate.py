@@ -34,7 +34,7 @@ def generate(inputs=None, *, model, exit_head: str | None = None, controller: st
     for anything but ids.
     """
     kwargs.pop("use_model_defaults", None)
-    backbone, config = _engine(model, exit_head or HEAD, None if exit_head else REVISION)
+    backbone, config, controllers = _engine(model, exit_head or HEAD, None if exit_head else REVISION)
     if controller is None or isinstance(controller, str):
         name = controller or config.get("controller", "thompson")
         make_controller(name)  # a wrong name is refused before anything is computed
@@ -46,7 +46,10 @@ def generate(inputs=None, *, model, exit_head: str | None = None, controller: st
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         _refuse(generation_config)
-        decide = controller if name is None else _remembered(backbone, name, not generation_config.do_sample)
+        key = name, not generation_config.do_sample  # greedy and sampled texts teach different things
+        if name is not None and key not in controllers:
+            controllers[key] = make_controller(name, greedy=key[1])
+        decide = controller if name is None else controllers[key]
         own = [c for c in stopping_criteria if type(c).__name__ not in OWN_CRITERIA]
         end = generation_config.eos_token_id
         ends = frozenset([end] if isinstance(end, int) else [] if end is None else torch.as_tensor(end).tolist())
@@ -76,8 +79,8 @@ def generate(inputs=None, *, model, exit_head: str | None = None, controller: st
     return GenerationMixin.generate(model, inputs, custom_generate=loop, **kwargs)
 
 
-def _engine(model, source: str | None, revision: str | None) -> tuple[SplitBackbone, dict[str, Any]]:
-    """The split backbone and the head's config; kept on the model, so that only the first call loads."""
+def _engine(model, source: str | None, revision: str | None) -> tuple[SplitBackbone, dict[str, Any], dict]:
+    """The split backbone, the head's config and its controllers so far; kept on the model, loaded by the first call."""
     if source is None:
         raise ValueError("no exit head: give exit_head=<folder or Hub id>")
     known = model.__dict__.setdefault("_exit_heads", {})
@@ -85,16 +88,8 @@ def _engine(model, source: str | None, revision: str | None) -> tuple[SplitBackb
     if key not in known:
         paths = [Path(cached_file(source, name, revision=revision)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
-        known[key] = SplitBackbone(model, head), config
+        known[key] = SplitBackbone(model, head), config, {}
     return known[key]
-
-
-def _remembered(backbone: SplitBackbone, name: str, greedy: bool) -> Controller:
-    """The controller of this name that has served this head so far; greedy and sampled texts have one each."""
-    known = backbone.__dict__.setdefault("_controllers", {})
-    if (name, greedy) not in known:
-        known[name, greedy] = make_controller(name, greedy=greedy)
-    return known[name, greedy]
 
 
 def _stop_at_strings(kwargs: dict[str, Any]) -> None:

@@ -17,15 +17,18 @@ PRIOR = 2.0
 MEMORY = 0.999
 """What a round leaves of the counts of earlier rounds: acceptance changes with the text."""
 RATE_MEMORY = 0.995
+"""The same of the running rate."""
 FADING = 0.99
+"""What a further point leaves of the earlier ones on the line of costs."""
 REFRESH = 8
+"""Rounds between two looks at what changes slowly; one while little is known."""
 
 
 class Average:
     """Running mean that turns into an exponential one; a single outlier moves it little."""
 
-    def __init__(self, value: float = 0.0, count: int = 0):
-        self.value, self.count = value, count
+    def __init__(self) -> None:
+        self.value, self.count = 0.0, 0
 
     def add(self, x: float) -> None:
         if self.count >= 2 and self.value > 0:
@@ -114,7 +117,7 @@ class Thompson:
         """How often q fell into each bin, discounted."""
         self.costs = costs or Costs()
         self.tokens = self.seconds = 0.0
-        self.rounds = 0
+        self.rounds = self.refreshed = 0
         self.plan = [] if costs else [k for _ in range(2) for k in self.calibration if k <= limit]
         """Lengths of the next rounds, as long as costs are being measured."""
         # of the round at hand
@@ -162,13 +165,14 @@ class Thompson:
         self.bins, self.product = [], 1.0
         self.forced = self.plan.pop(0) if self.plan else None
         self.theta = [None] * BINS
-        if self.rounds % REFRESH == 0 or self.rounds < 4 * REFRESH:
+        if not self.times or self.rounds - self.refreshed >= (REFRESH if self.rounds >= 4 * REFRESH else 1):
             self._refresh()
         self.rate = max(self.alone, self.tokens / self.seconds if self.seconds > 0 else 0.0)
 
     def _refresh(self) -> None:
         """What changes slowly, every few rounds: a decision must cost little beside a token."""
-        faded = 1 - MEMORY**REFRESH
+        faded = 1 - MEMORY ** (self.rounds - self.refreshed)
+        self.refreshed = self.rounds
         for count, prior in zip(self.counts, self.prior, strict=True):
             count[0] += faded * (prior[0] - count[0])
             count[1] += faded * (prior[1] - count[1])
@@ -223,3 +227,4 @@ class Thompson:
             )
         self.counts = [list(map(float, c)) for c in state["counts"]]
         self.seen, self.rounds = list(map(float, state["seen"])), int(state["rounds"])
+        self.refreshed = self.rounds

@@ -63,14 +63,7 @@ def run(run: RunDir) -> None:
     ends = frozenset(_end_tokens(model, tokenizer))
     with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
         generations, rounds, learned = _measure(run, engines, encoded, ends)
-        results = _results(run, model, engines, encoded, source, generations, rounds)
-        longest = max(len(ids) for _, ids in encoded) + config.max_new_tokens
-        for entry in results["heads"]:
-            entry["memory"] = engines[entry["exit_layer"]].extra_bytes(longest)
-        for method, means in learned.items():
-            where = next(h for h in results["heads"]
-                         if (h["exit_layer"], h["temperature"]) == (method.exit_layer, method.temperature))  # fmt: skip
-            where["controllers"][method.controller]["learned"] = [[round(m, 4) for m in row] for row in means]
+        results = _results(run, model, engines, encoded, source, generations, rounds, learned)
         summary["best"] = results["best"]
         with atomic_path(run / "eval") as folder:
             folder.mkdir()
@@ -147,10 +140,17 @@ def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: Encoded, e
 
 
 def _results(
-    run: RunDir, model, engines, encoded, source, generations: pd.DataFrame, rounds: pd.DataFrame
+    run: RunDir, model, engines, encoded, source, generations: pd.DataFrame, rounds: pd.DataFrame, learned
 ) -> dict[str, Any]:
     config = run.config.evaluate
     heads = summarise(generations, rounds)
+    longest = max(len(ids) for _, ids in encoded) + config.max_new_tokens
+    for entry in heads:
+        n, t = entry["exit_layer"], entry["temperature"]
+        entry["memory"] = engines[n].extra_bytes(longest)
+        for name, figures in entry["controllers"].items():
+            if means := learned.get(Method(n, name, t)):
+                figures["learned"] = [[round(m, 4) for m in row] for row in means]
     ids = {p.id: ids for p, ids in encoded}
 
     def sampler_of(temperature: float) -> Sampler:
