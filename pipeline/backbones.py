@@ -66,8 +66,8 @@ def load_tokenizer(backbone: Backbone) -> Any:
         )
 
 
-def load_model(backbone: Backbone, device: torch.device) -> Any:
-    """The frozen backbone in `backbone.dtype` on one device, in eval mode."""
+def load_model(backbone: Backbone, device: torch.device, device_map: str | None = None) -> Any:
+    """The frozen backbone in `backbone.dtype`, in eval mode, on one device or laid over all by accelerate's map."""
     load_config(backbone)
     transformers_logging.disable_progress_bar()
     with _explained(backbone):
@@ -76,8 +76,10 @@ def load_model(backbone: Backbone, device: torch.device) -> Any:
             revision=backbone.revision,
             trust_remote_code=backbone.trust_remote_code,
             dtype=getattr(torch, backbone.dtype),
+            device_map=device_map,
         )
-    return model.requires_grad_(False).eval().to(device)
+    model = model.requires_grad_(False).eval()
+    return model if device_map else model.to(device)
 
 
 def check_exit_layers(exit_layers: list[int], num_layers: int) -> None:

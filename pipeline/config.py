@@ -34,6 +34,12 @@ class Machine:
     """How the work is laid on this machine. Changing it never makes a finished stage stale."""
 
     device: str = option("auto", "auto, cpu, cuda; auto takes a GPU when there is one")
+    device_map: str | None = option(
+        None,
+        "of generate and evaluate, for a backbone larger than one GPU: auto, balanced or sequential, as in accelerate; "
+        "a layer is never split",
+    )
+    cuda_graphs: bool = option(False, "evaluate: record the decoder's passes as CUDA graphs; nothing on a CPU")
     threads: int = option(0, "CPU threads of every stage but evaluate; 0 leaves torch's choice")
     nodes: int = option(1, "nodes of the distill job")
     processes_per_node: int = option(1, "distill processes on each node; on GPUs, one per GPU")
@@ -220,6 +226,10 @@ _RULES: dict[str, tuple[Any, str]] = {
     "run.name": ((lambda name: bool(name) and "/" not in name and name[0] != "."), "a plain folder name is needed"),
     "seed": _NOT_NEGATIVE,
     "machine.device": ((lambda d: d in ("auto", "cpu") or d.startswith("cuda")), "auto, cpu or cuda"),
+    "machine.device_map": (
+        (lambda name: name in (None, "auto", "balanced", "sequential")),
+        "null, auto, balanced or sequential",
+    ),
     "machine.threads": _NOT_NEGATIVE,
     "machine.nodes": _POSITIVE,
     "machine.processes_per_node": _POSITIVE,

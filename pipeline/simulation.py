@@ -77,9 +77,9 @@ def record(
         for j in range(min(RECORDED, cache.max_length - at)):
             engine.shallow(chain[-1:], at + j, cache)
             logits_1V = engine.draft_logits(at + j + 1, cache)[None]
-            q_V = sampler.shape(logits_1V, ids, tokens[:t] + chain)[0]
-            off[t, j] = _read(Confidence(q_V))
-            chain.append(sampler.draw(q_V))
+            q = Confidence(sampler.shape(logits_1V, ids, tokens[:t] + chain)[0])
+            off[t, j] = _read(q)
+            chain.append(sampler.draft(q))
         engine.shallow(tokens[t : t + 1], at, cache)  # back on the path; the head catches up by itself
         cache.head_length = at
     top_T, entropy_T = np.array(on_path).T

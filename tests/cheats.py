@@ -15,9 +15,9 @@ def with_pending(kind: type[Sampler]) -> type[Sampler]:
         token: int | None = None
         coins: list[bool] | None = None
 
-        def draw(self, logits_V):
+        def draft(self, q):
             token, self.token = self.token, None
-            return super().draw(logits_V) if token is None else token
+            return super().draft(q) if token is None else token
 
         def _coins(self, chance_K):
             coins, self.coins = self.coins, None
@@ -36,9 +36,8 @@ class Discards:
         return k < 3
 
     def draft(self, k: int, confidence) -> bool:
-        q_V = confidence._logits_V
-        token = self.sampler.draw(q_V)
-        if float(q_V.softmax(-1)[token]) < self.threshold:
+        token = self.sampler.draft(confidence)
+        if float(confidence.q_V[token]) < self.threshold:
             return False
         self.sampler.token = token
         return True
@@ -60,9 +59,8 @@ class LooksAtAcceptDraw:
         return k < 1
 
     def draft(self, k: int, confidence) -> bool:
-        q_V = confidence._logits_V.softmax(-1)
-        token = self.sampler.draw(confidence._logits_V)
-        if not self.sampler._coins((self.p() / q_V)[token : token + 1])[0]:
+        token = self.sampler.draft(confidence)
+        if not self.sampler._coins((self.p() / confidence.q_V)[token : token + 1])[0]:
             return False
         self.sampler.token, self.sampler.coins = token, [True]
         return True

@@ -5,10 +5,13 @@ import torch
 from helpers import tiny_backbone
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pipeline.inference import kernels
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Beta, Fixed
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
+from pipeline.inference.kernels import onednn
+from pipeline.inference.layers import gather, plain
 from pipeline.inference.sampling import Sampler
 
 PROMPT = [72, 5, 33, 33, 190, 7, 81, 2, 64, 11, 250]
@@ -204,3 +207,79 @@ def test_fingerprint_knows_a_fine_tune_but_not_a_cast(llama, tmp_path) -> None:
     changed = load(folder)
     changed.model.layers[-1].mlp.down_proj.weight.data *= 1.01
     assert fingerprint(changed) != fingerprint(llama)
+
+
+def test_fixed_shapes_give_the_same_text(model) -> None:
+    """Padded rows, a mask over the whole cache, one cache for text after text."""
+    fixed = SplitBackbone(model, head_for(model, 2), fixed_shapes=True)
+    expected = transformers_greedy(model, 30)
+    assert autoregressive(fixed, Request(PROMPT, 30), Sampler()).tokens == expected
+    for controller in (*map(Fixed, (0, 1, 2, 3, 5, 8)), Beta()):
+        assert self_speculative(fixed, Request(PROMPT, 30), Sampler(), controller).tokens == expected
+    assert fixed.new_cache(40) is fixed.new_cache(100), "recorded passes know the cache by its address"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_give_the_same_text(llama) -> None:
+    on_gpu = load(llama.config._name_or_path).to("cuda")
+    engine = SplitBackbone(on_gpu, head_for(on_gpu, 2), fixed_shapes=True)
+    expected = autoregressive(SplitBackbone(on_gpu, head_for(on_gpu, 2)), Request(PROMPT, 30), Sampler()).tokens
+    assert autoregressive(engine, Request(PROMPT, 30), Sampler()).tokens == expected
+    for k in (1, 2, 4, 8):
+        assert self_speculative(engine, Request(PROMPT, 30), Sampler(), Fixed(k)).tokens == expected
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_kernels_compute_the_same(rows: int, bias: bool) -> None:
+    x, weight = torch.randn(rows, 24), torch.randn(16, 24).t()
+    b, residual = torch.randn(16) if bias else None, torch.randn(rows, 16)
+    for kernel in (plain, onednn):
+        for r in (None, residual):
+            expected = x @ weight + (b if bias else 0) + (0 if r is None else r)
+            torch.testing.assert_close(kernel(x, weight, b, r), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_that_was_timed_faster_is_taken(llama, monkeypatch) -> None:
+    layers = [gather(layer) for layer in llama.model.layers]
+    slow = {(plain, 1): 1.0, (onednn, 1): 0.95, (plain, 2): 2.0, (onednn, 2): 1.0}
+    monkeypatch.setattr(kernels, "_seconds", lambda kernel, x, weights: slow.get((kernel, min(2, len(x)))))
+    assert kernels.choose(layers) == [plain, plain] + [onednn] * 8, "clearly faster from two rows on, not at one"
+    expected = autoregressive(SplitBackbone(llama, head_for(llama, 1)), Request(PROMPT, 20), Sampler()).tokens
+    assert expected == transformers_greedy(llama, 20), "and the text stays what it is"
+    bf16 = [w._replace(gate_up_weight=w.gate_up_weight.bfloat16()) for w in layers]
+    assert kernels.choose(bf16) == [plain] * 10
+
+
+def test_blocks_follow_the_devices(llama) -> None:
+    """Layers on a second device: the hidden state moves there, keys and values live there, logits come from there."""
+    mapped = load(llama.config._name_or_path)
+    head = head_for(mapped, 1)
+    for part in (*mapped.model.layers[2:], mapped.model.norm, mapped.lm_head):
+        part.to("meta")
+    engine = SplitBackbone(mapped, head, check=False)
+    assert [(b.start, b.stop, b.device.type) for b in engine.blocks] == [
+        (0, 1, "cpu"), (1, 2, "cpu"), (2, 4, "meta"), (4, 5, "meta")
+    ]  # fmt: skip
+    cache = engine.new_cache(32)
+    assert [keys.device.type for keys in cache.keys] == ["cpu", "cpu", "meta", "meta"]
+    engine.shallow(PROMPT, 0, cache)
+    whole = SplitBackbone(llama, head_for(llama, 1))
+    same = whole.new_cache(32)
+    whole.shallow(PROMPT, 0, same)
+    assert torch.equal(cache.hidden_TD, same.hidden_TD), "what stays on the first device is computed as ever"
+    logits = engine.logits(engine.deep(0, len(PROMPT), cache))
+    assert logits.device.type == "meta" and logits.shape == (len(PROMPT), llama.config.vocab_size)
+    assert engine.draft_logits(len(PROMPT), cache).device == engine.device == torch.device("meta")
+    whole.deep(0, len(PROMPT), same)
+    assert torch.equal(cache.keys[1], same.keys[1][:1]), "the first deep layer is on the first device too"
+
+
+def test_a_map_that_splits_a_layer_is_refused(llama) -> None:
+    mapped = load(llama.config._name_or_path)
+    head = head_for(mapped, 1)
+    mapped.model.layers[2].mlp.to("meta")
+    with pytest.raises(ValueError, match="layer 2 is split over cpu, meta: a device map by whole layers"):
+        SplitBackbone(mapped, head, check=False)

@@ -1,88 +1,48 @@
 """A causal LM cut after layer N: shallow (embedding, layers 1..N), exit head, deep (layers N+1..L, norm, LM head).
 
-Takes a transformers model of a known family and an exit head, gives hidden states and logits of rows at
-absolute positions, reading and writing a KVCache. Its own layer loop over the model's weights makes a third
-of the kernel calls of the transformers one. Knows nothing of drafting, sampling or text.
+Takes a transformers model of a known family, on one device or laid over several by whole layers, and an exit head;
+gives hidden states and logits of rows at absolute positions, reading and writing a KVCache. Its own layer loop over the
+model's weights makes a third of the kernel calls of the transformers one. Knows nothing of drafting, sampling or text.
 
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, V vocabulary
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .exit_head import ExitHead, check_exit_layer, check_family
+from .fixed_shapes import WIDTHS, FixedShapes, rounded
+from .kernels import choose
 from .kv_cache import KVCache
+from .layers import LayerWeights, Rows, Shape, attend, causal_mask, gather, mlp, rms_norm, rotate, run_layers, write
 
 # Rotary tables of these types depend on the length of the sequence; a table made once would be wrong.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-@dataclass(slots=True)
-class LayerWeights:
-    """One decoder layer, its projections joined so that each is one matrix product."""
+class Block(NamedTuple):
+    """Neighbouring layers on one device, all shallow, all deep, or the exit head."""
 
-    attention_norm_D: Tensor
-    qkv_weight: Tensor
-    qkv_bias: Tensor | None
-    q_norm_C: Tensor | None
-    k_norm_C: Tensor | None
-    out_weight: Tensor
-    out_bias: Tensor | None
-    mlp_norm_D: Tensor
-    gate_up_weight: Tensor
-    gate_up_bias: Tensor | None
-    down_weight: Tensor
-    down_bias: Tensor | None
-
-
-def join(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Stack the weights of linears that read the same input; they become views of the joint tensor.
-
-    The model keeps working and no memory is used twice.
-    """
-    weight = torch.cat([linear.weight.data for linear in linears])
-    for linear, part in zip(linears, weight.split([x.out_features for x in linears]), strict=True):
-        linear.weight.data = part
-    biases = [linear.bias for linear in linears]
-    return weight, torch.cat([b.data for b in biases]) if biases[0] is not None else None
-
-
-def gather(layer: nn.Module) -> LayerWeights:
-    """The weights of a Llama, Mistral, Qwen2 or Qwen3 decoder layer; joined once, however many heads use them."""
-    attention, mlp = layer.self_attn, layer.mlp
-    known = layer.__dict__.get("_joined")
-    if known is not None and known.qkv_weight.data_ptr() == attention.q_proj.weight.data_ptr():
-        return known
-    qkv_weight, qkv_bias = join([attention.q_proj, attention.k_proj, attention.v_proj])
-    gate_up_weight, gate_up_bias = join([mlp.gate_proj, mlp.up_proj])
-    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    layer._joined = LayerWeights(
-        attention_norm_D=layer.input_layernorm.weight.data,
-        qkv_weight=qkv_weight,
-        qkv_bias=qkv_bias,
-        q_norm_C=q_norm.weight.data if q_norm is not None else None,
-        k_norm_C=k_norm.weight.data if k_norm is not None else None,
-        out_weight=attention.o_proj.weight.data,
-        out_bias=attention.o_proj.bias,
-        mlp_norm_D=layer.post_attention_layernorm.weight.data,
-        gate_up_weight=gate_up_weight,
-        gate_up_bias=gate_up_bias,
-        down_weight=mlp.down_proj.weight.data,
-        down_bias=mlp.down_proj.bias,
-    )
-    return layer._joined
+    start: int
+    stop: int
+    device: torch.device
+    layers: list[LayerWeights]
 
 
 class SplitBackbone:
     """The model and one exit head, ready to decode. Weights are shared with `model`, which stays usable.
 
-    Raises ValueError for an unknown family, N out of range, or a head of another backbone.
+    fixed_shapes: on a GPU, replay passes of fixed widths as CUDA graphs instead of launching every kernel. Then there is
+    one cache, and one text at a time.
+
+    Raises ValueError for an unknown family, N out of range, a head of another backbone, or a device map that splits or
+    offloads a layer.
     """
 
-    def __init__(self, model: nn.Module, head: ExitHead, *, check: bool = True):
+    def __init__(self, model: nn.Module, head: ExitHead, *, check: bool = True, fixed_shapes: bool = False):
         config = model.config
         check_family(config.model_type)
         check_exit_layer(head.exit_layer, config.num_hidden_layers)
@@ -92,21 +52,41 @@ class SplitBackbone:
         if rope.get("rope_type", "default") in LENGTH_DEPENDENT_ROPE:
             raise ValueError(f"rope_type={rope['rope_type']}: its tables depend on the sequence length; not supported")
         self.exit_layer, self.num_layers = head.exit_layer, config.num_hidden_layers
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.hidden, self.eps = config.hidden_size, config.rms_norm_eps
+        self.shape = Shape(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            eps=config.rms_norm_eps,
+        )
+        self.hidden = config.hidden_size
         self.embedding_VD = model.model.embed_tokens.weight.data
         self.final_norm_D = model.model.norm.weight.data
-        self.lm_head_VD = model.lm_head.weight.data
-        self.dtype, self.device = self.embedding_VD.dtype, self.embedding_VD.device
+        self.lm_head_DV = model.lm_head.weight.data.t()
+        self.dtype = self.embedding_VD.dtype
+        self.device = self.lm_head_DV.device
+        """Where logits are."""
         self.max_context = _longest_exact(config)
         self._rotary = model.model.rotary_emb
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        devices = [_device_of(layer, i) for i, layer in enumerate(model.model.layers)]
         last = model.model.layers[-1]
-        exit_layer = type(last)(config, layer_idx=self.num_layers - 1).to(self.device, self.dtype)
+        exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
         exit_layer.load_state_dict(head.weights)
         self.layers = [gather(layer) for layer in model.model.layers]
-        self.layers.append(gather(exit_layer.requires_grad_(False)))
+        self.layers.append(gather(exit_layer.to(self.device, self.dtype)))
+        self._fixed = FixedShapes(self.shape) if fixed_shapes else None
+        self._fixed_cache: KVCache | None = None
+        self.blocks = self._cut([*devices, self.device])
+        self._kernels = choose(self.layers)
+
+    def _cut(self, devices: list[torch.device]) -> list[Block]:
+        """Blocks that end at N, at L, and where the device changes."""
+        blocks, start = [], 0
+        for stop in range(1, len(devices) + 1):
+            if stop in (self.exit_layer, self.num_layers, len(devices)) or devices[stop] != devices[start]:
+                blocks.append(Block(start, stop, devices[start], self.layers[start:stop]))
+                start = stop
+        return blocks
 
     # ---- what the decoder calls
 
@@ -114,34 +94,46 @@ class SplitBackbone:
         """Room for `max_length` positions. Raises ValueError beyond the backbone's context."""
         if max_length > self.max_context:
             raise ValueError(f"{max_length} positions are needed, the backbone's context is {self.max_context}")
-        if self._rope is None or len(self._rope[0]) < max_length:
-            positions = torch.arange(max_length, device=self.device)[None]
-            like = torch.zeros(1, dtype=torch.float32, device=self.device)
-            cos_TC, sin_TC = (table[0] for table in self._rotary(like, positions))
-            # rotate_half(x) * sin == roll(x, C/2) * signed sin: one kernel less
-            half = self.head_dim // 2
-            signed_TC = torch.cat([-sin_TC[:, :half], sin_TC[:, half:]], -1)
-            self._rope = cos_TC[:, None].to(self.dtype), signed_TC[:, None].to(self.dtype)
-        return KVCache(
-            self.num_layers + 1, self.kv_heads, max_length, self.head_dim, self.hidden, self.dtype, self.device
-        )
+        if self._fixed is None:
+            return self._allocate(max_length)
+        if self._fixed_cache is None or self._fixed_cache.max_length < rounded(max_length):
+            self._fixed_cache = self._allocate(rounded(max_length))  # recorded passes know it by its address
+        self._fixed_cache.length = self._fixed_cache.head_length = 0
+        return self._fixed_cache
+
+    def _allocate(self, max_length: int) -> KVCache:
+        for device in {block.device for block in self.blocks}:
+            if device not in self._tables or len(self._tables[device][0]) < max_length:
+                self._tables[device] = self._make_tables(max_length, device)
+        deep = next(b for b in self.blocks if b.start == self.exit_layer)
+        hidden_TD = torch.zeros(max_length, self.hidden, dtype=self.dtype, device=deep.device)
+        sizes = [(len(b.layers), b.device) for b in self.blocks]
+        return KVCache(sizes, self.shape.kv_heads, max_length, self.shape.head_dim, self.dtype, hidden_TD)
+
+    def _make_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions [T], cos and signed sin [T, 1, C] of the rotary embedding."""
+        positions_T = torch.arange(length, device=self._rotary.inv_freq.device)
+        like = torch.zeros(1, dtype=torch.float32, device=positions_T.device)
+        cos_TC, sin_TC = (table[0] for table in self._rotary(like, positions_T[None]))
+        half = self.shape.head_dim // 2
+        signed_TC = torch.cat([-sin_TC[:, :half], sin_TC[:, half:]], -1)
+        cos_T1C, signed_T1C = (table[:, None].to(device, self.dtype) for table in (cos_TC, signed_TC))
+        return positions_T.to(device), cos_T1C, signed_T1C
 
     def extra_bytes(self, length: int) -> dict[str, int]:
         """Memory on top of autoregressive decoding: the head's weights; its keys, values and the stored hidden states
         of `length` positions."""
-        w, size = self.layers[-1], self.embedding_VD.element_size()
-        tensors = [getattr(w, name) for name in LayerWeights.__slots__]
-        numbers = 2 * self.kv_heads * self.head_dim + self.hidden
+        size = self.embedding_VD.element_size()
+        numbers = 2 * self.shape.kv_heads * self.shape.head_dim + self.hidden
         return {
-            "head_bytes": sum(t.numel() * t.element_size() for t in tensors if t is not None),
+            "head_bytes": sum(t.numel() * t.element_size() for t in self.layers[-1] if t is not None),
             "cache_bytes": numbers * length * size,
         }
 
     def shallow(self, ids: list[int], base: int, cache: KVCache) -> None:
         """Run layers 1..N on tokens at positions base..; their hidden states stay in the cache."""
-        ids_M = torch.tensor(ids, device=self.device)
-        hidden_MD = self._run(self.embedding_VD[ids_M], 0, self.exit_layer, base, cache)
-        cache.hidden_TD[base : base + len(ids)] = hidden_MD
+        hidden_MD = self._run(self._embed(ids), 0, self.exit_layer, base, cache)
+        cache.hidden_TD.narrow(0, base, len(ids)).copy_(hidden_MD)
 
     def deep(self, base: int, end: int, cache: KVCache) -> Tensor:
         """Hidden states [M, D] before the final norm, from the stored ones of positions base..end-1."""
@@ -149,42 +141,43 @@ class SplitBackbone:
 
     def full(self, ids: list[int], base: int, cache: KVCache) -> Tensor:
         """All L layers on tokens at positions base..; what autoregressive decoding runs. [M, D]"""
-        ids_M = torch.tensor(ids, device=self.device)
-        return self._run(self.embedding_VD[ids_M], 0, self.num_layers, base, cache)
+        return self._run(self._embed(ids), 0, self.num_layers, base, cache)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Final norm and LM head: [M, V] in float32."""
-        return F.linear(self._norm(hidden_MD, self.final_norm_D), self.lm_head_VD).float()
+        normed_MD = rms_norm(hidden_MD, self.final_norm_D, self.shape.eps)
+        return self._kernel(len(hidden_MD))(normed_MD, self.lm_head_DV, None).float()
 
     def draft_logits(self, end: int, cache: KVCache) -> Tensor:
         """The exit head's logits [V] for the token that follows position end-1.
 
-        Positions the head has not seen (the prompt, bonus tokens) first get their keys and values; only the
-        last one needs a query, the MLP and the LM head.
+        Positions the head has not seen (the prompt, bonus tokens) first get their keys and values.
         """
-        w, slot, base = self.layers[-1], self.num_layers, cache.head_length
-        cos, sin = self._tables(base, end)
-        hidden_MD = cache.hidden_TD[base:end]
-        normed_MD = self._norm(hidden_MD, w.attention_norm_D)
-        query_width = self.heads * self.head_dim
-        if end - base == 1:
-            qkv = F.linear(normed_MD, w.qkv_weight, w.qkv_bias).view(1, -1, self.head_dim)
-            q_1HC, kv = qkv[:, : self.heads], qkv[:, self.heads :]
-        else:
-            bias = w.qkv_bias
-            q = F.linear(normed_MD[-1:], w.qkv_weight[:query_width], None if bias is None else bias[:query_width])
-            kv = F.linear(normed_MD, w.qkv_weight[query_width:], None if bias is None else bias[query_width:])
-            q_1HC, kv = q.view(1, -1, self.head_dim), kv.view(end - base, -1, self.head_dim)
-        k_MGC, v_MGC = kv[:, : self.kv_heads], kv[:, self.kv_heads :]
-        if w.q_norm_C is not None:
-            q_1HC, k_MGC = self._norm(q_1HC, w.q_norm_C), self._norm(k_MGC, w.k_norm_C)
-        (to_keys,), (to_values,), (keys,), (values,) = cache.views(slot, slot + 1, base, end)
-        to_keys.copy_(self._rotate(k_MGC, cos, sin).transpose(0, 1))
-        to_values.copy_(v_MGC.transpose(0, 1))
+        base, slot = cache.head_length, self.num_layers
+        hidden_MD = cache.hidden_TD[base:end].to(self.device)
         cache.head_length = end
-        attended = self._attend(self._rotate(q_1HC, cos[-1:], sin[-1:]), keys, values, None)
-        hidden_1D = self._mlp(w, self._out(w, attended, hidden_MD[-1:]))
-        return self.logits(hidden_1D)[0]
+        if end - base == 1 or (self._fixed is not None and end - base <= WIDTHS[-1]):
+            return self.logits(self._run(hidden_MD, slot, slot + 1, base, cache)[-1:])[0]
+        return self.logits(self._catch_up(hidden_MD, base, cache))[0]
+
+    def _catch_up(self, hidden_MD: Tensor, base: int, cache: KVCache) -> Tensor:
+        """The head on several new rows, of which only the last needs a query, the MLP and the LM head. [1, D]"""
+        w, shape, m = self.layers[-1], self.shape, len(hidden_MD)
+        rows = self._rows(self.device, base, m)
+        normed_MD = rms_norm(hidden_MD, w.attention_norm_D, shape.eps)
+        width = shape.heads * shape.head_dim
+        bias = (None, None) if w.qkv_bias is None else (w.qkv_bias[:width], w.qkv_bias[width:])
+        q_1HC = rows.linear(normed_MD[-1:], w.qkv_weight[:, :width], bias[0]).view(1, -1, shape.head_dim)
+        kv = rows.linear(normed_MD, w.qkv_weight[:, width:], bias[1]).view(m, -1, shape.head_dim)
+        k_MGC, v_MGC = kv.split((shape.kv_heads, shape.kv_heads), 1)
+        if w.q_norm_C is not None:
+            q_1HC, k_MGC = rms_norm(q_1HC, w.q_norm_C, shape.eps), rms_norm(k_MGC, w.k_norm_C, shape.eps)
+        keys, values = cache.keys[-1][0, :, :, : base + m], cache.values[-1][0, :, :, : base + m]
+        write(keys[0, :, base:], None, rotate(k_MGC, rows))
+        write(values[0, :, base:], None, v_MGC)
+        last = Rows(None, rows.cos_M1C[-1:], rows.sin_M1C[-1:], None, self._kernel(1))
+        attended = attend(rotate(q_1HC, last), keys, values, None, shape.kv_heads)
+        return mlp(last.linear(attended, w.out_weight, w.out_bias, hidden_MD[-1:]), w, shape, last.linear)
 
     def draft_logits_of_all(self, end: int, cache: KVCache) -> Tensor:
         """The exit head's logits [end, V] behind each of the positions 0..end-1 at once, for analysis."""
@@ -193,69 +186,59 @@ class SplitBackbone:
         cache.head_length = end
         return self.logits(hidden_MD)
 
-    # ---- the layer loop
+    # ---- the passes
+
+    def _embed(self, ids: list[int]) -> Tensor:
+        if len(ids) == 1:  # a view
+            return self.embedding_VD.narrow(0, ids[0], 1)
+        return self.embedding_VD[torch.tensor(ids, device=self.embedding_VD.device)]
 
     def _run(self, hidden_MD: Tensor, start: int, stop: int, base: int, cache: KVCache) -> Tensor:
-        m, joint = hidden_MD.shape[0], self.heads + self.kv_heads
-        cos, sin = self._tables(base, base + m)
-        mask = self._mask(base, m) if m > 1 and base > 0 else None
-        views = cache.views(start, stop, base, base + m)
-        for w, to_keys, to_values, keys, values in zip(self.layers[start:stop], *views, strict=True):
-            normed_MD = self._norm(hidden_MD, w.attention_norm_D)
-            qkv = F.linear(normed_MD, w.qkv_weight, w.qkv_bias).view(m, -1, self.head_dim)
-            qk, v_MGC = qkv.split((joint, self.kv_heads), 1)
-            if w.q_norm_C is not None:
-                q_MHC, k_MGC = qk.split((self.heads, self.kv_heads), 1)
-                qk = torch.cat([self._norm(q_MHC, w.q_norm_C), self._norm(k_MGC, w.k_norm_C)], 1)
-            q_MHC, k_MGC = self._rotate(qk, cos, sin).split((self.heads, self.kv_heads), 1)
-            to_keys.copy_(k_MGC.transpose(0, 1))
-            to_values.copy_(v_MGC.transpose(0, 1))
-            hidden_MD = self._mlp(w, self._out(w, self._attend(q_MHC, keys, values, mask), hidden_MD))
-        return hidden_MD
+        """Layers start..stop-1 on rows at positions base.., block by block."""
+        m = len(hidden_MD)
+        fixed = self._fixed if m <= WIDTHS[-1] else None
+        if fixed is not None:
+            width = next(w for w in WIDTHS if w >= m)
+            hidden_MD = F.pad(hidden_MD, (0, 0, 0, width - m))
+        rows: Rows | None = None
+        device = None
+        for i, block in enumerate(self.blocks):
+            if block.start < start or block.stop > stop:
+                continue
+            hidden_MD = hidden_MD.to(block.device)
+            keys, values = cache.keys[i], cache.values[i]
+            if fixed is not None:
+                positions_T, *tables = self._tables[block.device]
+                where = positions_T[base : base + width]
+                hidden_MD = fixed(hidden_MD, where, tables, block.layers, keys, values)
+                continue
+            if rows is None or block.device != device:
+                rows, device = self._rows(block.device, base, m), block.device
+            keys, values = keys.narrow(3, 0, base + m), values.narrow(3, 0, base + m)
+            hidden_MD = run_layers(hidden_MD, block.layers, self.shape, rows, keys, values)
+        return hidden_MD if fixed is None else hidden_MD[:m]
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+    def _rows(self, device: torch.device, base: int, m: int) -> Rows:
+        positions_T, cos_T1C, sin_T1C = self._tables[device]
+        cos_M1C, sin_M1C = cos_T1C.narrow(0, base, m), sin_T1C.narrow(0, base, m)
+        mask = None
+        if m > 1 and base > 0:
+            repeats = self.shape.heads // self.shape.kv_heads
+            mask = causal_mask(positions_T[base : base + m], base + m, repeats, self.dtype)
+        return Rows(None, cos_M1C, sin_M1C, mask, self._kernel(m))
 
-    def _tables(self, base: int, end: int) -> tuple[Tensor, Tensor]:
-        assert self._rope is not None, "new_cache makes the tables"
-        return self._rope[0][base:end], self._rope[1][base:end]
+    def _kernel(self, m: int):
+        return self._kernels[min(m, len(self._kernels) - 1)]
 
-    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return torch.addcmul(x * cos, x.roll(self.head_dim // 2, -1), sin)
 
-    def _mask(self, base: int, m: int) -> Tensor:
-        """Additive [M*R, base+M]: row i sees positions up to base+i, in each of the R heads of a group."""
-        rows = torch.arange(base, base + m, device=self.device)[:, None]
-        hidden = torch.arange(base + m, device=self.device)[None] > rows
-        mask = torch.zeros(m, base + m, dtype=self.dtype, device=self.device).masked_fill_(hidden, float("-inf"))
-        return mask.repeat_interleave(self.heads // self.kv_heads, 0)
-
-    def _attend(self, q_MHC: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """[M, H*C] from keys and values [1, G, T, C].
-
-        The R heads that share keys become rows of one head, so keys are never repeated.
-        """
-        m, g, c = q_MHC.shape[0], self.kv_heads, self.head_dim
-        if m > 1 and mask is None:  # prefill: the causal kernel beats a mask of P x P
-            q_1HMC = q_MHC.transpose(0, 1)[None]
-            out = F.scaled_dot_product_attention(q_1HMC, keys, values, is_causal=True, enable_gqa=g != self.heads)
-            return out[0].transpose(0, 1).reshape(m, -1)
-        q = q_MHC.reshape(m, g, -1, c).transpose(0, 1).reshape(1, g, -1, c)
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-        return out.reshape(g, m, -1).transpose(0, 1).reshape(m, -1)
-
-    def _out(self, w: LayerWeights, attended: Tensor, residual_MD: Tensor) -> Tensor:
-        if w.out_bias is None:
-            return torch.addmm(residual_MD, attended, w.out_weight.t())
-        return residual_MD + F.linear(attended, w.out_weight, w.out_bias)
-
-    def _mlp(self, w: LayerWeights, residual_MD: Tensor) -> Tensor:
-        gate_up = F.linear(self._norm(residual_MD, w.mlp_norm_D), w.gate_up_weight, w.gate_up_bias)
-        gate, up = gate_up.chunk(2, -1)
-        inner = F.silu(gate).mul_(up)
-        if w.down_bias is None:
-            return torch.addmm(residual_MD, inner, w.down_weight.t())
-        return residual_MD + F.linear(inner, w.down_weight, w.down_bias)
+def _device_of(layer: nn.Module, index: int) -> torch.device:
+    """The device of a decoder layer; ValueError where accelerate's map splits or offloads it."""
+    found = {p.device for p in layer.parameters()}
+    offloaded = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in layer.modules())
+    if len(found) > 1 or offloaded:
+        where = "offloaded" if offloaded else "split over " + ", ".join(sorted(map(str, found)))
+        raise ValueError(f"layer {index} is {where}: a device map by whole layers that fit the devices is needed")
+    return found.pop()
 
 
 def _longest_exact(config) -> int:

@@ -99,11 +99,11 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         base = cache.length
         # The bonus token always follows the drafts, so at most one draft less than what remains is of use.
         room = request.max_new_tokens - len(out.tokens) - 1
-        drafted, q_logits = _draft(backbone, request, sampler, controller, out, cache, room, round, clock)
+        drafted, q = _draft(backbone, request, sampler, controller, out, cache, room, round, clock)
         verify_started = clock()
         logits_MV = backbone.logits(backbone.deep(base, base + len(drafted) + 1, cache))
         p_logits_MV = sampler.shape(logits_MV, request.prompt, out.tokens + drafted)
-        round.accepted, bonus = sampler.accept(drafted, q_logits, p_logits_MV)
+        round.accepted, bonus = sampler.accept(drafted, q, p_logits_MV)
         round.verify_seconds = clock() - verify_started
         round.drafted = len(drafted)
         round.tokens = out.commit([*drafted[: round.accepted], bonus], request)
@@ -116,9 +116,9 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
 
 
 def _draft(backbone, request, sampler, controller, out, cache, room, round, clock):
-    """Drafted tokens and their processed q logits; leaves the hidden states of all rows to verify in the cache."""
+    """Drafted tokens and their processed q; leaves the hidden states of all rows to verify in the cache."""
     drafted: list[int] = []
-    q_logits: list[torch.Tensor] = []
+    q: list[Confidence] = []
     last = out.tokens[-1]
     while True:
         tick = clock()
@@ -126,19 +126,19 @@ def _draft(backbone, request, sampler, controller, out, cache, room, round, cloc
         round.shallow_seconds += clock() - tick
         # Nothing can follow an end token; its own row is verified, the row behind it is not needed.
         if len(drafted) >= room or (drafted and last in request.end_tokens) or not controller.peek(len(drafted)):
-            return drafted, q_logits
+            return drafted, q
         tick = clock()
         logits_1V = backbone.draft_logits(cache.length + len(drafted) + 1, cache)[None]
-        q_V = sampler.shape(logits_1V, request.prompt, out.tokens + drafted)[0]
+        confidence = Confidence(sampler.shape(logits_1V, request.prompt, out.tokens + drafted)[0])
         round.head_passes += 1
-        wanted = controller.draft(len(drafted), Confidence(q_V))
+        wanted = controller.draft(len(drafted), confidence)
         if wanted:  # once sampled, a draft is verified: throwing it away would change the distribution
-            last = sampler.draw(q_V)
+            last = sampler.draft(confidence)
             drafted.append(last)
-            q_logits.append(q_V)
+            q.append(confidence)
         round.head_seconds += clock() - tick
         if not wanted:
-            return drafted, q_logits
+            return drafted, q
 
 
 def _start(backbone: SplitBackbone, request: Request) -> tuple[KVCache, Generation]:

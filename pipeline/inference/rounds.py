@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 LONGEST = 8
@@ -31,22 +32,24 @@ class Round:
 
 
 class Confidence:
-    """What the head's distribution q says of itself before anything is drawn from it; computed when it is read."""
+    """The head's distribution q of the next token, and what it says of itself; computed when it is read."""
 
     def __init__(self, q_logits_V: Tensor):
-        self._logits_V = q_logits_V
+        self.logits_V = q_logits_V
+
+    @cached_property
+    def q_V(self) -> Tensor:
+        return self.logits_V.softmax(-1)
 
     @cached_property
     def top(self) -> float:
         """max q: of a greedy draft, the head's own estimate that it is right."""
-        return float(self._logits_V.softmax(-1).max())
+        return float(self.q_V.max())
 
     @cached_property
     def entropy(self) -> float:
         """-sum q log q, in nats."""
-        log_q_V = self._logits_V.log_softmax(-1)
-        # a token that the processors forbid has q = 0 and log q = -inf, whose product is not a number
-        return -float((log_q_V.exp() * log_q_V.clamp_min(-1e4)).sum())
+        return float(torch.special.entr(self.q_V).sum())
 
 
 class Controller(Protocol):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .rounds import Confidence
+
 
 @dataclass
 class Sampler:
@@ -56,8 +58,12 @@ class Sampler:
         """A token from processed logits."""
         return int(logits_V.argmax()) if self.greedy else self._draw(logits_V.softmax(-1))
 
-    def accept(self, drafted: list[int], q_logits: list[Tensor], p_logits_MV: Tensor) -> tuple[int, int]:
-        """(accepted, bonus token) of a round, from processed logits; p has K+1 rows.
+    def draft(self, q: Confidence) -> int:
+        """A token from the head's distribution."""
+        return self.draw(q.logits_V) if self.greedy else self._draw(q.q_V)
+
+    def accept(self, drafted: list[int], q: list[Confidence], p_logits_MV: Tensor) -> tuple[int, int]:
+        """(accepted, bonus token) of a round; p are processed logits of K+1 rows.
 
         Greedy: drafts are accepted while they equal the backbone's argmax. Sampling (Leviathan et al., ICML
         2023, algorithm 1): draft x is accepted with probability min(1, p(x)/q(x)); the first rejected one is
@@ -69,7 +75,7 @@ class Sampler:
             return accepted, targets[accepted]
         p_MV = p_logits_MV.softmax(-1)
         if drafted:
-            q_KV = torch.stack(q_logits).softmax(-1)
+            q_KV = torch.stack([one.q_V for one in q])
             x_K1 = torch.tensor(drafted, device=p_MV.device)[:, None]
             kept = self._coins((p_MV[:-1].gather(1, x_K1) / q_KV.gather(1, x_K1))[:, 0])
             if False in kept:

@@ -55,8 +55,8 @@ def run(run: RunDir) -> None:
         return
     device = backbones.device_of(run.config.machine.device)
     tokenizer = backbones.load_tokenizer(run.config.backbone)
-    model = backbones.load_model(run.config.backbone, device)
-    engines = _engines(folders, model)
+    model = backbones.load_model(run.config.backbone, device, run.config.machine.device_map)
+    engines = _engines(folders, model, run.config.machine.cuda_graphs)
     context = next(iter(engines.values())).max_context
     chosen = prompts.evaluation_prompts(run.config)[: config.num_prompts or None]
     encoded = prompts.encode(chosen, tokenizer, settings, context, config.max_new_tokens)
@@ -73,12 +73,12 @@ def run(run: RunDir) -> None:
         report.write(results, run / "report")
 
 
-def _engines(folders: list[Path], model: Any) -> dict[int, SplitBackbone]:
+def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, SplitBackbone]:
     engines = {}
     for folder in folders:
         try:
             head = ExitHead.load(folder)
-            engines[head.exit_layer] = SplitBackbone(model, head)
+            engines[head.exit_layer] = SplitBackbone(model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda")
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
     return engines

@@ -56,7 +56,7 @@ def run(run: RunDir) -> None:
     rows = _rows(config)
     if config.machine.threads > 0:
         torch.set_num_threads(config.machine.threads)
-    model = load_model(config.backbone, device_of(config.machine.device))
+    model = load_model(config.backbone, device_of(config.machine.device), config.machine.device_map)
     manifest = _go_on(run, manifest, model)
     with run.stage("generate", []) as summary:
         _write_manifest(run, manifest)
