@@ -58,7 +58,7 @@ class Prompts:
     path: str | None = option("pocket", "pocket (built in), a .jsonl, .txt or .parquet file, or a datasets id")
     revision: str | None = option(None, "datasets id only: commit to pin")
     split: str = option("train", "datasets id only: split to read")
-    column: str | None = option(None, "column of the prompt; default: prompt, question, instruction or text")
+    column: str | None = option(None, "column of the prompt; default: prompt, question, instruction, text or turns")
     held_out: float = option(0.1, "share of the prompts, chosen by hash, that only evaluate may see")
     chat_template: bool = option(False, "wrap each prompt in the tokenizer's chat template")
     too_long: str = option("error", "prompts that leave no room for an answer: error or drop")
@@ -107,7 +107,7 @@ class Distill:
 @dataclass
 class Evaluate:
     prompts: EvaluatePrompts = field(default_factory=EvaluatePrompts)
-    num_prompts: int = option(24, "prompts measured; 0 = all")
+    num_prompts: int = option(24, "prompts measured, each with all its turns; 0 = all")
     max_new_tokens: int = option(128, "tokens decoded for each prompt")
     temperatures: list[float] = option([0.0, 1.0], "0 is greedy; each is a table of its own")
     top_k: int = option(0, "applied to backbone and exit head alike; 0 = off")
@@ -216,10 +216,17 @@ _NOT_NEGATIVE = (lambda value: value >= 0), "0 or above"
 _SHARE = (lambda value: 0 <= value < 1), "a share from 0 to below 1"
 _NUCLEUS = (lambda value: 0 < value <= 1), "above 0, at most 1"
 _ABOVE_ZERO = (lambda value: 0 < value < math.inf), "a number above 0"
-_TEMPERATURES = (
-    (lambda value: len(value) > 0 and all(0 <= t < math.inf for t in value)),
-    "a list, each 0 (greedy) or above",
-)
+
+
+def _are_temperatures(value: list[float]) -> bool:
+    return len(value) > 0 and all(0 <= t < math.inf for t in value)
+
+
+def _differ(value: list[Any]) -> bool:
+    return len(set(value)) == len(value)
+
+
+_TEMPERATURES = _are_temperatures, "a list, each 0 (greedy) or above"
 
 # Key -> (is the value right?, what would be). What needs the backbone (N < L, the context) is checked by the stages.
 _RULES: dict[str, tuple[Any, str]] = {
@@ -245,7 +252,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "generate.batch_size": _POSITIVE,
     "generate.shard_size": _POSITIVE,
     "distill.exit_layers": (
-        (lambda ns: bool(ns) and min(ns) >= 1 and len(set(ns)) == len(ns)),
+        (lambda ns: bool(ns) and min(ns) >= 1 and _differ(ns)),
         "one or more different exit layers, each N >= 1, such as [2]",
     ),
     "distill.teacher": _one_of("online", "cached"),
@@ -263,11 +270,17 @@ _RULES: dict[str, tuple[Any, str]] = {
     "distill.validate_every": _POSITIVE,
     "distill.checkpoint_every": _POSITIVE,
     "evaluate.num_prompts": _NOT_NEGATIVE,
-    "evaluate.max_new_tokens": _POSITIVE,
-    "evaluate.temperatures": _TEMPERATURES,
+    "evaluate.max_new_tokens": ((lambda n: n >= 2), "at least 2: the first token follows the prompt, none drafts it"),
+    "evaluate.temperatures": (
+        (lambda value: _are_temperatures(value) and _differ(value)),
+        "a list of different temperatures, each 0 (greedy) or above",
+    ),
     "evaluate.top_k": _NOT_NEGATIVE,
     "evaluate.top_p": _NUCLEUS,
-    "evaluate.controllers": ((lambda names: len(names) > 0), "at least one controller, such as [fixed:3]"),
+    "evaluate.controllers": (
+        (lambda names: len(names) > 0 and _differ(names)),
+        "one or more different controllers, such as [fixed:3]",
+    ),
     "evaluate.repeats": _POSITIVE,
     "evaluate.threads": _NOT_NEGATIVE,
     "publish.target": _one_of("folder"),

@@ -119,6 +119,11 @@ def _speedup(base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
     return {"speedup": speedup, "speedup_ci95": ci}
 
 
+def _acceptance_length(rounds: pd.DataFrame) -> float | None:
+    """None where every text ended with its first token, before any round."""
+    return 1 + float(rounds.accepted.mean()) if len(rounds) else None
+
+
 def _seconds_per_token(rows: pd.DataFrame) -> float:
     return float(rows.seconds.sum() / rows["length"].sum())
 
@@ -155,7 +160,11 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
         "rounds": len(rounds),
         "tokens": int(rows["length"].sum()),
         "tasks": {
-            task: {"prompts": part.prompt.nunique(), **_speedup(base[base.task == task], part)}
+            task: {
+                "prompts": part.prompt.nunique(),
+                **_speedup(base[base.task == task], part),
+                "acceptance_length": _acceptance_length(rounds[rounds.prompt.isin(part.prompt)]),
+            }
             for task, part in rows.groupby("task", sort=False)
         },
     }
@@ -202,8 +211,9 @@ def _cross_predicted(k: int, base: pd.DataFrame, rounds: pd.DataFrame) -> float 
     values = []
     for half in (prompts[::2], prompts[1::2]):
         seen, unit = rounds[rounds.prompt.isin(half)], base[base.prompt.isin(half)]
-        if len(seen) == 0 or len(unit) == 0:
+        full = seen[seen.drafted == k]  # none where the texts are shorter than K drafts
+        if full.empty or unit.empty:
             return None
-        costs = cost_table(seen[seen.drafted == k], _seconds_per_token(unit))
+        costs = cost_table(full, _seconds_per_token(unit))
         values.append(predicted_speedup(k, conditional_rates(seen), costs))
     return float(np.mean(values))

@@ -98,11 +98,11 @@ def blocks(results: dict[str, Any]) -> list[Block]:
             f"{prompts['count']} held-out prompts of {prompts['source']['name']}, {prompts['max_new_tokens']} new "
             f"tokens each, {results['device']}, {results['threads']} threads, {results['dtype']}. Speedup is tokens "
             "per second over autoregressive decoding on the same engine, interleaved; intervals by bootstrap over "
-            "prompts.",
+            "prompts." + _later_turns(prompts["later_turns"]),
         ),
     ]
     for t in plots.temperatures(results):
-        page += _temperature(results, t)
+        page += _temperature(results, t) + _by_task(results, t)
     page += [
         ("h2", "Acceptance"),
         ("image", ("acceptance.png", "How often draft i is accepted, given that all before it were")),
@@ -135,16 +135,32 @@ def _temperature(results: dict[str, Any], t: float) -> list[Block]:
         sizes = [f"{memory[key] / 2**20:.2f}" for key in ("head_bytes", "cache_bytes")]
         costs.append([str(entry["exit_layer"]), f"{c['shallow']:.3f}", f"{c['head']:.3f}", verify,
                       f"{c['rest']:.3f}", *sizes])  # fmt: skip
-    page.append(("table", costs))
-    tasks = list(next(iter(entries[0]["controllers"].values()))["tasks"])
-    if len(tasks) > 1:
-        by_task = [["exit layer", "controller", *tasks]]
-        for entry in entries:
-            for name, c in entry["controllers"].items():
-                cells = [f"{c['tasks'][task]['speedup']:.2f}" for task in tasks]
-                by_task.append([str(entry["exit_layer"]), name, *cells])
-        page += [("p", "Speedup by task:"), ("table", by_task)]
-    return page
+    return [*page, ("table", costs)]
+
+
+def _later_turns(count: int) -> str:
+    if not count:
+        return ""
+    return (
+        f" {count} of the prompts are later turns, each behind the earlier ones and the backbone's own greedy answers."
+    )
+
+
+def _by_task(results: dict[str, Any], t: float) -> list[Block]:
+    tasks = list(results["prompts"]["tasks"])
+    if len(tasks) < 2:
+        return []
+    table = [["exit layer", "controller", *tasks, "overall"]]
+    for entry in (h for h in results["heads"] if h["temperature"] == t):
+        for name, c in entry["controllers"].items():
+            cells = [_speedup_and_length(figures) for figures in (*(c["tasks"][task] for task in tasks), c)]
+            table.append([str(entry["exit_layer"]), name, *cells])
+    return [("p", "Speedup by task, and acceptance length in brackets:"), ("table", table)]
+
+
+def _speedup_and_length(figures: dict[str, Any]) -> str:
+    length = figures["acceptance_length"]
+    return f"{figures['speedup']:.2f} ({'-' if length is None else f'{length:.2f}'})"
 
 
 def _losslessness(results: dict[str, Any]) -> list[Block]:

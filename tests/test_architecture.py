@@ -19,8 +19,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
-PARTS = {"backbones", "training", "inference", "generation", "prompts", "metrics", "losslessness", "report", "card",
-         "pocket"}  # fmt: skip
+PARTS = {"backbones", "training", "inference", "generation", "prompts", "turns", "metrics", "losslessness", "report",
+         "card", "pocket"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -33,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "losslessness": {"inference"},
     "training": {"backbones", "inference", "metrics"} | FOUNDATION,
     "backbones": {"inference", "pocket", "config", "errors"},
+    "turns": {"prompts", "config"},
     "prompts": {"pocket"} | FOUNDATION,
     "generation": {"inference"},
     "metrics": set(),

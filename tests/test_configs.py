@@ -81,7 +81,17 @@ WRONG = [
     (["machine.device=gpu"], ["machine.device", "cuda"]),
     (["generate.engine=vllm"], ["generate.engine", "padded"]),
     (["generate.temperatures=[-1]"], ["generate.temperatures"]),
+    (["evaluate.temperatures=[-1]"], ["evaluate.temperatures", "0 (greedy) or above"]),
+    (["evaluate.temperatures=[nan]"], ["evaluate.temperatures", "0 (greedy) or above"]),
+    (["evaluate.temperatures=[0,0.0]"], ["evaluate.temperatures", "different"]),
     (["evaluate.top_p=0"], ["evaluate.top_p"]),
+    (["evaluate.top_p=1.1"], ["evaluate.top_p=1.1", "at most 1"]),
+    (["evaluate.top_p=nan"], ["evaluate.top_p", "at most 1"]),
+    (["evaluate.top_k=-1"], ["evaluate.top_k=-1", "0 or above"]),
+    (["evaluate.num_prompts=-1"], ["evaluate.num_prompts=-1", "0 or above"]),
+    (["evaluate.max_new_tokens=1"], ["evaluate.max_new_tokens=1", "at least 2"]),
+    (["evaluate.controllers=[]"], ["evaluate.controllers", "one or more"]),
+    (["evaluate.controllers=[beta,fixed:2,beta]"], ["evaluate.controllers", "different"]),
     (["publish.target=ftp"], ["publish.target", "folder"]),
     (["wandb.mode=cloud"], ["wandb.mode", "offline"]),
     (["run.name=a/b"], ["run.name"]),
@@ -90,6 +100,10 @@ WRONG = [
     (["=1"], ["key=value"]),
     (["distill.exit_layers=[2"], ["distill.exit_layers"]),
 ]
+
+
+def test_generate_may_give_a_temperature_twice() -> None:
+    assert load(None, ["generate.temperatures=[0,1,1]"]).generate.temperatures == [0, 1, 1]  # a mixture by thirds
 
 
 @pytest.mark.parametrize(("words", "named"), WRONG, ids=[" ".join(words) for words, _ in WRONG])

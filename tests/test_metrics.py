@@ -81,6 +81,33 @@ def test_summary_of_a_perfect_head() -> None:
     assert c["predicted_speedup"] == pytest.approx(3 / 2)
 
 
+def test_tasks_have_figures_of_their_own() -> None:
+    generations, rounds = tables()
+    generations["task"] = generations.prompt.map({"a": "qa", "b": "rag"})
+    rounds.loc[rounds.prompt == "b", ["accepted", "tokens"]] = [1, 2]
+    of_b = (generations.prompt == "b") & (generations.exit_layer == 2)
+    generations.loc[of_b, "tokens"] = pd.Series([[0, 1, 2, 3, 4]], index=generations.index[of_b])
+    c = summarise(generations, rounds)[0]["controllers"]["fixed:2"]
+    assert (c["tasks"]["qa"]["acceptance_length"], c["tasks"]["rag"]["acceptance_length"]) == (3, 2)
+    assert c["acceptance_length"] == 2.5
+    assert c["tasks"]["qa"]["speedup"] == pytest.approx(7 / 4) and c["tasks"]["rag"]["speedup"] == pytest.approx(5 / 4)
+
+
+def test_a_task_whose_texts_end_before_any_round_has_no_acceptance_length() -> None:
+    generations, rounds = tables()
+    generations["task"] = generations.prompt.map({"a": "qa", "b": "rag"})
+    of_b = (generations.prompt == "b") & (generations.exit_layer == 2)
+    generations.loc[of_b, "tokens"] = pd.Series([[0]], index=generations.index[of_b])
+    c = summarise(generations, rounds[rounds.prompt == "a"])[0]["controllers"]["fixed:2"]
+    assert c["tasks"]["rag"]["acceptance_length"] is None and c["tasks"]["qa"]["acceptance_length"] == 3
+
+
+def test_no_prediction_from_texts_shorter_than_the_drafts() -> None:
+    generations, rounds = tables()
+    c = summarise(generations, rounds.assign(drafted=1, accepted=1, tokens=3))[0]["controllers"]["fixed:2"]
+    assert c["predicted_speedup"] is None
+
+
 def test_speedup_before_the_loop_leaves_the_loop_out() -> None:
     """A text that repeats one token from position 4 on: only the rounds before it count."""
     generations, rounds = tables()

@@ -1,5 +1,6 @@
 """Prompt sets: every kind of source, no leak between the roles, lengths, and one clear message per mistake."""
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from helpers import byte_tokenizer
 from pipeline import pocket
 from pipeline.config import Config, EvaluatePrompts, Prompts
 from pipeline.errors import UserError
-from pipeline.prompts import encode, evaluation_prompts, load_prompts, source_record
+from pipeline.prompts import SPEC_BENCH, count_tasks, encode, evaluation_prompts, load_prompts, source_record
 
 TEXTS = [f"prompt number {i}" for i in range(200)]
 
@@ -84,6 +85,60 @@ def test_no_prompt_leaks_and_duplicates_drop_out(tmp_path):
     assert not moved, "a prompt that was held out must stay so when the file grows"
 
 
+def test_ids_of_single_texts_are_what_they_always_were_and_turns_are_one_prompt(tmp_path):
+    """Ids and shares of old runs must stay: the id of one turn is that of its text, alone or in a list."""
+    rows = [{"prompt": "alone"}, {"turns": ["alone"]}, {"turns": ["alone", "more"]}, {"turns": ["alone", "other"]}]
+    config = Config()
+    config.evaluate.prompts = EvaluatePrompts(path=write(tmp_path / "p.jsonl", rows))
+    found = evaluation_prompts(config)
+    assert [p.turns for p in found] == [("alone",), ("alone", "more"), ("alone", "other")]
+    assert found[0].id == hashlib.sha256(b"alone").hexdigest()[:16] and len({p.id for p in found}) == 3
+    assert texts_of(found) == ["alone"] * 3
+
+
+def test_prompts_of_one_first_turn_go_to_one_side(tmp_path):
+    """generate answers first turns: what it answers must not be measured in another conversation."""
+    rows = [{"turns": [t, f"and then {i}"]} for t in TEXTS[:60] for i in range(3)]
+    path = write(tmp_path / "p.jsonl", rows)
+    distill, evaluate = (load_prompts(settings(path), role) for role in ("distill", "evaluate"))
+    assert len(distill) + len(evaluate) == 180 and not set(texts_of(distill)) & set(texts_of(evaluate))
+    assert distill == load_prompts(settings(write(tmp_path / "b.jsonl", rows[::-1])), "distill")
+
+
+def test_spec_bench_is_read_as_it_is(tmp_path):
+    categories = ["rag", "writing", "humanities", "qa", "math_reasoning", "math", "summarization", "translation"]
+    rows = [
+        {"question_id": 81 + i, "category": c, "turns": [f"do {c}", "again"][: 1 + (c == "math")], "reference": ["x"]}
+        for i, c in enumerate(categories)
+    ]
+    config = Config()
+    config.evaluate.prompts = EvaluatePrompts(path=write(tmp_path / "question.jsonl", rows))
+    found = evaluation_prompts(config)
+    tasks = ["rag", "mt_bench", "mt_bench", "qa", "math_reasoning", "mt_bench", "summarization", "translation"]
+    assert [p.task for p in found] == tasks and found[5].turns == ("do math", "again")
+    counts = count_tasks(found)
+    assert list(counts) == list(SPEC_BENCH) and counts["mt_bench"] == 3 and counts["rag"] == 1
+
+
+def test_a_category_is_the_task_where_no_task_is_given(tmp_path):
+    rows = [
+        {"prompt": "a", "category": "writing"},
+        {"prompt": "b", "category": "writing", "task": "mine"},
+        {"turns": ["c"], "category": "writing"},
+    ]
+    config = Config()
+    config.evaluate.prompts = EvaluatePrompts(path=write(tmp_path / "p.jsonl", rows))
+    found = evaluation_prompts(config)
+    assert [p.task for p in found] == ["writing", "mine", "writing"]
+    assert count_tasks(found[1:]) == {"mine": 1, "writing": 1}
+
+
+def test_blank_texts_are_skipped_and_counted(tmp_path, capsys):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": " "}, {"prompt": None}])
+    assert texts_of(load_prompts(settings(path, held_out=0.0), "distill")) == ["a"]
+    assert "2 of 3 rows have an empty prompt and are skipped" in capsys.readouterr().out
+
+
 def test_order_is_random_by_seed_and_the_same_every_time(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": t} for t in TEXTS])
     backwards = write(tmp_path / "b.jsonl", [{"prompt": t} for t in reversed(TEXTS)])
@@ -140,7 +195,21 @@ def test_pocket_roles_have_files_of_their_own():
             {"column": "topic"},
             r"prompts\.column=topic: .*these are there: prompt",
         ),
-        ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', {}, r"column prompt holds a list, a text is needed"),
+        ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', {}, r"line 1: column prompt holds a list, a text is needed"),
+        ("p.json", "[]", {}, r"holds no prompts"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n\n{"query": "b"}\n{"id": 1}\n',
+            {},
+            r"prompts\.path=.*: line 3 has no prompt \(2 of 3 rows have none\)\. Give each",
+        ),
+        ("p.json", '[{"turns": ["a"]}, {"task": "b"}]', {}, r"row 2 has no turns \(1 of 2 rows have none\)"),
+        ("p.jsonl", '{"turns": ["a"]}\n{"turns": "b"}\n', {}, r"line 2: turns must be a list of texts"),
+        ("p.jsonl", '{"turns": []}\n', {}, r"line 1: turns must be a list of texts, none of them empty"),
+        ("p.jsonl", '{"turns": ["a", " "]}\n', {}, r"line 1: turns must be a list of texts, none of them empty"),
+        ("p.jsonl", '{"turns": ["a", 3]}\n', {}, r"line 1: turns must be"),
+        ("p.jsonl", '{"turns": null}\n', {}, r"line 1: turns must be"),
+        ("p.jsonl", '{"prompt": "a"}\n{"turns": {"a": 1}}\n', {}, r"line 2: turns must be"),
         ("p.parquet", "not parquet", {}, r"not a parquet file"),
         ("p.csv", "a,b", {}, r"unknown kind of file"),
         ("p.jsonl", '{"prompt": "a"}\n', {"held_out": 0.0}, r"none are left to evaluate"),

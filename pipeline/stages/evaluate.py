@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .. import backbones, losslessness, prompts, report
+from .. import backbones, losslessness, prompts, report, turns
 from ..config import Config
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
@@ -27,8 +27,6 @@ from ..metrics import BASELINE, LOOP, summarise
 from ..rundir import RunDir, atomic_path, atomic_write
 
 SCHEMA = 1
-
-Encoded = list[tuple[prompts.Prompt, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,8 @@ def run(run: RunDir) -> None:
     tokenizer = backbones.load_tokenizer(run.config.backbone)
     model = backbones.load_model(run.config.backbone, device, run.config.machine.device_map)
     engines = _engines(folders, model, run.config.machine.cuda_graphs)
-    context = next(iter(engines.values())).max_context
-    chosen = prompts.evaluation_prompts(run.config)[: config.num_prompts or None]
-    encoded = prompts.encode(chosen, tokenizer, settings, context, config.max_new_tokens)
     ends = frozenset(_end_tokens(model, tokenizer))
+    encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
     with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
         generations, rounds, learned = _measure(run, engines, encoded, ends)
         results = _results(run, model, engines, encoded, source, generations, rounds, learned)
@@ -84,7 +80,19 @@ def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, Sp
     return engines
 
 
-def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: Encoded, ends: frozenset[int]):
+def _encode(config: Config, engine: SplitBackbone, tokenizer: Any, ends: frozenset[int]) -> prompts.Encoded:
+    """The prompts to measure, an entry a turn; earlier turns are answered greedily, whatever is measured after."""
+    chosen = prompts.evaluation_prompts(config)[: config.evaluate.num_prompts or None]
+    settings, new = prompts.evaluation_settings(config), config.evaluate.max_new_tokens
+
+    def answer(ids: list[int]) -> list[int]:
+        return autoregressive(engine, Request(ids, new, ends), Sampler()).tokens
+
+    with _threads(config.evaluate.threads):
+        return turns.every_turn(chosen, tokenizer, settings, engine.max_context, new, answer)
+
+
+def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: prompts.Encoded, ends: frozenset[int]):
     """Two tables, and what thompson had learned after each text.
 
     The order of the methods rotates from prompt to prompt, so drift of the machine hits all alike.
@@ -136,6 +144,11 @@ def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: Encoded, e
             gc.collect()
     gc.enable()
     bar.close()
+    if silent := [t for t in config.temperatures if t not in {r["temperature"] for r in rounds}]:
+        raise UserError(
+            f"evaluate.temperatures={silent}: the backbone ended every text with its first token, so nothing was "
+            "drafted; check that the prompts fit the backbone (chat_template, column)."
+        )
     return pd.DataFrame(generations), pd.DataFrame(rounds), learned
 
 
@@ -178,7 +191,8 @@ def _results(
         "prompts": {
             "count": len(encoded),
             "source": source,
-            "tasks": pd.Series([p.task for p, _ in encoded]).value_counts().to_dict(),
+            "later_turns": sum(bool(p.answers) for p, _ in encoded),
+            "tasks": prompts.count_tasks([p for p, _ in encoded]),
             "max_new_tokens": config.max_new_tokens,
             "repeats": config.repeats,
         },

@@ -77,6 +77,8 @@ def _rows(config: Config) -> list[Row]:
     first = found if config.prompts.too_long == "drop" or not wanted else found[:wanted]
     tokenizer = load_tokenizer(config.backbone)
     rows = encode(first, tokenizer, config.prompts, context, config.generate.max_new_tokens)
+    if several := sum(len(prompt.turns) > 1 for prompt, _ in rows):
+        print(f"prompts.path={config.prompts.path}: {several} prompts have more turns; only the first is answered")
     if wanted > len(rows):
         print(f"generate.num_prompts={wanted}: there are {len(rows)} prompts; all of them are answered")
     return rows[:wanted] if wanted else rows

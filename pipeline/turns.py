@@ -1,0 +1,52 @@
+"""Conversations: each turn of a prompt becomes an entry of its own, behind the backbone's answers to the turns before.
+
+Takes prompts, what encodes them and a function that answers token ids, gives every turn with the ids of its whole
+context. Each earlier turn is answered once, so whatever is measured afterwards starts from the same ids. Knows
+nothing of how the answers are decoded, or of what is measured.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from .config import Prompts
+from .prompts import Encoded, Prompt, encode, fitting
+
+
+def every_turn(
+    prompts: list[Prompt],
+    tokenizer: Any,
+    settings: Prompts,
+    context: int,
+    max_new_tokens: int,
+    answer: Callable[[list[int]], list[int]],
+) -> Encoded:
+    """The first turns as `encode` gives them, each followed by the later turns of its prompt, ids `<id>.2`, `<id>.3` ...
+
+    A turn that does not fit the context is treated as `settings.too_long` says; the turns after it go with it.
+    """
+    turns = encode(prompts, tokenizer, settings, context, max_new_tokens)
+    order = {prompt.id: i for i, (prompt, _) in enumerate(turns)}
+    found = list(turns)
+    earlier = sum(len(prompt.turns) - 1 for prompt, _ in turns)
+    with tqdm(total=earlier, desc="earlier turns", unit="text", disable=not earlier) as bar:
+        while turns:
+            later = []
+            for prompt, ids in turns:
+                if len(prompt.answers) + 1 < len(prompt.turns):
+                    later.append(_next_turn(prompt, tokenizer.decode(answer(ids), skip_special_tokens=True)))
+                    bar.update()
+            turns = fitting(later, tokenizer, settings, context, max_new_tokens)
+            found += turns
+    return sorted(found, key=lambda entry: order[_first_id(entry[0])])  # stable: turns stay in their order
+
+
+def _next_turn(prompt: Prompt, answer: str) -> Prompt:
+    answers = (*prompt.answers, answer.strip())  # as Spec-Bench does: the white space around it is the template's own
+    return replace(prompt, id=f"{_first_id(prompt)}.{len(answers) + 1}", answers=answers)
+
+
+def _first_id(prompt: Prompt) -> str:
+    return prompt.id.partition(".")[0]
