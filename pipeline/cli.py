@@ -25,7 +25,7 @@ VERBS = {
     ),
     "evaluate": (
         "Is it lossless, and how much faster? Autoregressive decoding against every head and controller, interleaved.",
-        "Writes eval/rounds.parquet, eval/results.json and report/.",
+        "Writes eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/.",
         ["seed", "run", "machine", "backbone", "prompts", "evaluate"],
     ),
     "publish": (

@@ -116,6 +116,10 @@ class Evaluate:
         ["thompson", "fixed:1", "fixed:2", "fixed:4", "beta"],
         "who decides how many tokens to draft: thompson, fixed:K, confidence:T, entropy:T, beta, calibration",
     )
+    rivals: list[str] = option(
+        ["generate", "generate:static", "early_exit", "prompt_lookup"],
+        "what transformers offers, measured beside at temperature 0; early_exit at each exit layer; [] for none",
+    )
     repeats: int = option(1, "interleaved passes over the prompts")
     threads: int = option(1, "CPU threads while decoding: one token at a time rarely profits from more")
 

@@ -1,7 +1,7 @@
-"""Round logs in, every figure out, with 95 % intervals by bootstrap over prompts. Pure functions of two tables.
+"""Round logs in, every figure out, with 95 % intervals by bootstrap over prompts. Pure functions of tables.
 
 Takes `generations` (one row a prompt, method and repeat: tokens, seconds) and `rounds` (one row a round), gives
-the dict that becomes results.json. Knows nothing of models, files or pictures.
+the dict that becomes results.json; `beside` adds the rivals' entries. Knows nothing of models, files or pictures.
 
 Speedup is tokens per second over autoregressive decoding on the same engine, dtype and prompts, interleaved;
 prefill is left out on both sides. Acceptance length counts the bonus token and is weighted per round.
@@ -61,6 +61,40 @@ def summarise(generations: pd.DataFrame, rounds: pd.DataFrame) -> list[dict[str,
                     },
                 }
             )
+    return entries
+
+
+def beside(rivals: pd.DataFrame, generations: pd.DataFrame) -> list[dict[str, Any]]:
+    """One entry per rival and exit layer, prefill included on both sides of every ratio: rivals cannot be split.
+
+    rivals: rival, exit_layer (0 where it has none), prompt, repeat, tokens, seconds. over_autoregressive is over the
+    greedy baseline of `generations`, over_generate over the rival `generate` (None for itself, or without it), and
+    best is the fastest greedy controller over the rival. differ counts texts that are not the baseline's.
+    """
+    if rivals.empty:
+        return []
+    rivals = rivals.assign(length=rivals.tokens.map(len))
+    greedy = generations[generations.temperature == 0]
+    greedy = greedy.assign(length=greedy.tokens.map(len), seconds=greedy.prefill_seconds + greedy.seconds)
+    base = greedy[greedy.controller == BASELINE]
+    expected = {(r.prompt, r.repeat): list(r.tokens) for r in base.itertuples()}
+    loop = rivals[rivals.rival == "generate"]
+    ours = greedy[greedy.controller != BASELINE].groupby(["exit_layer", "controller"])
+    (n, controller), best = min(ours, key=lambda group: _seconds_per_token(group[1]))
+    entries = []
+    for (name, exit_layer), rows in rivals.groupby(["rival", "exit_layer"], sort=False):
+        entries.append(
+            {
+                "rival": name,
+                "exit_layer": int(exit_layer) or None,
+                "texts": len(rows),
+                "differ": sum(list(r.tokens) != expected[r.prompt, r.repeat] for r in rows.itertuples()),
+                "tokens_per_second": 1 / _seconds_per_token(rows),
+                "over_autoregressive": _speedup(base, rows),
+                "over_generate": None if name == "generate" or loop.empty else _speedup(loop, rows),
+                "best": {"exit_layer": int(n), "controller": controller, **_speedup(rows, best)},
+            }
+        )
     return entries
 
 

@@ -103,6 +103,7 @@ def blocks(results: dict[str, Any]) -> list[Block]:
     ]
     for t in plots.temperatures(results):
         page += _temperature(results, t) + _by_task(results, t)
+    page += _rivals(results)
     page += [
         ("h2", "Acceptance"),
         ("image", ("acceptance.png", "How often draft i is accepted, given that all before it were")),
@@ -161,6 +162,33 @@ def _by_task(results: dict[str, Any], t: float) -> list[Block]:
 def _speedup_and_length(figures: dict[str, Any]) -> str:
     length = figures["acceptance_length"]
     return f"{figures['speedup']:.2f} ({'-' if length is None else f'{length:.2f}'})"
+
+
+def _rivals(results: dict[str, Any]) -> list[Block]:
+    """What transformers offers, in the same run; nothing if none of it was measured."""
+    if not results["rivals"]:
+        return []
+    best = results["rivals"][0]["best"]  # the same beside all
+
+    def ratio(figures: dict[str, Any] | None) -> str:
+        if figures is None:
+            return "-"
+        low, high = figures["speedup_ci95"]
+        return f"{figures['speedup']:.2f} ({low:.2f}-{high:.2f})"
+
+    fastest = f"{best['controller']} at exit layer {best['exit_layer']}"
+    table = [["rival", "exit layer", "tokens/s", "over autoregressive", "over generate", f"{fastest} over it",
+              "texts that differ"]]  # fmt: skip
+    for r in results["rivals"]:
+        ratios = [ratio(r["over_autoregressive"]), ratio(r["over_generate"]), ratio(r["best"])]
+        table.append([r["rival"], str(r["exit_layer"] or "-"), f"{r['tokens_per_second']:.0f}", *ratios,
+                      f"{r['differ']} of {r['texts']}"])  # fmt: skip
+    text = (
+        "What transformers itself offers, greedy, interleaved with the above on the same weights and prompts; unlike "
+        "above, every time here includes prefill, which generate cannot leave out: over autoregressive decoding on the "
+        f"engine of the exit heads, over transformers' own loop (generate), and {fastest}, the fastest here, over each."
+    )
+    return [("h2", "Beside transformers"), ("p", text), ("table", table)]
 
 
 def _losslessness(results: dict[str, Any]) -> list[Block]:

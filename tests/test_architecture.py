@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
 PARTS = {"backbones", "training", "inference", "generation", "prompts", "turns", "metrics", "losslessness", "report",
-         "card", "pocket"}  # fmt: skip
+         "card", "pocket", "rivals"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -37,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "prompts": {"pocket"} | FOUNDATION,
     "generation": {"inference"},
     "metrics": set(),
+    "rivals": set(),
     "inference": set(),
     "pocket": set(),
     "rundir": {"config", "errors"},

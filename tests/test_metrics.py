@@ -4,7 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.metrics import BASELINE, conditional_rates, cost_table, first_loop, interval, predicted_speedup, summarise
+from pipeline.metrics import (
+    BASELINE,
+    beside,
+    conditional_rates,
+    cost_table,
+    first_loop,
+    interval,
+    predicted_speedup,
+    summarise,
+)
 
 
 def round_row(prompt: str, j: int, drafted: int, accepted: int, **more) -> dict:
@@ -123,3 +132,53 @@ def test_speedup_before_the_loop_leaves_the_loop_out() -> None:
     assert c["speedup"] < 0.5
     # text a counts its 5 tokens before the first repeated 8-gram: 5/7 of the 4 s of its first two rounds
     assert c["speedup_before_loop"] == pytest.approx((12 / (4 + 4 * 5 / 7)) / 1)
+
+
+def rival_row(name: str, prompt: str, seconds: float, tokens: int = 6, exit_layer: int = 0) -> dict:
+    return {"rival": name, "exit_layer": exit_layer, "prompt": prompt, "task": "", "repeat": 0,
+            "tokens": list(range(tokens)), "seconds": seconds}  # fmt: skip
+
+
+def beside_tables() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two prompts of 6 tokens; with prefill the baseline takes 6 s, fixed:2 4 s, beta 3 s, beta at T = 1 nothing."""
+    ours = [(BASELINE, 5.0, 0.0), ("fixed:2", 3.0, 0.0), ("beta", 2.0, 0.0), ("beta", 0.1, 1.0)]
+    generations = [
+        generation(p, name, list(range(6)), s) | {"prefill_seconds": 1.0, "temperature": t}
+        for name, s, t in ours
+        for p in "ab"
+    ]
+    rivals = [rival_row("early_exit", p, 24.0, exit_layer=3) for p in "ab"]
+    rivals += [rival_row("generate", "a", 10.0), rival_row("generate", "b", 14.0)]
+    rivals += [rival_row("generate:static", "a", 6.0), rival_row("generate:static", "b", 6.0, tokens=3)]
+    return pd.DataFrame(rivals), pd.DataFrame(generations)
+
+
+def speedup(value: float, low: float | None = None, high: float | None = None) -> dict:
+    ci = [value if low is None else low, value if high is None else high]
+    return {"speedup": pytest.approx(value), "speedup_ci95": [pytest.approx(x) for x in ci]}
+
+
+def test_rivals_beside_ours_with_prefill_on_both_sides() -> None:
+    early, plain, static = beside(*beside_tables())
+    best = {"exit_layer": 2, "controller": "beta"}
+    assert early == {
+        "rival": "early_exit", "exit_layer": 3, "texts": 2, "differ": 0, "tokens_per_second": 6 / 24,
+        "over_autoregressive": speedup(1 / 4), "over_generate": speedup(1 / 2, 10 / 24, 14 / 24),
+        "best": best | speedup(8),
+    }  # fmt: skip
+    assert plain == {
+        "rival": "generate", "exit_layer": None, "texts": 2, "differ": 0, "tokens_per_second": 1 / 2,
+        "over_autoregressive": speedup(1 / 2, 6 / 14, 6 / 10), "over_generate": None,
+        "best": best | speedup(4, 10 / 3, 14 / 3),
+    }  # fmt: skip
+    # 9 tokens in 12 s; text b is not the baseline's
+    assert (static["differ"], static["tokens_per_second"]) == (1, 9 / 12)
+    assert static["over_autoregressive"] == speedup(3 / 4, 1 / 2, 1)
+    assert static["over_generate"] == speedup((9 / 12) / (12 / 24), (3 / 6) / (6 / 14), (6 / 6) / (6 / 10))
+
+
+def test_rivals_without_their_own_loop_and_none_at_all() -> None:
+    rivals, generations = beside_tables()
+    [static] = beside(rivals[rivals.rival == "generate:static"], generations)
+    assert static["over_generate"] is None and static["best"]["controller"] == "beta"
+    assert beside(rivals[:0], generations) == []

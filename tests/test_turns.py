@@ -122,7 +122,9 @@ def test_a_later_turn_follows_plain_greedy_decoding_for_every_method(measured) -
     answer = tokenizer.decode(ids[len(first) :], skip_special_tokens=True).strip()
     second = tuple(tokenizer(f"add 2 and 2\n\n{answer}\n\nand 3 more")["input_ids"])
 
-    assert decoded[0] == ("autoregressive", 0.0, tuple(first)), "the earlier turn is answered once, before anything else"
+    assert decoded[0] == ("autoregressive", 0.0, tuple(first)), (
+        "the earlier turn is answered once, before anything else"
+    )
     others = {tuple(tokenizer(row["turns"][0])["input_ids"]) for row in spec_bench_rows()}
     assert {ids for _, _, ids in decoded} == others | {second}
     # 2 repeats of the baseline and of 2 controllers at 2 temperatures

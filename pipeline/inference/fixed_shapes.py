@@ -61,6 +61,7 @@ class FixedShapes:
 
 class _Recorded:
     """A CUDA graph of one pass over fixed weights and a fixed cache; only the rows and their positions change."""
+
     def __init__(self, run: Callable[..., Tensor], hidden_WD: Tensor, positions_W: Tensor, *rest):
         self.hidden_WD, self.positions_W = hidden_WD.clone(), positions_W.clone()
         arguments = (self.hidden_WD, self.positions_W, *rest)

@@ -1,7 +1,7 @@
 """Is it lossless, and how much faster? Every head and controller against autoregressive decoding, interleaved.
 
-Takes heads/exit-*/ and held-out prompts, gives eval/generations.parquet, eval/rounds.parquet, eval/results.json
-and report/. Knows nothing of how the heads were trained.
+Takes heads/exit-*/ and held-out prompts, gives eval/generations.parquet, eval/rounds.parquet, eval/rivals.parquet,
+eval/results.json and report/. Knows nothing of how the heads were trained.
 """
 
 import gc
@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .. import backbones, losslessness, prompts, report, turns
-from ..config import Config
+from .. import backbones, losslessness, prompts, report, rivals, turns
+from ..config import Config, Evaluate
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller
@@ -23,7 +23,7 @@ from ..inference.decoding import Request, autoregressive, self_speculative
 from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
 from ..inference.thompson import Thompson
-from ..metrics import BASELINE, LOOP, summarise
+from ..metrics import BASELINE, LOOP, beside, summarise
 from ..rundir import RunDir, atomic_path, atomic_write
 
 SCHEMA = 1
@@ -58,13 +58,15 @@ def run(run: RunDir) -> None:
     ends = frozenset(_end_tokens(model, tokenizer))
     encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
     with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
-        generations, rounds, learned = _measure(run, engines, encoded, ends)
+        generations, rounds, learned, others = _measure(run, model, engines, encoded, ends)
         results = _results(run, model, engines, encoded, source, generations, rounds, learned)
+        results["rivals"] = beside(others, generations)
         summary["best"] = results["best"]
         with atomic_path(run / "eval") as folder:
             folder.mkdir()
             generations.to_parquet(folder / "generations.parquet")
             rounds.to_parquet(folder / "rounds.parquet")
+            others.to_parquet(folder / "rivals.parquet")
             atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
         report.write(results, run / "report")
 
@@ -74,7 +76,9 @@ def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, Sp
     for folder in folders:
         try:
             head = ExitHead.load(folder)
-            engines[head.exit_layer] = SplitBackbone(model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda")
+            engines[head.exit_layer] = SplitBackbone(
+                model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda"
+            )
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
     return engines
@@ -92,8 +96,10 @@ def _encode(config: Config, engine: SplitBackbone, tokenizer: Any, ends: frozens
         return turns.every_turn(chosen, tokenizer, settings, engine.max_context, new, answer)
 
 
-def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: prompts.Encoded, ends: frozenset[int]):
-    """Two tables, and what thompson had learned after each text.
+def _measure(
+    run: RunDir, model: Any, engines: dict[int, SplitBackbone], encoded: prompts.Encoded, ends: frozenset[int]
+):
+    """Two tables, what thompson had learned after each text, and the table of the rivals.
 
     The order of the methods rotates from prompt to prompt, so drift of the machine hits all alike.
     """
@@ -106,6 +112,7 @@ def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: prompts.En
     ]
     deciders = {m: make_controller(m.controller, run.config.seed, m.temperature == 0) for m in methods if m.exit_layer}
     any_engine = next(iter(engines.values()))
+    others = _rivals(config, list(engines))
 
     def decode(method: Method, ids: list[int], seed: int, max_new_tokens: int):
         generator = torch.Generator(any_engine.device).manual_seed(seed)
@@ -115,19 +122,29 @@ def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: prompts.En
             return autoregressive(any_engine, request, sampler)
         return self_speculative(engines[method.exit_layer], request, sampler, deciders[method])
 
-    for method in methods:  # warm-up: the first call of every shape is slow
-        decode(method, encoded[0][1], run.config.seed, min(32, config.max_new_tokens))
+    for m in methods:  # warm-up: the first call of every shape is slow
+        decode(m, encoded[0][1], run.config.seed, min(32, config.max_new_tokens))
+    longest = max((ids for _, ids in encoded), key=len)
+    for rival in others:  # on the longest: transformers never shrinks its static cache, and compiles anew when it grows
+        rivals.decode(model, rival, longest, config.max_new_tokens, ends)
+    turns: list[Method | rivals.Rival] = [*methods, *others]
     generations: list[dict] = []
     rounds: list[dict] = []
+    beside_ours: list[dict] = []
     learned: dict[Method, list[list[float]]] = {}
     gc.disable()  # a collection in the middle of one method's turn would be counted against it
-    bar = tqdm(total=len(encoded) * config.repeats * len(methods), desc="evaluate", unit="text")
+    bar = tqdm(total=len(encoded) * config.repeats * len(turns), desc="evaluate", unit="text")
     for repeat in range(config.repeats):
         for i, (prompt, ids) in enumerate(encoded):
-            turn = (i + repeat * len(encoded)) % len(methods)
-            for method in methods[turn:] + methods[:turn]:
-                out = decode(method, ids, run.config.seed + i + 1000 * repeat, config.max_new_tokens)
+            turn = (i + repeat * len(encoded)) % len(turns)
+            for method in turns[turn:] + turns[:turn]:
                 key = asdict(method) | {"prompt": prompt.id, "task": prompt.task, "repeat": repeat}
+                if isinstance(method, rivals.Rival):
+                    tokens, seconds = rivals.decode(model, method, ids, config.max_new_tokens, ends)
+                    beside_ours.append(key | {"tokens": tokens, "seconds": seconds})
+                    bar.update()
+                    continue
+                out = decode(method, ids, run.config.seed + i + 1000 * repeat, config.max_new_tokens)
                 generations.append(
                     key
                     | {
@@ -149,7 +166,16 @@ def _measure(run: RunDir, engines: dict[int, SplitBackbone], encoded: prompts.En
             f"evaluate.temperatures={silent}: the backbone ended every text with its first token, so nothing was "
             "drafted; check that the prompts fit the backbone (chat_template, column)."
         )
-    return pd.DataFrame(generations), pd.DataFrame(rounds), learned
+    columns = ["rival", "exit_layer", "prompt", "task", "repeat", "tokens", "seconds"]  # there also if no row is
+    return pd.DataFrame(generations), pd.DataFrame(rounds), learned, pd.DataFrame(beside_ours, columns=columns)
+
+
+def _rivals(config: Evaluate, exit_layers: list[int]) -> list[rivals.Rival]:
+    """Those of the config, or none, and said so, where nothing greedy is measured."""
+    if config.rivals and 0 not in config.temperatures:
+        print(f"evaluate: rivals are greedy and evaluate.temperatures={config.temperatures} has no 0: none measured")
+        return []
+    return rivals.rivals_of(config.rivals, exit_layers)
 
 
 def _results(
@@ -210,7 +236,7 @@ def _results(
 
 
 def check(config: Config) -> None:
-    """What can be known before anything is loaded. Raises UserError for a controller that does not exist."""
+    """What can be known before anything is loaded. Raises UserError for a controller or rival that does not exist."""
     names = config.evaluate.controllers
     for name in names:
         try:
@@ -219,6 +245,10 @@ def check(config: Config) -> None:
             raise UserError(f"evaluate.controllers={names}: {error}") from None
     if not names:
         raise UserError("evaluate.controllers=[]: at least one controller is needed, e.g. [fixed:3]")
+    try:
+        rivals.rivals_of(config.evaluate.rivals, [])
+    except ValueError as error:
+        raise UserError(f"evaluate.rivals={config.evaluate.rivals}: {error}; [] for none") from None
 
 
 def _end_tokens(model, tokenizer) -> list[int]:

@@ -1,0 +1,77 @@
+"""What transformers itself offers for the same greedy text: its plain loops and its ways of drafting, by name.
+
+Takes a transformers model, token ids and when to stop, gives the new tokens and the seconds they took, prefill
+included: `generate` cannot be split. Knows nothing of exit heads, of the engine, or of what is measured beside it.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+LOOKUP_TOKENS = 10
+"""Drafted per round by prompt lookup: the default of transformers' own generator. Its guides only show examples."""
+
+NAMES = ("generate", "generate:static", "early_exit", "prompt_lookup")
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One way of decoding that transformers has; exit_layer is 0 for those that exit nowhere."""
+
+    rival: str
+    exit_layer: int = 0
+
+
+def rivals_of(names: list[str], exit_layers: list[int]) -> list[Rival]:
+    """The rivals of these names, `early_exit` once for every exit layer. Raises ValueError for an unknown name."""
+    if unknown := [name for name in names if name not in NAMES]:
+        raise ValueError(f"{unknown[0]!r} is not one of {', '.join(NAMES)}")
+    return [Rival(name, n) for name in names for n in (exit_layers if name == "early_exit" else [0])]
+
+
+def decode(
+    model: Any, rival: Rival, ids: list[int], max_new_tokens: int, end_tokens: frozenset[int]
+) -> tuple[list[int], float]:
+    """Greedy: the new tokens, an end token included, and the seconds from ids in to ids out."""
+    ends = sorted(end_tokens)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False} | _options(rival, model.device)
+    if ends:
+        options |= {"eos_token_id": ends, "pad_token_id": ends[0]}  # one row is never padded, but pad must be named
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)  # work of the method before must not be counted; tolist() waits for ours
+    with _undisturbed(model):
+        started = time.perf_counter()
+        row = torch.tensor([ids], device=model.device)
+        out = model.generate(row, attention_mask=torch.ones_like(row), **options)
+        tokens = out[0, len(ids) :].tolist()
+        return tokens, time.perf_counter() - started
+
+
+def _options(rival: Rival, device: torch.device) -> dict[str, Any]:
+    if rival.rival == "generate:static":  # compiled where transformers would by itself compile it: on a GPU
+        return {"cache_implementation": "static", "disable_compile": device.type != "cuda"}
+    if rival.rival == "early_exit":  # drafts with the backbone's own final norm and LM head behind layer N, untrained
+        return {"assistant_early_exit": rival.exit_layer}
+    if rival.rival == "prompt_lookup":
+        return {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
+    return {}
+
+
+@contextlib.contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """Plain settings inside, the model as it was afterwards, whatever happens in between.
+
+    The checkpoint's own settings may hold a repetition penalty or a number of drafts that a call adapts. Early exit
+    lowers the number of layers while it drafts, and leaves it there when it is interrupted.
+    """
+    layers, settings = model.config.num_hidden_layers, model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.config.num_hidden_layers, model.generation_config = layers, settings
