@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .. import backbones, losslessness, prompts, report
+from .. import backbones, losslessness, prompts, report, tracking
 from ..config import Config
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
@@ -71,6 +71,7 @@ def run(run: RunDir) -> None:
             rounds.to_parquet(folder / "rounds.parquet")
             atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
         report.write(results, run / "report")
+    tracking.mirror_report(run, report.summary(results), report.blocks(results), run / "report")
 
 
 def _engines(folders: list[Path], model: Any) -> dict[int, SplitBackbone]:
