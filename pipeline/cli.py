@@ -26,7 +26,7 @@ VERBS = {
     "evaluate": (
         "Is it lossless, and how much faster? Autoregressive decoding against every head and controller, interleaved.",
         "Writes eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/.",
-        ["seed", "run", "machine", "backbone", "prompts", "evaluate"],
+        ["seed", "run", "machine", "backbone", "prompts", "evaluate", "wandb"],
     ),
     "publish": (
         "Gate the best head, then write the folder that transformers loads with custom_generate.",

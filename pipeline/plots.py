@@ -1,4 +1,4 @@
-"""The pictures of the report, one function a file.
+"""The pictures of the report: one function a kind, one file a kind and temperature.
 
 Takes the dict of results.json, gives PNG files. Knows nothing of how anything was measured.
 """
@@ -6,132 +6,139 @@ Takes the dict of results.json, gives PNG files. Knows nothing of how anything w
 from pathlib import Path
 from typing import Any
 
-PARTS = ("shallow", "head", "verify", "rest")
+PARTS = {"shallow": "#56b4e9", "head": "#e69f00", "verify": "#0072b2", "rest": "#7f7f7f"}
+STYLES = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#000000", "X")]
+"""Colours that the colour-blind tell apart (Okabe and Ito), and a marker each for who sees none."""
+
+FEWEST = 10  # rounds that reached a position, below which its acceptance rate is noise and not drawn
 
 
 def temperatures(results: dict[str, Any]) -> list[float]:
     return list(dict.fromkeys(h["temperature"] for h in results["heads"]))
 
 
-def _figure(results: dict[str, Any], height: float) -> tuple[Any, list[tuple[Any, list[dict[str, Any]]]]]:
-    """A figure, and (axes, heads) of one panel a temperature, side by side."""
+def files(kind: str, results: dict[str, Any]) -> list[str]:
+    """The files of one kind, one a temperature."""
+    return [f"{kind}-{t:g}.png" for t in temperatures(results)]
+
+
+def draw(file: str, results: dict[str, Any], path: Path) -> None:
+    """Draw the picture of that name to `path`."""
     from matplotlib.figure import Figure
 
-    ts = temperatures(results)
-    figure = Figure(figsize=(5.2 * len(ts), height), layout="constrained")
-    panels = []
-    for i, t in enumerate(ts):
-        axes = figure.add_subplot(1, len(ts), i + 1)
-        axes.set_title(f"temperature {t:g}")
-        panels.append((axes, [h for h in results["heads"] if h["temperature"] == t]))
-    return figure, panels
-
-
-def _best(results: dict[str, Any], entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The entry of the best exit layer."""
-    return next(h for h in entries if h["exit_layer"] == results["best"]["exit_layer"])
+    kind, t = file.removesuffix(".png").split("-", 1)
+    entries = [h for h in results["heads"] if f"{h['temperature']:g}" == t]
+    # Narrow, so that the letters can still be read at the width of a phone.
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(f"temperature {t}", fontsize=11)
+    best = next(h for h in entries if h["exit_layer"] == results["best"]["exit_layer"])
+    DRAW[kind](figure, axes, entries, best)
+    figure.savefig(path, dpi=140)
 
 
 def _legend_below(figure: Any, columns: int) -> None:
-    """One legend for all panels, under them: each name once."""
-    names: dict[str, Any] = {}
-    for axes in figure.axes:
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            names.setdefault(name, handle)
-    figure.legend(
-        list(names.values()), list(names), loc="outside lower center", ncols=columns, frameon=False, fontsize=8
-    )
+    """Under the picture, where it covers nothing."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
+                  handlelength=2.2, columnspacing=1.0)  # fmt: skip
 
 
-def speedup(results: dict[str, Any], path: Path) -> None:
+def _rows(figure: Any, axes: Any, names: list[str], each: float) -> None:
+    """One named row a controller, from the top down."""
+    figure.set_figheight(1.5 + each * len(names))
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+
+
+def speedup(figure: Any, axes: Any, entries: list[dict[str, Any]], best: dict[str, Any]) -> None:
     """Speedup with its interval for every controller, one colour an exit layer."""
-    figure, panels = _figure(results, 3.6)
-    for axes, entries in panels:
-        for j, entry in enumerate(entries):
-            figures = list(entry["controllers"].values())
-            places = [i + (j - (len(entries) - 1) / 2) * 0.22 for i in range(len(figures))]
-            values = [c["speedup"] for c in figures]
-            errors = [
-                [max(0, c["speedup"] - c["speedup_ci95"][0]) for c in figures],
-                [max(0, c["speedup_ci95"][1] - c["speedup"]) for c in figures],
-            ]
-            axes.errorbar(places, values, yerr=errors, fmt="o", capsize=3, label=f"N = {entry['exit_layer']}")
-            axes.set_xticks(range(len(figures)), list(entry["controllers"]))
-        axes.axhline(1, color="grey", linewidth=1, linestyle="--")
-        axes.set_ylabel("speedup over autoregressive")
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def acceptance(results: dict[str, Any], path: Path) -> None:
-    """Conditional acceptance by draft position, from the controller that drafted the most positions."""
-    figure, panels = _figure(results, 3.4)
-    for axes, entries in panels:
-        for entry in entries:
-            rates = max((c["conditional_rates"] for c in entry["controllers"].values()), key=len)
-            axes.plot(range(1, len(rates) + 1), rates, marker="o", label=f"N = {entry['exit_layer']}")
-        axes.set_ylim(0, 1)
-        axes.set_xlabel("draft position")
-        axes.set_ylabel("accepted, given all before were")
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def drafted(results: dict[str, Any], path: Path) -> None:
-    """Share of rounds by the number of tokens drafted, for every controller of the best exit layer."""
-    figure, panels = _figure(results, 3.4)
-    for axes, entries in panels:
-        entry = _best(results, entries)
-        count = len(entry["controllers"])
-        for j, (name, c) in enumerate(entry["controllers"].items()):
-            ks = [int(k) for k in c["drafted_histogram"]]
-            shares = [n / c["rounds"] for n in c["drafted_histogram"].values()]
-            axes.bar([k + (j - (count - 1) / 2) * 0.8 / count for k in ks], shares, 0.8 / count, label=name)
-        axes.set_xlabel(f"tokens drafted in a round, N = {entry['exit_layer']}")
-        axes.set_ylabel("share of rounds")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-def time(results: dict[str, Any], path: Path) -> None:
-    """Time of a committed token by part, in autoregressive tokens: the shorter the bar, the faster."""
-    rows = max(sum(len(h["controllers"]) for h in results["heads"] if h["temperature"] == t)
-               for t in temperatures(results))  # fmt: skip
-    figure, panels = _figure(results, 1.2 + 0.36 * rows)
-    for axes, entries in panels:
-        bars = [(f"N = {h['exit_layer']}, {name}", c["time_per_token"])
-                for h in entries for name, c in h["controllers"].items()]  # fmt: skip
-        left = [0.0] * len(bars)
-        for part in PARTS:
-            widths = [max(0.0, times[part]) for _, times in bars]
-            axes.barh(range(len(bars)), widths, left=left, label=part)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.set_yticks(range(len(bars)), [name for name, _ in bars])
-        axes.invert_yaxis()
-        axes.axvline(1, color="grey", linewidth=1, linestyle="--")
-        axes.set_xlabel("time of a token, autoregressive = 1")
-    _legend_below(figure, len(PARTS))
-    figure.savefig(path, dpi=110)
-
-
-def learned(results: dict[str, Any], path: Path) -> None:
-    """Posterior mean acceptance of each confidence bin after each prompt, for the best exit layer."""
-    figure, panels = _figure(results, 4.0)
-    for axes, entries in panels:
-        entry = _best(results, entries)
-        for c in entry["controllers"].values():
-            means = c.get("learned") or []
-            for b in range(len(means[0]) if means else 0):
-                line = [row[b] for row in means]
-                label = f"confidence {b / len(means[0]):.2f} to {(b + 1) / len(means[0]):.2f}"
-                axes.plot(range(1, len(line) + 1), line, color=f"C{b}", label=label)
-        axes.set_ylim(0, 1)
-        axes.set_xlabel(f"texts decoded, N = {entry['exit_layer']}")
-        axes.set_ylabel("acceptance")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    _rows(figure, axes, list(best["controllers"]), 0.2 + 0.16 * len(entries))
+    for j, entry in enumerate(entries):
+        figures = list(entry["controllers"].values())
+        places = [i + (j - (len(entries) - 1) / 2) * 0.7 / len(entries) for i in range(len(figures))]
+        values = [c["speedup"] for c in figures]
+        errors = [
+            [max(0, c["speedup"] - c["speedup_ci95"][0]) for c in figures],
+            [max(0, c["speedup_ci95"][1] - c["speedup"]) for c in figures],
+        ]
+        colour, marker = STYLES[j % len(STYLES)]
+        label = f"N = {entry['exit_layer']}"
+        axes.errorbar(values, places, xerr=errors, fmt=marker, color=colour, capsize=3, markersize=5, label=label)
+    axes.axvline(1, color="black", linewidth=1, linestyle="--")
+    axes.set_xlabel("speedup; autoregressive = 1")
     _legend_below(figure, 4)
-    figure.savefig(path, dpi=110)
 
 
-DRAW = {f"{f.__name__}.png": f for f in (speedup, acceptance, drafted, time, learned)}
+def time(figure: Any, axes: Any, entries: list[dict[str, Any]], best: dict[str, Any]) -> None:
+    """Time of a committed token by part, in autoregressive tokens: the shorter the bar, the faster."""
+    bars = [(f"N = {h['exit_layer']}, {name}", c["time_per_token"])
+            for h in entries for name, c in h["controllers"].items()]  # fmt: skip
+    _rows(figure, axes, [name for name, _ in bars], 0.28)
+    left = [0.0] * len(bars)
+    for part, colour in PARTS.items():
+        widths = [max(0.0, times[part]) for _, times in bars]
+        axes.barh(range(len(bars)), widths, left=left, label=part, color=colour, edgecolor="white", linewidth=0.6)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    axes.axvline(1, color="black", linewidth=1, linestyle="--")
+    axes.set_xlabel("time of a token; autoregressive = 1")
+    _legend_below(figure, len(PARTS))
+
+
+def acceptance(figure: Any, axes: Any, entries: list[dict[str, Any]], best: dict[str, Any]) -> None:
+    """Acceptance by draft position, of the controller that drafted the most positions."""
+    furthest = 1
+    for j, entry in enumerate(entries):
+        name, c = max(entry["controllers"].items(), key=lambda item: len(item[1]["conditional_rates"]))
+        reached = [share * c["rounds"] for share in (1.0, *c["marginal_rates"])]
+        count = sum(n >= FEWEST for n in reached[: len(c["conditional_rates"])])  # ever fewer rounds reach the next
+        furthest = max(furthest, count)
+        colour, marker = STYLES[j % len(STYLES)]
+        label = f"N = {entry['exit_layer']}, {name}"
+        for kind, line in (("conditional", "-"), ("marginal", "--")):
+            rates = c[f"{kind}_rates"][:count]
+            axes.plot(range(1, count + 1), rates, line, marker=marker, color=colour, label=f"{label}: {kind}")
+    axes.set_ylim(0, 1.03)
+    axes.set_xticks(range(1, furthest + 1))
+    axes.set_xlabel("draft position")
+    axes.set_ylabel("accepted")
+    _legend_below(figure, 2)
+
+
+def drafted(figure: Any, axes: Any, entries: list[dict[str, Any]], best: dict[str, Any]) -> None:
+    """Share of rounds by the number of tokens drafted, for every controller of the best exit layer."""
+    controllers = best["controllers"]
+    width = 1 + max(int(k) for c in controllers.values() for k in c["drafted_histogram"])
+    shares = [[100 * {int(k): n for k, n in c["drafted_histogram"].items()}.get(k, 0) / c["rounds"]
+               for k in range(width)] for c in controllers.values()]  # fmt: skip
+    _rows(figure, axes, list(controllers), 0.34)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            if share > 0:
+                text = f"{share:.0f}" if share >= 0.5 else "<1"
+                axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if share > 50 else "black")
+    axes.set_xticks(range(width))
+    axes.set_xlabel(f"tokens drafted in a round, N = {best['exit_layer']}; cells: % of rounds")
+
+
+def learned(figure: Any, axes: Any, entries: list[dict[str, Any]], best: dict[str, Any]) -> None:
+    """Posterior mean acceptance of each confidence bin after each prompt, for the best exit layer."""
+    from matplotlib import colormaps
+
+    figure.set_figheight(4.2)
+    for c in best["controllers"].values():
+        means = c.get("learned") or []
+        bins = len(means[0]) if means else 0
+        for b in range(bins):
+            line = [row[b] for row in means]
+            label, colour = f"{b / bins:.2f}-{(b + 1) / bins:.2f}", colormaps["viridis"](0.9 * b / bins)
+            axes.plot(range(1, len(line) + 1), line, marker=".", color=colour, label=label)
+    axes.set_ylim(0, 1.03)
+    axes.set_xlabel(f"texts decoded, N = {best['exit_layer']}; colours: confidence of the head")
+    axes.set_ylabel("learned acceptance")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend_below(figure, 4)
+
+
+DRAW = {f.__name__: f for f in (speedup, time, acceptance, drafted, learned)}

@@ -6,6 +6,7 @@ measured, and measures nothing itself.
 
 import base64
 import html
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,6 @@ def rows(entry: dict[str, Any]) -> list[list[str]]:
 def lossless_line(results: dict[str, Any]) -> str:
     """One sentence for both proofs."""
     greedy, sampling = results["lossless"]["greedy"], results["lossless"]["sampling"]
-    verdicts = [proof["passed"] for proof in (greedy, sampling) if proof is not None]
     parts = []
     if greedy is not None:
         parts.append(
@@ -71,47 +71,132 @@ def lossless_line(results: dict[str, Any]) -> str:
             if sampling["passed"]
             else f"sampled tokens do NOT follow the backbone's distribution (p-value {sampling['p_value']:.2g})"
         )
-    return f"{'yes' if all(verdicts) else 'no'}: " + "; ".join(parts)
+    return f"{'yes' if is_lossless(results) else 'no'}: " + "; ".join(parts)
 
 
 Block = tuple[str, Any]
-"""("h1" | "h2" | "p" | "table" | "image", text | [header, *rows] | (file, caption))"""
+"""(kind, content): text for "h1", "h2", "h3", "p" and for the verdict, which is "good", "unsure" or "bad";
+[header, *rows] for "table", (file, caption) for "image", [(word, what it means), ...] for "words"."""
 
 
 def blocks(results: dict[str, Any]) -> list[Block]:
     """The whole report, from the verdict to the details."""
-    prompts, best = results["prompts"], results["best"]
-    low, high = best["speedup_ci95"]
+    prompts = results["prompts"]
     page: list[Block] = [
         ("h1", f"{results['backbone']['name']}: exit heads measured"),
-        (
-            "p",
-            f"Best: exit layer {best['exit_layer']}, controller {best['controller']}, speedup {best['speedup']:.2f} "
-            f"(95 % interval {low:.2f}-{high:.2f}) at temperature {best['temperature']:g}. "
-            + ("Drafting pays." if low > 1 else "Drafting does not surely pay: the interval touches 1."),
-        ),
+        verdict(results),
+        ("p", _why(results)),
+        *_elsewhere(results),
         ("p", f"Lossless: {lossless_line(results)}."),
-        ("image", ("speedup.png", "Speedup of every head and controller, with 95 % intervals")),
-        ("image", ("time.png", "Where the time of a token goes; autoregressive decoding is 1")),
+        *_images(results, "speedup", "speedup and 95 % interval; right of the dashed line drafting pays"),
+        *_images(results, "time", "where the time of a token goes; left of the dashed line drafting pays"),
         (
             "p",
             f"{prompts['count']} held-out prompts of {prompts['source']['name']}, {prompts['max_new_tokens']} new "
-            f"tokens each, {results['device']}, {results['threads']} threads, {results['dtype']}. Speedup is tokens "
-            "per second over autoregressive decoding on the same engine, interleaved; intervals by bootstrap over "
-            "prompts." + _later_turns(prompts["later_turns"]),
+            f"tokens each, {results['device']}, threads: {results['threads']}, {results['dtype']}."
+            + _later_turns(prompts["later_turns"]),
         ),
+        ("h2", "Words"),
+        ("words", _words(results)),
     ]
     for t in plots.temperatures(results):
         page += _temperature(results, t) + _by_task(results, t)
     page += _rivals(results)
     page += [
         ("h2", "Acceptance"),
-        ("image", ("acceptance.png", "How often draft i is accepted, given that all before it were")),
-        ("image", ("drafted.png", "How many tokens the controllers drafted in a round")),
-    ]
+        *_images(results, "acceptance", "how often draft i is accepted, by the controller that drafted furthest: of "
+                 "the rounds that reached it (conditional) and of all rounds (marginal)"),
+        *_images(results, "drafted", "how many tokens the controllers drafted in a round"),
+    ]  # fmt: skip
     if any(c.get("learned") for h in results["heads"] for c in h["controllers"].values()):
-        page.append(("image", ("learned.png", "What thompson learned: acceptance of each confidence bin, by prompt")))
+        page += _images(results, "learned", "what thompson learned: mean acceptance by confidence of the head")
     return page + _losslessness(results)
+
+
+def _images(results: dict[str, Any], kind: str, caption: str) -> list[Block]:
+    """One picture a temperature."""
+    names = zip(plots.temperatures(results), plots.files(kind, results), strict=True)
+    return [("image", (file, f"Temperature {t:g}: {caption}.")) for t, file in names]
+
+
+def is_lossless(results: dict[str, Any]) -> bool:
+    """Every proof that was made passed."""
+    return all(proof["passed"] for proof in results["lossless"].values() if proof is not None)
+
+
+def verdict(results: dict[str, Any]) -> Block:
+    """The first thing read: is it lossless, and does it surely pay? In words, for colours are not seen by all."""
+    best = results["best"]
+    low, high = best["speedup_ci95"]
+    figures = (
+        f"speedup {best['speedup']:.2f} (95 % interval {low:.2f}-{high:.2f}) at temperature {best['temperature']:g}, "
+        f"with exit layer {best['exit_layer']} and controller {best['controller']}."
+    )
+    if not is_lossless(results):
+        return (
+            "bad",
+            f"NOT lossless: the texts are not the backbone's own, so the speedup counts for nothing: {figures}",
+        )
+    if low > 1:
+        return "good", f"Lossless, and drafting pays: {figures}"
+    if high < 1:
+        return "bad", f"Lossless, but drafting does NOT pay: it is slower than autoregressive decoding. Best {figures}"
+    return "unsure", f"Lossless, but drafting does not surely pay: the interval touches 1. Best {figures}"
+
+
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """The verdict as figures."""
+    names = ("speedup", "acceptance_length", "exit_layer", "controller", "temperature")
+    low, high = results["best"]["speedup_ci95"]
+    return {
+        **{f"evaluate/{name}": results["best"][name] for name in names},
+        "evaluate/speedup_ci95_low": low,
+        "evaluate/speedup_ci95_high": high,
+        "evaluate/lossless": is_lossless(results),
+    }
+
+
+def _why(results: dict[str, Any]) -> str:
+    """What a round of the best controller yields and costs: their ratio is the speedup."""
+    best = results["best"]
+    entry = next(h for h in results["heads"]
+                 if (h["exit_layer"], h["temperature"]) == (best["exit_layer"], best["temperature"]))  # fmt: skip
+    c = entry["controllers"][best["controller"]]
+    drafts = sum(int(k) * n for k, n in c["drafted_histogram"].items()) / c["rounds"]
+    cost, times = c["acceptance_length"] / c["speedup"], c["time_per_token"]
+    parts = ", ".join(f"{part} {cost * times[part] / sum(times.values()):.2f}" for part in plots.PARTS)
+    return (
+        f"Why: a round drafts {drafts:.2f} tokens, of which {c['acceptance_length'] - 1:.2f} are accepted; with the "
+        f"bonus token it yields {c['acceptance_length']:.2f} tokens. It takes the time of {cost:.2f} autoregressive "
+        f"tokens ({parts})."
+    )
+
+
+def _elsewhere(results: dict[str, Any]) -> list[Block]:
+    """The best of each other temperature."""
+    page: list[Block] = []
+    for t in plots.temperatures(results):
+        if t != results["best"]["temperature"]:
+            every = [(c["speedup"], h["exit_layer"], name, c["speedup_ci95"]) for h in results["heads"]
+                     if h["temperature"] == t for name, c in h["controllers"].items()]  # fmt: skip
+            speedup, n, name, (low, high) = max(every)
+            page.append(("p", f"At temperature {t:g} the best is exit layer {n} with {name}: speedup {speedup:.2f} "
+                              f"(95 % interval {low:.2f}-{high:.2f})."))  # fmt: skip
+    return page
+
+
+def _words(results: dict[str, Any]) -> list[tuple[str, str]]:
+    n, loop = results["num_layers"], results["loop_ngram"]
+    return [
+        ("exit layer", f"N: the exit head drafts from the hidden state after the first N of {n} layers (shallow)"),
+        ("controller", "decides after each draft whether another is worth its cost; fixed:K always drafts K"),
+        ("speedup", "tokens per second over autoregressive decoding on the same engine, interleaved with it"),
+        ("95 % interval", "of the speedup, by bootstrap over prompts; drafting pays if it lies above 1"),
+        ("before loops", f"speedup up to a text's first repeated {loop}-gram: repetitions are easy to draft"),
+        ("acceptance length", "tokens that a round yields, bonus token included"),
+        ("draft acceptance rate", "accepted over drafted"),
+        ("verify", "the deep layers, once over all drafts of a round"),
+    ]
 
 
 def _temperature(results: dict[str, Any], t: float) -> list[Block]:
@@ -126,17 +211,10 @@ def _temperature(results: dict[str, Any], t: float) -> list[Block]:
             "the first repeat.",
         ),
         ("table", [COLUMNS, *(row for entry in entries for row in rows(entry))]),
-        ("p", "Cost of the parts in autoregressive tokens, and memory on top of the backbone:"),
+        *_costs(entries),
+        *_predicted(entries),
     ]
-    costs = [["exit layer", "shallow", "head", "verify 1 / 2 / 3 / 5 tokens", "rest", "head, MiB", "cache, MiB"]]
-    for entry in entries:
-        c, memory = entry["costs"], entry["memory"]
-        widths = {int(w): cost for w, cost in c["verify"].items()}
-        verify = " / ".join(f"{widths[w]:.2f}" if w in widths else "-" for w in (1, 2, 3, 5))
-        sizes = [f"{memory[key] / 2**20:.2f}" for key in ("head_bytes", "cache_bytes")]
-        costs.append([str(entry["exit_layer"]), f"{c['shallow']:.3f}", f"{c['head']:.3f}", verify,
-                      f"{c['rest']:.3f}", *sizes])  # fmt: skip
-    return [*page, ("table", costs)]
+    return page
 
 
 def _later_turns(count: int) -> str:
@@ -148,15 +226,16 @@ def _later_turns(count: int) -> str:
 
 
 def _by_task(results: dict[str, Any], t: float) -> list[Block]:
-    tasks = list(results["prompts"]["tasks"])
+    tasks = results["prompts"]["tasks"]
     if len(tasks) < 2:
         return []
-    table = [["exit layer", "controller", *tasks, "overall"]]
+    heads = [f"{name}, n = {count}" for name, count in tasks.items()]
+    table = [["exit layer", "controller", *heads, "overall"]]
     for entry in (h for h in results["heads"] if h["temperature"] == t):
         for name, c in entry["controllers"].items():
             cells = [_speedup_and_length(figures) for figures in (*(c["tasks"][task] for task in tasks), c)]
             table.append([str(entry["exit_layer"]), name, *cells])
-    return [("p", "Speedup by task, and acceptance length in brackets:"), ("table", table)]
+    return [("h3", "Speedup by task (acceptance length, n prompts)"), ("table", table)]
 
 
 def _speedup_and_length(figures: dict[str, Any]) -> str:
@@ -191,6 +270,46 @@ def _rivals(results: dict[str, Any]) -> list[Block]:
     return [("h2", "Beside transformers"), ("p", text), ("table", table)]
 
 
+def _costs(entries: list[dict[str, Any]]) -> list[Block]:
+    """What each part of a round costs, verification by its width, and what the head adds to the memory."""
+    parts = [["exit layer", "shallow", "head", "rest", "head, MiB", "cache, MiB"]]
+    widths = sorted({int(w) for entry in entries for w in entry["costs"]["verify"]})
+    verify = [["exit layer", "tokens verified at once", *map(str, widths)]]
+    for entry in entries:
+        c, n = entry["costs"], str(entry["exit_layer"])
+        sizes = [f"{entry['memory'][key] / 2**20:.2f}" for key in ("head_bytes", "cache_bytes")]
+        parts.append([n, *(f"{c[part]:.3f}" for part in ("shallow", "head", "rest")), *sizes])
+        for name, key in (("cost", "verify"), ("target efficiency", "target_efficiency")):
+            at = {int(w): f"{value:.2f}" for w, value in c[key].items()}  # keys are text in JSON
+            verify.append([n, name, *(at.get(w, "-") for w in widths)])
+    unit = 1000 * entries[0]["costs"]["unit_seconds"]
+    return [
+        ("h3", "Cost of the parts"),
+        ("p", f"In autoregressive tokens ({unit:.3g} ms each): shallow a token, head a pass, rest a round; and the "
+              "memory that head and cache take on top of the backbone."),
+        ("table", parts),
+        ("h3", "Cost of verification"),
+        ("p", "In autoregressive tokens. Target efficiency is the cost of the smallest width over that of each: at 1 "
+              "more tokens are verified for nothing."),
+        ("table", verify),
+    ]  # fmt: skip
+
+
+def _predicted(entries: list[dict[str, Any]]) -> list[Block]:
+    """Is the speedup understood? Of fixed:K it follows from acceptance and costs."""
+    table = [["exit layer", "controller", "predicted", "measured", "95% interval"]]
+    for entry in entries:
+        for name, c in entry["controllers"].items():
+            if (predicted := c.get("predicted_speedup")) is not None:
+                low, high = c["speedup_ci95"]
+                measured = [f"{predicted:.2f}", f"{c['speedup']:.2f}", f"{low:.2f}-{high:.2f}"]
+                table.append([str(entry["exit_layer"]), name, *measured])
+    if len(table) == 1:
+        return []
+    text = "Conditional rates and costs of one half of the prompts predict the speedup on the other half."
+    return [("h3", "Predicted against measured speedup"), ("p", text), ("table", table)]
+
+
 def _losslessness(results: dict[str, Any]) -> list[Block]:
     """Each test of the sampled texts, and each greedy text that differs."""
     greedy, sampling = results["lossless"]["greedy"], results["lossless"]["sampling"]
@@ -201,12 +320,13 @@ def _losslessness(results: dict[str, Any]) -> list[Block]:
             table.append([d["prompt"], str(d["exit_layer"]), d["controller"], str(d["first_divergence"]),
                           f"{d['top2_gap']:.3g}", f"{d['logit_noise']:.3g}",
                           "yes" if d["explained"] else "NO"])  # fmt: skip
-        page += [("p", "Greedy texts that differ from autoregressive decoding:"), ("table", table)]
+        page += [("h3", "Greedy texts that differ from autoregressive decoding"), ("table", table)]
     if sampling is not None:
+        page.append(("h3", "Sampled texts"))
         page.append(
             (
                 "p",
-                f"Sampled texts: {sampling['test']}. Under losslessness the p-values are uniform; the test fails "
+                f"Test: {sampling['test']}. Under losslessness the p-values are uniform; the test fails "
                 f"below {ALARM:g} in all. The backbone's distribution in one pass and token by token differs by at "
                 f"most {sampling['largest_p_difference']:.1g}.",
             )
@@ -219,6 +339,9 @@ def _losslessness(results: dict[str, Any]) -> list[Block]:
     return page
 
 
+MARKS = {"h1": "# ", "h2": "## ", "h3": "### ", "p": "", "good": "> ", "unsure": "> ", "bad": "> "}
+
+
 def markdown(page: list[Block]) -> str:
     """The blocks as Markdown."""
     lines = []
@@ -229,39 +352,42 @@ def markdown(page: list[Block]) -> str:
             lines += ["| " + " | ".join(row) + " |" for row in body] + [""]
         elif kind == "image":
             lines += [f"![{content[1]}]({content[0]})", ""]
+        elif kind == "words":
+            lines += [f"- **{word}**: {meaning}" for word, meaning in content] + [""]
         else:
-            lines += [{"h1": "# ", "h2": "## ", "p": ""}[kind] + content, ""]
+            lines += [MARKS[kind] + content, ""]
     return "\n".join(lines)
 
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 62rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2330; background: #fff; max-width: 62rem; margin: 0 auto;
+       padding: 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #d8dde6; }
-h1 + p { font-size: 1.15rem; background: #eaf5ec; border-left: 4px solid #2e8b57; padding: .6rem .9rem; }
-figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; } figcaption { color: #5a6473; font-size: .9rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
+.verdict { font-size: 1.15rem; font-weight: 600; border-left: .5rem solid; padding: .6rem .9rem; }
+.good { background: #e3f4ee; border-color: #009e73; } .unsure { background: #fdf3dc; border-color: #e69f00; }
+.bad { background: #fbe6dc; border-color: #d55e00; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
+figure { margin: .6rem 0; }
+img { width: 100%; height: auto; } figcaption { color: #4a5361; font-size: .9rem; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e3e7ee; white-space: nowrap; }
-th { text-align: right; font-weight: 600; color: #5a6473; vertical-align: bottom; white-space: normal; }
+th { font-weight: 600; color: #4a5361; vertical-align: bottom; white-space: normal; } .text { text-align: left; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dt { font-weight: 600; }
+dd { margin: 0; }
+@media (max-width: 40rem) { th, td { padding: .3rem .4rem; font-size: .9rem; } dl { display: block; }
+  dt { margin-top: .4rem; } }
 """
 
 
 def html_page(page: list[Block], folder: Path) -> str:
     """The blocks as one self-contained page; pictures are read from `folder` and put into it."""
     parts = []
-    for kind, content in page:
-        if kind == "table":
-            header, *body = content
-            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-            lines = ("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-            parts.append(f'<div class="table"><table><tr>{head}</tr>{"".join(lines)}</table></div>')
-        elif kind == "image":
-            file, caption = content
-            data = base64.b64encode((folder / file).read_bytes()).decode()
-            alt = html.escape(caption)
-            parts.append(f'<figure><img src="data:image/png;base64,{data}" alt="{alt}">'
-                         f"<figcaption>{alt}</figcaption></figure>")  # fmt: skip
+    for is_image, group in itertools.groupby(page, key=lambda block: block[0] == "image"):
+        if is_image:  # those that follow each other stand side by side where there is room
+            parts.append(f'<div class="figures">{"".join(_figure(content, folder) for _, content in group)}</div>')
         else:
-            parts.append(f"<{kind}>{html.escape(content)}</{kind}>")
+            parts += [_element(kind, content) for kind, content in group]
     title = html.escape(next(content for kind, content in page if kind == "h1"))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -270,13 +396,44 @@ def html_page(page: list[Block], folder: Path) -> str:
     )
 
 
+def _figure(content: tuple[str, str], folder: Path) -> str:
+    file, caption = content
+    data = base64.b64encode((folder / file).read_bytes()).decode()
+    alt = html.escape(caption)
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{alt}"><figcaption>{alt}</figcaption></figure>'
+
+
+def _element(kind: str, content: Any) -> str:
+    if kind == "table":
+        return _table(content)
+    if kind == "words":
+        return f"<dl>{''.join(f'<dt>{html.escape(w)}</dt><dd>{html.escape(m)}</dd>' for w, m in content)}</dl>"
+    if kind in ("good", "unsure", "bad"):
+        return f'<p class="verdict {kind}">{html.escape(content)}</p>'
+    return f"<{kind}>{html.escape(content)}</{kind}>"
+
+
+def _table(content: list[list[str]]) -> str:
+    """In a box of its own, which scrolls where the table is wider than the page; words left, figures right."""
+    header, *body = content
+    words = [any(row[i][:1].isalpha() for row in body) for i in range(len(header))]
+
+    def line(tag: str, row: list[str]) -> str:
+        cells = (f"<{tag}{' class=text' if word else ''}>{html.escape(cell)}</{tag}>"
+                 for cell, word in zip(row, words, strict=True))  # fmt: skip
+        return f"<tr>{''.join(cells)}</tr>"
+
+    lines = "".join(line("td", row) for row in body)
+    return f'<div class="table" tabindex="0"><table>{line("th", header)}{lines}</table></div>'
+
+
 def write(results: dict[str, Any], folder: Path) -> None:
     """report.md, index.html and the pictures, all or nothing."""
     page = blocks(results)
     with atomic_path(folder) as temporary:
         temporary.mkdir()
         for file in (content[0] for kind, content in page if kind == "image"):
-            plots.DRAW[file](results, temporary / file)
+            plots.draw(file, results, temporary / file)
         (temporary / "report.md").write_text(markdown(page))
         (temporary / "index.html").write_text(html_page(page, temporary))
 

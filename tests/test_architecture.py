@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
 PARTS = {"backbones", "training", "inference", "generation", "prompts", "turns", "metrics", "losslessness", "report",
-         "card", "pocket", "rivals"}  # fmt: skip
+         "card", "tracking", "pocket", "rivals"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -31,7 +31,8 @@ ARROWS: dict[str, set[str]] = {
     "plots": set(),
     "simulation": {"losslessness", "inference"},
     "losslessness": {"inference"},
-    "training": {"backbones", "inference", "metrics"} | FOUNDATION,
+    "training": {"backbones", "inference", "metrics", "tracking"} | FOUNDATION,
+    "tracking": {"rundir", "config"},
     "backbones": {"inference", "pocket", "config", "errors"},
     "turns": {"prompts", "config"},
     "prompts": {"pocket"} | FOUNDATION,

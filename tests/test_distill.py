@@ -24,12 +24,12 @@ from pipeline.errors import UserError
 from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
 from pipeline.rundir import RunDir, sha256_of
 from pipeline.stages import distill
+from pipeline.tracking import wandb_mode
 from pipeline.training import data
 from pipeline.training.callbacks import newest_readable
 from pipeline.training.losses import plain_kl
 from pipeline.training.module import Distillation, Engine, learning_rate_at
 from pipeline.training.sharding import load_sharded_backbone, shard_engine
-from pipeline.training.tracking import wandb_mode
 
 STEPS = 9
 WORDS = f"""distill.exit_layers=[1,2] distill.max_steps={STEPS} distill.sequence_length=48 distill.warmup_steps=2

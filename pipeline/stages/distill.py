@@ -22,11 +22,11 @@ from .. import backbones
 from ..config import Config
 from ..inference.exit_head import ExitHead
 from ..rundir import RunDir, atomic_path
+from ..tracking import Tracker
 from ..training import data
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Throughput, newest_readable
 from ..training.launch import Place, find_place, workers
 from ..training.module import Distillation
-from ..training.tracking import Tracker
 
 
 def run(run: RunDir) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from .. import backbones, losslessness, prompts, report, rivals, turns
+from .. import backbones, losslessness, prompts, report, rivals, tracking, turns
 from ..config import Config, Evaluate
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
@@ -69,6 +69,7 @@ def run(run: RunDir) -> None:
             others.to_parquet(folder / "rivals.parquet")
             atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
         report.write(results, run / "report")
+    tracking.mirror_report(run, report.summary(results), report.blocks(results), run / "report")
 
 
 def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, SplitBackbone]:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from tqdm import tqdm
 
+from ..tracking import Tracker, warn
 from .module import Distillation
-from .tracking import Tracker, warn
 
 WARM_UP_STEPS = 2  # left out of the averages: first touches of memory, kernel choice
 
@@ -147,7 +147,7 @@ def newest_readable(folder: Path) -> Path | None:
         try:
             torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a broken file
-            warn(f"{path} cannot be read ({type(error).__name__}); trying the one before")
+            warn("distill", f"{path} cannot be read ({type(error).__name__}); trying the one before")
         else:
             return path
     return None

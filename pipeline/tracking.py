@@ -1,7 +1,8 @@
-"""Where figures go: metrics.jsonl always, Weights & Biases as its mirror.
+"""Where figures go: metrics.jsonl and report/ always, Weights & Biases as the mirror of both.
 
-Takes a step and a dict of numbers, appends one JSON line, and logs the same to W&B: online with a key, offline
-without, never a prompt, never a hang, every file inside the run folder. Knows nothing of what the numbers mean.
+Takes a step and a dict of numbers, appends one JSON line, and logs the same to W&B; takes the blocks of a report and
+logs its tables and pictures to the same W&B run. Online with a key, offline without, never a prompt, never a hang,
+every file inside the run folder, no host or folder name in what is logged. Knows nothing of what the numbers mean.
 """
 
 import hashlib
@@ -10,15 +11,17 @@ import netrc
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from ..config import Wandb, to_dict
-from ..rundir import RunDir, atomic_write
+from .config import Wandb, to_dict
+from .rundir import RunDir, atomic_write
 
 INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline
 FINISH_TIMEOUT = 120.0  # seconds for the last upload; what is left stays in the run folder, `wandb sync` sends it
+Block = tuple[str, Any]  # of a report: report.py says what they hold
 
 
 class Tracker:
@@ -37,7 +40,7 @@ class Tracker:
         if self.path.exists():
             atomic_write(self.path, "".join(_lines_up_to(self.path, step)))
         self.file = self.path.open("a")
-        self.wandb = start_wandb(self.run)
+        self.wandb = start_wandb(self.run, "distill")
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """One line {"step": step, ...}, on disk at once."""
@@ -53,19 +56,74 @@ class Tracker:
         if self.file is not None:
             self.file.close()
         if self.wandb is not None:
-            # In a thread: with a server that went away during the run, finish() would wait for it.
-            thread = threading.Thread(target=self.wandb.finish, args=(int(failed),), daemon=True)
-            thread.start()
-            thread.join(FINISH_TIMEOUT)
-            if thread.is_alive():
-                folder = self.run / "wandb"
-                warn(f"W&B did not answer for {FINISH_TIMEOUT:.0f} s; its files are in {folder}")
+            _not_for_ever(lambda: self.wandb.finish(int(failed)), self.run, "distill")
         self.file = self.wandb = None
 
 
-def warn(message: str) -> None:
+def mirror_report(run: RunDir, summary: dict[str, Any], page: list[Block], folder: Path) -> None:
+    """The tables and pictures of evaluate's report, and its summary, to the W&B run of this run folder.
+
+    Pictures are read from `folder`. Whatever W&B does, this returns: the report is in the run folder in any case.
+    """
+
+    def mirror() -> None:
+        wandb_run = start_wandb(run, "evaluate")
+        if wandb_run is None:
+            return
+        try:
+            wandb_run.summary.update(summary)
+            # Behind what distill logged: an offline run begins at 0 and is joined with distill's when it is synced.
+            wandb_run.log(_media(page, folder), step=max(wandb_run.step, _last_step(run / "metrics.jsonl") + 1))
+        finally:
+            wandb_run.finish()
+
+    _not_for_ever(mirror, run, "evaluate")
+
+
+def _media(page: list[Block], folder: Path) -> dict[str, Any]:
+    """Tables under the headings above them, pictures under the names of their files."""
+    import wandb
+
+    media: dict[str, Any] = {}
+    headings = {"h2": "", "h3": ""}
+    for kind, content in page:
+        if kind in headings:
+            headings |= {"h2": content, "h3": ""} if kind == "h2" else {"h3": content}
+        elif kind == "image":
+            media[f"report/{Path(content[0]).stem}"] = wandb.Image(str(folder / content[0]), caption=content[1])
+        elif kind == "table":
+            header, *body = content
+            name = "report/" + ", ".join(filter(None, headings.values()))
+            while name in media:
+                name += "'"
+            media[name] = wandb.Table(columns=header, data=body)
+    return media
+
+
+def _last_step(path: Path) -> int:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else -1
+
+
+def _not_for_ever(call: Callable[[], object], run: RunDir, stage: str) -> None:
+    """Call it, and go on after FINISH_TIMEOUT or an error: W&B would wait for a server that went away."""
+
+    def guarded() -> None:
+        try:
+            call()
+        except Exception as error:  # wandb raises its own, pydantic's and the network's
+            warn(stage, f"W&B failed ({type(error).__name__}); the run folder has every figure")
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    thread.join(FINISH_TIMEOUT)
+    if thread.is_alive():
+        warn(stage, f"W&B did not answer for {FINISH_TIMEOUT:.0f} s; its files are in {run / 'wandb'}")
+
+
+def warn(stage: str, message: str) -> None:
     """One line on stderr, for what the user should know and need not act on."""
-    print(f"distill: {message}", file=sys.stderr, flush=True)
+    print(f"{stage}: {message}", file=sys.stderr, flush=True)
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
@@ -79,8 +137,8 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
     return kept
 
 
-def start_wandb(run: RunDir) -> Any:
-    """A W&B run, or None if wandb.mode=disabled or W&B fails: figures are in metrics.jsonl in any case."""
+def start_wandb(run: RunDir, stage: str) -> Any:
+    """A W&B run, or None if wandb.mode=disabled or W&B fails: figures are in the run folder in any case."""
     config = run.config.wandb
     mode = wandb_mode(config)
     if mode == "disabled":
@@ -97,7 +155,7 @@ def start_wandb(run: RunDir) -> Any:
             resume="allow" if mode == "online" else None,
             dir=str(run / "wandb"),
             mode=mode,
-            config=to_dict(run.config),
+            config=_without_folders(to_dict(run.config)),
             settings=wandb.Settings(
                 silent=True,
                 quiet=True,
@@ -105,6 +163,10 @@ def start_wandb(run: RunDir) -> Any:
                 init_timeout=INIT_TIMEOUT,
                 login_timeout=INIT_TIMEOUT,
                 disable_code=True,
+                disable_git=True,
+                x_disable_meta=True,  # command line, program and user
+                x_disable_machine_info=True,
+                host="",
                 x_transaction_log_flush_interval=1,  # seconds; a killed run loses no more than this
             ),
         )
@@ -113,15 +175,25 @@ def start_wandb(run: RunDir) -> Any:
         return init(mode)
     except Exception as error:  # wandb raises its own, pydantic's and the network's
         if mode == "offline":
-            warn(f"W&B cannot start ({type(error).__name__}); metrics.jsonl has every figure")
+            warn(stage, f"W&B cannot start ({type(error).__name__}); the run folder has every figure")
             return None
-        warn(f"W&B cannot be reached ({type(error).__name__}); going on offline, `wandb sync` sends it later")
+        warn(stage, f"W&B cannot be reached ({type(error).__name__}); going on offline, `wandb sync` sends it later")
     wandb.teardown()
     try:
         return init("offline")
     except Exception as error:
-        warn(f"W&B cannot start ({type(error).__name__}); metrics.jsonl has every figure")
+        warn(stage, f"W&B cannot start ({type(error).__name__}); the run folder has every figure")
         return None
+
+
+def _without_folders(value: Any) -> Any:
+    """The config as it may be published: of an absolute path only its last part."""
+    if isinstance(value, dict):
+        return {key: _without_folders(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(v) for v in value]
+    is_folder = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
+    return Path(value).name if is_folder else value
 
 
 def wandb_mode(config: Wandb) -> str:
