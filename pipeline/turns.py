@@ -23,7 +23,7 @@ def every_turn(
     max_new_tokens: int,
     answer: Callable[[list[int]], list[int]],
 ) -> Encoded:
-    """The first turns as `encode` gives them, each followed by the later turns of its prompt, ids `<id>.2`, `<id>.3` ...
+    """The first turns as `encode` gives them, each followed by its later turns, whose ids are `<id>.2`, `<id>.3` ...
 
     A turn that does not fit the context is treated as `settings.too_long` says; the turns after it go with it.
     """

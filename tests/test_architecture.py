@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
 PARTS = {"backbones", "training", "inference", "generation", "prompts", "turns", "metrics", "losslessness", "report",
-         "card", "tracking", "pocket", "rivals"}  # fmt: skip
+         "card", "tracking", "pocket", "rivals", "measuring"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "tracking": {"rundir", "config"},
     "backbones": {"inference", "pocket", "config", "errors"},
     "turns": {"prompts", "config"},
+    "measuring": {"rivals", "prompts", "metrics", "inference", "config", "errors"},
     "prompts": {"pocket"} | FOUNDATION,
     "generation": {"inference"},
     "metrics": set(),

@@ -131,3 +131,20 @@ def test_bad_input(tmp_path) -> None:
     with pytest.raises(UserError, match="no CUDA device is visible"):
         evaluate.run(make_run(tmp_path, "machine.device=cuda"))
     assert not (run / "eval").exists() and not list((run / "stages").glob("evaluate*"))
+
+
+def test_a_device_map_changes_nothing_but_the_place(run, tmp_path) -> None:
+    """accelerate lays the backbone over what there is, here the CPU; its hooks stay out of the engine's way."""
+    mapped = make_run(tmp_path, "machine.device_map=auto")
+    plant_heads(mapped, 2, 3)
+    evaluate.run(mapped)
+    texts = [
+        pd.read_parquet(r / "eval" / "generations.parquet").query("temperature == 0").tokens.map(list).tolist()
+        for r in (run, mapped)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_an_unknown_device_map_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="machine.device_map=by_hand: null, auto, balanced or sequential"):
+        make_run(tmp_path, "machine.device_map=by_hand")

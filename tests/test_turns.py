@@ -9,7 +9,7 @@ import yaml
 from helpers import byte_tokenizer, make_run, plant_heads
 from transformers import AutoModelForCausalLM
 
-from pipeline import cli, report
+from pipeline import cli, measuring, report
 from pipeline.config import EvaluatePrompts, Prompts, to_dict
 from pipeline.errors import UserError
 from pipeline.inference.backbone import SplitBackbone
@@ -97,14 +97,18 @@ def measured(tmp_path_factory):
     plant_heads(run, 2)
     decoded: list[tuple[str, float, tuple[int, ...]]] = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("autoregressive", "self_speculative"):
-            honest = getattr(evaluate, name)
+        for where, name in (
+            (evaluate, "autoregressive"),
+            (measuring, "autoregressive"),
+            (measuring, "self_speculative"),
+        ):
+            honest = getattr(where, name)
 
             def spy(engine, request, sampler, *more, honest=honest, name=name):
                 decoded.append((name, sampler.temperature, tuple(request.prompt)))
                 return honest(engine, request, sampler, *more)
 
-            patch.setattr(evaluate, name, spy)
+            patch.setattr(where, name, spy)
         evaluate.run(run)
     return run, decoded
 
@@ -150,7 +154,8 @@ def test_the_table_by_task_is_spec_benchs(measured) -> None:
     results = json.loads((run / "eval" / "results.json").read_text())
     tables = [content for kind, content in report.blocks(results) if kind == "table"]
     greedy, sampled = (table for table in tables if "overall" in table[0])
-    assert greedy[0] == sampled[0] == ["exit layer", "controller", *SPEC_BENCH, "overall"]
+    tasks = [f"{task}, n = {1 + (task == 'mt_bench')}" for task in SPEC_BENCH]
+    assert greedy[0] == sampled[0] == ["exit layer", "controller", *tasks, "overall"]
     c = results["heads"][0]["controllers"]["fixed:2"]
     rows = pd.read_parquet(run / "eval" / "rounds.parquet").query("temperature == 0 and controller == 'fixed:2'")
     for column, figures in ((2, c["tasks"]["mt_bench"]), (-1, c)):

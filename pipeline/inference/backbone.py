@@ -35,8 +35,8 @@ class Block(NamedTuple):
 class SplitBackbone:
     """The model and one exit head, ready to decode. Weights are shared with `model`, which stays usable.
 
-    fixed_shapes: on a GPU, replay passes of fixed widths as CUDA graphs instead of launching every kernel. Then there is
-    one cache, and one text at a time.
+    fixed_shapes: on a GPU, replay passes of fixed widths as CUDA graphs instead of launching every kernel. Then there
+    is one cache, and one text at a time.
 
     Raises ValueError for an unknown family, N out of range, a head of another backbone, or a device map that splits or
     offloads a layer.

@@ -1,9 +1,9 @@
 """Passes of a few fixed widths that a GPU records once and replays as CUDA graphs.
 
-Takes rows at absolute positions like the eager passes, padded to the next width, and attends to the whole cache behind a
-mask: nothing of a pass depends on how long the text is, so what surrounds the arithmetic (a kernel launch each, twenty in a
-layer) is paid once. On a CPU the same passes run as they are, which is how they are tested; they are no faster there.
-Knows nothing of what the layers are for.
+Takes rows at absolute positions like the eager passes, padded to the next width, and attends to the whole cache behind
+a mask: nothing of a pass depends on how long the text is, so what surrounds the arithmetic (a kernel launch each, 20
+in a layer) is paid once. On a CPU the same passes run as they are, which is how they are tested; they are no faster
+there. Knows nothing of what the layers are for.
 
 W rows of a width, D hidden, T positions of the cache
 """
@@ -40,7 +40,7 @@ class FixedShapes:
     """The passes of one engine, each recorded when it is first needed."""
 
     def __init__(self, shape: Shape):
-        self._run = partial(run_fixed, shape)
+        self._run: Callable[..., Tensor] = partial(run_fixed, shape)
         self._recorded: dict[tuple[int, int, int], _Recorded] = {}
 
     def __call__(

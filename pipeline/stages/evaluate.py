@@ -1,41 +1,29 @@
-"""Is it lossless, and how much faster? Every head and controller against autoregressive decoding, interleaved.
+"""Is it lossless, and how much faster? Every head and controller against autoregressive decoding.
 
 Takes heads/exit-*/ and held-out prompts, gives eval/generations.parquet, eval/rounds.parquet, eval/rivals.parquet,
 eval/results.json and report/. Knows nothing of how the heads were trained.
 """
 
-import gc
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from .. import backbones, losslessness, prompts, report, rivals, tracking, turns
-from ..config import Config, Evaluate
+from ..config import Config
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller
-from ..inference.decoding import Request, autoregressive, self_speculative
+from ..inference.decoding import Request, autoregressive
 from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
-from ..inference.thompson import Thompson
-from ..metrics import BASELINE, LOOP, beside, summarise
+from ..measuring import Method, measure
+from ..metrics import LOOP, beside, summarise
 from ..rundir import RunDir, atomic_path, atomic_write
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is timed against the others: a head and a controller, or the baseline (exit_layer 0)."""
-
-    exit_layer: int
-    controller: str
-    temperature: float
 
 
 def run(run: RunDir) -> None:
@@ -58,8 +46,9 @@ def run(run: RunDir) -> None:
     ends = frozenset(_end_tokens(model, tokenizer))
     encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
     with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
-        generations, rounds, learned, others = _measure(run, model, engines, encoded, ends)
-        results = _results(run, model, engines, encoded, source, generations, rounds, learned)
+        measured = measure(model, engines, encoded, ends, config, run.config.seed)
+        generations, rounds, others = measured.tables()
+        results = _results(run, model, engines, encoded, source, generations, rounds, measured.learned)
         results["rivals"] = beside(others, generations)
         summary["best"] = results["best"]
         with atomic_path(run / "eval") as folder:
@@ -95,88 +84,6 @@ def _encode(config: Config, engine: SplitBackbone, tokenizer: Any, ends: frozens
 
     with _threads(config.evaluate.threads):
         return turns.every_turn(chosen, tokenizer, settings, engine.max_context, new, answer)
-
-
-def _measure(
-    run: RunDir, model: Any, engines: dict[int, SplitBackbone], encoded: prompts.Encoded, ends: frozenset[int]
-):
-    """Two tables, what thompson had learned after each text, and the table of the rivals.
-
-    The order of the methods rotates from prompt to prompt, so drift of the machine hits all alike.
-    """
-    config = run.config.evaluate
-    methods = [
-        Method(n, name, t)
-        for t in config.temperatures
-        for n, names in ((0, [BASELINE]), *((n, config.controllers) for n in engines))
-        for name in names
-    ]
-    deciders = {m: make_controller(m.controller, run.config.seed, m.temperature == 0) for m in methods if m.exit_layer}
-    any_engine = next(iter(engines.values()))
-    others = _rivals(config, list(engines))
-
-    def decode(method: Method, ids: list[int], seed: int, max_new_tokens: int):
-        generator = torch.Generator(any_engine.device).manual_seed(seed)
-        sampler = Sampler(method.temperature, config.top_k, config.top_p, generator)
-        request = Request(ids, max_new_tokens, ends)
-        if method.exit_layer == 0:
-            return autoregressive(any_engine, request, sampler)
-        return self_speculative(engines[method.exit_layer], request, sampler, deciders[method])
-
-    for m in methods:  # warm-up: the first call of every shape is slow
-        decode(m, encoded[0][1], run.config.seed, min(32, config.max_new_tokens))
-    longest = max((ids for _, ids in encoded), key=len)
-    for rival in others:  # on the longest: transformers never shrinks its static cache, and compiles anew when it grows
-        rivals.decode(model, rival, longest, config.max_new_tokens, ends)
-    turns: list[Method | rivals.Rival] = [*methods, *others]
-    generations: list[dict] = []
-    rounds: list[dict] = []
-    beside_ours: list[dict] = []
-    learned: dict[Method, list[list[float]]] = {}
-    gc.disable()  # a collection in the middle of one method's turn would be counted against it
-    bar = tqdm(total=len(encoded) * config.repeats * len(turns), desc="evaluate", unit="text")
-    for repeat in range(config.repeats):
-        for i, (prompt, ids) in enumerate(encoded):
-            turn = (i + repeat * len(encoded)) % len(turns)
-            for method in turns[turn:] + turns[:turn]:
-                key = asdict(method) | {"prompt": prompt.id, "task": prompt.task, "repeat": repeat}
-                if isinstance(method, rivals.Rival):
-                    tokens, seconds = rivals.decode(model, method, ids, config.max_new_tokens, ends)
-                    beside_ours.append(key | {"tokens": tokens, "seconds": seconds})
-                    bar.update()
-                    continue
-                out = decode(method, ids, run.config.seed + i + 1000 * repeat, config.max_new_tokens)
-                generations.append(
-                    key
-                    | {
-                        "tokens": out.tokens,
-                        "finish_reason": out.finish_reason,
-                        "seconds": out.seconds,
-                        "prefill_seconds": out.prefill_seconds,
-                    }
-                )
-                rounds += [key | {"round": j} | asdict(r) for j, r in enumerate(out.rounds)]
-                if isinstance(decider := deciders.get(method), Thompson):
-                    learned.setdefault(method, []).append(decider.acceptance())
-                bar.update()
-            gc.collect()
-    gc.enable()
-    bar.close()
-    if silent := [t for t in config.temperatures if t not in {r["temperature"] for r in rounds}]:
-        raise UserError(
-            f"evaluate.temperatures={silent}: the backbone ended every text with its first token, so nothing was "
-            "drafted; check that the prompts fit the backbone (chat_template, column)."
-        )
-    columns = ["rival", "exit_layer", "prompt", "task", "repeat", "tokens", "seconds"]  # there also if no row is
-    return pd.DataFrame(generations), pd.DataFrame(rounds), learned, pd.DataFrame(beside_ours, columns=columns)
-
-
-def _rivals(config: Evaluate, exit_layers: list[int]) -> list[rivals.Rival]:
-    """Those of the config, or none, and said so, where nothing greedy is measured."""
-    if config.rivals and 0 not in config.temperatures:
-        print(f"evaluate: rivals are greedy and evaluate.temperatures={config.temperatures} has no 0: none measured")
-        return []
-    return rivals.rivals_of(config.rivals, exit_layers)
 
 
 def _results(

@@ -1,0 +1,138 @@
+"""Every method on every prompt, taking turns: what evaluate times, as tables.
+
+Takes engines of one backbone, encoded prompts and the evaluate section, gives one row a text and one a round. The order
+of the methods rotates from prompt to prompt, so drift of the machine hits all alike. Knows nothing of what the figures
+will be, or of files.
+"""
+
+import gc
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from . import rivals
+from .config import Evaluate
+from .errors import UserError
+from .inference.backbone import SplitBackbone
+from .inference.controllers import make_controller
+from .inference.decoding import Generation, Request, autoregressive, self_speculative
+from .inference.sampling import Sampler
+from .inference.thompson import Thompson
+from .metrics import BASELINE
+from .prompts import Encoded
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is timed against the others: a head and a controller, or the baseline (exit_layer 0)."""
+
+    exit_layer: int
+    controller: str
+    temperature: float
+
+
+@dataclass
+class Measured:
+    """Rows of the tables that metrics.py reads."""
+
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    rival_texts: list[dict[str, Any]] = field(default_factory=list)
+    learned: dict[Method, list[list[float]]] = field(default_factory=dict)
+    """What thompson had learned after each text: the mean acceptance of each bin."""
+
+    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+        """(generations, rounds, rivals)"""
+        columns = ["rival", "exit_layer", "prompt", "task", "repeat", "tokens", "seconds"]  # there also if no row is
+        return pd.DataFrame(self.texts), pd.DataFrame(self.rounds), pd.DataFrame(self.rival_texts, columns=columns)
+
+
+def in_turns(count: int, methods: list[T], repeats: int = 1, label: str = "") -> Iterator[tuple[int, int, T]]:
+    """(repeat, prompt, method) for every prompt 0..count-1, the first method of each prompt being the next in the list.
+
+    Garbage is collected between prompts only: in the middle of a method's turn it would be counted against it.
+    """
+    gc.disable()
+    try:
+        with tqdm(total=count * repeats * len(methods), desc=label, unit="text") as bar:
+            for turn in range(count * repeats):
+                first = turn % len(methods)
+                for method in methods[first:] + methods[:first]:
+                    yield turn // count, turn % count, method
+                    bar.update()
+                gc.collect()
+    finally:
+        gc.enable()
+
+
+class Decoders:
+    """Each method as a function of token ids; the controllers keep what they learn from text to text."""
+
+    def __init__(self, engines: dict[int, SplitBackbone], config: Evaluate, ends: frozenset[int], seed: int):
+        self.engines, self.config, self.ends, self.seed = engines, config, ends, seed
+        self.any_engine = next(iter(engines.values()))
+        self.methods = [
+            Method(n, name, t)
+            for t in config.temperatures
+            for n, names in ((0, [BASELINE]), *((n, config.controllers) for n in engines))
+            for name in names
+        ]
+        drafting = [m for m in self.methods if m.exit_layer]
+        self.controllers = {m: make_controller(m.controller, seed, m.temperature == 0) for m in drafting}
+
+    def decode(self, method: Method, ids: list[int], draws: int, max_new_tokens: int | None = None) -> Generation:
+        """The text of a method; `draws` tells apart what is drawn for one prompt and repeat from another's."""
+        generator = torch.Generator(self.any_engine.device).manual_seed(self.seed + draws)
+        sampler = Sampler(method.temperature, self.config.top_k, self.config.top_p, generator)
+        request = Request(ids, max_new_tokens or self.config.max_new_tokens, self.ends)
+        if method.exit_layer == 0:
+            return autoregressive(self.any_engine, request, sampler)
+        return self_speculative(self.engines[method.exit_layer], request, sampler, self.controllers[method])
+
+
+def measure(
+    model: Any, engines: dict[int, SplitBackbone], encoded: Encoded, ends: frozenset[int], config: Evaluate, seed: int
+) -> Measured:
+    """All methods and rivals on all prompts. Raises UserError if nothing could be drafted at some temperature."""
+    decoders = Decoders(engines, config, ends, seed)
+    others = _rivals(config, list(engines))
+    for m in decoders.methods:  # warm-up: the first call of every shape is slow
+        decoders.decode(m, encoded[0][1], 0, min(32, config.max_new_tokens))
+    longest = max((ids for _, ids in encoded), key=len)
+    for rival in others:  # on the longest: transformers never shrinks its static cache, and compiles anew when it grows
+        rivals.decode(model, rival, longest, config.max_new_tokens, ends)
+    found = Measured()
+    every: list[Method | rivals.Rival] = [*decoders.methods, *others]
+    for repeat, i, method in in_turns(len(encoded), every, config.repeats, "evaluate"):
+        prompt, ids = encoded[i]
+        key = asdict(method) | {"prompt": prompt.id, "task": prompt.task, "repeat": repeat}
+        if isinstance(method, rivals.Rival):
+            tokens, seconds = rivals.decode(model, method, ids, config.max_new_tokens, ends)
+            found.rival_texts.append(key | {"tokens": tokens, "seconds": seconds})
+            continue
+        out = decoders.decode(method, ids, i + 1000 * repeat)
+        figures = {name: getattr(out, name) for name in ("tokens", "finish_reason", "seconds", "prefill_seconds")}
+        found.texts.append(key | figures)
+        found.rounds += [key | {"round": j} | asdict(r) for j, r in enumerate(out.rounds)]
+        if isinstance(controller := decoders.controllers.get(method), Thompson):
+            found.learned.setdefault(method, []).append(controller.acceptance())
+    if silent := [t for t in config.temperatures if t not in {r["temperature"] for r in found.rounds}]:
+        raise UserError(
+            f"evaluate.temperatures={silent}: the backbone ended every text with its first token, so nothing was "
+            "drafted; check that the prompts fit the backbone (chat_template, column)."
+        )
+    return found
+
+
+def _rivals(config: Evaluate, exit_layers: list[int]) -> list[rivals.Rival]:
+    """Those of the config, or none, and said so, where nothing greedy is measured."""
+    if config.rivals and 0 not in config.temperatures:
+        print(f"evaluate: rivals are greedy and evaluate.temperatures={config.temperatures} has no 0: none measured")
+        return []
+    return rivals.rivals_of(config.rivals, exit_layers)
