@@ -29,7 +29,8 @@ from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
-from pipeline.metrics import cost_table, interval, ratio_of_rates
+from pipeline.measuring import in_turns
+from pipeline.metrics import cost_table, interval, pass_seconds, ratio_of_rates
 from pipeline.rundir import provenance, sha256_of
 
 SETTINGS = {
@@ -40,6 +41,7 @@ SETTINGS = {
 FIXED = [f"fixed:{k}" for k in range(7)]
 RIVALS = ["confidence:0.3", "confidence:0.5", "confidence:0.7", "entropy:0.4", "entropy:0.6", "beta", "calibration",
           "calibration:shift", "thompson"]  # fmt: skip
+PARTS = ["drafted", "head_passes", "seconds", "shallow_seconds", "head_seconds", "verify_seconds"]
 TIMED = ["fixed:1", "fixed:2", "fixed:3", "fixed:4", "confidence:0.5", "beta", "calibration:shift", "thompson"]
 
 
@@ -50,7 +52,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="pocket")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--prompt-file", default="pocket", help="pocket, or a .jsonl of prompts")
+    parser.add_argument("--prompt-file", default="pocket", help="pocket, or a .jsonl of prompts the head has not seen")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--timed", type=int, default=24, help="prompts of the wall clock, the first of them")
@@ -63,8 +65,11 @@ def main() -> None:
 
     backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype)
     model, tokenizer = load_model(backbone, torch.device(args.device)), load_tokenizer(backbone)
-    texts = prompts.load_prompts(Prompts(path=args.prompt_file), "evaluate")[: args.prompts]
-    ids = [tokenizer(p.text)["input_ids"] for p in texts]
+    settings = Prompts(path=args.prompt_file, held_out=0.5, too_long="drop")
+    texts = prompts.load_prompts(settings, "evaluate")[: args.prompts]
+    ids = [
+        row for _, row in prompts.encode(texts, tokenizer, settings, model.config.max_position_embeddings, args.tokens)
+    ]
     ends = frozenset([tokenizer.eos_token_id])
     machine = provenance()["hardware"]
     print(f"{date.today()}  {machine}  torch {torch.__version__}, {args.threads} threads, {args.dtype}, "
@@ -91,8 +96,7 @@ def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
         return Sampler(**SETTINGS[setting], generator=torch.Generator().manual_seed(seed))
 
     wall, rounds, baseline = clock(engine, ids[: args.timed], ends, sampler, args.tokens)
-    costs = cost_table(rounds, baseline)
-    model = simulation.CostModel(costs)
+    costs = smooth(cost_table(rounds, baseline), rounds)
     traces = []
     for i, prompt in enumerate(tqdm(ids, desc=f"N={engine.exit_layer} {setting}: traces", unit="text")):
         text = autoregressive(engine, Request(prompt, args.tokens, ends), sampler(i)).tokens
@@ -101,12 +105,13 @@ def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
     path = args.run / "eval" / f"traces-{engine.exit_layer}-{list(SETTINGS).index(setting)}.npz"
     path.parent.mkdir(exist_ok=True)  # a run that was never evaluated
     simulation.save(path, traces, sha)
-    simulated = simulate(traces, model, args.seeds, greedy=SETTINGS[setting]["temperature"] == 0)
+    models = {name: simulation.CostModel(costs | own_costs(name, rounds, baseline)) for name in [*FIXED, *RIVALS]}
+    simulated = simulate(traces, models, args.seeds, greedy=SETTINGS[setting]["temperature"] == 0)
     return {"costs": costs, "wall": wall, "simulated": simulated, "signals": signals(traces)}
 
 
 def clock(engine, ids, ends, sampler, new: int):
-    """Speedup of each timed controller with its interval; all rounds; seconds of an autoregressive token."""
+    """Speedup of each timed controller with its interval; all rounds; seconds of an autoregressive pass."""
     greedy = sampler(0).greedy
     controllers = {name: make_controller(name, greedy=greedy) for name in TIMED}
     names = ["autoregressive", *TIMED]
@@ -121,19 +126,32 @@ def clock(engine, ids, ends, sampler, new: int):
         decode(name, ids[0], 0)
     tokens, seconds = ({name: np.zeros(len(ids)) for name in names} for _ in range(2))
     rows = []
-    for i, prompt in enumerate(tqdm(ids, desc=f"N={engine.exit_layer} wall clock", unit="prompt")):
-        turn = i % len(names)
-        for name in names[turn:] + names[:turn]:
-            out = decode(name, prompt, i)
-            tokens[name][i], seconds[name][i] = len(out.tokens), out.seconds
-            rows += [{"drafted": r.drafted, "head_passes": r.head_passes, "seconds": r.seconds,
-                      "shallow_seconds": r.shallow_seconds, "head_seconds": r.head_seconds,
-                      "verify_seconds": r.verify_seconds} for r in out.rounds]  # fmt: skip
+    for _, i, name in in_turns(len(ids), names, label=f"N={engine.exit_layer} wall clock"):
+        out = decode(name, ids[i], i)
+        tokens[name][i], seconds[name][i] = len(out.tokens), out.seconds
+        rows += [{"controller": name} | {part: getattr(r, part) for part in PARTS} for r in out.rounds]
     base = tokens["autoregressive"], seconds["autoregressive"]
     wall = {name: rated(tokens[name], seconds[name], *base) for name in TIMED}
-    for rival in ("beta", "fixed:2", "fixed:3"):
+    for rival in ("beta", "fixed:1", "fixed:2", "fixed:3", "fixed:4"):
         wall[f"thompson / {rival}"] = rated(tokens["thompson"], seconds["thompson"], tokens[rival], seconds[rival])
-    return wall, pd.DataFrame(rows), float(base[1].sum() / base[0].sum())
+    return wall, pd.DataFrame(rows), pass_seconds(base[1], base[0])
+
+
+def smooth(costs: dict, rounds: pd.DataFrame) -> dict:
+    """Verification of two and more tokens on one line: a width that few rounds used is noise."""
+    counts = (rounds.drafted + 1).value_counts()
+    several = [w for w in costs["verify"] if w > 1]
+    slope, start = np.polyfit(several, [costs["verify"][w] for w in several], 1, w=[counts[w] ** 0.5 for w in several])
+    line = {w: round(float(start + slope * w), 4) for w in range(2, simulation.LONGEST + 2)}
+    return costs | {"verify": {1: costs["verify"].get(1, line[2])} | line}
+
+
+def own_costs(name: str, rounds: pd.DataFrame, baseline: float) -> dict:
+    """What the decision itself costs stands in `head` and `rest`: of the controller, or of those like it."""
+    like = rounds.controller.str.startswith("fixed") == name.startswith("fixed")
+    mine = rounds[rounds.controller == name] if name in TIMED else rounds[like]
+    costs = cost_table(mine, baseline)
+    return {"head": costs["head"], "rest": costs["rest"]}
 
 
 def rated(n, s, m, t) -> list[float]:
@@ -142,7 +160,7 @@ def rated(n, s, m, t) -> list[float]:
     return [round(x, 4) for x in (value, low, high)]
 
 
-def simulate(traces, costs, seeds: int, greedy: bool) -> dict:
+def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
     """Speedup of every controller over the traces, and thompson over each; the mean over seeds, by prompt."""
     names = FIXED + RIVALS
     sums = {name: [np.zeros(len(traces)), np.zeros(len(traces))] for name in [*names, "oracle"]}
@@ -150,11 +168,11 @@ def simulate(traces, costs, seeds: int, greedy: bool) -> dict:
         accepted = simulation.outcomes(traces, seed)
         for name in names:
             tokens, seconds = simulation.play(
-                lambda name=name, seed=seed: make_controller(name, seed, greedy), traces, accepted, costs
+                lambda name=name, seed=seed: make_controller(name, seed, greedy), traces, accepted, costs[name]
             )
             sums[name][0] += tokens
             sums[name][1] += seconds
-        least = [simulation.oracle(t, a, costs) for t, a in zip(traces, accepted, strict=True)]
+        least = [simulation.oracle(t, a, costs["fixed:1"]) for t, a in zip(traces, accepted, strict=True)]
         sums["oracle"][0] += [len(t) - 1 for t in traces]
         sums["oracle"][1] += least
     halves = np.arange(len(traces)) % 2
@@ -181,9 +199,9 @@ def signals(traces) -> dict[str, float]:
     measured on the other."""
     found = {}
     for name, of in {
-        "top": lambda t: t.top_T,
-        "entropy": lambda t: np.exp(-t.entropy_T),
-        "mean of both": lambda t: (t.top_T + np.exp(-t.entropy_T)) / 2,
+        "max q": lambda t: t.said_TC[:, 0],
+        "sum q^2": lambda t: t.said_TC[:, 1],
+        "exp(-H)": lambda t: np.exp(-t.said_TC[:, 2]),
     }.items():
         halves = []
         for half in (0, 1):

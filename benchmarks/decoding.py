@@ -1,14 +1,17 @@
-"""Own autoregressive loop, self-speculation, transformers' generate and its speculation, side by side in one run.
+"""How much of what drafting promises the engine delivers, on random weights of real shapes with acceptance forced.
 
-    python benchmarks/decoding.py --head runs/pocket/heads/exit-2 --controllers fixed:2 fixed:4 beta
+    python benchmarks/decoding.py --shape 110M --dtype float32
+    python benchmarks/decoding.py --shape 7B --dtype bfloat16 --device cuda --cuda-graphs
 
-Every method decodes the same prompts greedily, the order rotating from prompt to prompt. The table gives tokens
-per second over two baselines, each with a 95 % bootstrap interval over prompts: this engine's autoregressive
-loop, and the fastest of transformers' plain caches. Tokens that differ from the own loop's are counted: with
-floating point alone between them, none may.
+The weights say nothing, so whether a draft is accepted is decided by a coin of a given chance instead of by its tokens;
+everything is computed as ever. Each method decodes the same texts, the order rotating. Printed, with 95 % bootstrap
+intervals over texts: this engine's autoregressive loop over transformers' `generate` (dynamic cache, static cache);
+self-speculative decoding of fixed K over that loop, beside the speedup predicted from the costs of the *other* half of
+the texts, and the ideal one, in which a pass of several tokens costs as much as one and nothing else costs anything:
 
-The limit: at batch 1 a token reads every weight once, so tokens/s <= memory bandwidth / bytes of the model. A
-model as thin as the pocket backbone is far below it: its time is the number of kernel calls.
+    ideal = (1 + a + ... + a^K) / ((K + 1) N / L  +  K h  +  (L - N) / L),   h: head layer and LM head, by their bytes.
+
+The limit: at batch 1 a token reads every weight once, so tokens/s <= memory bandwidth / bytes of the model.
 """
 
 import argparse
@@ -18,97 +21,189 @@ import time
 from datetime import date
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers
-from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import prompts
-from pipeline.backbones import load_model, load_tokenizer
-from pipeline.config import Backbone, Prompts
+from pipeline import rivals
 from pipeline.inference.backbone import SplitBackbone
-from pipeline.inference.controllers import make_controller
+from pipeline.inference.controllers import Fixed
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
-from pipeline.inference.exit_head import ExitHead
+from pipeline.inference.exit_head import ExitHead, new_exit_layer
+from pipeline.inference.kernels import onednn
+from pipeline.inference.layers import plain
+from pipeline.inference.rounds import Round
 from pipeline.inference.sampling import Sampler
-from pipeline.metrics import interval
+from pipeline.measuring import in_turns
+from pipeline.metrics import conditional_rates, cost_table, interval, pass_seconds, predicted_speedup, ratio_of_rates
 from pipeline.rundir import provenance
+
+# hidden, intermediate, layers, heads, key/value heads, vocabulary
+SHAPES = {
+    "30M": (512, 1408, 8, 8, 8, 8192),
+    "110M": (768, 2048, 12, 12, 12, 32000),
+    "1B": (2048, 5632, 22, 32, 4, 32000),
+    "7B": (4096, 11008, 32, 32, 32, 32000),
+    "8B": (4096, 14336, 32, 32, 8, 128256),
+}
+
+
+class Forced(Sampler):
+    """Accepts by coins of a fixed chance; computes what a greedy sampler computes."""
+
+    def __init__(self, chance: float, seed: int):
+        super().__init__()
+        self.chance, self.dice = chance, np.random.default_rng(seed)
+
+    def accept(self, drafted, q, p_logits_MV):
+        _, bonus = super().accept(drafted, q, p_logits_MV)
+        return next((i for i in range(len(drafted)) if self.dice.random() >= self.chance), len(drafted)), bonus
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head", required=True, help="folder of an exit head")
-    parser.add_argument("--backbone", default="pocket")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--shape", default="110M", choices=SHAPES)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--controllers", nargs="*", default=["fixed:1", "fixed:2", "fixed:4", "beta"])
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--exit-layer", type=int, help="default: an eighth of the layers")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 4], help="K of the fixed controllers")
+    parser.add_argument("--acceptance", type=float, nargs="+", default=[0.6, 0.8])
+    parser.add_argument("--texts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plain", action="store_true", help="torch's own matrix products, whatever is faster")
+    parser.add_argument("--cuda-graphs", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    model = random_model(args)
+    n = args.exit_layer or max(1, model.config.num_hidden_layers // 8)
+    head = ExitHead(n, model.config.num_hidden_layers, {}, new_exit_layer(model).state_dict())
+    engine = SplitBackbone(model, head, check=False, fixed_shapes=args.cuda_graphs)
+    if args.plain:
+        engine._kernels = [plain] * len(engine._kernels)
+    print_header(args, model, engine, n)
+    tokens, seconds, rounds = decode_all(args, model, engine)
+    show(args, engine, tokens, seconds, rounds)
 
-    backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype)
-    model, tokenizer = load_model(backbone, torch.device(args.device)), load_tokenizer(backbone)
-    head = ExitHead.load(args.head)
-    engine = SplitBackbone(model, head)
-    ids = [tokenizer(p.text)["input_ids"] for p in prompts.load_prompts(Prompts(), "evaluate")[: args.prompts]]
 
-    def hf(**kwargs):
-        def decode(prompt: list[int]) -> list[int]:
-            row = torch.tensor([prompt], device=args.device)
-            mask = torch.ones_like(row)
-            out = model.generate(
-                row, attention_mask=mask, max_new_tokens=args.tokens, do_sample=False, eos_token_id=None, **kwargs
+def random_model(args: argparse.Namespace) -> LlamaForCausalLM:
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[args.shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, args.dtype))
+        model = LlamaForCausalLM(config)
+        torch.set_default_dtype(before)
+    model.model.rotary_emb.float()
+    return model.eval().requires_grad_(False)
+
+
+def decode_all(args, model, engine):
+    """Tokens and seconds of each method [texts], and the rounds of each drafting one with their text."""
+    prompts = torch.randint(0, model.config.vocab_size, (args.texts, args.prompt)).tolist()
+    names: list = ["autoregressive", rivals.Rival("generate"), rivals.Rival("generate:static")]
+    names += [(k, a) for a in args.acceptance for k in args.drafts]
+    tokens, seconds = ({name: np.zeros(args.texts) for name in names} for _ in range(2))
+    rounds: dict = {name: [] for name in names}
+
+    def decode(name, i: int):
+        request = Request(prompts[i], args.tokens)
+        if isinstance(name, rivals.Rival):
+            made, took = rivals.decode(model, name, prompts[i], args.tokens, frozenset())
+            return len(made), took, []
+        if name == "autoregressive":
+            out = autoregressive(engine, request, Sampler())
+        else:
+            out = self_speculative(engine, request, Forced(name[1], i), Fixed(name[0]))
+        # transformers cannot leave prefill out, so it is counted for the loop that is set beside it
+        return len(out.tokens), out.seconds, out.rounds, out.prefill_seconds
+
+    prefill = np.zeros(args.texts)
+    for name in names:
+        decode(name, 0)
+    for _, i, name in in_turns(args.texts, names, label="decode"):
+        tokens[name][i], seconds[name][i], made, *rest = decode(name, i)
+        rounds[name] += [(i, round) for round in made]
+        if name == "autoregressive":
+            prefill[i] = rest[0]
+    tokens["with prefill"], seconds["with prefill"] = tokens["autoregressive"], seconds["autoregressive"] + prefill
+    return tokens, seconds, rounds
+
+
+def show(args, engine, tokens, seconds, rounds) -> None:
+    def over(name, base) -> str:
+        value, (low, high) = interval(ratio_of_rates, tokens[name], seconds[name], tokens[base], seconds[base])
+        return f"{value:.2f} ({low:.2f}-{high:.2f})"
+
+    for name in ("generate", "generate:static"):
+        print(f"own autoregressive loop over {name}: {over('with prefill', rivals.Rival(name))}")
+    unit = pass_seconds(seconds["autoregressive"], tokens["autoregressive"])
+    size = sum(t.numel() * t.element_size() for w in engine.layers[:-1] for t in w if t is not None)
+    size += engine.lm_head_DV.numel() * engine.lm_head_DV.element_size()
+    print(f"autoregressive: {1000 * unit:.1f} ms/token, {size / unit / 1e9:.1f} GB/s of weights\n")
+    print("| acceptance | K | speedup | predicted | ideal | of ideal | acceptance length | costs: shallow, head, "
+          "verify, rest |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for a in args.acceptance:
+        for k in args.drafts:
+            name = (k, a)
+            value = interval(ratio_of_rates, tokens[name], seconds[name], tokens["autoregressive"],
+                             seconds["autoregressive"])[0]  # fmt: skip
+            mine = table(rounds[name])
+            costs = cost_table(mine[mine.drafted == k], unit)
+            best, foretold = ideal(engine, k, a), predicted(mine, k, seconds, tokens)
+            print(
+                f"| {a} | {k} | {over(name, 'autoregressive')} | {foretold:.2f} | {best:.2f} | {value / best:.0%} | "
+                f"{1 + mine.accepted.mean():.2f} | {costs['shallow']:.3f}, {costs['head']:.3f}, "
+                f"{costs['verify'][k + 1]:.3f}, {costs['rest']:.3f} |"
             )
-            return out[0, len(prompt) :].tolist()
 
-        return decode
 
-    methods = {
-        "own autoregressive": lambda p: autoregressive(engine, Request(p, args.tokens), Sampler()).tokens,
-        "HF generate, dynamic cache": hf(),
-        "HF generate, static cache": hf(cache_implementation="static", disable_compile=True),
-        "HF prompt lookup (5)": hf(prompt_lookup_num_tokens=5),
-        f"HF assistant_early_exit={head.exit_layer}": hf(assistant_early_exit=head.exit_layer),
-    }
-    for name in args.controllers:
-        decide = make_controller(name)
-        methods[f"self-speculative {name}, N={head.exit_layer}"] = lambda p, d=decide: (
-            self_speculative(engine, Request(p, args.tokens), Sampler(), d).tokens
-        )
+def table(rounds: list[tuple[int, Round]]) -> pd.DataFrame:
+    names = ("drafted", "accepted", "head_passes", "seconds", "shallow_seconds", "head_seconds", "verify_seconds")
+    return pd.DataFrame([{"text": i} | {name: getattr(r, name) for name in names} for i, r in rounds])
 
-    seconds = {name: np.zeros(len(ids)) for name in methods}
-    texts: dict[str, list[list[int]]] = {name: [] for name in methods}
-    names = list(methods)
-    for name in names:
-        methods[name](ids[0])
-    for i, prompt in enumerate(tqdm(ids, unit="prompt")):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            started = time.perf_counter()
-            texts[name].append(methods[name](prompt))
-            seconds[name][i] = time.perf_counter() - started
 
-    versions = provenance()
-    machine = versions["hardware"]
-    print(
-        f"\n{date.today()}, {machine['cpu']} ({machine['cores']} cores), {args.threads} thread(s), {args.device}, "
-        f"{args.dtype}, Python {platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; {args.prompts} prompts x {args.tokens} tokens, prefill included; "
-        f"`python {' '.join(sys.argv)}`\n"
+def predicted(mine: pd.DataFrame, k: int, seconds, tokens) -> float:
+    """From costs and acceptance of each half of the texts for the other; the mean of both."""
+    values = []
+    for half in (0, 1):
+        seen = mine[mine.text % 2 == half]
+        unit = pass_seconds(seconds["autoregressive"][half::2], tokens["autoregressive"][half::2])
+        values.append(predicted_speedup(k, conditional_rates(seen), cost_table(seen[seen.drafted == k], unit)))
+    return float(np.mean(values))
+
+
+def ideal(engine: SplitBackbone, k: int, a: float) -> float:
+    """Every part costs its share of the bytes of a token, however many tokens pass at once."""
+    layer = sum(t.numel() for t in engine.layers[0] if t is not None)
+    lm_head, n, layers = engine.lm_head_DV.numel(), engine.exit_layer, engine.num_layers
+    whole = layers * layer + lm_head
+    time = ((k + 1) * n * layer + k * (layer + lm_head) + (layers - n) * layer + lm_head) / whole
+    return sum(a**i for i in range(k + 1)) / time
+
+
+def print_header(args, model, engine, n: int) -> None:
+    machine = provenance()["hardware"]
+    where = (
+        ", ".join(machine["gpus"]) if args.device.startswith("cuda") else f"{machine['cpu']} ({machine['cores']} cores)"
     )
-    plain = min((n for n in names if n.startswith("HF generate")), key=lambda n: seconds[n].sum())
-    print(f"| method | tokens/s | over own autoregressive | over {plain} | texts that differ |\n|---|---|---|---|---|")
-    for name in names:
-        cells = []
-        for base in ("own autoregressive", plain):
-            value, (low, high) = interval(lambda t, s: t / s, seconds[base], seconds[name])
-            cells.append(f"{value:.2f} ({low:.2f}-{high:.2f})")
-        differ = sum(a != b for a, b in zip(texts[name], texts["own autoregressive"], strict=True))
-        rate = args.tokens * len(ids) / seconds[name].sum()
-        print(f"| {name} | {rate:.0f} | {' | '.join(cells)} | {differ} |")
-    bandwidth_bound = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(f"\nBytes read per token: {bandwidth_bound / 1e6:.1f} MB.")
+    chosen = [w for w in (1, 2, 3, 5, 9) if engine._kernels[w] is onednn]
+    print(
+        f"\n{date.today()}, {where}, {args.threads} thread(s), {args.dtype}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}; {args.shape}: "
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, L = {engine.num_layers}, N = {n}, "
+        f"{args.texts} texts of {args.prompt} + {args.tokens} tokens; oneDNN from the start-up timing at widths "
+        f"{chosen or 'none'}; `python {' '.join(sys.argv)}`\n"
+    )
 
 
 if __name__ == "__main__":
+    started = time.perf_counter()
     main()
+    print(f"\n{time.perf_counter() - started:.0f} s")

@@ -120,6 +120,9 @@ class Evaluate:
         ["generate", "generate:static", "early_exit", "prompt_lookup"],
         "what transformers offers, measured beside at temperature 0; early_exit at each exit layer; [] for none",
     )
+    states: str | None = option(
+        None, "eval/results.json of an earlier evaluation of the same heads: start from what thompson had learned there"
+    )
     repeats: int = option(1, "interleaved passes over the prompts")
     threads: int = option(1, "CPU threads while decoding: one token at a time rarely profits from more")
 

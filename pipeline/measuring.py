@@ -46,6 +46,8 @@ class Measured:
     rival_texts: list[dict[str, Any]] = field(default_factory=list)
     learned: dict[Method, list[list[float]]] = field(default_factory=dict)
     """What thompson had learned after each text: the mean acceptance of each bin."""
+    states: dict[Method, dict[str, Any]] = field(default_factory=dict)
+    """What it knew in the end, to start from another time."""
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
         """(generations, rounds, rivals)"""
@@ -74,7 +76,14 @@ def in_turns(count: int, methods: list[T], repeats: int = 1, label: str = "") ->
 class Decoders:
     """Each method as a function of token ids; the controllers keep what they learn from text to text."""
 
-    def __init__(self, engines: dict[int, SplitBackbone], config: Evaluate, ends: frozenset[int], seed: int):
+    def __init__(
+        self,
+        engines: dict[int, SplitBackbone],
+        config: Evaluate,
+        ends: frozenset[int],
+        seed: int,
+        states: dict[Method, dict[str, Any]],
+    ):
         self.engines, self.config, self.ends, self.seed = engines, config, ends, seed
         self.any_engine = next(iter(engines.values()))
         self.methods = [
@@ -85,6 +94,9 @@ class Decoders:
         ]
         drafting = [m for m in self.methods if m.exit_layer]
         self.controllers = {m: make_controller(m.controller, seed, m.temperature == 0) for m in drafting}
+        for method, controller in self.controllers.items():
+            if isinstance(controller, Thompson) and method in states:
+                controller.load_state_dict(states[method])
 
     def decode(self, method: Method, ids: list[int], draws: int, max_new_tokens: int | None = None) -> Generation:
         """The text of a method; `draws` tells apart what is drawn for one prompt and repeat from another's."""
@@ -97,10 +109,16 @@ class Decoders:
 
 
 def measure(
-    model: Any, engines: dict[int, SplitBackbone], encoded: Encoded, ends: frozenset[int], config: Evaluate, seed: int
+    model: Any,
+    engines: dict[int, SplitBackbone],
+    encoded: Encoded,
+    ends: frozenset[int],
+    config: Evaluate,
+    seed: int,
+    states: dict[Method, dict[str, Any]],
 ) -> Measured:
     """All methods and rivals on all prompts. Raises UserError if nothing could be drafted at some temperature."""
-    decoders = Decoders(engines, config, ends, seed)
+    decoders = Decoders(engines, config, ends, seed, states)
     others = _rivals(config, list(engines))
     for m in decoders.methods:  # warm-up: the first call of every shape is slow
         decoders.decode(m, encoded[0][1], 0, min(32, config.max_new_tokens))
@@ -122,6 +140,7 @@ def measure(
         found.rounds += [key | {"round": j} | asdict(r) for j, r in enumerate(out.rounds)]
         if isinstance(controller := decoders.controllers.get(method), Thompson):
             found.learned.setdefault(method, []).append(controller.acceptance())
+            found.states[method] = controller.state_dict()
     if silent := [t for t in config.temperatures if t not in {r["temperature"] for r in found.rounds}]:
         raise UserError(
             f"evaluate.temperatures={silent}: the backbone ended every text with its first token, so nothing was "

@@ -48,7 +48,7 @@ def summarise(generations: pd.DataFrame, rounds: pd.DataFrame) -> list[dict[str,
         base = at_t[at_t.controller == BASELINE]
         for exit_layer, heads in at_t[at_t.controller != BASELINE].groupby("exit_layer"):
             mine = rounds[(rounds.temperature == temperature) & (rounds.exit_layer == exit_layer)]
-            costs = cost_table(mine, _seconds_per_token(base))
+            costs = cost_table(mine, pass_seconds(base.seconds, base["length"]))
             entries.append(
                 {
                     "exit_layer": int(exit_layer),
@@ -139,6 +139,11 @@ def time_per_token(rounds: pd.DataFrame, token_seconds: float) -> dict[str, floa
     return parts | {"rest": float(rounds.seconds.sum() / tokens) - sum(parts.values())}
 
 
+def pass_seconds(seconds, lengths) -> float:
+    """Seconds of an autoregressive token that needs a pass of its own: the first one of a text follows the prefill."""
+    return float(sum(seconds) / max(1, sum(lengths) - len(lengths)))
+
+
 def ratio_of_rates(n, s, m, t):
     """n tokens in s seconds over m tokens in t seconds: what `interval` takes for a speedup."""
     return (n / s) / (m / t)
@@ -190,7 +195,7 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
         "conditional_rates": conditional_rates(rounds),
         "marginal_rates": marginal,
         "drafted_histogram": {int(k): int(n) for k, n in histogram.items()},
-        "time_per_token": time_per_token(rounds, _seconds_per_token(base)),
+        "time_per_token": time_per_token(rounds, pass_seconds(base.seconds, base["length"])),
         "rounds": len(rounds),
         "tokens": int(rows["length"].sum()),
         "tasks": {
@@ -248,6 +253,6 @@ def _cross_predicted(k: int, base: pd.DataFrame, rounds: pd.DataFrame) -> float 
         full = seen[seen.drafted == k]  # none where the texts are shorter than K drafts
         if full.empty or unit.empty:
             return None
-        costs = cost_table(full, _seconds_per_token(unit))
+        costs = cost_table(full, pass_seconds(unit.seconds, unit["length"]))
         values.append(predicted_speedup(k, conditional_rates(seen), costs))
     return float(np.mean(values))

@@ -4,14 +4,15 @@ Takes an engine to record traces once, then only traces, a controller and the co
 times. What makes it exact: the exit head reads the hidden states of the true tokens and keeps its own keys and
 values, so q behind an accepted prefix does not depend on where a round began. Knows nothing of files but its own.
 
-T tokens of a text, V vocabulary, J drafts recorded behind a rejected one;  p: backbone's distribution, q: exit head's
+T tokens of a text, V vocabulary, J drafts recorded behind a rejected one, C confidences
+p: backbone's distribution, q: exit head's
 """
 
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,21 +34,20 @@ class Trace:
     max_new_tokens: int
     acceptance_T: np.ndarray
     """Chance that a draft for token t is accepted, given the text: greedy 0 or 1, sampling min(1, q/p)."""
-    top_T: np.ndarray
-    entropy_T: np.ndarray
-    off_top_TJ: np.ndarray
-    """The confidences that follow when the draft for token t is rejected and drafting goes on."""
-    off_entropy_TJ: np.ndarray
+    said_TC: np.ndarray
+    """What the head says of itself before it, a column each of `Recorded`."""
+    off_TJC: np.ndarray
+    """The same of what follows when the draft for token t is rejected and drafting goes on."""
 
     def __len__(self) -> int:
         return len(self.acceptance_T)
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(NamedTuple):
     """A Confidence that was computed earlier."""
 
     top: float
+    collision: float
     entropy: float
 
 
@@ -66,8 +66,8 @@ def record(
         acceptance = (q_TV.argmax(-1, keepdim=True) == y_T1)[:, 0].double()
     else:
         acceptance = (q_TV.gather(1, y_T1) / p_TV.gather(1, y_T1)).clamp(max=1)[:, 0].double()
-    on_path = [_read(Confidence(row.log())) for row in q_TV]
-    off = np.zeros((len(tokens), RECORDED, 2))
+    said = [_read(Confidence(row.log())) for row in q_TV]
+    off = np.zeros((len(tokens), RECORDED, len(Recorded._fields)))
     cache = engine.new_cache(min(len(ids) + len(tokens) + RECORDED, engine.max_context))
     engine.shallow([*ids, tokens[0]], 0, cache)
     for t in range(1, len(tokens)):
@@ -82,12 +82,11 @@ def record(
             chain.append(sampler.draft(q))
         engine.shallow(tokens[t : t + 1], at, cache)  # back on the path; the head catches up by itself
         cache.head_length = at
-    top_T, entropy_T = np.array(on_path).T
-    return Trace(prompt, max_new_tokens, acceptance.cpu().numpy(), top_T, entropy_T, off[..., 0], off[..., 1])
+    return Trace(prompt, max_new_tokens, acceptance.cpu().numpy(), np.array(said), off)
 
 
-def _read(confidence: Confidence) -> tuple[float, float]:
-    return confidence.top, confidence.entropy
+def _read(confidence: Confidence) -> Recorded:
+    return Recorded(confidence.top, confidence.collision, confidence.entropy)
 
 
 class CostModel:
@@ -128,10 +127,10 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
         while k < room and not (rejected_at is None and t + k == len(trace)) and controller.peek(k):
             passes += 1
             if rejected_at is None:
-                said = Recorded(trace.top_T[t + k], trace.entropy_T[t + k])
+                said = Recorded(*trace.said_TC[t + k])
             else:
                 j = min(t + k - rejected_at, RECORDED) - 1
-                said = Recorded(trace.off_top_TJ[rejected_at, j], trace.off_entropy_TJ[rejected_at, j])
+                said = Recorded(*trace.off_TJC[rejected_at, j])
             if not controller.draft(k, said):  # type: ignore[arg-type]
                 break
             if rejected_at is None and not accepted_T[t + k]:
@@ -180,8 +179,7 @@ def save(path: Path, traces: list[Trace], head_sha256: str) -> None:
     arrays: dict[str, np.ndarray] = {"head": np.array(json.dumps({"sha256": head_sha256, "traces": len(traces)}))}
     for i, t in enumerate(traces):
         arrays[f"{i}.name"] = np.array([t.prompt, str(t.max_new_tokens)])
-        arrays[f"{i}.path"] = np.stack([t.acceptance_T, t.top_T, t.entropy_T])
-        arrays[f"{i}.off"] = np.stack([t.off_top_TJ, t.off_entropy_TJ])
+        arrays |= {f"{i}.acceptance": t.acceptance_T, f"{i}.said": t.said_TC, f"{i}.off": t.off_TJC}
     with open(path, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
@@ -200,6 +198,6 @@ def load(path: Path, head_sha256: str) -> list[Trace]:
         )
     traces = []
     for i in range(about["traces"]):
-        (name, most), path_3T, off_2TJ = (arrays[f"{i}.{part}"] for part in ("name", "path", "off"))
-        traces.append(Trace(str(name), int(most), *path_3T, *off_2TJ))
+        (name, most), *rest = (arrays[f"{i}.{part}"] for part in ("name", "acceptance", "said", "off"))
+        traces.append(Trace(str(name), int(most), *rest))
     return traces

@@ -70,8 +70,8 @@ def test_unknown_names_and_parameters_are_refused(name: str) -> None:
 class Said:
     """A confidence that is said rather than computed."""
 
-    def __init__(self, top: float, entropy: float = 1.0):
-        self.top, self.entropy = top, entropy
+    def __init__(self, top: float, entropy: float = 1.0, collision: float = 0.5):
+        self.top, self.entropy, self.collision = top, entropy, collision
 
 
 def test_confidence_is_that_of_the_distribution() -> None:
@@ -79,6 +79,7 @@ def test_confidence_is_that_of_the_distribution() -> None:
     confidence = Confidence(q.log())
     assert confidence.top == pytest.approx(0.7)
     assert confidence.entropy == pytest.approx(-sum(x * math.log(x) for x in (0.7, 0.2, 0.1)))
+    assert confidence.collision == pytest.approx(0.49 + 0.04 + 0.01)
 
 
 def test_thresholds() -> None:

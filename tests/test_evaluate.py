@@ -146,5 +146,34 @@ def test_a_device_map_changes_nothing_but_the_place(run, tmp_path) -> None:
 
 
 def test_an_unknown_device_map_is_refused(tmp_path) -> None:
-    with pytest.raises(UserError, match="machine.device_map=by_hand: null, auto, balanced or sequential"):
+    with pytest.raises(UserError, match=r"machine\.device_map=by_hand: null, auto, balanced or sequential"):
         make_run(tmp_path, "machine.device_map=by_hand")
+
+
+def test_thompson_goes_on_from_an_earlier_evaluation(run, tmp_path) -> None:
+    results = run / "eval" / "results.json"
+    known = next(h for h in json.loads(results.read_text())["heads"] if h["exit_layer"] == 2)["controllers"]["thompson"]
+    again = make_run(tmp_path, f"evaluate.states={results}")
+    plant_heads(again, 2, 3)
+    evaluate.run(again)
+    after = json.loads((again / "eval" / "results.json").read_text())["heads"][0]["controllers"]["thompson"]
+    assert after["state"]["rounds"] > known["state"]["rounds"] > 0
+
+
+@pytest.mark.parametrize("what", ["another head", "not json", "missing", "nothing learned"])
+def test_a_state_that_cannot_be_used_is_refused(run, tmp_path, what: str) -> None:
+    results = json.loads((run / "eval" / "results.json").read_text())
+    path = tmp_path / "results.json"
+    if what == "another head":
+        results["heads"][0]["head_sha256"] = "0" * 64
+    if what == "nothing learned":
+        for entry in results["heads"]:
+            del entry["controllers"]["thompson"]["state"]
+    if what != "missing":
+        path.write_text("{" if what == "not json" else json.dumps(results))
+    again = make_run(tmp_path, f"evaluate.states={path}")
+    plant_heads(again, 2, 3)
+    said = {"another head": "learned of another exit head 2 [(]000000000000, not", "nothing learned": "thompson has"}
+    with pytest.raises(UserError, match=said.get(what, "not the results.json of an evaluation")):
+        evaluate.run(again)
+    assert not (again / "eval").exists()

@@ -106,7 +106,8 @@ def test_batches_rows_one_by_one_with_left_padding(served, run) -> None:
 def test_sampling_is_seeded_and_streaming_streams(served, run, capsys) -> None:
     model, inputs, hub = served
     kwargs = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "max_new_tokens": 12}
-    kwargs |= {"custom_generate": hub, "trust_remote_code": True}
+    # fixed: thompson looks at the clock, so a seed gives another text of the same distribution each time
+    kwargs |= {"custom_generate": hub, "trust_remote_code": True, "controller": "fixed:2"}
     torch.manual_seed(3)
     one = model.generate(**inputs, **kwargs)
     torch.manual_seed(3)
@@ -180,3 +181,18 @@ def test_works_in_a_fresh_process_without_this_package(run, tmp_path) -> None:
         [sys.executable, "-c", FRESH, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert out.stdout.strip() == "same", out.stderr[-2000:]
+
+
+def test_thompson_begins_with_what_the_evaluation_learned(served, run) -> None:
+    model, inputs, hub = served
+    states = json.loads((run / "hub" / "2" / "config.json").read_text())["states"]
+    assert states["greedy"]["greedy"] and not states["sampled"]["greedy"]
+    fresh = AutoModelForCausalLM.from_pretrained(model.name_or_path)
+    for sampled in (False, True):
+        fresh.generate(
+            **inputs, max_new_tokens=8, do_sample=sampled, custom_generate=hub, trust_remote_code=True,
+            controller="thompson",
+        )  # fmt: skip
+    ((_, _, controllers),) = fresh._exit_heads.values()
+    for greedy, name in ((True, "greedy"), (False, "sampled")):
+        assert controllers["thompson", greedy].rounds > states[name]["rounds"] > 0

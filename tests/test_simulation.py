@@ -85,8 +85,8 @@ def test_sampled_rounds_have_the_decoders_law(engine, name: str) -> None:
 
 def toy_trace(accepted: list[int]) -> Trace:
     n = len(accepted)
-    flat = np.full((n, simulation.RECORDED), 0.5)
-    return Trace("toy", n, np.array(accepted, float), np.full(n, 0.5), np.ones(n), flat, flat)
+    flat = np.full((n, simulation.RECORDED, 3), 0.5)
+    return Trace("toy", n, np.array(accepted, float), np.full((n, 3), 0.5), flat)
 
 
 def test_oracle_is_the_best_of_all_plans() -> None:
@@ -133,7 +133,7 @@ def test_files_round_trip_and_know_their_head(tmp_path) -> None:
     simulation.save(tmp_path / "t.npz", traces, "ab" * 32)
     again = simulation.load(tmp_path / "t.npz", "ab" * 32)
     assert [t.acceptance_T.tolist() for t in again] == [t.acceptance_T.tolist() for t in traces]
-    assert again[0].off_top_TJ.shape == traces[0].off_top_TJ.shape and again[1].max_new_tokens == 4
+    assert again[0].off_TJC.shape == traces[0].off_TJC.shape and again[1].max_new_tokens == 4
     with pytest.raises(ValueError, match="recorded with another exit head"):
         simulation.load(tmp_path / "t.npz", "cd" * 32)
     (tmp_path / "bad").write_text("x")

@@ -20,6 +20,7 @@ from .exit_head import ExitHead
 from .origin import HEAD, REVISION
 from .rounds import Controller
 from .sampling import Sampler
+from .thompson import Thompson
 
 # Handled by the decoder itself, which must know them before it drafts.
 OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
@@ -48,7 +49,7 @@ def generate(inputs=None, *, model, exit_head: str | None = None, controller: st
         _refuse(generation_config)
         key = name, not generation_config.do_sample  # greedy and sampled texts teach different things
         if name is not None and key not in controllers:
-            controllers[key] = make_controller(name, greedy=key[1])
+            controllers[key] = _new_controller(name, key[1], config)
         decide = controller if name is None else controllers[key]
         own = [c for c in stopping_criteria if type(c).__name__ not in OWN_CRITERIA]
         end = generation_config.eos_token_id
@@ -90,6 +91,15 @@ def _engine(model, source: str | None, revision: str | None) -> tuple[SplitBackb
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
         known[key] = SplitBackbone(model, head), config, {}
     return known[key]
+
+
+def _new_controller(name: str, greedy: bool, config: dict[str, Any]) -> Controller:
+    """thompson starts from what it knew of this head when it was measured."""
+    controller = make_controller(name, greedy=greedy)
+    state = config.get("states", {}).get("greedy" if greedy else "sampled")
+    if isinstance(controller, Thompson) and state is not None:
+        controller.load_state_dict(state)
+    return controller
 
 
 def _stop_at_strings(kwargs: dict[str, Any]) -> None:

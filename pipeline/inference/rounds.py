@@ -47,6 +47,11 @@ class Confidence:
         return float(self.q_V.max())
 
     @cached_property
+    def collision(self) -> float:
+        """sum q^2: the chance that two draws from q are equal."""
+        return float(self.q_V.dot(self.q_V))
+
+    @cached_property
     def entropy(self) -> float:
         """-sum q log q, in nats."""
         return float(torch.special.entr(self.q_V).sum())

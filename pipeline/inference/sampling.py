@@ -86,7 +86,12 @@ class Sampler:
     # All randomness of a text passes through these two, so that a proof can enumerate it (tests/test_exact.py).
 
     def _draw(self, weights_V: Tensor) -> int:
-        return int(torch.multinomial(weights_V, 1, generator=self.generator))
+        """An index with chance proportional to its weight: one uniform number through the inverse of the sums. (On a
+        CPU multinomial draws a number for every index, which takes longer than two decoder layers of a thin model.)"""
+        sums_V = weights_V.cumsum(-1, dtype=torch.float64)
+        u = torch.rand(1, generator=self.generator, device=sums_V.device, dtype=torch.float64)
+        # the first sum above u: never an index without weight
+        return min(int(torch.searchsorted(sums_V, u * sums_V[-1:], right=True)), len(sums_V) - 1)
 
     def _coins(self, chance_K: Tensor) -> list[bool]:
         """Independent coins that show True with these chances; above 1 is always."""

@@ -5,7 +5,6 @@ other, so tokens per second are largest when every decision raises tokens - rate
 decoder reaches in the long run (docs/control.md derives it). Knows nothing of models or tokens.
 """
 
-import math
 import random
 from typing import Any
 
@@ -13,7 +12,8 @@ from .rounds import LONGEST, Confidence, Round
 
 BINS = 8
 PRIOR = 2.0
-"""Weight of the prior, in drafts: a bin's acceptance is thought to be its confidence until seen."""
+"""Weight of the prior, in drafts. Until seen, a bin's acceptance is thought to be its confidence x where drafts must
+equal the backbone's choice, and (1 + x) / 2 where they need only be likely enough."""
 MEMORY = 0.999
 """What a round leaves of the counts of earlier rounds: acceptance changes with the text."""
 RATE_MEMORY = 0.995
@@ -106,12 +106,14 @@ class Thompson:
     in sqrt(100 + n) drafts all the same. The first rounds walk through the widths to measure C.
     """
 
-    calibration = (0, 1, 2, 4, 3, 8, 6)
+    calibration = (1, 0, 2, 4)
 
     def __init__(self, greedy: bool = True, seed: int = 0, limit: int = LONGEST, costs: Costs | None = None):
         self.greedy, self.limit = greedy, limit
         self.random = random.Random(seed)
-        self.prior = [(PRIOR * (b + 0.5) / BINS, PRIOR * (1 - (b + 0.5) / BINS)) for b in range(BINS)]
+        middles = [(b + 0.5) / BINS for b in range(BINS)]
+        thought = middles if greedy else [(1 + x) / 2 for x in middles]
+        self.prior = [(PRIOR * a, PRIOR * (1 - a)) for a in thought]
         self.counts = [list(p) for p in self.prior]
         self.seen = [1.0] * BINS
         """How often q fell into each bin, discounted."""
@@ -128,6 +130,9 @@ class Thompson:
         self.chains: list[float] = []
         """chains[j] = 1 + abar + ... + abar^j: tokens that j + 1 more drafts bring once the first is accepted."""
         self.times: list[float] = []
+        self.gains: list[list[tuple[float, float]]] = []
+        """gains[k] has, for every j >= 1 further drafts after k, (chain, seconds) as `_worth` weighs them."""
+        self.commonest = list(range(BINS))
         self.alone = self.rate = 0.0
 
     # ---- decisions
@@ -138,7 +143,7 @@ class Thompson:
         if k >= self.limit or self.forced is not None:
             return k < (self.forced if self.forced is not None else self.limit)
         needed = sum(self.seen) * self.rate * self.costs.head.value
-        for b in reversed(range(BINS)):  # the confident bins decide most cases alone
+        for b in self.commonest:  # the first decides most cases alone
             needed -= self.seen[b] * max(0.0, self._worth(k, self._sampled(b)))
             if needed < 0:
                 return True
@@ -157,9 +162,9 @@ class Thompson:
         return True
 
     def signal(self, confidence: Confidence) -> float:
-        """What predicts acceptance, in [0, 1]: greedy max q; sampling exp(-H(q)), which says more of the overlap of q
-        with p (share of the log-loss of acceptance removed on held-out prompts: docs/lab-notes.md)."""
-        return confidence.top if self.greedy else math.exp(-confidence.entropy)
+        """What predicts acceptance, in [0, 1]: greedy max q; sampling sum q^2, which says more of the overlap of q with
+        p (share of the log-loss of acceptance removed on held-out prompts: docs/lab-notes.md)."""
+        return confidence.top if self.greedy else confidence.collision
 
     def _begin(self) -> None:
         self.bins, self.product = [], 1.0
@@ -183,6 +188,12 @@ class Thompson:
             self.chains.append(1 + abar * self.chains[-1])
         self.times = self.costs.rounds(self.limit)
         self.alone = 1 / self.times[0] if self.times[0] > 0 else 0.0
+        head = self.costs.head.value
+        self.gains = [
+            [(g, c - spent - head) for g, c in zip(self.chains, self.times[k + 1 :], strict=False)]
+            for k, spent in enumerate(self.times[:-1])
+        ]
+        self.commonest.sort(key=self.seen.__getitem__, reverse=True)
 
     def _sampled(self, b: int) -> float:
         """This round's acceptance of bin b, drawn from its posterior when it is first asked for."""
@@ -192,8 +203,8 @@ class Thompson:
         return theta
 
     def _worth(self, k: int, acceptance: float) -> float:
-        reach, rate, spent = self.product * acceptance, self.rate, self.times[k] + self.costs.head.value
-        return max([reach * g - rate * (c - spent) for g, c in zip(self.chains, self.times[k + 1 :], strict=False)])
+        reach, rate = self.product * acceptance, self.rate
+        return max([reach * chain - rate * seconds for chain, seconds in self.gains[k]])
 
     # ---- learning
 

@@ -19,9 +19,9 @@ from ..inference.controllers import make_controller
 from ..inference.decoding import Request, autoregressive
 from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
-from ..measuring import Method, measure
+from ..measuring import Measured, Method, measure
 from ..metrics import LOOP, beside, summarise
-from ..rundir import RunDir, atomic_path, atomic_write
+from ..rundir import RunDir, atomic_path, atomic_write, sha256_of
 
 SCHEMA = 1
 
@@ -43,12 +43,16 @@ def run(run: RunDir) -> None:
     tokenizer = backbones.load_tokenizer(run.config.backbone)
     model = backbones.load_model(run.config.backbone, device, run.config.machine.device_map)
     engines = _engines(folders, model, run.config.machine.cuda_graphs)
+    heads = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
+    states = _states(config.states, heads)
     ends = frozenset(_end_tokens(model, tokenizer))
     encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
     with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
-        measured = measure(model, engines, encoded, ends, config, run.config.seed)
+        measured = measure(model, engines, encoded, ends, config, run.config.seed, states)
         generations, rounds, others = measured.tables()
-        results = _results(run, model, engines, encoded, source, generations, rounds, measured.learned)
+        results = _results(run, model, engines, encoded, source, generations, rounds, measured)
+        for entry in results["heads"]:
+            entry["head_sha256"] = heads[entry["exit_layer"]]
         results["rivals"] = beside(others, generations)
         summary["best"] = results["best"]
         with atomic_path(run / "eval") as folder:
@@ -74,6 +78,32 @@ def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, Sp
     return engines
 
 
+def _states(path: str | None, heads: dict[int, str]) -> dict[Method, dict[str, Any]]:
+    """What controllers had learned of these heads (exit layer -> sha256) in the results of an earlier evaluation."""
+    if path is None:
+        return {}
+    key = f"evaluate.states={path}"
+    try:
+        entries = json.loads(Path(path).read_text())["heads"]
+        found = {
+            Method(entry["exit_layer"], name, entry["temperature"]): (entry["head_sha256"], figures["state"])
+            for entry in entries
+            for name, figures in entry["controllers"].items()
+            if "state" in figures
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{key}: not the results.json of an evaluation; give runs/NAME/eval/results.json") from None
+    if not found:
+        raise UserError(f"{key}: no controller there had anything to keep; thompson has")
+    for method, (head, _) in found.items():
+        if heads.get(method.exit_layer, head) != head:
+            raise UserError(
+                f"{key}: learned of another exit head {method.exit_layer} ({head[:12]}, not "
+                f"{heads[method.exit_layer][:12]}); leave it out, a new head is learned anew"
+            )
+    return {method: state for method, (_, state) in found.items()}
+
+
 def _encode(config: Config, engine: SplitBackbone, tokenizer: Any, ends: frozenset[int]) -> prompts.Encoded:
     """The prompts to measure, an entry a turn; earlier turns are answered greedily, whatever is measured after."""
     chosen = prompts.evaluation_prompts(config)[: config.evaluate.num_prompts or None]
@@ -87,7 +117,7 @@ def _encode(config: Config, engine: SplitBackbone, tokenizer: Any, ends: frozens
 
 
 def _results(
-    run: RunDir, model, engines, encoded, source, generations: pd.DataFrame, rounds: pd.DataFrame, learned
+    run: RunDir, model, engines, encoded, source, generations: pd.DataFrame, rounds: pd.DataFrame, measured: Measured
 ) -> dict[str, Any]:
     config = run.config.evaluate
     heads = summarise(generations, rounds)
@@ -96,8 +126,9 @@ def _results(
         n, t = entry["exit_layer"], entry["temperature"]
         entry["memory"] = engines[n].extra_bytes(longest)
         for name, figures in entry["controllers"].items():
-            if means := learned.get(Method(n, name, t)):
+            if means := measured.learned.get(Method(n, name, t)):
                 figures["learned"] = [[round(m, 4) for m in row] for row in means]
+                figures["state"] = measured.states[Method(n, name, t)]
     ids = {p.id: ids for p, ids in encoded}
 
     def sampler_of(temperature: float) -> Sampler:

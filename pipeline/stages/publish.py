@@ -61,11 +61,23 @@ def gate(results: dict[str, Any], min_speedup: float) -> list[str]:
     return failed
 
 
+def states(results: dict[str, Any], exit_layer: int) -> dict[str, Any]:
+    """What thompson learned of the head while it was measured, so that users do not start from nothing."""
+    learned = [
+        (entry["temperature"], figures["state"])
+        for entry in results["heads"]
+        for figures in entry["controllers"].values()
+        if entry["exit_layer"] == exit_layer and "state" in figures
+    ]
+    return {"greedy" if t == 0 else "sampled": state for t, state in sorted(learned, key=lambda x: -x[0])}
+
+
 def write_folder(folder: Path, target: Path, run: RunDir, results: dict[str, Any], failed: list[str]) -> None:
     """Everything of hub/<N>/ into `folder`, which will be renamed to `target`."""
     best = results["best"]
     shutil.copytree(run / "heads" / f"exit-{best['exit_layer']}", folder)
     config = json.loads((folder / "config.json").read_text()) | {"controller": best["controller"]}
+    config["states"] = states(results, best["exit_layer"])
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     code = folder / "custom_generate"
     code.mkdir()
