@@ -70,8 +70,9 @@ class SplitBackbone:
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         devices = [_device_of(layer, i) for i, layer in enumerate(model.model.layers)]
         last = model.model.layers[-1]
-        exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
-        exit_layer.load_state_dict(head.weights)
+        with torch.device("meta"):  # not initialised: that would move the user's random state
+            exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
+        exit_layer.load_state_dict(head.weights, assign=True)
         self.layers = [gather(layer) for layer in model.model.layers]
         self.layers.append(gather(exit_layer.to(self.device, self.dtype)))
         self._fixed = FixedShapes(self.shape) if fixed_shapes else None
