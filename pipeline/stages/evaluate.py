@@ -36,6 +36,8 @@ def run(run: RunDir) -> None:
     settings = prompts.evaluation_settings(run.config)
     source = prompts.source_record(settings, "evaluate")
     outside = {"prompts": source.get("sha256") or source["revision"]}
+    if config.states is not None and Path(config.states).is_file():
+        outside["states"] = sha256_of(Path(config.states))
     if not run.plan("evaluate", folders, outside):
         print("evaluate: done already")
         return
