@@ -5,6 +5,7 @@ other, so tokens per second are largest when every decision raises tokens - rate
 decoder reaches in the long run (docs/control.md derives it). Knows nothing of models or tokens.
 """
 
+import math
 import random
 from typing import Any
 
@@ -20,6 +21,8 @@ RATE_MEMORY = 0.995
 """The same of the running rate."""
 FADING = 0.99
 """What a further point leaves of the earlier ones on the line of costs."""
+NORMAL = 20
+"""Counts of a bin from which its posterior is drawn from the normal of the same mean and variance: ten times quicker."""
 REFRESH = 8
 """Rounds between two looks at what changes slowly; one while little is known."""
 
@@ -132,6 +135,8 @@ class Thompson:
         self.times: list[float] = []
         self.gains: list[list[tuple[float, float]]] = []
         """gains[k] has, for every j >= 1 further drafts after k, (chain, seconds) as `_worth` weighs them."""
+        self.cheapest: list[float] = []
+        """Least seconds / chain of gains[k]."""
         self.commonest = list(range(BINS))
         self.alone = self.rate = 0.0
 
@@ -144,9 +149,11 @@ class Thompson:
             return k < (self.forced if self.forced is not None else self.limit)
         needed = sum(self.seen) * self.rate * self.costs.head.value
         for b in self.commonest:  # the first decides most cases alone
-            needed -= self.seen[b] * max(0.0, self._worth(k, self._sampled(b)))
-            if needed < 0:
-                return True
+            reach = self.product * self._sampled(b)
+            if self._pays(k, reach):
+                needed -= self.seen[b] * self._worth(k, reach)
+                if needed < 0:
+                    return True
         if k == 0 and self.random.random() < (100 + self.rounds) ** -0.5:
             self.forced = 1
             return True
@@ -155,9 +162,10 @@ class Thompson:
     def draft(self, k: int, confidence: Confidence) -> bool:
         b = min(BINS - 1, int(self.signal(confidence) * BINS))
         self.seen[b] += 1
-        if self.forced is None and self._worth(k, self._sampled(b)) <= 0:
+        reach = self.product * self._sampled(b)
+        if self.forced is None and not self._pays(k, reach):
             return False
-        self.product *= self._sampled(b)
+        self.product = reach
         self.bins.append(b)
         return True
 
@@ -193,17 +201,28 @@ class Thompson:
             [(g, c - spent - head) for g, c in zip(self.chains, self.times[k + 1 :], strict=False)]
             for k, spent in enumerate(self.times[:-1])
         ]
+        self.cheapest = [min(seconds / chain for chain, seconds in row) for row in self.gains]
         self.commonest.sort(key=self.seen.__getitem__, reverse=True)
 
     def _sampled(self, b: int) -> float:
         """This round's acceptance of bin b, drawn from its posterior when it is first asked for."""
         theta = self.theta[b]
         if theta is None:
-            theta = self.theta[b] = self.random.betavariate(*self.counts[b])
+            yes, no = self.counts[b]
+            n = yes + no
+            if n < NORMAL:
+                theta = self.random.betavariate(yes, no)
+            else:
+                theta = min(1.0, max(0.0, self.random.gauss(yes / n, math.sqrt(yes * no / (n + 1)) / n)))
+            self.theta[b] = theta
         return theta
 
-    def _worth(self, k: int, acceptance: float) -> float:
-        reach, rate = self.product * acceptance, self.rate
+    def _pays(self, k: int, reach: float) -> bool:
+        """worth > 0, without the maximum: some j has reach * chain > rate * seconds."""
+        return reach > self.rate * self.cheapest[k]
+
+    def _worth(self, k: int, reach: float) -> float:
+        rate = self.rate
         return max([reach * chain - rate * seconds for chain, seconds in self.gains[k]])
 
     # ---- learning
