@@ -86,7 +86,7 @@ def test_summary_of_a_perfect_head() -> None:
     assert (c["acceptance_length"], c["draft_acceptance_rate"], c["rounds"], c["tokens"]) == (3, 1, 4, 14)
     assert c["conditional_rates"] == c["marginal_rates"] == [1, 1]
     assert c["drafted_histogram"] == {2: 4}
-    # 3 tokens a round; 3 shallow calls, 2 head calls, one verify and the rest make 2 s; 7 s for 6 passes of the baseline
+    # 3 tokens a round of 2 s (3 shallow calls, 2 head calls, one verify, the rest); 7 s for 6 passes of the baseline
     assert c["predicted_speedup"] == pytest.approx(3 / 2 * 7 / 6, rel=1e-4)
 
 

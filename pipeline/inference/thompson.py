@@ -22,7 +22,7 @@ RATE_MEMORY = 0.995
 FADING = 0.99
 """What a further point leaves of the earlier ones on the line of costs."""
 NORMAL = 20
-"""Counts of a bin from which its posterior is drawn from the normal of the same mean and variance: ten times quicker."""
+"""Counts of a bin from which its posterior is drawn from the normal of its mean and variance: ten times quicker."""
 REFRESH = 8
 """Rounds between two looks at what changes slowly; one while little is known."""
 
