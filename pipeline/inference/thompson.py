@@ -147,17 +147,25 @@ class Thompson:
             self._begin()
         if k >= self.limit or self.forced is not None:
             return k < (self.forced if self.forced is not None else self.limit)
-        needed = sum(self.seen) * self.rate * self.costs.head.value
-        for b in self.commonest:  # the first decides most cases alone
-            reach = self.product * self._sampled(b)
-            if self._pays(k, reach):
-                needed -= self.seen[b] * self._worth(k, reach)
-                if needed < 0:
-                    return True
+        if self._pays(k, self.product) and self._hopes(k):
+            return True
         if k == 0 and self.random.random() < (100 + self.rounds) ** -0.5:
             self.forced = 1
             return True
         return False
+
+    def _hopes(self, k: int) -> bool:
+        """E_b[max(0, worth(k, theta_b))] > rate h, looking at no more bins than decide it: most often one."""
+        unseen = sum(self.seen)
+        needed, most = unseen * self.rate * self.costs.head.value, self._worth(k, self.product)
+        for b in self.commonest:
+            reach = self.product * self._sampled(b)
+            if self._pays(k, reach):
+                needed -= self.seen[b] * self._worth(k, reach)
+            unseen -= self.seen[b]
+            if needed < 0 or needed >= unseen * most:
+                break
+        return needed < 0
 
     def draft(self, k: int, confidence: Confidence) -> bool:
         b = min(BINS - 1, int(self.signal(confidence) * BINS))
