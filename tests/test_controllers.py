@@ -214,3 +214,28 @@ def test_thompson_state_survives_json_and_is_checked() -> None:
         make_controller("thompson", greedy=False).load_state_dict(first.state_dict())
     with pytest.raises(ValueError, match="kind=None"):
         again.load_state_dict({})
+
+
+def test_shortcuts_decide_as_the_formulas_do() -> None:
+    """peek and draft against the written-out sums, on what was learned in play and on acceptances of all kinds."""
+    controller, dice = make_controller("thompson"), random.Random(2)
+    rounds_of(controller, bimodal, 200)
+    head, answers = controller.costs.head.value, []
+    for _ in range(3000):
+        controller.theta = [dice.betavariate(0.7, 0.7) for _ in range(8)]
+        controller.product, k = dice.random(), dice.randrange(8)
+        controller.rate = dice.uniform(0.5, 2.5)
+
+        def worth(a: float, k: int = k) -> float:
+            further = range(1, controller.limit - k + 1)
+            tokens = [controller.product * a * controller.chains[j - 1] for j in further]
+            times = [controller.times[k + j] - controller.times[k] - head for j in further]
+            return max(n - controller.rate * t for n, t in zip(tokens, times, strict=True))
+
+        hope = sum(n * max(0.0, worth(a)) for n, a in zip(controller.seen, controller.theta, strict=True))
+        answers.append(hope > sum(controller.seen) * controller.rate * head)
+        assert (controller._pays(k, controller.product) and controller._hopes(k)) == answers[-1]
+        assert [controller._pays(k, controller.product * a) for a in controller.theta] == [
+            worth(a) > 0 for a in controller.theta
+        ]
+    assert 0.1 < sum(answers) / len(answers) < 0.9
