@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import pocket
+from pipeline.measuring import in_turns
 from pipeline.metrics import interval
 
 
@@ -36,17 +37,20 @@ def main() -> None:
     ours = {"custom_generate": args.hub, "trust_remote_code": True}
     methods = {"generate": {}, 'controller="none"': ours | {"controller": "none"}, "custom_generate": ours}
     seconds = {name: np.zeros(len(rows)) for name in methods}
-    names, differ = list(methods), 0
-    for i, text in enumerate([rows[0], *rows]):  # the first is warm-up
-        inputs = tokenizer(text, return_tensors="pt")
-        texts = []
-        for name in names[i % 3 :] + names[: i % 3]:
-            started = time.perf_counter()
-            texts.append(
-                model.generate(**inputs, max_new_tokens=args.tokens, do_sample=False, **methods[name]).tolist()
-            )
-            seconds[name][max(0, i - 1)] = time.perf_counter() - started
-        differ += texts.count(texts[0]) != 3
+    names = list(methods)
+    texts: dict[int, list] = {i: [] for i in range(len(rows))}
+
+    def decode(name: str, i: int) -> list:
+        inputs = tokenizer(rows[i], return_tensors="pt")
+        return model.generate(**inputs, max_new_tokens=args.tokens, do_sample=False, **methods[name]).tolist()
+
+    for name in names:  # warm-up
+        decode(name, 0)
+    for _, i, name in in_turns(len(rows), names, label="generate"):
+        started = time.perf_counter()
+        texts[i].append(decode(name, i))
+        seconds[name][i] = time.perf_counter() - started
+    differ = sum(each.count(each[0]) != len(names) for each in texts.values())
     print(
         f"{date.today()}, {args.threads} thread(s), {model.dtype}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}; {len(rows)} prompts x {args.tokens} tokens; `python {' '.join(sys.argv)}`\n"
