@@ -66,13 +66,14 @@ def test_greedy_through_transformers_is_plain_greedy(served) -> None:
     model, inputs, hub = served
     plain = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     for controller in (None, "none", "fixed:3", "beta", "thompson"):
+        ours = {"controller": controller, "cuda_graphs": controller == "fixed:3"}
         drafted = model.generate(
             **inputs,
             max_new_tokens=24,
             do_sample=False,
             custom_generate=hub,
             trust_remote_code=True,
-            controller=controller,
+            **ours,
         )
         assert torch.equal(drafted, plain)
 

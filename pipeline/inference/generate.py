@@ -1,7 +1,7 @@
 """The entry point of transformers' `generate(custom_generate=...)`: prompts in, ids out, drafted by the exit head.
 
-Takes what `generate` takes, and `controller=` (`thompson`, `fixed:3`, `none`, ...) and `exit_head=` (a folder or a
-Hub id; default: the head this file was published with). Sampling, logits processors, stopping criteria and
+Takes what `generate` takes, and `controller=` (`thompson`, `fixed:3`, `none`, ...), `exit_head=` (a folder or a
+Hub id; default: the head this file was published with) and `cuda_graphs=True` (fewer launches on a GPU). Sampling, logits processors, stopping criteria and
 streamers work as ever; several rows are decoded one after the other. Knows nothing of how heads are trained.
 """
 
@@ -26,7 +26,15 @@ from .thompson import Thompson
 OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
-def generate(inputs=None, *, model, exit_head: str | None = None, controller: str | Controller | None = None, **kwargs):
+def generate(
+    inputs=None,
+    *,
+    model,
+    exit_head: str | None = None,
+    controller: str | Controller | None = None,
+    cuda_graphs: bool = False,
+    **kwargs,
+):
     """`model.generate` with self-speculative decoding; returns ids [B, T] as plain `generate` does.
 
     A controller given by name keeps what it learns from call to call; one given as an object is the caller's.
@@ -35,7 +43,7 @@ def generate(inputs=None, *, model, exit_head: str | None = None, controller: st
     for anything but ids.
     """
     kwargs.pop("use_model_defaults", None)
-    backbone, config, controllers = _engine(model, exit_head or HEAD, None if exit_head else REVISION)
+    backbone, config, controllers = _engine(model, exit_head or HEAD, None if exit_head else REVISION, cuda_graphs)
     if controller is None or isinstance(controller, str):
         name = controller or config.get("controller", "thompson")
         make_controller(name)  # a wrong name is refused before anything is computed
@@ -80,16 +88,18 @@ def generate(inputs=None, *, model, exit_head: str | None = None, controller: st
     return GenerationMixin.generate(model, inputs, custom_generate=loop, **kwargs)
 
 
-def _engine(model, source: str | None, revision: str | None) -> tuple[SplitBackbone, dict[str, Any], dict]:
+def _engine(
+    model, source: str | None, revision: str | None, cuda_graphs: bool
+) -> tuple[SplitBackbone, dict[str, Any], dict]:
     """The split backbone, the head's config and its controllers so far; kept on the model, loaded by the first call."""
     if source is None:
         raise ValueError("no exit head: give exit_head=<folder or Hub id>")
     known = model.__dict__.setdefault("_exit_heads", {})
-    key = (source, revision, model.device, model.dtype)
+    key = (source, revision, model.device, model.dtype, cuda_graphs)
     if key not in known:
         paths = [Path(cached_file(source, name, revision=revision)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
-        known[key] = SplitBackbone(model, head), config, {}
+        known[key] = SplitBackbone(model, head, fixed_shapes=cuda_graphs), config, {}
     return known[key]
 
 

@@ -72,9 +72,7 @@ def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, Sp
     for folder in folders:
         try:
             head = ExitHead.load(folder)
-            engines[head.exit_layer] = SplitBackbone(
-                model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda"
-            )
+            engines[head.exit_layer] = SplitBackbone(model, head, fixed_shapes=cuda_graphs)
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
     return engines
