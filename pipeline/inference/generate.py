@@ -1,8 +1,9 @@
 """The entry point of transformers' `generate(custom_generate=...)`: prompts in, ids out, drafted by the exit head.
 
 Takes what `generate` takes, and `controller=` (`thompson`, `fixed:3`, `none`, ...), `exit_head=` (a folder or a
-Hub id; default: the head this file was published with) and `cuda_graphs=True` (fewer launches on a GPU). Sampling, logits processors, stopping criteria and
-streamers work as ever; several rows are decoded one after the other. Knows nothing of how heads are trained.
+Hub id; default: the head this file was published with) and `cuda_graphs=True` (fewer launches on a GPU). Sampling,
+logits processors, stopping criteria and streamers work as ever; several rows are decoded one after the other. Knows
+nothing of how heads are trained.
 """
 
 import json
