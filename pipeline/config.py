@@ -39,9 +39,7 @@ class Machine:
         "of generate and evaluate, for a backbone larger than one GPU: auto, balanced or sequential, as in accelerate; "
         "a layer is never split",
     )
-    cuda_graphs: bool = option(
-        False, "evaluate: record the passes of the decoder as CUDA graphs; on a CPU it only pads them"
-    )
+    cuda_graphs: bool = option(False, "evaluate: record the passes of the decoder as CUDA graphs; nothing on a CPU")
     threads: int = option(0, "CPU threads of every stage but evaluate; 0 leaves torch's choice")
     nodes: int = option(1, "nodes of the distill job")
     processes_per_node: int = option(1, "distill processes on each node; on GPUs, one per GPU")

@@ -16,14 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .inference.backbone import SplitBackbone
+from .inference.layers import WIDTHS
 from .inference.sampling import Sampler
 
 CELLS = 20
 ALARM = 1e-3
 """Chance that a run of nothing but lossless texts fails the sampling test."""
-WIDTHS = (2, 3, 5, 9)
-"""Tokens verified in one pass, at which logits are compared with those of a one-token pass."""
-
 Ids = dict[str, list[int]]
 """Prompt id -> token ids."""
 
@@ -68,7 +66,7 @@ def greedy(engine: SplitBackbone, prompt_ids: Ids, generations: pd.DataFrame) ->
 def near_tie(engine: SplitBackbone, ids: list[int]) -> tuple[float, float]:
     """(gap between the two largest next-token logits, largest logit difference between pass widths) behind `ids`."""
     logits = {}
-    for width in (1, *(w for w in WIDTHS if w < len(ids))):
+    for width in (w for w in WIDTHS if w == 1 or w < len(ids)):
         cache = engine.new_cache(len(ids))
         if len(ids) > width:
             engine.full(ids[:-width], 0, cache)

@@ -120,9 +120,12 @@ def measure(
     """All methods and rivals on all prompts. Raises UserError if nothing could be drafted at some temperature."""
     decoders = Decoders(engines, config, ends, seed, states)
     others = _rivals(config, list(engines))
-    for m in decoders.methods:  # warm-up: the first call of every shape is slow
-        decoders.decode(m, encoded[0][1], 0, min(32, config.max_new_tokens))
     longest = max((ids for _, ids in encoded), key=len)
+    for engine in engines.values():  # passes of fixed shapes are recorded for the longest text
+        engine.new_cache(len(longest) + config.max_new_tokens)
+    warm = Decoders(engines, config, ends, seed, {})  # other controllers: what is slow once must not be learned
+    for m in warm.methods:
+        warm.decode(m, encoded[0][1], 0, min(32, config.max_new_tokens))
     for rival in others:  # on the longest: transformers never shrinks its static cache, and compiles anew when it grows
         rivals.decode(model, rival, longest, config.max_new_tokens, ends)
     found = Measured()

@@ -187,13 +187,16 @@ def start_wandb(run: RunDir, stage: str) -> Any:
 
 
 def _without_folders(value: Any) -> Any:
-    """The config as it may be published: of an absolute path only its last part."""
+    """The config as it may be published: of a path on this machine only its last part."""
     if isinstance(value, dict):
         return {key: _without_folders(v) for key, v in value.items()}
     if isinstance(value, list):
         return [_without_folders(v) for v in value]
-    is_folder = isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~"))
-    return Path(value).name if is_folder else value
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    here = path.is_absolute() or value.startswith("~") or ("/" in value and path.exists())  # a Hub id is not
+    return path.name if here else value
 
 
 def wandb_mode(config: Wandb) -> str:

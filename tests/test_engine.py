@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from helpers import tiny_backbone
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -217,6 +218,9 @@ def test_fixed_shapes_give_the_same_text(model) -> None:
     for controller in (*map(Fixed, (0, 1, 2, 3, 5, 8)), Beta()):
         assert self_speculative(fixed, Request(PROMPT, 30), Sampler(), controller).tokens == expected
     assert fixed.new_cache(40) is fixed.new_cache(100), "recorded passes know the cache by its address"
+    before, passes = fixed.new_cache(100), fixed._fixed
+    assert fixed.new_cache(250) is not before and fixed._fixed is not passes, "they go with the cache they belong to"
+    assert autoregressive(fixed, Request(PROMPT, 30), Sampler()).tokens == expected
 
 
 @pytest.mark.gpu
@@ -226,7 +230,8 @@ def test_cuda_graphs_give_the_same_text(llama) -> None:
     engine = SplitBackbone(on_gpu, head_for(on_gpu, 2), fixed_shapes=True)
     expected = autoregressive(SplitBackbone(on_gpu, head_for(on_gpu, 2)), Request(PROMPT, 30), Sampler()).tokens
     assert autoregressive(engine, Request(PROMPT, 30), Sampler()).tokens == expected
-    for k in (1, 2, 4, 8):
+    for k, room in ((1, 30), (2, 30), (4, 250), (8, 250)):  # the cache grows on the way
+        engine.new_cache(room)
         assert self_speculative(engine, Request(PROMPT, 30), Sampler(), Fixed(k)).tokens == expected
 
 
@@ -275,6 +280,30 @@ def test_blocks_follow_the_devices(llama) -> None:
     assert engine.draft_logits(len(PROMPT), cache).device == engine.device == torch.device("meta")
     whole.deep(0, len(PROMPT), same)
     assert torch.equal(cache.keys[1], same.keys[1][:1]), "the first deep layer is on the first device too"
+
+
+def test_logits_are_where_the_lm_head_is(llama) -> None:
+    """A map may leave the LM head on another device than the last layer and the final norm."""
+    mapped = load(llama.config._name_or_path)
+    head = head_for(mapped, 1)
+    mapped.lm_head.to("meta")
+    engine = SplitBackbone(mapped, head, check=False)
+    cache = engine.new_cache(32)
+    assert engine.full(PROMPT, 0, cache).device.type == "cpu"
+    assert engine.logits(engine.full(PROMPT, 0, cache)).device == engine.device == torch.device("meta")
+    engine.shallow(PROMPT, 0, cache)
+    assert engine.draft_logits(len(PROMPT), cache).device == engine.device
+
+
+def test_an_offloaded_layer_is_refused(llama, tmp_path) -> None:
+    """As accelerate leaves it when memory runs out; said before anything reads the weights that are not there."""
+    mapped = load(llama.config._name_or_path)
+    head = head_for(mapped, 1)
+    names = ["model.embed_tokens", "model.rotary_emb", "model.norm", *(f"model.layers.{i}" for i in range(4))]
+    places = dict.fromkeys(names, "cpu") | {"lm_head": "disk"}
+    mapped = dispatch_model(mapped, places, offload_dir=tmp_path, force_hooks=True)
+    with pytest.raises(ValueError, match="lm_head is offloaded: a device map by whole layers that fit the devices"):
+        SplitBackbone(mapped, head)
 
 
 def test_a_map_that_splits_a_layer_is_refused(llama) -> None:

@@ -1,5 +1,6 @@
 """The evaluate stage on a tiny backbone: what it writes, what it proves, what it refuses."""
 
+import copy
 import json
 
 import pandas as pd
@@ -173,7 +174,15 @@ def test_a_state_that_cannot_be_used_is_refused(run, tmp_path, what: str) -> Non
         path.write_text("{" if what == "not json" else json.dumps(results))
     again = make_run(tmp_path, f"evaluate.states={path}")
     plant_heads(again, 2, 3)
-    said = {"another head": "learned of another exit head 2 [(]000000000000, not", "nothing learned": "thompson has"}
+    said = {"another head": "learned of another exit head 2 [(]000000000000, not", "nothing learned": "thompson has",
+            "missing": "no such file"}  # fmt: skip
     with pytest.raises(UserError, match=said.get(what, "not the results.json of an evaluation")):
         evaluate.run(again)
     assert not (again / "eval").exists()
+
+
+def test_a_state_in_the_folder_that_would_be_replaced_is_refused(run) -> None:
+    again = copy.deepcopy(run.config)
+    again.evaluate.states = str(run / "eval" / "results.json")
+    with pytest.raises(UserError, match="lies in this run's own eval/, which evaluate replaces"):
+        evaluate.check(again)

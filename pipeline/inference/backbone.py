@@ -14,10 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .exit_head import ExitHead, check_exit_layer, check_family
-from .fixed_shapes import WIDTHS, FixedShapes, rounded
+from .fixed_shapes import FixedShapes, rounded
 from .kernels import choose
 from .kv_cache import KVCache
-from .layers import LayerWeights, Rows, Shape, attend, causal_mask, gather, mlp, rms_norm, rotate, run_layers, write
+from .layers import (
+    WIDTHS,
+    LayerWeights,
+    Rows,
+    Shape,
+    attend,
+    causal_mask,
+    gather,
+    mlp,
+    rms_norm,
+    rotate,
+    run_layers,
+    write,
+)
 
 # Rotary tables of these types depend on the length of the sequence; a table made once would be wrong.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -46,6 +59,11 @@ class SplitBackbone:
         config = model.config
         check_family(config.model_type)
         check_exit_layer(head.exit_layer, config.num_hidden_layers)
+        devices = [_device_of(layer, f"layer {i}") for i, layer in enumerate(model.model.layers)]
+        for name, part in (("embed_tokens", model.model.embed_tokens), ("norm", model.model.norm)):
+            _device_of(part, name)
+        self.device = _device_of(model.lm_head, "lm_head")
+        """Where logits are."""
         if check:
             head.check_fits(model)
         rope = getattr(config, "rope_parameters", None) or {}
@@ -60,15 +78,12 @@ class SplitBackbone:
         )
         self.hidden = config.hidden_size
         self.embedding_VD = model.model.embed_tokens.weight.data
-        self.final_norm_D = model.model.norm.weight.data
+        self.final_norm_D = model.model.norm.weight.data.to(self.device)
         self.lm_head_DV = model.lm_head.weight.data.t()
         self.dtype = self.embedding_VD.dtype
-        self.device = self.lm_head_DV.device
-        """Where logits are."""
         self.max_context = _longest_exact(config)
         self._rotary = model.model.rotary_emb
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-        devices = [_device_of(layer, i) for i, layer in enumerate(model.model.layers)]
         last = model.model.layers[-1]
         with torch.device("meta"):  # not initialised: that would move the user's random state
             exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
@@ -78,7 +93,7 @@ class SplitBackbone:
         self._fixed = FixedShapes(self.shape) if fixed_shapes else None
         self._fixed_cache: KVCache | None = None
         self.blocks = self._cut([*devices, self.device])
-        self._kernels = choose(self.layers)
+        self._kernels = _kernels_of(model, self.layers[:-1])
 
     def _cut(self, devices: list[torch.device]) -> list[Block]:
         """Blocks that end at N, at L, and where the device changes."""
@@ -98,7 +113,11 @@ class SplitBackbone:
         if self._fixed is None:
             return self._allocate(max_length)
         if self._fixed_cache is None or self._fixed_cache.max_length < rounded(max_length):
-            self._fixed_cache = self._allocate(rounded(max_length))  # recorded passes know it by its address
+            self._fixed, self._fixed_cache = FixedShapes(self.shape), None  # what was recorded dies with its cache
+            self._fixed_cache = self._allocate(rounded(max_length))
+            for width in WIDTHS:  # all at once, not in the middle of a text
+                zeros_WD = torch.zeros(width, self.hidden, dtype=self.dtype, device=self.device)
+                self._run(zeros_WD, 0, self.num_layers + 1, 0, self._fixed_cache)
         self._fixed_cache.length = self._fixed_cache.head_length = 0
         return self._fixed_cache
 
@@ -146,7 +165,7 @@ class SplitBackbone:
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Final norm and LM head: [M, V] in float32."""
-        normed_MD = rms_norm(hidden_MD, self.final_norm_D, self.shape.eps)
+        normed_MD = rms_norm(hidden_MD.to(self.device), self.final_norm_D, self.shape.eps)
         return self._kernel(len(hidden_MD))(normed_MD, self.lm_head_DV, None).float()
 
     def draft_logits(self, end: int, cache: KVCache) -> Tensor:
@@ -232,14 +251,23 @@ class SplitBackbone:
         return self._kernels[min(m, len(self._kernels) - 1)]
 
 
-def _device_of(layer: nn.Module, index: int) -> torch.device:
-    """The device of a decoder layer; ValueError where accelerate's map splits or offloads it."""
-    found = {p.device for p in layer.parameters()}
-    offloaded = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in layer.modules())
+def _device_of(part: nn.Module, name: str) -> torch.device:
+    """The device of a layer or another part; ValueError where accelerate's map splits or offloads it."""
+    found = {p.device for p in part.parameters()}
+    offloaded = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in part.modules())
     if len(found) > 1 or offloaded:
         where = "offloaded" if offloaded else "split over " + ", ".join(sorted(map(str, found)))
-        raise ValueError(f"layer {index} is {where}: a device map by whole layers that fit the devices is needed")
+        raise ValueError(f"{name} is {where}: a device map by whole layers that fit the devices is needed")
     return found.pop()
+
+
+def _kernels_of(model: nn.Module, layers: list[LayerWeights]) -> list:
+    """Timed once for a model and a number of threads: all its heads and their baseline use the same."""
+    known = model.__dict__.setdefault("_kernels", {})
+    key = layers[0].gate_up_weight.data_ptr(), torch.get_num_threads()
+    if key not in known:
+        known[key] = choose(layers)
+    return known[key]
 
 
 def _longest_exact(config) -> int:

@@ -146,11 +146,13 @@ def _start(backbone: SplitBackbone, request: Request) -> tuple[KVCache, Generati
 
 
 def _clock(backbone: SplitBackbone) -> Callable[[], float]:
-    if backbone.device.type != "cuda":
+    devices = {block.device for block in backbone.blocks if block.device.type == "cuda"}
+    if not devices:
         return time.perf_counter
 
     def synchronised() -> float:
-        torch.cuda.synchronize(backbone.device)
+        for device in devices:
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     return synchronised

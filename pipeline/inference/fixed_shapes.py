@@ -14,9 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .layers import LayerWeights, Rows, Shape, causal_mask, run_layers
+from .layers import WIDTHS, LayerWeights, Rows, Shape, causal_mask, run_layers
 
-WIDTHS = (1, 2, 3, 5, 9)
 ROOM = 256
 """Caches are rounded up to multiples of this many positions: passes are recorded anew for each size."""
 
@@ -37,11 +36,11 @@ def run_fixed(
 
 
 class FixedShapes:
-    """The passes of one engine, each recorded when it is first needed."""
+    """The passes of one engine over one cache: a recording knows weights and cache by their addresses."""
 
     def __init__(self, shape: Shape):
         self._run: Callable[..., Tensor] = partial(run_fixed, shape)
-        self._recorded: dict[tuple[int, int, int], _Recorded] = {}
+        self._recorded: dict[tuple[int, int], _Recorded] = {}
 
     def __call__(
         self, hidden_WD: Tensor, positions_W: Tensor, tables: list[Tensor], layers: list[LayerWeights],
@@ -53,7 +52,7 @@ class FixedShapes:
         """
         if hidden_WD.device.type != "cuda":
             return self._run(hidden_WD, positions_W, *tables, layers, keys, values)
-        key = layers[0].qkv_weight.data_ptr(), len(hidden_WD), keys.data_ptr()
+        key = keys.data_ptr(), len(hidden_WD)
         if key not in self._recorded:
             self._recorded[key] = _Recorded(self._run, hidden_WD, positions_W, *tables, layers, keys, values)
         return self._recorded[key](hidden_WD, positions_W)
@@ -65,6 +64,7 @@ class _Recorded:
     def __init__(self, run: Callable[..., Tensor], hidden_WD: Tensor, positions_W: Tensor, *rest):
         self.hidden_WD, self.positions_W = hidden_WD.clone(), positions_W.clone()
         arguments = (self.hidden_WD, self.positions_W, *rest)
+        self.arguments = arguments  # what the graph reads must live as long as it
         stream = torch.cuda.Stream(hidden_WD.device)
         stream.wait_stream(torch.cuda.current_stream(hidden_WD.device))
         with torch.cuda.stream(stream):
@@ -72,7 +72,7 @@ class _Recorded:
                 run(*arguments)
         torch.cuda.current_stream(hidden_WD.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.device(hidden_WD.device), torch.cuda.graph(self.graph, stream=stream):
             self.out_WD = run(*arguments)
 
     def __call__(self, hidden_WD: Tensor, positions_W: Tensor) -> Tensor:

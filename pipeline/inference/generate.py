@@ -100,7 +100,7 @@ def _engine(
     if key not in known:
         paths = [Path(cached_file(source, name, revision=revision)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
-        known[key] = SplitBackbone(model, head, fixed_shapes=cuda_graphs), config, {}
+        known[key] = SplitBackbone(model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda"), config, {}
     return known[key]
 
 

@@ -10,9 +10,8 @@ import time
 import torch
 from torch import Tensor
 
-from .layers import LayerWeights, Linear, plain
+from .layers import WIDTHS, LayerWeights, Linear, plain
 
-WIDTHS = (1, 2, 3, 5, 9)
 CLEARLY = 0.9
 """A kernel must need less than this share of plain's time to be taken: ties stay with torch's own."""
 

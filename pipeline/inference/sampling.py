@@ -88,8 +88,9 @@ class Sampler:
     def _draw(self, weights_V: Tensor) -> int:
         """An index with chance proportional to its weight: one uniform number through the inverse of the sums. (On a
         CPU multinomial draws a number for every index, which takes longer than two decoder layers of a thin model.)"""
-        sums_V = weights_V.cumsum(-1, dtype=torch.float64)
-        u = torch.rand(1, generator=self.generator, device=sums_V.device, dtype=torch.float64)
+        exact = torch.float32 if weights_V.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        sums_V = weights_V.cumsum(-1, dtype=exact)
+        u = torch.rand(1, generator=self.generator, device=sums_V.device, dtype=exact)
         # the first sum above u: never an index without weight
         return min(int(torch.searchsorted(sums_V, u * sums_V[-1:], right=True)), len(sums_V) - 1)
 

@@ -44,7 +44,8 @@ def run(run: RunDir) -> None:
     device = backbones.device_of(run.config.machine.device)
     tokenizer = backbones.load_tokenizer(run.config.backbone)
     model = backbones.load_model(run.config.backbone, device, run.config.machine.device_map)
-    engines = _engines(folders, model, run.config.machine.cuda_graphs)
+    with _threads(config.threads):  # kernels are timed as they will run
+        engines = _engines(folders, model, run.config.machine.cuda_graphs)
     heads = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, heads)
     ends = frozenset(_end_tokens(model, tokenizer))
@@ -72,7 +73,9 @@ def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, Sp
     for folder in folders:
         try:
             head = ExitHead.load(folder)
-            engines[head.exit_layer] = SplitBackbone(model, head, fixed_shapes=cuda_graphs)
+            engines[head.exit_layer] = SplitBackbone(
+                model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda"
+            )
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
     return engines
@@ -184,6 +187,15 @@ def check(config: Config) -> None:
             raise UserError(f"evaluate.controllers={names}: {error}") from None
     if not names:
         raise UserError("evaluate.controllers=[]: at least one controller is needed, e.g. [fixed:3]")
+    if config.evaluate.states is not None:
+        path = Path(config.evaluate.states).resolve()
+        if not path.is_file():
+            raise UserError(f"evaluate.states={config.evaluate.states}: no such file; give runs/NAME/eval/results.json")
+        if path.is_relative_to((Path(config.run.dir) / config.run.name / "eval").resolve()):
+            raise UserError(
+                f"evaluate.states={config.evaluate.states}: lies in this run's own eval/, which evaluate replaces; "
+                "copy it to another place first"
+            )
     try:
         rivals.rivals_of(config.evaluate.rivals, [])
     except ValueError as error:

@@ -62,14 +62,17 @@ def gate(results: dict[str, Any], min_speedup: float) -> list[str]:
 
 
 def states(results: dict[str, Any], exit_layer: int) -> dict[str, Any]:
-    """What thompson learned of the head while it was measured, so that users do not start from nothing."""
+    """What thompson learned of the head while it was measured, so that users do not start from nothing.
+
+    Of several temperatures above 0 the one nearest 1.
+    """
     learned = [
         (entry["temperature"], figures["state"])
         for entry in results["heads"]
         for figures in entry["controllers"].values()
         if entry["exit_layer"] == exit_layer and "state" in figures
     ]
-    return {"greedy" if t == 0 else "sampled": state for t, state in sorted(learned, key=lambda x: -x[0])}
+    return {"greedy" if t == 0 else "sampled": state for t, state in sorted(learned, key=lambda x: -abs(x[0] - 1))}
 
 
 def write_folder(folder: Path, target: Path, run: RunDir, results: dict[str, Any], failed: list[str]) -> None:
@@ -85,7 +88,7 @@ def write_folder(folder: Path, target: Path, run: RunDir, results: dict[str, Any
         shutil.copyfile(file, code / file.name)
     (code / "origin.py").write_text(
         '"""Where the published head lies: a Hub id and its tag, or a folder. Written anew by every publish."""\n\n'
-        f"HEAD: str | None = {str(target.resolve())!r}\nREVISION: str | None = None\n".replace("'", '"')
+        f"HEAD: str | None = {json.dumps(str(target.resolve()))}\nREVISION: str | None = None\n"
     )
     kept = [h for h in results["heads"] if h["exit_layer"] == best["exit_layer"]]
     published = results | {"heads": kept, "gate": {"passed": not failed, "reasons": failed}}
