@@ -173,11 +173,11 @@ def test_a_jump_in_cost_is_looked_over() -> None:
     costs = Jump()
     costs.shallow.add(0.05), costs.head.add(0.05), costs.rest.add(0.0)
     controller = Thompson(costs=costs)
-    controller.counts = [[800.0, 200.0]] * 8
+    controller.counts = [[800.0, 200.0] for _ in range(8)]
     controller.tokens, controller.seconds = 190.0, 100.0
     assert controller.peek(0)
-    one_step = controller._sampled(5) - controller.rate * (controller.times[1] - controller.times[0] - 0.05)
-    assert one_step < 0 < controller._worth(0, controller._sampled(5))
+    one_step = controller.theta[5] - controller.rate * (controller.times[1] - controller.times[0] - 0.05)
+    assert one_step < 0 < controller._worth(0, controller.theta[5])
 
 
 def test_costs_are_measured_by_part_and_interpolated() -> None:

@@ -5,7 +5,6 @@ other, so tokens per second are largest when every decision raises tokens - rate
 decoder reaches in the long run (docs/control.md derives it). Knows nothing of models or tokens.
 """
 
-import math
 import random
 from typing import Any
 
@@ -21,10 +20,8 @@ RATE_MEMORY = 0.995
 """The same of the running rate."""
 FADING = 0.99
 """What a further point leaves of the earlier ones on the line of costs."""
-NORMAL = 20
-"""Counts of a bin from which its posterior is drawn from the normal of its mean and variance: ten times quicker."""
 REFRESH = 8
-"""Rounds between two looks at what changes slowly; one while little is known."""
+"""Rounds that decide by the same draws, costs and rate; one while little is known."""
 
 
 class Average:
@@ -99,8 +96,8 @@ class Costs:
 class Thompson:
     """Sampled acceptances per confidence bin, measured costs, look-ahead over several drafts.
 
-    Each round draws theta_b ~ Beta(a_b, b_b) for every bin b of confidence. With P the product of the theta of the
-    drafts made, C(k) the seconds of a round with k drafts, h those of a head pass, abar the mean acceptance over bins
+    theta_b ~ Beta(a_b, b_b) is drawn for every bin b of confidence, in every round at first, then for `REFRESH` rounds
+    at a time. With P the product of the theta of the drafts made, C(k) the seconds of a round with k drafts, h those of a head pass, abar the mean acceptance over bins
     as they occur, and rate the running tokens per second (never below 1 / C(0), which needs no drafting):
       worth(k, a) = max over j >= 1 of  P a (1 + abar + ... + abar^(j-1)) - rate (C(k+j) - C(k) - h)
       draft, q known, its pass paid:   go on iff worth(k, theta_bin) > 0
@@ -126,10 +123,14 @@ class Thompson:
         self.plan = [] if costs else [k for _ in range(2) for k in self.calibration if k <= limit]
         """Lengths of the next rounds, as long as costs are being measured."""
         # of the round at hand
-        self.bins: list[int] = []
+        self.bins: tuple[int, ...] = ()
         self.product = 1.0
         self.forced: int | None = None
-        self.theta: list[float | None] = []
+        # of the rounds until the next refresh
+        self.theta: list[float] = []
+        """Sampled acceptance of each bin."""
+        self.looks: dict[tuple[int, ...], bool] = {}
+        """Whether to peek behind drafts of these bins."""
         self.chains: list[float] = []
         """chains[j] = 1 + abar + ... + abar^j: tokens that j + 1 more drafts bring once the first is accepted."""
         self.times: list[float] = []
@@ -138,7 +139,7 @@ class Thompson:
         self.cheapest: list[float] = []
         """Least seconds / chain of gains[k]."""
         self.commonest = list(range(BINS))
-        self.alone = self.rate = 0.0
+        self.rate = 0.0
 
     # ---- decisions
 
@@ -147,7 +148,10 @@ class Thompson:
             self._begin()
         if k >= self.limit or self.forced is not None:
             return k < (self.forced if self.forced is not None else self.limit)
-        if self._pays(k, self.product) and self._hopes(k):
+        looks = self.looks.get(self.bins)
+        if looks is None:
+            looks = self.looks[self.bins] = self._pays(k, self.product) and self._hopes(k)
+        if looks:
             return True
         if k == 0 and self.random.random() < (100 + self.rounds) ** -0.5:
             self.forced = 1
@@ -159,7 +163,7 @@ class Thompson:
         unseen = sum(self.seen)
         needed, most = unseen * self.rate * self.costs.head.value, self._worth(k, self.product)
         for b in self.commonest:
-            reach = self.product * self._sampled(b)
+            reach = self.product * self.theta[b]
             if self._pays(k, reach):
                 needed -= self.seen[b] * self._worth(k, reach)
             unseen -= self.seen[b]
@@ -170,11 +174,11 @@ class Thompson:
     def draft(self, k: int, confidence: Confidence) -> bool:
         b = min(BINS - 1, int(self.signal(confidence) * BINS))
         self.seen[b] += 1
-        reach = self.product * self._sampled(b)
+        reach = self.product * self.theta[b]
         if self.forced is None and not self._pays(k, reach):
             return False
         self.product = reach
-        self.bins.append(b)
+        self.bins += (b,)
         return True
 
     def signal(self, confidence: Confidence) -> float:
@@ -183,15 +187,13 @@ class Thompson:
         return confidence.top if self.greedy else confidence.collision
 
     def _begin(self) -> None:
-        self.bins, self.product = [], 1.0
+        self.bins, self.product = (), 1.0
         self.forced = self.plan.pop(0) if self.plan else None
-        self.theta = [None] * BINS
         if not self.times or self.rounds - self.refreshed >= (REFRESH if self.rounds >= 4 * REFRESH else 1):
             self._refresh()
-        self.rate = max(self.alone, self.tokens / self.seconds if self.seconds > 0 else 0.0)
 
     def _refresh(self) -> None:
-        """What changes slowly, every few rounds: a decision must cost little beside a token."""
+        """Every few rounds what decisions rest on, acceptances drawn anew too: they must cost little beside a token."""
         faded = 1 - MEMORY ** (self.rounds - self.refreshed)
         self.refreshed = self.rounds
         for count, prior in zip(self.counts, self.prior, strict=True):
@@ -203,7 +205,9 @@ class Thompson:
         for _ in range(self.limit - 1):
             self.chains.append(1 + abar * self.chains[-1])
         self.times = self.costs.rounds(self.limit)
-        self.alone = 1 / self.times[0] if self.times[0] > 0 else 0.0
+        alone = 1 / self.times[0] if self.times[0] > 0 else 0.0
+        self.rate = max(alone, self.tokens / self.seconds if self.seconds > 0 else 0.0)
+        self.theta, self.looks = [self.random.betavariate(*count) for count in self.counts], {}
         head = self.costs.head.value
         self.gains = [
             [(g, c - spent - head) for g, c in zip(self.chains, self.times[k + 1 :], strict=False)]
@@ -211,19 +215,6 @@ class Thompson:
         ]
         self.cheapest = [min(seconds / chain for chain, seconds in row) for row in self.gains]
         self.commonest.sort(key=self.seen.__getitem__, reverse=True)
-
-    def _sampled(self, b: int) -> float:
-        """This round's acceptance of bin b, drawn from its posterior when it is first asked for."""
-        theta = self.theta[b]
-        if theta is None:
-            yes, no = self.counts[b]
-            n = yes + no
-            if n < NORMAL:
-                theta = self.random.betavariate(yes, no)
-            else:
-                theta = min(1.0, max(0.0, self.random.gauss(yes / n, math.sqrt(yes * no / (n + 1)) / n)))
-            self.theta[b] = theta
-        return theta
 
     def _pays(self, k: int, reach: float) -> bool:
         """worth > 0, without the maximum: some j has reach * chain > rate * seconds."""
@@ -238,7 +229,7 @@ class Thompson:
     def observe(self, round: Round) -> None:
         for i, b in enumerate(self.bins[: round.accepted + 1]):  # behind the first rejected draft nothing was tested
             self.counts[b][i >= round.accepted] += 1
-        self.bins = []
+        self.bins = ()
         self.rounds += 1
         self.costs.observe(round)
         self.tokens = RATE_MEMORY * self.tokens + round.tokens
