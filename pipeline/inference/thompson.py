@@ -97,8 +97,9 @@ class Thompson:
     """Sampled acceptances per confidence bin, measured costs, look-ahead over several drafts.
 
     theta_b ~ Beta(a_b, b_b) is drawn for every bin b of confidence, in every round at first, then for `REFRESH` rounds
-    at a time. With P the product of the theta of the drafts made, C(k) the seconds of a round with k drafts, h those of a head pass, abar the mean acceptance over bins
-    as they occur, and rate the running tokens per second (never below 1 / C(0), which needs no drafting):
+    at a time. With P the product of the theta of the drafts made, C(k) the seconds of a round with k drafts, h those of
+    a head pass, abar the mean acceptance over bins as they occur, and rate the running tokens per second (never below
+    1 / C(0), which needs no drafting):
       worth(k, a) = max over j >= 1 of  P a (1 + abar + ... + abar^(j-1)) - rate (C(k+j) - C(k) - h)
       draft, q known, its pass paid:   go on iff worth(k, theta_bin) > 0
       peek, q not known:               look iff  E_b[max(0, worth(k, theta_b))] > rate h
