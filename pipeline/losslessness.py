@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .inference.backbone import SplitBackbone
-from .inference.layers import WIDTHS
+from .inference.rounds import WIDTHS
 from .inference.sampling import Sampler
 
 CELLS = 20

@@ -17,20 +17,8 @@ from .exit_head import ExitHead, check_exit_layer, check_family
 from .fixed_shapes import FixedShapes, rounded
 from .kernels import choose
 from .kv_cache import KVCache
-from .layers import (
-    WIDTHS,
-    LayerWeights,
-    Rows,
-    Shape,
-    attend,
-    causal_mask,
-    gather,
-    mlp,
-    rms_norm,
-    rotate,
-    run_layers,
-    write,
-)
+from .layers import LayerWeights, Rows, Shape, attend, causal_mask, gather, mlp, rms_norm, rotate, run_layers, write
+from .rounds import WIDTHS
 
 # Rotary tables of these types depend on the length of the sequence; a table made once would be wrong.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")

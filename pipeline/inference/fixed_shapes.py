@@ -14,7 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .layers import WIDTHS, LayerWeights, Rows, Shape, causal_mask, run_layers
+from .layers import LayerWeights, Rows, Shape, causal_mask, run_layers
+from .rounds import WIDTHS
 
 ROOM = 256
 """Caches are rounded up to multiples of this many positions: passes are recorded anew for each size."""

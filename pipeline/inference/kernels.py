@@ -10,7 +10,8 @@ import time
 import torch
 from torch import Tensor
 
-from .layers import WIDTHS, LayerWeights, Linear, plain
+from .layers import LayerWeights, Linear, plain
+from .rounds import WIDTHS
 
 CLEARLY = 0.9
 """A kernel must need less than this share of plain's time to be taken: ties stay with torch's own."""

@@ -15,9 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-WIDTHS = (1, 2, 3, 5, 9)
-"""Rows of a pass at which kernels are timed, passes recorded and rounding compared; others go with the next of them."""
-
 
 class LayerWeights(NamedTuple):
     """One decoder layer, its projections joined so that each is one matrix product.

@@ -13,6 +13,8 @@ from torch import Tensor
 
 LONGEST = 8
 """Drafts of a round at most, of every controller that has no length of its own: the same for all, to be compared."""
+WIDTHS = (1, 2, 3, 5, LONGEST + 1)
+"""Rows of a pass at which kernels are timed, passes recorded and rounding compared; others go with the next of them."""
 
 
 @dataclass(slots=True)
