@@ -109,30 +109,28 @@ def decode_all(args, model, engine):
     prompts = torch.randint(0, model.config.vocab_size, (args.texts, args.prompt)).tolist()
     names: list = ["autoregressive", rivals.Rival("generate"), rivals.Rival("generate:static")]
     names += [(k, a) for a in args.acceptance for k in args.drafts]
-    tokens, seconds = ({name: np.zeros(args.texts) for name in names} for _ in range(2))
+    tokens, seconds = ({name: np.zeros(args.texts) for name in [*names, "with prefill"]} for _ in range(2))
     rounds: dict = {name: [] for name in names}
 
     def decode(name, i: int):
         request = Request(prompts[i], args.tokens)
         if isinstance(name, rivals.Rival):
             made, took = rivals.decode(model, name, prompts[i], args.tokens, frozenset())
-            return len(made), took, []
+            return len(made), took, [], 0.0
         if name == "autoregressive":
             out = autoregressive(engine, request, Sampler())
         else:
             out = self_speculative(engine, request, Forced(name[1], i), Fixed(name[0]))
-        # transformers cannot leave prefill out, so it is counted for the loop that is set beside it
         return len(out.tokens), out.seconds, out.rounds, out.prefill_seconds
 
-    prefill = np.zeros(args.texts)
     for name in names:
         decode(name, 0)
     for _, i, name in in_turns(args.texts, names, label="decode"):
-        tokens[name][i], seconds[name][i], made, *rest = decode(name, i)
+        tokens[name][i], seconds[name][i], made, prefill = decode(name, i)
         rounds[name] += [(i, round) for round in made]
         if name == "autoregressive":
-            prefill[i] = rest[0]
-    tokens["with prefill"], seconds["with prefill"] = tokens["autoregressive"], seconds["autoregressive"] + prefill
+            # transformers cannot leave prefill out, so it is counted for the loop that is set beside it
+            tokens["with prefill"][i], seconds["with prefill"][i] = tokens[name][i], seconds[name][i] + prefill
     return tokens, seconds, rounds
 
 

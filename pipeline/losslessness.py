@@ -22,6 +22,7 @@ from .inference.sampling import Sampler
 CELLS = 20
 ALARM = 1e-3
 """Chance that a run of nothing but lossless texts fails the sampling test."""
+
 Ids = dict[str, list[int]]
 """Prompt id -> token ids."""
 

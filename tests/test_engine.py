@@ -252,8 +252,12 @@ def test_the_kernel_that_was_timed_faster_is_taken(llama, monkeypatch) -> None:
     slow = {(plain, 1): 1.0, (onednn, 1): 0.95, (plain, 2): 2.0, (onednn, 2): 1.0}
     monkeypatch.setattr(kernels, "_seconds", lambda kernel, x, weights: slow.get((kernel, min(2, len(x)))))
     assert kernels.choose(layers) == [plain, plain] + [onednn] * 8, "clearly faster from two rows on, not at one"
-    expected = autoregressive(SplitBackbone(llama, head_for(llama, 1)), Request(PROMPT, 20), Sampler()).tokens
-    assert expected == transformers_greedy(llama, 20), "and the text stays what it is"
+    fresh = load(llama.config._name_or_path)  # a model's kernels are chosen once, with its first engine
+    engine = SplitBackbone(fresh, head_for(fresh, 1))
+    assert engine._kernels == kernels.choose(layers)
+    expected = transformers_greedy(llama, 20)
+    assert autoregressive(engine, Request(PROMPT, 20), Sampler()).tokens == expected, "the text stays what it is"
+    assert self_speculative(engine, Request(PROMPT, 20), Sampler(), Fixed(3)).tokens == expected
     bf16 = [w._replace(gate_up_weight=w.gate_up_weight.bfloat16()) for w in layers]
     assert kernels.choose(bf16) == [plain] * 10
 

@@ -231,8 +231,7 @@ class SplitBackbone:
         cos_M1C, sin_M1C = cos_T1C.narrow(0, base, m), sin_T1C.narrow(0, base, m)
         mask = None
         if m > 1 and base > 0:
-            repeats = self.shape.heads // self.shape.kv_heads
-            mask = causal_mask(positions_T[base : base + m], base + m, repeats, self.dtype)
+            mask = causal_mask(positions_T[base : base + m], base + m, self.shape.repeats, self.dtype)
         return Rows(None, cos_M1C, sin_M1C, mask, self._kernel(m))
 
     def _kernel(self, m: int):

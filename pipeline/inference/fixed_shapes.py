@@ -31,7 +31,7 @@ def run_fixed(
     layers: list[LayerWeights], keys: Tensor, values: Tensor,
 ) -> Tensor:  # fmt: skip
     """`run_layers` with everything that depends on the positions computed from tensors."""
-    mask = causal_mask(positions_W, keys.shape[3], shape.heads // shape.kv_heads, hidden_WD.dtype)
+    mask = causal_mask(positions_W, keys.shape[3], shape.repeats, hidden_WD.dtype)
     rows = Rows(positions_W, cos_T1C[positions_W], sin_T1C[positions_W], mask)
     return run_layers(hidden_WD, layers, shape, rows, keys, values)
 

@@ -83,6 +83,11 @@ class Shape:
     head_dim: int
     eps: float
 
+    @property
+    def repeats(self) -> int:
+        """R, the query heads that share keys and values."""
+        return self.heads // self.kv_heads
+
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x weight + bias + residual by torch's own product for the device. weight is [in, out]."""

@@ -36,7 +36,7 @@ def run(run: RunDir) -> None:
     settings = prompts.evaluation_settings(run.config)
     source = prompts.source_record(settings, "evaluate")
     outside = {"prompts": source.get("sha256") or source["revision"]}
-    if config.states is not None and Path(config.states).is_file():
+    if config.states is not None:
         outside["states"] = sha256_of(Path(config.states))
     if not run.plan("evaluate", folders, outside):
         print("evaluate: done already")
@@ -185,8 +185,6 @@ def check(config: Config) -> None:
             make_controller(name)
         except ValueError as error:
             raise UserError(f"evaluate.controllers={names}: {error}") from None
-    if not names:
-        raise UserError("evaluate.controllers=[]: at least one controller is needed, e.g. [fixed:3]")
     if config.evaluate.states is not None:
         path = Path(config.evaluate.states).resolve()
         if not path.is_file():
