@@ -5,17 +5,20 @@ UserError. Knows nothing of what the stages do with them.
 """
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from . import pocket
 from .config import Backbone
 from .errors import UserError
-from .inference.exit_head import check_exit_layer, check_family
+from .inference.exit_head import check_exit_layer, check_family, fingerprint_of
 
 BUILT_IN = {"pocket": pocket.BACKBONE}
 
@@ -80,6 +83,38 @@ def load_model(backbone: Backbone, device: torch.device, device_map: str | None 
         )
     model = model.requires_grad_(False).eval()
     return model if device_map else model.to(device)
+
+
+def fingerprint_of_files(backbone: Backbone) -> str:
+    """The backbone's fingerprint from a few rows of its safetensors files, without loading it."""
+    config = load_config(backbone)
+    where = {"revision": backbone.revision}
+    with _explained(backbone), contextlib.ExitStack() as opened:
+        source = source_of(backbone)
+        index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **where)
+        places = json.loads(Path(index).read_text())["weight_map"] if index else {}
+        files: dict[str, Any] = {}
+
+        def weight(name: str) -> Any:
+            if name == "lm_head.weight" and config.tie_word_embeddings:
+                name = "model.embed_tokens.weight"
+            file = places.get(name, "model.safetensors")
+            if file not in files:
+                path = cached_file(source, file, **where)
+                files[file] = opened.enter_context(safe_open(path, framework="pt"))
+            return _Rows(files[file].get_slice(name))
+
+        return fingerprint_of(config, weight)
+
+
+class _Rows:
+    """Rows of a tensor that stays in its file."""
+
+    def __init__(self, inside: Any):
+        self.inside, self.shape = inside, tuple(inside.get_shape())
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return self.inside[rows]
 
 
 def check_exit_layers(exit_layers: list[int], num_layers: int) -> None:

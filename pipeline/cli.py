@@ -7,6 +7,7 @@ head. Anything else is a bug and shows its traceback. Knows nothing of what happ
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from .config import Config, help_text, load
 from .errors import GateError, UserError
@@ -15,7 +16,8 @@ from .rundir import STAGES, RunDir
 VERBS = {
     "generate": (
         "The backbone answers prompts; the answers are what the exit heads learn from.",
-        "Writes responses/. Killed and run again, it goes on at the first missing shard.",
+        "Writes responses/. Any number of processes may run it at once, on machines that share the run folder; killed "
+        "and run again, it goes on with what is missing.",
         ["seed", "run", "machine", "backbone", "prompts", "generate"],
     ),
     "distill": (
@@ -61,6 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--redo", choices=STAGES, metavar="STAGE", help="make this stage anew (with run: and all after it)"
         )
+        if verb == "generate":
+            looks = sub.add_mutually_exclusive_group()
+            looks.add_argument("--status", action="store_true", help="print progress, who works, rate and time left")
+            looks.add_argument("--verify", action="store_true", help="hash every shard again, count every turn")
+            looks.add_argument("--show", type=int, metavar="N", help="print N documents as distill will learn from them")
         sub.add_argument("words", nargs="*", metavar="key=value", help="wins over the file")
     return parser
 
@@ -76,7 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         config = load(args.config, args.words)
-        run_verb(args.verb, config, args.redo)
+        if args.verb == "generate" and (args.status or args.verify or args.show is not None):
+            look(config, args.status, args.verify, args.show)
+        else:
+            run_verb(args.verb, config, args.redo)
     except (UserError, GateError) as error:
         print(f"exit-heads {args.verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -107,6 +117,22 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
         from .report import closing_table
 
         closing_table(run)
+
+
+def look(config: Config, status: bool, verify: bool, show: int | None) -> None:
+    """Print what there is of the responses; nothing is changed."""
+    from . import inspection
+
+    if not (Path(config.run.dir) / config.run.name).is_dir():
+        raise UserError(f"run.name={config.run.name}: there is no run folder {config.run.dir}/{config.run.name}")
+    run = RunDir(config)
+    if status:
+        for line in inspection.status(run):
+            print(line)
+    elif verify:
+        print(inspection.verify(run))
+    elif show is not None:
+        inspection.show(run, show)
 
 
 def _stage(name: str):

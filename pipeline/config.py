@@ -72,13 +72,20 @@ class EvaluatePrompts(Prompts):
 
 @dataclass
 class Generate:
-    engine: str = option("padded", "padded (padded batches) or continuous (transformers' continuous batching)")
+    engine: str = option(
+        "padded",
+        "who answers: padded (padded batches) or continuous (transformers' continuous batching) in process; speculative "
+        "(one by one, drafted by an exit head trained before); server (machine.servers); original (nobody: the answers "
+        "that the prompts' source gives)",
+    )
+    exit_head: str | None = option(None, "of engine speculative: the head's folder, such as runs/NAME/heads/exit-2")
+    controller: str = option("fixed:2", "of engine speculative: fixed:K, confidence:T or entropy:T, which learn nothing")
     num_prompts: int = option(384, "prompts to answer, the first of the shuffled set; 0 = all")
     max_new_tokens: int = option(128, "longest response, in tokens")
     temperatures: list[float] = option([0.0, 1.0], "mixed over the prompts in turn; 0 is greedy")
     top_p: float = option(1.0, "nucleus of the sampled responses")
     batch_size: int = option(64, "prompts answered together")
-    shard_size: int = option(128, "responses per parquet shard: the unit that is redone after a kill")
+    shard_size: int = option(128, "prompts of a shard: what a process claims, and makes anew if another was killed at it")
 
 
 @dataclass
@@ -251,7 +258,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "prompts.held_out": _SHARE,
     "prompts.too_long": _one_of("error", "drop"),
     "evaluate.prompts.too_long": _one_of("error", "drop"),
-    "generate.engine": _one_of("padded", "continuous"),
+    "generate.engine": _one_of("padded", "continuous", "speculative", "server", "original"),
     "generate.num_prompts": _NOT_NEGATIVE,
     "generate.max_new_tokens": _POSITIVE,
     "generate.temperatures": _TEMPERATURES,

@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from .config import Config, to_dict
@@ -58,6 +59,11 @@ TEMPORARY = ".tmp-"
 """How names begin that are not final; what a killed process leaves under them is no part of anything."""
 
 
+def who() -> str:
+    """How names end that are not final: several processes, on several machines, may write to one folder."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
 class RunDir:
     """Paths and marks of one run. Raises UserError when the folder cannot be written."""
 
@@ -66,7 +72,7 @@ class RunDir:
         self.path = Path(config.run.dir) / config.run.name
         try:
             (self.path / "stages").mkdir(parents=True, exist_ok=True)
-            probe = self.path / "stages" / f".probe-{os.getpid()}"
+            probe = self.path / "stages" / f".probe-{who()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -100,14 +106,19 @@ class RunDir:
         return mark["state"] != "done"
 
     @contextlib.contextmanager
-    def stage(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    def stage(
+        self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None, *, shared: bool = False
+    ) -> Iterator[dict[str, Any]]:
         """Marks the stage begun, gives a dict for results worth keeping, marks it done at the end.
+
+        `shared`: other processes may be at the same stage now, so what lies under temporary names stays.
 
         A UserError before anything was written takes a new mark back: what the user then changes needs no --redo.
         Once there is work to go on from, the mark stays, or that work could be mixed with another config's.
         """
         now = self._now(stage, inputs, outside)
-        self._sweep(stage)
+        if not shared:
+            self._sweep(stage)
         atomic_write(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
         fresh = self._read_mark(stage) is None
         self._write_mark(stage, {"state": "begun", **now})
@@ -121,8 +132,9 @@ class RunDir:
                 self._mark(stage).unlink()
             raise
         record |= {"seconds": round(time.time() - started, 1), **summary}
-        records = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else []
-        atomic_write(self.path / "run.json", json.dumps([*records, record], indent=1) + "\n")
+        with FileLock(self.path / "stages" / ".run.json.lock"):
+            records = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else []
+            atomic_write(self.path / "run.json", json.dumps([*records, record], indent=1) + "\n")
         self._write_mark(stage, {"state": "done", **now})
 
     def _has_output(self, stage: str) -> bool:
@@ -176,7 +188,7 @@ def _short(value: Any) -> str:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary neighbour of `path` to write to (a file or a folder); renamed onto it when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}"
+    temporary = path.parent / f"{TEMPORARY}{path.name}-{who()}"
     _remove(temporary)
     try:
         yield temporary
@@ -184,11 +196,38 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _remove(path)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise cannot_write(path, error) from None
     finally:
         _remove(temporary)
+
+
+def cannot_write(path: Path, error: OSError) -> Exception:
+    """What to raise: a UserError for what the user can change (a full disk, a missing right), else the error itself."""
+    if error.errno not in CANNOT_WRITE:
+        return error
+    return UserError(f"cannot write {path}: {error.strerror or error}")
+
+
+def place_once(temporary: Path, path: Path) -> bool:
+    """Put a finished file under its final name unless one is there already; True if it was put there.
+
+    Of several processes one wins, and what has once been there is never replaced. The temporary name is gone after it.
+    """
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())  # a name must not survive a crash that its content does not
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        if path.exists():  # a file system without hard links: the same but for a moment between these two lines
+            return False
+        os.rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
 
 
 def atomic_write(path: Path, text: str) -> None:

@@ -17,12 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import Config, load
 from pipeline.errors import UserError
-from pipeline.generation import ENGINES, Sampling, sample
+from pipeline.engines import Question, Sampling
+from pipeline.engines.continuous import Continuous
+from pipeline.engines.padded import Padded, sample
 from pipeline.inference.exit_head import FAMILIES
 from pipeline.rundir import RunDir
 from pipeline.stages import generate
 
 END = 256
+ENGINES = {"padded": Padded, "continuous": Continuous}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,11 @@ def _end_early(folder: Path) -> None:
 
 def _load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def _answers(engine, prompts: list[list[int]], temperatures: list[float], sampling: Sampling) -> list[list[int]]:
+    questions = [Question(ids, [], t) for ids, t in zip(prompts, temperatures, strict=True)]
+    return [answer.ids for answer in engine.answer(questions, sampling)]
 
 
 def _prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -62,7 +70,7 @@ def test_greedy_answers_are_those_of_each_prompt_alone(tmp_path, family, engine)
     model, prompts = _load(folder), _prompts(9)
     expected = [_alone(model, p, 20) for p in prompts]
     assert len({len(e) for e in expected}) > 2, "rows should leave their batch at different times"
-    assert ENGINES[engine](model, prompts, [0.0] * 9, Sampling(20, 1.0, 4, seed=1)) == expected
+    assert _answers(ENGINES[engine](model), prompts, [0.0] * 9, Sampling(20, 1.0, 4, seed=1)) == expected
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -73,7 +81,7 @@ def test_a_call_is_a_pure_function_of_its_arguments(backbone, engine):
     for seed in (5, 5, 6):
         torch.manual_seed(len(answers))  # what ran before must not matter
         before = torch.get_rng_state()
-        answers.append(ENGINES[engine](model, prompts, temperatures, Sampling(16, 0.9, 4, seed)))
+        answers.append(_answers(ENGINES[engine](model), prompts, temperatures, Sampling(16, 0.9, 4, seed)))
         assert torch.equal(before, torch.get_rng_state())
     assert answers[0] == answers[1]
     greedy = [i for i, t in enumerate(temperatures) if t == 0]
@@ -140,8 +148,8 @@ def test_what_is_written(tmp_path, backbone):
     run = _run(_config(tmp_path, backbone, "generate.temperatures=[0.0,0.7,1.0]"))
     manifest = json.loads((run / "responses" / "manifest.json").read_text())
     files = sorted(p.name for p in (run / "responses").iterdir())
-    assert files == ["manifest.json"] + [f"shard-0000{i}.parquet" for i in range(4)]
-    assert manifest["schema"] == 1 and manifest["complete"]
+    assert files == ["entries", "manifest.json", "prompts.parquet"] + [f"shard-0000{i}.parquet" for i in range(4)]
+    assert manifest["schema"] == 2 and manifest["complete"]
     assert manifest["prompts"]["name"] == "prompts.jsonl" and str(tmp_path) not in json.dumps(manifest["prompts"])
     assert manifest["backbone"]["name"] == "tiny-llama" and manifest["backbone"]["model_type"] == "llama"
     for shard in manifest["shards"]:
@@ -261,10 +269,3 @@ def test_a_backbone_that_says_nothing_is_an_error(tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(258))}))
     with pytest.raises(UserError, match="end token alone"):
         _run(_config(tmp_path, folder))
-
-
-def test_repeated_8_grams():
-    assert not generate.repeats_itself(list(range(30)))
-    assert not generate.repeats_itself([1, 2, 3])
-    assert generate.repeats_itself([*range(10), 99, *range(8)])
-    assert not generate.repeats_itself([*range(10), 99, *range(7)])

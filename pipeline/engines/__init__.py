@@ -1,0 +1,49 @@
+"""The ways to answer questions, by the name that generate.engine gives them.
+
+Takes a config, and loads a model only where the engine runs one itself. Knows nothing of prompts' sources or of files.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..errors import UserError
+from ..inference.exit_head import ExitHead
+from .asking import Answer, Engine, Question, Report, Sampling, end_tokens
+from .continuous import Continuous
+from .original import Original
+from .padded import Padded
+from .speculative import Speculative
+
+__all__ = ["IN_PROCESS", "Answer", "Engine", "Question", "Report", "Sampling", "end_tokens", "make_engine"]
+
+IN_PROCESS = ("padded", "continuous", "speculative")
+"""Engines that run the backbone themselves; the others need its tokenizer alone."""
+
+
+def make_engine(config: Config, load_model: Callable[[], Any], tokenizer: Any) -> Engine:
+    """The engine of generate.engine. Raises UserError for a head or a server that will not do."""
+    name = config.generate.engine
+    if name == "original":
+        return Original(tokenizer)
+    if name == "speculative":
+        head = _head(config)  # before a large model is loaded
+        try:
+            return Speculative(load_model(), head, config.generate.controller)
+        except ValueError as error:
+            raise UserError(f"generate.exit_head={config.generate.exit_head}: {error}") from None
+    return {"padded": Padded, "continuous": Continuous}[name](load_model())
+
+
+def _head(config: Config) -> ExitHead:
+    path = config.generate.exit_head
+    if path is None:
+        raise UserError(
+            "generate.exit_head=null: generate.engine=speculative drafts with an exit head trained before; "
+            "give its folder, such as runs/NAME/heads/exit-2"
+        )
+    try:
+        return ExitHead.load(Path(path))
+    except ValueError as error:
+        raise UserError(f"generate.exit_head={error}") from None

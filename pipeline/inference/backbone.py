@@ -38,12 +38,22 @@ class SplitBackbone:
 
     fixed_shapes: on a GPU, replay passes of fixed widths as CUDA graphs instead of launching every kernel. Then there
     is one cache, and one text at a time.
+    timed_kernels: choose matrix products by timing (kernels.py); without, the same everywhere, which another process
+    needs to compute the same to the last bit.
 
     Raises ValueError for an unknown family, N out of range, a head of another backbone, or a device map that splits or
     offloads a layer.
     """
 
-    def __init__(self, model: nn.Module, head: ExitHead, *, check: bool = True, fixed_shapes: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        head: ExitHead,
+        *,
+        check: bool = True,
+        fixed_shapes: bool = False,
+        timed_kernels: bool = True,
+    ):
         config = model.config
         check_family(config.model_type)
         check_exit_layer(head.exit_layer, config.num_hidden_layers)
@@ -81,7 +91,7 @@ class SplitBackbone:
         self._fixed = FixedShapes(self.shape) if fixed_shapes else None
         self._fixed_cache: KVCache | None = None
         self.blocks = self._cut([*devices, self.device])
-        self._kernels = _kernels_of(model, self.layers[:-1])
+        self._kernels = _kernels_of(model, self.layers[:-1], timed_kernels)
 
     def _cut(self, devices: list[torch.device]) -> list[Block]:
         """Blocks that end at N, at L, and where the device changes."""
@@ -248,12 +258,12 @@ def _device_of(part: nn.Module, name: str) -> torch.device:
     return found.pop()
 
 
-def _kernels_of(model: nn.Module, layers: list[LayerWeights]) -> list:
+def _kernels_of(model: nn.Module, layers: list[LayerWeights], timed: bool) -> list:
     """Timed once for a model and a number of threads: all its heads and their baseline use the same."""
     known = model.__dict__.setdefault("_kernels", {})
-    key = layers[0].gate_up_weight.data_ptr(), torch.get_num_threads()
+    key = layers[0].gate_up_weight.data_ptr(), torch.get_num_threads(), timed
     if key not in known:
-        known[key] = choose(layers)
+        known[key] = choose(layers, timed)
     return known[key]
 
 

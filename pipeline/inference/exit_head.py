@@ -7,6 +7,7 @@ turn the layer's output into draft logits. Knows nothing of decoding or training
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,19 +101,28 @@ def new_exit_layer(model: nn.Module) -> nn.Module:
 
 
 def fingerprint(model: nn.Module) -> str:
+    """`fingerprint_of` a model in memory."""
+    return fingerprint_of(model.config, model.get_parameter)
+
+
+def fingerprint_of(config: Any, weight: Callable[[str], Any]) -> str:
     """sha256 of the architecture, the vocabulary size and a fixed sample of the weights, cast to bfloat16.
 
-    The cast makes a checkpoint and its float32 copy the same backbone; fine-tuning makes it another one.
+    The cast makes a checkpoint and its float32 copy the same backbone; fine-tuning makes it another one. `weight` gives
+    a tensor by its name, or what has `shape` and rows of one: a slice of a file that was not read.
     """
-    c = model.config
     fields = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
-    digest = hashlib.sha256(json.dumps([getattr(c, f, None) for f in fields]).encode())
-    layers = model.model.layers
-    samples = [model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight]
-    for layer in (layers[0], layers[len(layers) // 2], layers[-1]):
-        samples += [layer.self_attn.q_proj.weight, layer.mlp.down_proj.weight]
-    for weight in samples:
-        rows = weight if weight.ndim == 1 else weight[:: max(1, len(weight) // 8)][:8]
+    digest = hashlib.sha256(json.dumps([getattr(config, f, None) for f in fields]).encode())
+    samples = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    for i in (0, config.num_hidden_layers // 2, config.num_hidden_layers - 1):
+        samples += [f"model.layers.{i}.self_attn.q_proj.weight", f"model.layers.{i}.mlp.down_proj.weight"]
+    for name in samples:
+        tensor = weight(name)
+        count = tensor.shape[0]
+        if len(tensor.shape) == 1:
+            rows = tensor[0:count]
+        else:
+            rows = torch.cat([tensor[i : i + 1] for i in range(0, count, max(1, count // 8))[:8]])
         digest.update(rows.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -23,10 +23,11 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     return out if residual is None else out.add_(residual)
 
 
-def choose(layers: list[LayerWeights]) -> list[Linear]:
-    """The kernel for m rows at index min(m, 9); index 0 is unused. Anything but float32 on a CPU stays with `plain`."""
+def choose(layers: list[LayerWeights], timed: bool = True) -> list[Linear]:
+    """The kernel for m rows at index min(m, 9); index 0 is unused. Untimed, and anything but float32 on a CPU,
+    stays with `plain`."""
     weight = layers[0].gate_up_weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _has_onednn():
+    if not timed or weight.device.type != "cpu" or weight.dtype != torch.float32 or not _has_onednn():
         return [plain] * (WIDTHS[-1] + 1)
     weights = [w.gate_up_weight for w in layers[:8]]  # several, so that none waits in the cache
     kernels: list[Linear] = [plain] * (WIDTHS[-1] + 1)

@@ -1,100 +1,85 @@
 """generate: the backbone answers prompts; its answers are what the exit heads learn from.
 
-Takes the config's backbone and prompts, gives responses/shard-*.parquet and manifest.json. A shard is a pure
-function of the config and its number, so a killed run goes on at the first shard that is missing and ends with
-the same responses. Knows nothing of exit heads.
+Takes the config's backbone and prompts, gives responses/ (responses.py). A shard is a pure function of the config and
+its number, so any number of processes share the work, and a killed one loses no more than the shard it was at. Each
+turn of a conversation is answered in its own context, behind the backbone's answers to the turns before. Knows nothing
+of exit heads, but that an engine may draft with one.
 """
 
 import hashlib
 import json
 import time
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from ..backbones import device_of, load_config, load_model, load_tokenizer, public_name
+from ..backbones import device_of, fingerprint_of_files, load_config, load_model, load_tokenizer, public_name
 from ..config import Config, to_dict
+from ..engines import IN_PROCESS, Answer, Engine, Question, Report, Sampling, make_engine
 from ..errors import UserError
-from ..generation import ENGINES, Report, Sampling, end_tokens
-from ..inference.exit_head import fingerprint
-from ..prompts import Prompt, encode, load_prompts, source_record
-from ..rundir import RunDir, atomic_path, atomic_write, sha256_of
+from ..metrics import repeated_share
+from ..prompts import Prompt, context_ids, encode, load_prompts, source_record
+from ..responses import COUNTS, Responses
+from ..rundir import RunDir, sha256_of, who
+from ..turns import next_turn
 
-SCHEMA = 1
-COLUMNS = pa.schema(
-    [
-        ("id", pa.string()),
-        ("prompt", pa.string()),
-        ("prompt_ids", pa.list_(pa.int32())),
-        ("response_ids", pa.list_(pa.int32())),
-        ("finish_reason", pa.string()),
-        ("temperature", pa.float64()),
-        ("seed", pa.int64()),
-    ]
-)
-REPEATED = 8
-"""A response that holds some run of this many tokens twice has begun to loop."""
-
-Row = tuple[Prompt, list[int]]
+WAIT = 0.5
+"""Seconds between two looks at what other processes are doing."""
 
 
 def run(run: RunDir) -> None:
-    config = run.config
+    responses, manifest = Responses(run / "responses"), None
     must_run = run.plan("generate", [])
-    manifest = _read_manifest(run)
-    if not must_run:
-        _check_source(config, manifest, gone_is_fine=True)
+    manifest = responses.manifest()
+    if not must_run and all(responses.has(name) for name in responses.names()):
+        _check_source(run.config, manifest, gone_is_fine=True)
         print("generate: done already")
         return
     # All that a user can get wrong comes before the stage is marked as begun: a mark would ask for --redo.
-    _check_source(config, manifest)
-    rows = _rows(config)
-    if config.machine.threads > 0:
-        torch.set_num_threads(config.machine.threads)
-    model = load_model(config.backbone, device_of(config.machine.device), config.machine.device_map)
-    manifest = _go_on(run, manifest, model)
-    with run.stage("generate", []) as summary:
-        _write_manifest(run, manifest)
-        speed = _answer_shards(run, manifest, model, rows)
-        summary |= _summary(manifest, speed)
+    _check_source(run.config, manifest)
+    worker = Worker(run.config, responses)
+    head = worker.head()
+    _check_backbone(run.config, manifest, head)
+    rows = _rows(run.config, worker.tokenizer, worker.context) if manifest is None else []
+    with run.stage("generate", [], shared=True) as summary:
+        if manifest is None:
+            responses.begin(head, _in_shards(rows, run.config.generate.shard_size))
+        speed = worker.work()
+        summary |= _summary(responses, speed)
     _print_summary(summary)
 
 
 # ---- what is asked
 
 
-def _rows(config: Config) -> list[Row]:
+def _rows(config: Config, tokenizer: Any, context: int) -> list[tuple[Prompt, list[int]]]:
     """Prompts and their ids in the order of the shards."""
     found = load_prompts(config.prompts, "distill", config.seed)
     wanted = config.generate.num_prompts
-    context = load_config(config.backbone).max_position_embeddings
     # Dropping the too long ones first keeps the number of prompts what was asked for.
     first = found if config.prompts.too_long == "drop" or not wanted else found[:wanted]
-    tokenizer = load_tokenizer(config.backbone)
     rows = encode(first, tokenizer, config.prompts, context, config.generate.max_new_tokens)
-    if several := sum(len(prompt.turns) > 1 for prompt, _ in rows):
-        print(f"prompts.path={config.prompts.path}: {several} prompts have more turns; only the first is answered")
     if wanted > len(rows):
         print(f"generate.num_prompts={wanted}: there are {len(rows)} prompts; all of them are answered")
     return rows[:wanted] if wanted else rows
 
 
-def shard_seed(seed: int, index: int) -> int:
-    """Of one shard's sampling: below 2^53, so that JSON readers keep it exactly."""
-    return int.from_bytes(hashlib.sha256(f"generate {seed} {index}".encode()).digest()[:8]) >> 11
+def _in_shards(rows: list[tuple[Prompt, list[int]]], size: int) -> Iterator[list[tuple[str, list[int]]]]:
+    for at in range(0, len(rows), size):
+        yield [(json.dumps(asdict(prompt), ensure_ascii=False), ids) for prompt, ids in rows[at : at + size]]
 
 
-# ---- the manifest: which shards are there, and of what
+def _prompt(text: str) -> Prompt:
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+    return Prompt(**fields)
 
 
-def _read_manifest(run: RunDir) -> dict[str, Any] | None:
-    path = run / "responses" / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else None
+# ---- is it still what was begun?
 
 
 def _check_source(config: Config, manifest: dict[str, Any] | None, *, gone_is_fine: bool = False) -> None:
@@ -116,125 +101,204 @@ def _check_source(config: Config, manifest: dict[str, Any] | None, *, gone_is_fi
         )
 
 
-def _go_on(run: RunDir, old: dict[str, Any] | None, model: Any) -> dict[str, Any]:
-    """The manifest to go on with: of an interrupted run, those shards that are whole.
-
-    Raises UserError if that run had other weights.
-    """
-    config = run.config
-    backbone = {
-        "name": public_name(config.backbone),
-        "revision": config.backbone.revision,
-        "fingerprint": fingerprint(model),
-        "model_type": model.config.model_type,
-    }
-    if old is not None and old["backbone"]["fingerprint"] != backbone["fingerprint"]:
+def _check_backbone(config: Config, old: dict[str, Any] | None, new: dict[str, Any]) -> None:
+    """Raises UserError if the responses were begun with other weights."""
+    if old is None:
+        return
+    if old["backbone"]["fingerprint"] != new["backbone"]["fingerprint"]:
         raise UserError(
             f"backbone.name_or_path={config.backbone.name_or_path}: its weights have changed since the responses were "
             "begun. Restore them, give another run.name, or --redo generate."
         )
-    kept = [s for s in (old["shards"] if old else []) if _is_whole(run / "responses" / s["file"], s["sha256"])]
-    return {
-        "schema": SCHEMA,
-        "shards": kept,
-        "complete": False,
-        "backbone": backbone,
-        "sampling": {"seed": config.seed} | to_dict(config.generate),
-        "prompts": source_record(config.prompts),
-        "responses": {},
-    }
+    if old["sampling"].get("head_sha256") != new["sampling"].get("head_sha256"):
+        raise UserError(
+            f"generate.exit_head={config.generate.exit_head}: another head than the one that the responses were begun "
+            "with. Restore it, give another run.name, or --redo generate."
+        )
 
 
-def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_file() and sha256_of(path) == sha256
+# ---- one process at work
 
 
-def _write_manifest(run: RunDir, manifest: dict[str, Any]) -> None:
-    manifest["shards"].sort(key=lambda s: s["file"])
-    total: Counter[str] = Counter()
-    for shard in manifest["shards"]:
-        total.update(shard["counts"])
-    manifest["responses"] = dict(total)
-    atomic_write(run / "responses" / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+class Worker:
+    """What one process needs to answer shards: an engine, a tokenizer, and the folder all of them share."""
+
+    def __init__(self, config: Config, responses: Responses):
+        if config.machine.threads > 0:
+            torch.set_num_threads(config.machine.threads)
+        self.config, self.responses = config, responses
+        self.tokenizer = load_tokenizer(config.backbone)
+        model_config = load_config(config.backbone)
+        self.context, self.model_type = model_config.max_position_embeddings, model_config.model_type
+        self.device = device_of(config.machine.device)
+        self.engine: Engine = make_engine(
+            config, partial(load_model, config.backbone, self.device, config.machine.device_map), self.tokenizer
+        )
+
+    def head(self) -> dict[str, Any]:
+        """What the manifest says of how the responses are made."""
+        config = self.config
+        sampling: dict[str, Any] = {"seed": config.seed, "reproducible": self.engine.reproducible}
+        sampling |= to_dict(config.generate)
+        folder = sampling.pop("exit_head")
+        if config.generate.engine == "speculative":
+            sampling["head_sha256"] = sha256_of(folder)  # of a folder of this machine nothing else is said
+        return {
+            "backbone": {
+                "name": public_name(config.backbone),
+                "revision": config.backbone.revision,
+                "fingerprint": fingerprint_of_files(config.backbone),
+                "model_type": self.model_type,
+            },
+            "sampling": sampling,
+            "prompts": source_record(config.prompts),
+        }
+
+    def work(self) -> float:
+        """Make what is missing, together with whoever else is at it, until all is there; returns the tokens/s of this
+        process (0 if there was nothing left for it)."""
+        self.responses.sweep()
+        manifest = self.responses.manifest()
+        assert manifest is not None
+        started, tokens, told = time.time(), 0, False
+        bar = tqdm(total=manifest["asked"]["prompts"], desc="generate", unit="prompt")
+
+        def report(finished: int, new_tokens: int) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s", refresh=False)
+            bar.update(0)
+
+        missing = dict(enumerate(self.responses.names()))
+        with bar:
+            while missing or not self._complete():
+                if not missing:  # some were there and not what their entries said
+                    missing, bar.n = dict(enumerate(self.responses.names())), 0
+                before = len(missing)
+                for index, name in list(missing.items()):
+                    self._claim_and_make(index, name, report)
+                    if self.responses.has(name):
+                        bar.update(self.responses.entry(name)["counts"]["prompts"])  # type: ignore[index]
+                        del missing[index]
+                if missing and len(missing) == before:
+                    told = told or self._tell_who_holds()
+                    time.sleep(WAIT)
+        return round(tokens / (time.time() - started), 1) if tokens else 0.0
+
+    def _complete(self) -> bool:
+        """Whether the manifest is complete; the first who sees that all shards are there completes it."""
+        with self.responses.claims.hold("manifest") as mine:
+            manifest = self.responses.manifest()
+            if manifest and manifest["complete"] and all(map(self.responses.has, self.responses.names())):
+                return True
+            if mine:
+                return self.responses.finish()
+        time.sleep(WAIT)
+        return False
+
+    def _tell_who_holds(self) -> bool:
+        holders = self.responses.claims.holders()
+        at = ", ".join(f"{name} ({h.host}, process {h.pid})" for name, h in holders.items())
+        tqdm.write(f"generate: waiting for other processes: {at}")
+        return bool(holders)
+
+    def _claim_and_make(self, index: int, name: str, report: Report) -> None:
+        """Make a shard unless it is there, or another process is at it."""
+        if self.responses.has(name):
+            return
+        with self.responses.claims.hold(name) as mine:
+            if mine and not self.responses.has(name) and not self.responses.adopt(name):
+                started = time.time()
+                asked = [(_prompt(text), ids) for text, ids in self.responses.asked(index)]
+                rows, counts = self.answer_shard(asked, index, report)
+                self.responses.put(name, rows, counts, self._made(started))
+
+    def _made(self, started: float) -> dict[str, Any]:
+        """Who made a shard: what could make another's bits differ, and how fast it was."""
+        return {
+            "worker": who(),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "seconds": round(time.time() - started, 3),
+            "finished": round(time.time(), 3),
+        }
+
+    def answer_shard(
+        self, asked: list[tuple[Prompt, list[int]]], index: int, report: Report | None = None
+    ) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        """The rows of one shard and its counts: a pure function of config, weights, prompts and the shard's number.
+
+        Turn by turn: all first turns, then the second turns of those whose first answer came to its end, and so on. A
+        conversation ends at an answer that is empty or was cut, and where the next turn leaves no room for an answer.
+        """
+        g = self.config.generate
+        first = index * g.shard_size  # in turn over all prompts, not anew in each shard
+        temperatures = [g.temperatures[(first + i) % len(g.temperatures)] for i in range(len(asked))]
+        counts = Counter(dict.fromkeys(COUNTS, 0), prompts=len(asked), turns=sum(len(p.turns) for p, _ in asked))
+        rows: list[tuple[int, dict[str, Any]]] = []
+        now = [(place, prompt, ids) for place, (prompt, ids) in enumerate(asked)]
+        turn = 1
+        while now:
+            seed = shard_seed(self.config.seed, index, turn)
+            questions = [
+                Question(list(ids), prompt.conversation, temperatures[place], prompt.original)
+                for place, prompt, ids in now
+            ]
+            answers = self.engine.answer(questions, Sampling(g.max_new_tokens, g.top_p, g.batch_size, seed), report)
+            later: list[tuple[int, Prompt]] = []
+            for (place, prompt, _), question, answer in zip(now, questions, answers, strict=True):
+                counts["tokens"] += len(answer.ids)
+                left = len(prompt.turns) - len(prompt.answers) - 1
+                if len(answer.ids) <= answer.finished:  # nothing, or an end token alone
+                    counts.update(empty=1, unanswered=left)
+                    continue
+                rows.append((place, self._row(prompt, question, answer, seed)))
+                counts.update(rows=1, inexact=not answer.exact, looping=repeated_share(answer.ids) > 0)
+                counts["stop" if answer.finished else "length"] += 1
+                if left and answer.finished:
+                    text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+                    later.append((place, next_turn(prompt, text)))
+                else:
+                    counts["unanswered"] += left
+            now = []
+            contexts = context_ids([prompt for _, prompt in later], self.tokenizer, self.config.prompts)
+            for (place, prompt), ids in zip(later, contexts, strict=True):
+                if len(ids) <= self.context - g.max_new_tokens:
+                    now.append((place, prompt, ids))
+                else:
+                    counts["unanswered"] += len(prompt.turns) - len(prompt.answers)
+            turn += 1
+        rows.sort(key=lambda entry: entry[0])  # stable: the turns of a conversation stay in their order
+        return [row for _, row in rows], {name: int(counts[name]) for name in COUNTS}
+
+    def _row(self, prompt: Prompt, question: Question, answer: Answer, seed: int) -> dict[str, Any]:
+        return {
+            "id": prompt.id,
+            "prompt": prompt.text,
+            "prompt_ids": question.ids,
+            "response_ids": answer.ids,
+            "finish_reason": "stop" if answer.finished else "length",
+            "temperature": question.temperature,
+            "seed": seed,
+            "source": prompt.source,
+            "exact": answer.exact,
+            "reproducible": self.engine.reproducible,
+        }
 
 
-# ---- the shards
-
-
-def _answer_shards(run: RunDir, manifest: dict[str, Any], model: Any, rows: list[Row]) -> float:
-    """Make what is missing; returns the tokens/s of what was made now (0 if nothing was).
-
-    The manifest holds no time of day and no speed: equal responses have equal manifests, and so the stages that
-    read them stay done.
-    """
-    size = run.config.generate.shard_size
-    shards = {f"shard-{at // size:05d}.parquet": rows[at : at + size] for at in range(0, len(rows), size)}
-    there = {s["file"] for s in manifest["shards"]}
-    started, tokens = time.time(), 0
-    bar = tqdm(total=len(rows), desc="generate", unit="response", initial=sum(len(shards[f]) for f in there))
-
-    def report(finished: int, new_tokens: int) -> None:
-        nonlocal tokens
-        tokens += new_tokens
-        bar.update(finished)
-        bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s", refresh=False)
-
-    with bar:
-        for index, (file, part) in enumerate(shards.items()):
-            if file in there:
-                continue
-            table, counts = answer_shard(run.config, model, part, index, report)
-            path = run / "responses" / file
-            with atomic_path(path) as temporary:
-                pq.write_table(table, temporary)
-            manifest["shards"].append(
-                {"file": file, "rows": table.num_rows, "sha256": sha256_of(path), "counts": counts}
-            )
-            _write_manifest(run, manifest)
-    seconds = time.time() - started
-    manifest["complete"] = True
-    _write_manifest(run, manifest)
-    return round(tokens / seconds, 1) if tokens else 0.0
-
-
-def answer_shard(
-    config: Config, model: Any, rows: list[Row], index: int, report: Report | None = None
-) -> tuple[pa.Table, dict[str, int]]:
-    """The table of one shard and its counts: a pure function of the config, the weights and the shard's number."""
-    g = config.generate
-    seed = shard_seed(config.seed, index)
-    first = index * g.shard_size  # in turn over all prompts, not anew in each shard
-    temperatures = [g.temperatures[(first + i) % len(g.temperatures)] for i in range(len(rows))]
-    sampling = Sampling(g.max_new_tokens, g.top_p, g.batch_size, seed)
-    answers = ENGINES[g.engine](model, [ids for _, ids in rows], temperatures, sampling, report)
-    ends = set(end_tokens(model))
-    counts = {"rows": 0, "empty": 0, "tokens": 0, "stop": 0, "length": 0, "looping": 0}
-    columns: dict[str, list[Any]] = {name: [] for name in COLUMNS.names}
-    for (prompt, prompt_ids), answer, temperature in zip(rows, answers, temperatures, strict=True):
-        counts["tokens"] += len(answer)
-        if not answer or (len(answer) == 1 and answer[0] in ends):
-            counts["empty"] += 1
-            continue
-        reason = "stop" if answer[-1] in ends else "length"
-        counts["rows"] += 1
-        counts[reason] += 1
-        counts["looping"] += repeats_itself(answer)
-        row = (prompt.id, prompt.text, prompt_ids, answer, reason, temperature, seed)
-        for name, value in zip(COLUMNS.names, row, strict=True):
-            columns[name].append(value)
-    return pa.Table.from_pydict(columns, schema=COLUMNS), counts
-
-
-def repeats_itself(ids: list[int]) -> bool:
-    """Whether some 8 consecutive tokens occur twice."""
-    runs = [tuple(ids[i : i + REPEATED]) for i in range(len(ids) - REPEATED + 1)]
-    return len(set(runs)) < len(runs)
+def shard_seed(seed: int, index: int, turn: int = 1) -> int:
+    """Of one shard's sampling: below 2^53, so that JSON readers keep it exactly."""
+    later = f" turn {turn}" if turn > 1 else ""
+    return int.from_bytes(hashlib.sha256(f"generate {seed} {index}{later}".encode()).digest()[:8]) >> 11
 
 
 # ---- what is told
 
 
-def _summary(manifest: dict[str, Any], tokens_per_second: float) -> dict[str, Any]:
+def _summary(responses: Responses, tokens_per_second: float) -> dict[str, Any]:
+    manifest = responses.manifest()
+    assert manifest is not None
     total = manifest["responses"]
     if not total["rows"]:
         raise UserError(
@@ -244,6 +308,8 @@ def _summary(manifest: dict[str, Any], tokens_per_second: float) -> dict[str, An
     return {
         "rows": total["rows"],
         "empty": total["empty"],
+        "unanswered": total["unanswered"],
+        "inexact": total["inexact"],
         "tokens": total["tokens"],
         "tokens_per_second": tokens_per_second,
         "finish_reasons": {reason: total[reason] for reason in ("stop", "length")},
@@ -253,8 +319,12 @@ def _summary(manifest: dict[str, Any], tokens_per_second: float) -> dict[str, An
 
 def _print_summary(s: dict[str, Any]) -> None:
     reasons = ", ".join(f"{n} {reason}" for reason, n in s["finish_reasons"].items())
-    empty = f", {s['empty']} empty ones dropped" if s["empty"] else ""
+    dropped = f", {s['empty']} empty ones dropped" if s["empty"] else ""
+    dropped += f", {s['unanswered']} turns not reached" if s["unanswered"] else ""
+    speed = f" at {s['tokens_per_second']:.0f} tokens/s in this process" if s["tokens_per_second"] else ""
     print(
-        f"generate: {s['rows']} responses ({reasons}{empty}), {s['tokens']} tokens at {s['tokens_per_second']:.0f} "
-        f"tokens/s; {s['looping_share']:.0%} repeat some {REPEATED} tokens"
+        f"generate: {s['rows']} responses ({reasons}{dropped}), {s['tokens']} tokens{speed}; "
+        f"{s['looping_share']:.0%} repeat some 8 tokens"
     )
+    if s["inexact"]:
+        print(f"generate: {s['inexact']} of {s['rows']} responses are a server's text encoded anew, not the ids it drew")

@@ -1,0 +1,58 @@
+"""Our own decoder with an exit head trained before: answers one question at a time, each faster.
+
+Takes a backbone, a head and a controller that learns nothing while it runs, so that a text depends on nothing but its
+own seed; gives each question's new ids. Knows nothing of text, files or shards.
+"""
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..inference.backbone import SplitBackbone
+from ..inference.controllers import make_controller
+from ..inference.decoding import Request, self_speculative
+from ..inference.exit_head import ExitHead
+from ..inference.sampling import Sampler
+from .asking import Answer, Question, Report, Sampling, end_tokens
+
+STEADY = ("fixed", "confidence", "entropy")
+"""Controllers without a memory: what they draft depends on the text alone."""
+
+
+class Speculative:
+    """The backbone's own answers, drafted by its first N layers and an exit head."""
+
+    reproducible = True
+
+    def __init__(self, model: nn.Module, head: ExitHead, controller: str):
+        self.controller = steady_controller(controller)
+        self.ends = frozenset(end_tokens(model))
+        # kernels chosen by timing could differ from process to process, and a near tie with them
+        self.backbone = SplitBackbone(model, head, timed_kernels=False)
+        self.device = model.device
+
+    def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:
+        generator = torch.Generator(self.device).manual_seed(sampling.seed)
+        answers = []
+        for q in questions:
+            sampler = Sampler(q.temperature, top_p=sampling.top_p, generator=generator)
+            request = Request(q.ids, sampling.max_new_tokens, self.ends)
+            ids = self_speculative(self.backbone, request, sampler, self.controller).tokens
+            answers.append(Answer(ids, ids[-1] in self.ends))
+            if report is not None:
+                report(1, len(ids))
+        return answers
+
+
+def steady_controller(name: str):
+    """The controller of a name that learns nothing. Raises UserError for others: their answers cannot be repeated."""
+    try:
+        controller = make_controller(name)
+    except ValueError as error:
+        raise UserError(f"generate.{error}") from None
+    if name.partition(":")[0] not in STEADY:
+        raise UserError(
+            f"generate.controller={name}: it learns from text to text, so a shard could not be made again; "
+            "give fixed:K, confidence:T or entropy:T"
+        )
+    return controller
