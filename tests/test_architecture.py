@@ -19,12 +19,12 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
-PARTS = {"backbones", "training", "inference", "generation", "prompts", "turns", "metrics", "losslessness", "report",
+PARTS = {"backbones", "training", "inference", "engines", "responses", "inspection", "prompts", "turns", "metrics", "losslessness", "report",
          "card", "tracking", "pocket", "rivals", "measuring"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"stages", "report"} | FOUNDATION,
+    "cli": {"stages", "report", "inspection"} | FOUNDATION,
     "stages": PARTS | FOUNDATION,
     "card": {"report", "plots", "backbones", "config", "errors"},
     "report": {"plots", "losslessness"} | FOUNDATION,
@@ -37,7 +37,10 @@ ARROWS: dict[str, set[str]] = {
     "turns": {"prompts", "config"},
     "measuring": {"rivals", "prompts", "metrics", "inference", "config", "errors"},
     "prompts": {"pocket"} | FOUNDATION,
-    "generation": {"inference"},
+    "engines": {"inference", "config", "errors"},
+    "inspection": {"responses", "training", "backbones"} | FOUNDATION,
+    "responses": {"claims", "errors", "rundir"},
+    "claims": {"rundir"},
     "metrics": set(),
     "rivals": set(),
     "inference": set(),

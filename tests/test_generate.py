@@ -1,5 +1,6 @@
 """generate: both engines answer as the model itself does, and a run that was killed loses and doubles nothing."""
 
+import contextlib
 import json
 import os
 import random
@@ -12,8 +13,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import tiny_backbone
-from transformers import AutoModelForCausalLM
+from helpers import plant_heads, tiny_backbone
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import Config, load
 from pipeline.errors import UserError
@@ -21,6 +22,7 @@ from pipeline.engines import Question, Sampling
 from pipeline.engines.continuous import Continuous
 from pipeline.engines.padded import Padded, sample
 from pipeline.inference.exit_head import FAMILIES
+from pipeline.responses import Responses
 from pipeline.rundir import RunDir
 from pipeline.stages import generate
 
@@ -148,7 +150,7 @@ def test_what_is_written(tmp_path, backbone):
     run = _run(_config(tmp_path, backbone, "generate.temperatures=[0.0,0.7,1.0]"))
     manifest = json.loads((run / "responses" / "manifest.json").read_text())
     files = sorted(p.name for p in (run / "responses").iterdir())
-    assert files == ["entries", "manifest.json", "prompts.parquet"] + [f"shard-0000{i}.parquet" for i in range(4)]
+    assert files == ["claims", "entries", "manifest.json", "prompts.parquet"] + [f"shard-0000{i}.parquet" for i in range(4)]
     assert manifest["schema"] == 2 and manifest["complete"]
     assert manifest["prompts"]["name"] == "prompts.jsonl" and str(tmp_path) not in json.dumps(manifest["prompts"])
     assert manifest["backbone"]["name"] == "tiny-llama" and manifest["backbone"]["model_type"] == "llama"
@@ -191,20 +193,21 @@ def test_a_killed_run_goes_on_to_the_same_responses(tmp_path, backbone):
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline", "generate", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    manifest = tmp_path / "runs" / "killed" / "responses" / "manifest.json"
+    folder = tmp_path / "runs" / "killed" / "responses"
     deadline = time.time() + 240
-    while not (manifest.exists() and len(json.loads(manifest.read_text())["shards"]) >= 2):
+    while len(entries := sorted(folder.glob("entries/shard-*.json"))) < 2:
         assert process.poll() is None and time.time() < deadline, process.communicate()[0].decode()
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    left = json.loads(manifest.read_text())
-    assert not left["complete"] and 2 <= len(left["shards"]) < 12
-    (manifest.parent / left["shards"][0]["file"]).write_bytes(b"half a shard")  # and the disk lost one
-    (manifest.parent / ".tmp-shard-00002.parquet-1").write_bytes(b"killed while writing")
+    assert not json.loads((folder / "manifest.json").read_text())["complete"]
+    assert len(list(folder.glob("shard-*.parquet"))) < 12
+    kept, lost = (folder / f"{path.stem}.parquet" for path in entries[:2])
+    lost.write_bytes(b"half a shard")  # and the disk lost one
+    (folder / ".tmp-shard-00002.parquet-elsewhere-1").write_bytes(b"killed while writing")
+    os.utime(folder / ".tmp-shard-00002.parquet-elsewhere-1", (0, 0))
 
     config = load(None, words)
-    kept = manifest.parent / left["shards"][1]["file"]
     inode = kept.stat().st_ino
     with pytest.raises(UserError, match=r"seed was 0, is 1"):
         _run(load(None, [*words, "seed=1"]))
@@ -213,7 +216,118 @@ def test_a_killed_run_goes_on_to_the_same_responses(tmp_path, backbone):
     undisturbed = _rows(_run(load(None, [*words, "run.name=undisturbed"])))
     assert killed == undisturbed
     assert len({r["id"] for r in killed}) == len(killed)
-    assert not list(manifest.parent.glob(".*"))
+    assert not list(folder.rglob(".*")) and not list(folder.glob("claims/*"))
+
+
+def test_a_lost_shard_of_a_finished_run_is_made_again(tmp_path, backbone, capsys):
+    run = _run(_config(tmp_path, backbone))
+    before = (run / "responses" / "manifest.json").read_bytes()
+    rows = _rows(run)
+    (run / "responses" / "shard-00001.parquet").unlink()
+    _run(run.config)
+    assert _rows(run) == rows and (run / "responses" / "manifest.json").read_bytes() == before
+    capsys.readouterr()
+    _run(run.config)
+    assert "done already" in capsys.readouterr().out
+
+
+def test_two_processes_share_the_work(tmp_path, backbone):
+    _config(tmp_path, backbone)
+    words = _words(tmp_path, backbone, "generate.max_new_tokens=60", "generate.shard_size=4")
+    command = [sys.executable, "-m", "pipeline", "generate", *words]
+    claims = Responses(tmp_path / "runs" / "t" / "responses").claims
+    with contextlib.ExitStack() as held:  # until both have seen that there is nothing for them: so that both get some
+        for i in range(15):
+            held.enter_context(claims.hold(f"shard-{i:05d}.parquet"))
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        for process in both:
+            assert any("waiting for other processes" in line for line in process.stdout)
+    for process in both:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0 and "60 responses" in out, err
+    folder = tmp_path / "runs" / "t" / "responses"
+    entries = [json.loads(p.read_text()) for p in folder.glob("entries/*.json")]
+    assert len(entries) == 15 and sum(e["counts"]["prompts"] for e in entries) == 60
+    assert len({e["made"]["worker"] for e in entries}) == 2, "each of them made some"
+    record = json.loads((tmp_path / "runs" / "t" / "run.json").read_text())
+    assert [r["stage"] for r in record] == ["generate", "generate"]
+    assert _rows(RunDir(load(None, words))) == _rows(_run(load(None, [*words, "run.name=alone"])))
+
+
+def test_every_turn_is_answered_behind_the_answers_before(tmp_path):
+    folder = tiny_backbone(tmp_path, max_position_embeddings=200)
+    _end_early(folder)
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"turns": [f"turn {i}", "second", "third"][: 1 + i % 3]}) + "\n" for i in range(30))
+    )
+    words = (f"backbone.name_or_path={folder}", "prompts.held_out=0.0", "generate.num_prompts=0")
+    run = _run(load(None, [*_words(tmp_path, folder), *words]))
+    counts = json.loads((run / "responses" / "manifest.json").read_text())["responses"]
+    assert counts["prompts"] == 30 and counts["turns"] == 60
+    assert counts["rows"] + counts["empty"] + counts["unanswered"] == 60 and counts["unanswered"] > 0
+    rows = {row["id"]: row for row in _rows(run)}
+    order = [id.partition(".")[0] for id in rows]
+    assert order == sorted(order, key=order.index), "turns of a conversation lie together"
+    model, later = _load(folder), [row for id, row in rows.items() if "." in id]
+    assert len(later) > 5
+    decode = AutoTokenizer.from_pretrained(folder).decode
+    for row in later:
+        id, _, turn = row["id"].partition(".")
+        before = rows[id if turn == "2" else f"{id}.{int(turn) - 1}"]
+        assert before["finish_reason"] == "stop", "nothing follows an answer that was cut"
+        said = decode(before["response_ids"], skip_special_tokens=True).strip()
+        assert decode(row["prompt_ids"]) == f"{decode(before['prompt_ids'])}\n\n{said}\n\n{row['prompt']}"
+        assert row["temperature"] == before["temperature"] and row["seed"] != before["seed"]
+        if row["temperature"] == 0:
+            assert row["response_ids"] == _alone(model, row["prompt_ids"], 20)
+
+
+def test_speculative_answers_are_the_backbones_own(tmp_path, backbone):
+    greedy = ("generate.temperatures=[0.0]", "generate.num_prompts=12", "generate.shard_size=6")
+    expected = _rows(_run(_config(tmp_path, backbone, "run.name=padded", *greedy)))
+    plant_heads(RunDir(_config(tmp_path, backbone, "run.name=heads")), 2)
+    head = tmp_path / "runs" / "heads" / "heads" / "exit-2"
+    speculative = ("generate.engine=speculative", f"generate.exit_head={head}", *greedy)
+    run = _run(_config(tmp_path, backbone, "run.name=speculative", *speculative))
+    assert _rows(run) == expected
+    manifest = (run / "responses" / "manifest.json").read_text()
+    assert str(tmp_path) not in manifest and json.loads(manifest)["sampling"]["head_sha256"]
+    hot = [w.replace("[0.0]", "[1.0]") for w in speculative]
+    first, again = (_rows(_run(_config(tmp_path, backbone, f"run.name={n}", *hot))) for n in "ab")
+    assert first == again != expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], r"generate\.exit_head=null: generate\.engine=speculative"),
+        (["generate.exit_head=nowhere"], r"generate\.exit_head=nowhere: no exit head here"),
+        (["generate.exit_head=HEAD", "generate.controller=thompson"], r"generate\.controller=thompson: it learns"),
+        (["generate.exit_head=HEAD", "generate.controller=fixed"], r"generate\.controller=fixed: must be"),
+    ],
+)
+def test_what_speculative_needs(tmp_path, backbone, words, message):
+    _config(tmp_path, backbone)
+    head = tmp_path / "runs" / "heads" / "heads" / "exit-2"
+    if any("HEAD" in w for w in words):
+        plant_heads(RunDir(_config(tmp_path, backbone, "run.name=heads")), 2)
+    words = ["generate.engine=speculative", *(w.replace("HEAD", str(head)) for w in words)]
+    with pytest.raises(UserError, match=message):
+        _run(_config(tmp_path, backbone, *words))
+    assert not (tmp_path / "runs" / "t" / "stages" / "generate.json").exists(), "a typing error needs no --redo"
+
+
+def test_original_answers_are_the_files(tmp_path, backbone):
+    rows = [{"instruction": f"do {i}", "output": "o" * (i + 1)} for i in range(30)]
+    (tmp_path / "originals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("generate.engine=original", f"prompts.path={tmp_path / 'originals.jsonl'}", "prompts.held_out=0.0")
+    found = {r["prompt"]: r for r in _rows(_run(_config(tmp_path, backbone, *words)))}
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    assert len(found) == 30
+    for i in range(30):
+        row = found[f"do {i}"]
+        assert tokenizer.decode(row["response_ids"]) == ("o" * (i + 1) + "<|endoftext|>" if i < 19 else "o" * 20)
+        assert row["finish_reason"] == ("stop" if i < 19 else "length")
 
 
 def test_other_prompts_or_weights_under_the_same_name_are_noticed(tmp_path, backbone):

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ class Worker:
         sampling |= to_dict(config.generate)
         folder = sampling.pop("exit_head")
         if config.generate.engine == "speculative":
-            sampling["head_sha256"] = sha256_of(folder)  # of a folder of this machine nothing else is said
+            sampling["head_sha256"] = sha256_of(Path(folder))  # of a folder of this machine nothing else is said
         return {
             "backbone": {
                 "name": public_name(config.backbone),

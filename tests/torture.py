@@ -1,0 +1,71 @@
+"""A worker of generate that dies as told: run by tests/test_torture.py and benchmarks/generation.py.
+
+Takes a manner of death and the words of the command line. `call:K:before` and `call:K:after` kill the process at its
+K-th call that gives a file its name or takes it away (link, replace, rename, unlink, fsync), before or after the system
+has done it; `seconds:S` kills it S seconds after its first shard is begun; `disk:BYTES` lets no file grow beyond BYTES,
+which is how a full disk looks to a writer; `none` lets it live.
+"""
+
+import os
+import resource
+import signal
+import sys
+import threading
+from pathlib import Path
+
+CALLS = ("link", "replace", "rename", "unlink", "fsync")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(manner: str) -> None:
+    kind, _, rest = manner.partition(":")
+    if kind == "call":
+        number, _, when = rest.partition(":")
+        count_down = [int(number)]
+        for name in CALLS:
+            setattr(os, name, _fatal(getattr(os, name), count_down, when))
+    elif kind == "seconds":
+        from pipeline.stages.generate import Worker
+
+        inner = Worker.answer_shard
+
+        def answer_shard(self, *args):
+            if threading.active_count() < 50:
+                timer = threading.Timer(float(rest), die)
+                timer.daemon = True
+                timer.start()
+            return inner(self, *args)
+
+        Worker.answer_shard = answer_shard
+    elif kind == "disk":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(rest), int(rest)))
+
+
+def _fatal(call, count_down: list[int], when: str):
+    def wrapped(*args, **kwargs):
+        ours = not args or isinstance(args[0], int) or "responses" in str(args[0])
+        count_down[0] -= ours
+        if ours and count_down[0] == 0 and when == "before":
+            die()
+        result = call(*args, **kwargs)
+        if ours and count_down[0] == 0:
+            die()
+        return result
+
+    return wrapped
+
+
+def main(manner: str, words: list[str]) -> int:
+    arm(manner)
+    from pipeline.cli import main
+
+    return main(words)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.exit(main(sys.argv[1], sys.argv[2:]))
