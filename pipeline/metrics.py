@@ -28,6 +28,12 @@ def first_loop(tokens: list[int], n: int = LOOP) -> int:
     return len(tokens)
 
 
+def repeated_share(tokens: list[int], n: int = LOOP) -> float:
+    """Share of the n-grams that occurred before in the text; 0 of a text too short for any."""
+    count = len(tokens) - n + 1
+    return 1 - len({tuple(tokens[i : i + n]) for i in range(count)}) / count if count > 0 else 0.0
+
+
 def interval(value, *columns: np.ndarray, seed: int = 0) -> tuple[float, list[float]]:
     """value(sums of the columns over prompts) and its 95 % bootstrap interval. Columns are [P], one entry a prompt."""
     picks = np.random.default_rng(seed).integers(len(columns[0]), size=(RESAMPLES, len(columns[0])))
