@@ -97,6 +97,10 @@ class Distill:
     learn_from: str = option(
         "responses", "responses, or all: the prompts' tokens too, of which the teacher gives the distributions for free"
     )
+    truncated: str = option("drop", "answers cut off by generate.max_new_tokens: drop, or keep to learn from them too")
+    repeated_share: float = option(
+        0.5, "an answer of which more than this share of the 8-grams occurred before in it is left out; 1 keeps all"
+    )
     max_steps: int = option(120, "optimizer steps")
     sequence_length: int = option(256, "tokens of a packed sequence")
     sequences_per_step: int = option(16, "packed sequences of a step, over all processes")
@@ -271,6 +275,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     ),
     "distill.teacher": _one_of("online", "cached"),
     "distill.learn_from": _one_of("responses", "all"),
+    "distill.truncated": _one_of("drop", "keep"),
+    "distill.repeated_share": ((lambda value: 0 <= value <= 1), "a share from 0 to 1; 1 keeps every answer"),
     "distill.max_steps": _POSITIVE,
     "distill.sequence_length": _POSITIVE,
     "distill.sequences_per_step": _POSITIVE,

@@ -80,7 +80,8 @@ def make_run(tmp_path: Path, *words: str):
         f"prompts.path={prompts}", "prompts.held_out=0.3", "machine.device=cpu", "wandb.mode=disabled",
         "generate.num_prompts=8", "generate.max_new_tokens=16", "generate.batch_size=4", "generate.shard_size=4",
         "distill.exit_layers=[2]", "distill.max_steps=4", "distill.sequence_length=64", "distill.sequences_per_step=2",
-        "distill.validate_every=2", "distill.checkpoint_every=2", "evaluate.num_prompts=4",
+        "distill.validate_every=2", "distill.checkpoint_every=2", "distill.truncated=keep",
+        "distill.repeated_share=1.0", "evaluate.num_prompts=4",
         "evaluate.max_new_tokens=20", 'evaluate.controllers=["fixed:2","thompson"]', "evaluate.rivals=[]",
     ]  # fmt: skip
     return RunDir(load(None, [*base, *words]))

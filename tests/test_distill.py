@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,24 +39,38 @@ WORDS = f"""distill.exit_layers=[1,2] distill.max_steps={STEPS} distill.sequence
     wandb.mode=disabled""".split()
 
 
-def write_responses(folder: Path, backbone: Path, count: int = 24, vocabulary: int = 256, **manifest) -> None:
-    """Random prompts and responses, as `generate` lays them out."""
+def write_responses(
+    folder: Path, backbone: Path, count: int = 24, turns: int = 1, reasons: Sequence[str] = ("stop",)
+) -> None:
+    """Random prompts and responses, as `generate` lays them out; of conversations, each turn continues the last.
+
+    They end for `reasons` in turn.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def tokens(shortest: int, longest: int) -> list[int]:
         length = int(torch.randint(shortest, longest, (), generator=generator))
-        return torch.randint(0, vocabulary, (length,), generator=generator).tolist()
+        return torch.randint(0, 256, (length,), generator=generator).tolist()
 
-    rows = [{"id": f"p-{i}", "prompt_ids": tokens(3, 10), "response_ids": tokens(4, 20)} for i in range(count)]
+    rows = []
+    for i in range(count):
+        said: list[int] = []
+        for turn in range(1, turns + 1):
+            prompt, response = said + tokens(3, 10), tokens(4, 20)
+            id_ = f"p-{i}" if turn == 1 else f"p-{i}.{turn}"
+            reason = reasons[len(rows) % len(reasons)]
+            rows.append({"id": id_, "prompt_ids": prompt, "response_ids": response, "finish_reason": reason})
+            said = prompt + response
+    half = len(rows) // 2
     folder.mkdir(parents=True)
     shards = []
-    for number, part in enumerate((rows[: count // 2], rows[count // 2 :])):
+    for number, part in enumerate((rows[:half], rows[half:])):
         path = folder / f"shard-{number:05d}.parquet"
         pq.write_table(pa.Table.from_pylist(part), path)
         shards.append({"file": path.name, "rows": len(part), "sha256": sha256_of(path)})
     identity = {"name": "tiny", "revision": None, "model_type": "llama",
                 "fingerprint": fingerprint(AutoModelForCausalLM.from_pretrained(backbone))}  # fmt: skip
-    manifest = {"shards": shards, "complete": True, "backbone": identity, "sampling": {}} | manifest
+    manifest = {"shards": shards, "complete": True, "backbone": identity, "sampling": {}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -96,7 +111,8 @@ def test_losses_and_heads_equal_a_plain_training_loop(undisturbed, backbone):
     model = AutoModelForCausalLM.from_pretrained(backbone).requires_grad_(False)
     d = undisturbed.config.distill
     manifest = data.read_manifest(undisturbed / "responses")
-    documents = data.usable(data.read_documents(undisturbed / "responses", manifest), d.sequence_length)
+    documents, _ = data.read_documents(undisturbed / "responses", manifest, d.truncated, d.repeated_share)
+    documents = data.usable(documents, d.sequence_length)
     train, _ = data.split(documents, d.held_out)
     packed = data.pack(train, d.sequence_length)
     for exit_layer in d.exit_layers:
@@ -123,7 +139,7 @@ def test_losses_and_heads_equal_a_plain_training_loop(undisturbed, backbone):
         assert losses[-1] < losses[0]
 
 
-def unpack(packed: data.Packed, batch: list[int]):
+def unpack(packed: data.Packed, batch: Sequence[int]):
     """(tokens, first and one past the last place that is learned from) of every document of these sequences."""
     for s in batch:
         length = int(packed.lengths_S[s])
@@ -140,18 +156,31 @@ def mesh(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
-def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, mesh, family):
+@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, mesh, family, turns):
+    """Every position, the sum over each answer and the gradient, through the Engine that trains."""
     fields = {"sliding_window": 16} if family == "mistral" else {"tie_word_embeddings": family == "qwen3"}
     folder = tiny_backbone(tmp_path, family, sharpness=4.0, **fields)
+    write_responses(tmp_path / "run" / "responses", folder, turns=turns)
     run = prepare(tmp_path, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), 2)
     engine = Engine(backbone, [1, 2], heads, run.config)
     shard_engine(engine, heads, mesh)
-    documents = data.read_documents(run / "responses", data.read_manifest(run / "responses"))
-    together = data.pack(documents, 48)
-    assert len(together) < len(documents) / 2
+    documents, _ = data.read_documents(run / "responses", data.read_manifest(run / "responses"), "drop", 0.5)
+    assert [len(d.spans) for d in documents] == [turns] * 24
+    together = data.pack(documents, 48 * turns)
+    assert len(together) < len(documents) / 1.8
+
+    # The order in which the documents lie in the sequences is the order to take them alone in.
+    lies = {tuple(ids.tolist()): i for i, (ids, *_) in enumerate(unpack(together, range(len(together))))}
+    documents.sort(key=lambda d: lies[tuple(d.tokens)])
+    whole = [together[range(len(together))]]
+    alone = [data.pack([d], len(d.tokens))[[0]] for d in documents]
+    # Each answer once more as one turn alone: what its row of the responses would teach if nothing were joined.
+    answers = [data.Document(d.id, d.tokens[: span[1]], [span]) for d in documents for span in d.spans]
+    turns_alone = [data.pack([a], len(a.tokens))[[0]] for a in answers]
 
     def losses_and_gradient(batches):
         engine.zero_grad()
@@ -162,11 +191,24 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
             total += losses.detach()
         return total, torch.cat([p.grad.full_tensor().flatten() for h in heads for p in h.parameters()])
 
-    losses, gradient = losses_and_gradient([together[range(len(together))]])
-    alone = [data.pack([d], len(d.tokens))[[0]] for d in documents]
+    @torch.no_grad()
+    def losses_by_position(batches):
+        found = [engine(b["ids_BT"], b["positions_BT"], b["mask_BT"], statistics=True)[0]["loss"] for b in batches]
+        return torch.cat(found, 1)
+
+    losses, gradient = losses_and_gradient(whole)
     expected, expected_gradient = losses_and_gradient(alone)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
+    losses_HR = losses_by_position(whole)
+    torch.testing.assert_close(losses_HR, losses_by_position(alone), rtol=1e-5, atol=1e-5)
+    lengths = [end - start for a in answers for start, end in a.spans]
+    sums, expected_sums = (
+        torch.stack([part.sum(1) for part in found.split(lengths, 1)])
+        for found in (losses_HR, losses_by_position(turns_alone))
+    )
+    torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.sum(0), losses, rtol=1e-5, atol=1e-5)
 
 
 def test_the_last_possible_exit_layer_starts_as_the_backbone_itself(tmp_path, backbone):
@@ -185,8 +227,26 @@ def test_heads_trained_together_equal_heads_trained_alone(tmp_path, undisturbed,
         assert head_bytes(run, f"exit-{exit_layer}") == head_bytes(undisturbed, f"exit-{exit_layer}")
 
 
+def test_what_is_left_out_is_said_and_recorded(tmp_path, backbone, capsys):
+    """Conversations of three turns, of which the last has no room in some, and a fourth of the answers cut off."""
+    write_responses(tmp_path / "run" / "responses", backbone, turns=3, reasons=["stop", "stop", "stop", "length"])
+    run = prepare(tmp_path, backbone, "distill.max_steps=1", "distill.exit_layers=[1]")
+    distill.run(run)
+    found = json.loads((run / "run.json").read_text())[-1]["responses"]
+    too_long = found["too_long"]
+    assert 0 < too_long < 18
+    counts = {"answers": 72, "truncated": 18, "repeating": 0, "joined": 48, "alone": 0}
+    assert found == counts | {"too_long": too_long, "learned": 54 - too_long, "documents": 24}
+    line = (
+        f"distill: {54 - too_long} of 72 responses in 24 documents; left out: 18 truncated, 0 repeating, "
+        f"{too_long} too long; of 48 later turns 48 joined to the turn before, 0 stand alone\n"
+    )
+    assert line in capsys.readouterr().out
+
+
 def test_what_a_run_leaves_behind(undisturbed, backbone, capsys):
     summary = json.loads((undisturbed / "run.json").read_text())[-1]
+    assert summary["responses"]["learned"] == summary["responses"]["answers"] == summary["responses"]["documents"] == 24
     by_step = {line["step"]: line for line in lines(undisturbed) if "val/exit-1/loss" in line}
     assert list(by_step) == [0, 4, 8, 9]
     for name, n in (("exit-1", 1), ("exit-2", 2)):
@@ -316,6 +376,14 @@ def test_a_broken_newest_checkpoint_is_passed_over(tmp_path, undisturbed, backbo
 def test_mistakes_leave_the_stage_unmarked(tmp_path, backbone, words, message):
     run = prepare(tmp_path, backbone, *words)
     with pytest.raises(UserError, match=message):
+        distill.run(run)
+    assert not (run / "stages" / "distill.json").exists()
+
+
+def test_nothing_but_truncated_responses_leaves_the_stage_unmarked(tmp_path, backbone):
+    write_responses(tmp_path / "run" / "responses", backbone, reasons=["length"])
+    run = prepare(tmp_path, backbone)
+    with pytest.raises(UserError, match=r"distill\.truncated=drop.*of 24 responses 24 are truncated.*truncated=keep"):
         distill.run(run)
     assert not (run / "stages" / "distill.json").exists()
 

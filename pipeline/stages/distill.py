@@ -42,13 +42,13 @@ def run(run: RunDir) -> None:
     num_layers = backbones.load_config(run.config.backbone).num_hidden_layers
     backbones.check_exit_layers(run.config.distill.exit_layers, num_layers)
     device = backbones.device_of(run.config.machine.device)
-    manifest, train, validation = read(run, place)
+    manifest, train, validation, counts = read(run, place)
     mark: AbstractContextManager = run.stage("distill", inputs) if place.rank == 0 else contextlib.nullcontext({})
     with mark as summary, quiet(), workers(place, run / "config.yaml", run.config.machine.processes_per_node):
         module, throughput = fit(run, place, device, manifest["backbone"]["fingerprint"], train, validation)
         if place.rank == 0:
             save_heads(run, module, num_layers, manifest["backbone"])
-            summary |= describe(module, throughput)
+            summary |= {"responses": counts} | describe(module, throughput)
     if place.rank == 0:
         for name, head in summary["heads"].items():
             after, before = (h["expected_acceptance_length"] for h in (head, head["before"]))
@@ -56,14 +56,12 @@ def run(run: RunDir) -> None:
             print(f"{name}: expected acceptance length {after:.2f} (from {before:.2f} before training), {steps}")
 
 
-def read(run: RunDir, place: Place) -> tuple[dict[str, Any], data.Packed, data.Packed]:
-    """(manifest, packed training set, packed validation set)."""
+def read(run: RunDir, place: Place) -> tuple[dict[str, Any], data.Packed, data.Packed, dict[str, int]]:
+    """(manifest, packed training set, packed validation set, what became of how many responses)."""
     d = run.config.distill
     manifest = data.read_manifest(run / "responses")
-    documents = data.read_documents(run / "responses", manifest)
+    documents, counts = data.read_documents(run / "responses", manifest, d.truncated, d.repeated_share)
     kept = data.usable(documents, d.sequence_length)
-    if place.rank == 0 and len(kept) < len(documents):
-        print(f"distill: {len(documents) - len(kept)} of {len(documents)} responses are empty or too long, left out")
     train, validation = data.split(kept, d.held_out)
     # validation is always on responses: that is what will be drafted
     packed = (
@@ -71,7 +69,21 @@ def read(run: RunDir, place: Place) -> tuple[dict[str, Any], data.Packed, data.P
         data.pack(validation, d.sequence_length),
     )
     data.StepBatches(len(packed[0]), d.sequences_per_step, d.max_steps, 0, world_size=place.world_size)  # checks
-    return manifest, *packed
+    learned = sum(len(document.spans) for document in kept)
+    too_long = sum(len(document.spans) for document in documents) - learned
+    found = {**counts, "too_long": too_long, "learned": learned, "documents": len(kept)}
+    if place.rank == 0:
+        print(told(found))
+    return manifest, *packed, found
+
+
+def told(found: dict[str, int]) -> str:
+    """One line on what is learned from and what is left out."""
+    line = f"distill: {found['learned']} of {found['answers']} responses in {found['documents']} documents; left out: "
+    line += f"{found['truncated']} truncated, {found['repeating']} repeating, {found['too_long']} too long"
+    if later := found["joined"] + found["alone"]:
+        line += f"; of {later} later turns {found['joined']} joined to the turn before, {found['alone']} stand alone"
+    return line
 
 
 def fit(

@@ -1,7 +1,8 @@
 """Responses as packed batches: which tokens a step sees, and which of them it learns from.
 
-Takes the responses folder, gives fixed-length sequences of whole documents (prompt + response) and the sequences
-of every step as a pure function of step, seed and world size. Knows nothing of models, devices or losses.
+Takes the responses folder, gives fixed-length sequences of whole documents (a conversation, as far as its turns
+continue each other) and the sequences of every step as a pure function of step, seed and world size. What is learned
+from are the very ids that were drawn: no text is tokenized anew. Knows nothing of models, templates, devices or losses.
 
 Letters: S packed sequences, B sequences of one batch, T tokens of a sequence.
 """
@@ -9,6 +10,7 @@ Letters: S packed sequences, B sequences of one batch, T tokens of a sequence.
 import bisect
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +23,23 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import UserError
+from ..metrics import repeated_share
 from ..rundir import sha256_of
 
 
 @dataclass(frozen=True)
 class Document:
-    """One prompt with the backbone's answer."""
+    """A prompt with the backbone's answer; of a conversation, all turns that continue each other token by token."""
 
     id: str
+    """Of its first turn: `<conversation>`, or `<conversation>.2` ... where a later turn had to begin anew."""
     tokens: list[int]
-    """Prompt, then response; the response ends with the end-of-sequence token if it was finished."""
-    prompt_length: int
+    spans: list[tuple[int, int]]
+    """First and one past the last token of every answer that is learned from, its end token included."""
+
+    @property
+    def conversation(self) -> str:
+        return self.id.partition(".")[0]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -46,55 +54,97 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_documents(folder: Path, manifest: dict[str, Any]) -> list[Document]:
-    """Every response of the shards that the manifest lists, in their order.
+def read_documents(
+    folder: Path, manifest: dict[str, Any], truncated: str, most_repeated: float
+) -> tuple[list[Document], Counter[str]]:
+    """The documents of the shards that the manifest lists, in their order, and how many answers came to what.
 
-    Raises UserError for a missing or changed shard and for no rows at all.
+    A turn whose prompt begins with all tokens of the document before it, of the same conversation, is joined to that
+    document; where the chat template writes the past in another way than it was drawn, it begins one of its own.
+    An answer is context but not learned from if it was cut off (unless `truncated` is keep) or if more than the share
+    `most_repeated` of its 8-grams occurred in it before. Counted: answers, truncated, repeating, joined, alone.
+    Raises UserError for a missing or changed shard and if there is nothing to learn from.
     """
-    documents = []
+    counts = Counter(dict.fromkeys(("answers", "truncated", "repeating", "joined", "alone"), 0))
+    documents: list[Document] = []
+    for id_, prompt, response, finish_reason in _rows(folder, manifest):
+        counts["answers"] += 1
+        new = Document(id_, [*prompt, *response], [(len(prompt), len(prompt) + len(response))])
+        if truncated == "drop" and finish_reason == "length":
+            counts["truncated"] += 1
+            new.spans.clear()
+        elif repeated_share(response) > most_repeated:
+            counts["repeating"] += 1
+            new.spans.clear()
+        last = documents[-1] if documents else None
+        if last is None or last.conversation != new.conversation:
+            documents.append(new)
+        elif prompt[: len(last.tokens)] == last.tokens:
+            counts["joined"] += 1
+            documents[-1] = Document(last.id, new.tokens, [*last.spans, *new.spans])
+        else:
+            counts["alone"] += 1
+            documents.append(new)
+    if not documents:
+        raise UserError(f"{folder}: no responses: raise generate.num_prompts and run `exit-heads generate`.")
+    kept = [d for d in documents if d.spans]
+    if not kept:
+        raise UserError(
+            f"distill.truncated={truncated}, distill.repeated_share={most_repeated}: nothing to learn from: of "
+            f"{counts['answers']} responses {counts['truncated']} are truncated and {counts['repeating']} repeat "
+            "themselves. Raise generate.max_new_tokens, or set distill.truncated=keep or distill.repeated_share=1."
+        )
+    return kept, counts
+
+
+def _rows(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, list[int], list[int], str]]:
+    """(id, prompt_ids, response_ids, finish_reason) of every turn, one shard after the other."""
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         if not path.is_file() or sha256_of(path) != shard["sha256"]:
             what = "is not what the manifest says" if path.is_file() else "is missing"
             raise UserError(f"{path} {what}: make the responses anew with `exit-heads generate --redo generate`.")
-        columns = pq.read_table(path, columns=["id", "prompt_ids", "response_ids"]).to_pydict()
-        for id_, prompt, response in zip(columns["id"], columns["prompt_ids"], columns["response_ids"], strict=True):
-            documents.append(Document(id_, [*prompt, *response], len(prompt)))
-    if not documents:
-        raise UserError(f"{folder}: no responses: raise generate.num_prompts and run `exit-heads generate`.")
-    return documents
+        names = ["id", "prompt_ids", "response_ids", "finish_reason"]
+        columns = pq.read_table(path, columns=names).to_pydict()
+        yield from zip(*(columns[name] for name in names), strict=True)
 
 
 def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
-    """(train, validation) by a hash of the id: a document stays on its side whatever else is in the set.
+    """(train, validation) by a hash of the conversation: it stays on its side, as a whole, whatever else is in the set.
 
-    Validation gets the share `held_out` of the hash range, at least one document; so does training.
-    Raises UserError for fewer than two documents.
+    Validation gets the share `held_out` of the hash range, at least one conversation; so does training.
+    Raises UserError for fewer than two conversations.
     """
-    if len(documents) < 2:
-        raise UserError(f"{len(documents)} usable response: at least 2 are needed, one to train and one to validate.")
-    places = [int.from_bytes(hashlib.sha256(d.id.encode()).digest()[:8]) / 2**64 for d in documents]
-    order = sorted(range(len(documents)), key=lambda i: (places[i], i))
-    count = min(max(1, sum(p < held_out for p in places)), len(documents) - 1)
-    validation = set(order[:count])
+    names = dict.fromkeys(d.conversation for d in documents)
+    if len(names) < 2:
+        raise UserError(
+            f"{len(names)} usable conversation: at least 2 are needed, one to train and one to validate: "
+            "raise generate.num_prompts."
+        )
+    places = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names}
+    count = min(max(1, sum(p < held_out for p in places.values())), len(names) - 1)
+    validation = set(sorted(names, key=places.__getitem__)[:count])
     sides: tuple[list[Document], list[Document]] = ([], [])
-    for i, document in enumerate(documents):
-        sides[i in validation].append(document)
+    for document in documents:
+        sides[document.conversation in validation].append(document)
     return sides
 
 
 def usable(documents: Sequence[Document], sequence_length: int) -> list[Document]:
     """The documents cut to `sequence_length`, without those that have no response token left to learn from.
 
+    Each ends with its last token that is learned from: what comes after it would teach nothing.
     Raises UserError if none is left.
     """
-    kept = [
-        Document(d.id, d.tokens[:sequence_length], d.prompt_length)
-        for d in documents
-        if 0 < d.prompt_length < min(len(d.tokens), sequence_length)
-    ]
+    kept = []
+    for d in documents:
+        # From 1: nothing stands before the first token that could predict it.
+        cut = [(max(1, start), min(end, sequence_length)) for start, end in d.spans]
+        spans = [(start, end) for start, end in cut if start < end]
+        if spans:
+            kept.append(Document(d.id, d.tokens[: spans[-1][1]], spans))
     if not kept:
-        shortest = min(d.prompt_length for d in documents)
+        shortest = min(d.spans[0][0] for d in documents)
         raise UserError(
             f"distill.sequence_length={sequence_length}: no response token fits, the shortest of {len(documents)} "
             f"prompts has {shortest} tokens: give a longer sequence_length"
@@ -134,7 +184,8 @@ class Packed(Dataset):
 def pack(documents: Sequence[Document], sequence_length: int, *, prompts_too: bool = False) -> Packed:
     """Best-fit-decreasing packing of documents no longer than `sequence_length`: a pure function of their order.
 
-    Learned are the positions before response tokens, or, with `prompts_too`, before every token but a document's first.
+    Learned are the positions before the tokens of every span, or, with `prompts_too`, before every token but a
+    document's first: a turn's prompt holds the answers to the turns before, those that are not learned from too.
     Padding is a document of its own (positions from 0, nothing to learn), so that no real token attends to it.
     """
     sequences: list[list[Document]] = []
@@ -167,8 +218,8 @@ def pack(documents: Sequence[Document], sequence_length: int, *, prompts_too: bo
             end = start + len(document.tokens)
             ids_ST[s, start:end] = document.tokens
             positions_ST[s, start:end] = np.arange(end - start)
-            learned_from = 0 if prompts_too else document.prompt_length - 1
-            mask_ST[s, start + learned_from : end - 1] = True
+            for first, last in [(1, end - start)] if prompts_too else document.spans:
+                mask_ST[s, start + first - 1 : start + last - 1] = True  # a token is predicted one place before it
             start = end
         positions_ST[s, start:] = np.arange(sequence_length - start)
         lengths_S[s] = start
