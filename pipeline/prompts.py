@@ -40,13 +40,6 @@ class Prompt:
     """What kind of prompt it is, from the `task` or else the `category` column; empty if there is none."""
     answers: tuple[str, ...] = ()
     """What was answered to the first turns: the turn after them is the one to be answered now."""
-    system: str = ""
-    originals: tuple[str, ...] = ()
-    source: str = ""
-
-    @property
-    def original(self) -> str:
-        return self.originals[len(self.answers)] if len(self.originals) > len(self.answers) else ""
 
     @property
     def text(self) -> str:
@@ -168,10 +161,6 @@ def fitting(prompts: list[Prompt], tokenizer: Any, settings: Prompts, context: i
             f"(longer than {context - max_new_tokens} tokens)"
         )
     return kept
-
-
-def context_ids(prompts: list[Prompt], tokenizer: Any, settings: Prompts) -> list[list[int]]:
-    return _ids([p.conversation for p in prompts], tokenizer, settings) if prompts else []
 
 
 def _ids(conversations: list[list[str]], tokenizer: Any, settings: Prompts) -> list[list[int]]:
