@@ -224,7 +224,7 @@ def _merge(base: Any, new: Any, where: str) -> Any:
         key = getattr(error, "full_key", None) or where.partition("=")[0]
         if getattr(error, "object_type", None) is Source:  # omegaconf forgets which list a source stands in
             key = ("evaluate." if where.startswith("evaluate.") else "") + f"prompts.mixture[].{key}"
-        close = [] if key.partition("[")[0] in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        close = [] if key.rstrip("[]0123456789") in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         remedy = f"Did you mean {close[0]}?" if close else "See exit-heads VERB --help."
         first = str(getattr(error, "msg", None) or error).splitlines()[0].partition(" Did you mean")[0].rstrip(".")
         raise UserError(f"{where}: key {key}: {first}. {remedy}") from None

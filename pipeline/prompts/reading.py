@@ -70,9 +70,7 @@ class Reading:
             return None
         task = self.origin.source.task or task_of(row)
         name = prompt_id(said.turns, said.system)  # a ValueError if half a surrogate pair is in it
-        return Prompt(
-            name, said.turns, task, system=said.system, originals=said.originals, source=self.origin.name
-        )
+        return Prompt(name, said.turns, task, system=said.system, originals=said.originals, source=self.origin.name)
 
     def _is_new(self, prompt: Prompt) -> bool:
         form = joined(tuple(normal_form(turn) for turn in prompt.turns))

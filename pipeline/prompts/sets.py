@@ -41,9 +41,13 @@ def load_prompts(prompts: Prompts, role: Role, seed: int = 0, avoid: Set[str] = 
         )
     left = [p for p in chosen if normal_form(p.text) not in avoid] if avoid else chosen
     if len(left) < len(chosen):
-        print(f"{section}: {len(chosen) - len(left)} of {len(chosen)} prompts begin as one of evaluate and are left to it")
+        print(
+            f"{section}: {len(chosen) - len(left)} of {len(chosen)} prompts begin as one of evaluate and are left to it"
+        )
     if not left:
-        raise UserError(f"{section}.path: every prompt is one of evaluate.prompts too. Give other prompts to one of them.")
+        raise UserError(
+            f"{section}.path: every prompt is one of evaluate.prompts too. Give other prompts to one of them."
+        )
     return left
 
 
