@@ -163,7 +163,7 @@ def test_a_row_that_cannot_be_used_stops_or_is_left_out(tmp_path, capsys, row, w
 
 def test_the_first_unusable_rows_are_named_and_all_are_counted(tmp_path, capsys) -> None:
     path = write(tmp_path / "p.jsonl", [{"prompt": f"{i}"} if i % 2 else "{" for i in range(10)])
-    why = "not JSON: Expecting property name enclosed in double quotes"
+    why = "not JSON: Expecting property name enclosed in double quotes (column 2)"
     three = "; ".join(f"line {n}: {why}" for n in (1, 3, 5))
     with pytest.raises(UserError) as caught:
         read(path)

@@ -141,9 +141,9 @@ def _lines(path: Path, label: str) -> Iterator[tuple[str, Any]]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode())
+        return json.loads(line.strip().decode())
     except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {error.msg}")
+        return ValueError(f"not JSON: {error.msg} (column {error.colno})")
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 text: {error.reason}")
 

@@ -21,11 +21,11 @@ SHOWN = 3
 class Reading:
     """Iterate once over it, then look at its counts. Raises UserError at the end, when all unusable rows are known."""
 
-    def __init__(self, origin: Origin, settings: Prompts, role: Role, seen: set[bytes]):
+    def __init__(self, origin: Origin, settings: Prompts, role: Role, seen: set[bytes] | None):
         self.origin, self.role = origin, role
         self.section, self.stop = section_of(settings), settings.bad_rows == "stop"
         self.seen = seen
-        """Digests of the normal forms of all prompts so far, those of other sources too."""
+        """Digests of the normal forms of all prompts so far, other sources' too; None: repeats are let through."""
         self.columns = Columns(origin.source.column)
         self.rows = self.bad = self.blank = self.repeated = 0
         self.first_bad: list[str] = []
@@ -73,6 +73,8 @@ class Reading:
         return Prompt(name, said.turns, task, system=said.system, originals=said.originals, source=self.origin.name)
 
     def _is_new(self, prompt: Prompt) -> bool:
+        if self.seen is None:
+            return True
         form = joined(tuple(normal_form(turn) for turn in prompt.turns))
         digest = hashlib.sha256(form.encode()).digest()[:16]
         if digest in self.seen:

@@ -52,7 +52,7 @@ def pins(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _record(origin: Origin, prompts: Prompts, role: Role) -> dict[str, Any]:
-    reading = Reading(origin, prompts, role, set())
+    reading = Reading(origin, prompts, role, None)
     deque(reading, maxlen=0)
     counts = {"rows": reading.rows, "bad_rows": reading.bad}
     licence = origin.source.licence
