@@ -8,7 +8,7 @@ import difflib
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,14 +54,38 @@ class Backbone:
 
 
 @dataclass
+class Source:
+    """One source of a mixture."""
+
+    path: str | None = option(None, "as prompts.path")
+    weight: float = option(1.0, "its share among the first prompts, relative to the other sources'")
+    revision: str | None = option(None, "as prompts.revision")
+    split: str = option("train", "as prompts.split")
+    column: str | None = option(None, "as prompts.column")
+    licence: str | None = option(None, "as prompts.licence")
+    task: str | None = option(None, "task of all its prompts; default: their column task or category")
+
+
+@dataclass
 class Prompts:
-    path: str | None = option("pocket", "pocket (built in), a .jsonl, .txt or .parquet file, or a datasets id")
+    path: str | None = option("pocket", "pocket (built in), a .jsonl, .json, .txt or .parquet file, or a datasets id")
     revision: str | None = option(None, "datasets id only: commit to pin")
     split: str = option("train", "datasets id only: split to read")
-    column: str | None = option(None, "column of the prompt; default: prompt, question, instruction, text or turns")
-    held_out: float = option(0.1, "share of the prompts, chosen by hash, that only evaluate may see")
-    chat_template: bool = option(False, "wrap each prompt in the tokenizer's chat template")
+    column: str | None = option(
+        None,
+        "column of the prompt; default: a chat in messages, conversations or conversation; prompt, question, "
+        "instruction (and input) or text; turns",
+    )
+    licence: str | None = option(None, "licence of the prompts, for the records; default: what the dataset says")
+    mixture: list[Source] = option([], "several sources instead of path, such as [{path: a.jsonl, weight: 2}, ...]")
+    held_out: float = option(0.1, "share of the prompts, by hash of the first turn, that only evaluate may see")
+    bad_rows: str = option("stop", "rows that cannot be read: stop, or skip: leave them out and count them")
+    min_tokens: int = option(0, "shorter prompts are dropped; 0 = off")
+    max_tokens: int = option(0, "longer prompts are dropped; 0 = off")
     too_long: str = option("error", "prompts that leave no room for an answer: error or drop")
+    chat_template: str = option(
+        "none", "none (plain text), tokenizer (the chat template it brings) or the path of a .jinja file"
+    )
 
 
 @dataclass
@@ -209,7 +233,9 @@ def _merge(base: Any, new: Any, where: str) -> Any:
     except (OmegaConfBaseException, TypeError) as error:
         known = [f.name for f in fields(Config)] + _keys(Config)
         key = getattr(error, "full_key", None) or where.partition("=")[0]
-        close = [] if key.partition("[")[0] in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if getattr(error, "object_type", None) is Source:  # omegaconf forgets which list a source stands in
+            key = ("evaluate." if where.startswith("evaluate.") else "") + f"prompts.mixture[].{key}"
+        close = [] if key.rstrip("[]0123456789") in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         remedy = f"Did you mean {close[0]}?" if close else "See exit-heads VERB --help."
         first = str(getattr(error, "msg", None) or error).splitlines()[0].partition(" Did you mean")[0].rstrip(".")
         raise UserError(f"{where}: key {key}: {first}. {remedy}") from None
@@ -222,11 +248,31 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
             names += _keys(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
             names.append(prefix + f.name)
+        for entry in _entries(f.type):
+            names += _keys(entry, f"{prefix}{f.name}[].")
     return names
+
+
+def _entries(kind: Any) -> list[type]:
+    """The dataclass that a list is of, if it is one."""
+    return [entry for entry in get_args(kind) if is_dataclass(entry)]  # type: ignore[misc]
 
 
 def _one_of(*choices: str) -> tuple[Any, str]:
     return (lambda value: value in choices), " or ".join(choices)
+
+
+def _prompt_rules(section: str) -> dict[str, tuple[Any, str]]:
+    return {
+        f"{section}.bad_rows": _one_of("stop", "skip"),
+        f"{section}.min_tokens": _NOT_NEGATIVE,
+        f"{section}.max_tokens": _NOT_NEGATIVE,
+        f"{section}.too_long": _one_of("error", "drop"),
+        f"{section}.chat_template": (
+            (lambda name: name in ("none", "tokenizer") or name.endswith(".jinja")),
+            "write none for plain text, tokenizer for the chat template that it brings, or the path of a .jinja file",
+        ),
+    }
 
 
 _POSITIVE = (lambda value: value >= 1), "at least 1"
@@ -260,8 +306,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     "machine.processes_per_node": _POSITIVE,
     "backbone.dtype": _one_of("float32", "bfloat16"),
     "prompts.held_out": _SHARE,
-    "prompts.too_long": _one_of("error", "drop"),
-    "evaluate.prompts.too_long": _one_of("error", "drop"),
+    **_prompt_rules("prompts"),
+    **_prompt_rules("evaluate.prompts"),
     "generate.engine": _one_of("padded", "continuous", "speculative", "server", "original"),
     "generate.num_prompts": _NOT_NEGATIVE,
     "generate.max_new_tokens": _POSITIVE,
@@ -315,6 +361,26 @@ def _check(config: Config) -> None:
             value = getattr(value, part)
         if not right(value):
             raise UserError(f"{key}={value}: {remedy}")
+    _check_prompts("prompts", config.prompts)
+    _check_prompts("evaluate.prompts", config.evaluate.prompts)
+
+
+def _check_prompts(section: str, prompts: Prompts) -> None:
+    if 0 < prompts.max_tokens < prompts.min_tokens:
+        raise UserError(f"{section}.max_tokens={prompts.max_tokens}: below min_tokens={prompts.min_tokens}")
+    default = type(prompts)()
+    for name in ("path", "revision", "split", "column", "licence"):
+        value = getattr(prompts, name)
+        if prompts.mixture and value != getattr(default, name):
+            raise UserError(
+                f"{section}.{name}={value}: {section}.mixture is there too. Give each source its own {name} in the "
+                f"mixture and take this one out (its default is {getattr(default, name) or 'null'})."
+            )
+    for i, source in enumerate(prompts.mixture):
+        if not source.path:
+            raise UserError(f"{section}.mixture[{i}].path=null: every source needs a path, as {{path: a.jsonl}}")
+        if not 0 < source.weight < math.inf:
+            raise UserError(f"{section}.mixture[{i}].weight={source.weight}: a number above 0")
 
 
 def help_text(sections: list[str]) -> str:
@@ -330,6 +396,8 @@ def help_text(sections: list[str]) -> str:
             elif prefix or f.name in sections:
                 value = "null" if values[f.name] is None else values[f.name]
                 lines.append(f"  {prefix + f.name}={value}\n      {f.metadata['help']}")
+                for entry in _entries(f.type):
+                    walk(entry, to_dict(entry), f"{prefix}{f.name}[].")
 
     walk(Config, defaults, "")
     return "\n".join(lines)

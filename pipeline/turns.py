@@ -36,14 +36,15 @@ def every_turn(
             later = []
             for prompt, ids in turns:
                 if len(prompt.answers) + 1 < len(prompt.turns):
-                    later.append(_next_turn(prompt, tokenizer.decode(answer(ids), skip_special_tokens=True)))
+                    later.append(next_turn(prompt, tokenizer.decode(answer(ids), skip_special_tokens=True)))
                     bar.update()
             turns = fitting(later, tokenizer, settings, context, max_new_tokens)
             found += turns
     return sorted(found, key=lambda entry: order[_first_id(entry[0])])  # stable: turns stay in their order
 
 
-def _next_turn(prompt: Prompt, answer: str) -> Prompt:
+def next_turn(prompt: Prompt, answer: str) -> Prompt:
+    """The prompt with its turn answered: the turn after it is the one to be answered now."""
     answers = (*prompt.answers, answer.strip())  # as Spec-Bench does: the white space around it is the template's own
     return replace(prompt, id=f"{_first_id(prompt)}.{len(answers) + 1}", answers=answers)
 

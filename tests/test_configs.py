@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pipeline import config as config_module
-from pipeline.config import Config, help_text, load, to_dict
+from pipeline.config import Config, Source, help_text, load, to_dict
 from pipeline.errors import UserError
 
 CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
@@ -47,6 +47,20 @@ def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) 
     assert (config.seed, config.distill.max_steps, config.run.name) == (8, 9, Config().run.name)
 
 
+def test_a_mixture_from_a_file_or_a_word(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("prompts:\n  mixture:\n    - {path: a.jsonl, weight: 2}\n    - path: org/set\n      revision: c0\n")
+    expected = [Source(path="a.jsonl", weight=2.0), Source(path="org/set", revision="c0")]
+    from_file = load(file, [])
+    assert from_file.prompts.mixture == expected
+    word = "prompts.mixture=[{path: a.jsonl, weight: 2}, {path: org/set, revision: c0}]"
+    assert load(None, [word]).prompts.mixture == expected
+    assert load(file, ["prompts.mixture=[{path: b.jsonl}]"]).prompts.mixture == [Source(path="b.jsonl")]
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(to_dict(from_file)))
+    assert load(again, []) == from_file
+
+
 def test_two_configs_share_no_list() -> None:
     first = load(None, [])
     first.distill.exit_layers.append(99)
@@ -77,6 +91,34 @@ WRONG = [
     (["distill.held_out=0"], ["distill.held_out"]),
     (["prompts.held_out=1"], ["prompts.held_out"]),
     (["prompts=null"], ["prompts"]),
+    (["prompts.bad_rows=ignore"], ["prompts.bad_rows=ignore", "stop or skip"]),
+    (["evaluate.prompts.bad_rows=ignore"], ["evaluate.prompts.bad_rows=ignore", "stop or skip"]),
+    (["prompts.min_tokens=-1"], ["prompts.min_tokens=-1", "0 or above"]),
+    (["prompts.max_tokens=-1"], ["prompts.max_tokens=-1", "0 or above"]),
+    (["prompts.max_tokens=4", "prompts.min_tokens=5"], ["prompts.max_tokens=4", "below min_tokens=5"]),
+    (["prompts.chat_template=true"], ["prompts.chat_template=True", "none", "tokenizer", ".jinja"]),
+    (["prompts.chat_template=false"], ["prompts.chat_template=False", "none for plain text"]),
+    (["evaluate.prompts.chat_template=own.txt"], ["evaluate.prompts.chat_template=own.txt", ".jinja"]),
+    (["prompts.chat_template=null"], ["prompts.chat_template", "None"]),
+    (["prompts.mixture=[{pth: a.jsonl}]"], ["prompts.mixture[].pth", "Did you mean prompts.mixture[].path?"]),
+    (
+        ["evaluate.prompts.mixture=[{path: a.jsonl, weights: 2}]"],
+        ["evaluate.prompts.mixture[].weights", "Did you mean evaluate.prompts.mixture[].weight?"],
+    ),
+    (["prompts.mixtures=[]"], ["prompts.mixtures", "Did you mean prompts.mixture?"]),
+    (["prompts.mixture=[{path: a.jsonl, weight: much}]"], ["prompts.mixture[].weight", "much"]),
+    (["prompts.mixture=[a.jsonl]"], ["prompts.mixture[0]"]),
+    (["prompts.mixture=a.jsonl"], ["prompts.mixture"]),
+    (["prompts.mixture={path: a.jsonl}"], ["prompts.mixture"]),
+    (["prompts.mixture=[{weight: 2}]"], ["prompts.mixture[0].path=null", "every source needs a path"]),
+    (["prompts.mixture=[{path: a},{path: b,weight: 0}]"], ["prompts.mixture[1].weight=0.0", "above 0"]),
+    (["prompts.mixture=[{path: a,weight: .inf}]"], ["prompts.mixture[0].weight=inf", "above 0"]),
+    (["prompts.mixture=[{path: a}]", "prompts.path=b.jsonl"], ["prompts.path=b.jsonl", "its default is pocket"]),
+    (["prompts.mixture=[{path: a}]", "prompts.revision=c0"], ["prompts.revision=c0", "its default is null"]),
+    (
+        ["evaluate.prompts.mixture=[{path: a}]", "evaluate.prompts.path=b.jsonl"],
+        ["evaluate.prompts.path=b.jsonl", "evaluate.prompts.mixture", "its default is null"],
+    ),
     (["backbone.dtype=float16"], ["backbone.dtype", "bfloat16"]),
     (["machine.device=gpu"], ["machine.device", "cuda"]),
     (["generate.engine=vllm"], ["generate.engine", "padded"]),
@@ -118,6 +160,7 @@ WRONG_FILES = {
     "not YAML": "seed: [1\nrun: {",
     "a key twice": "seed: 1\nseed: 2\n",
     "an unknown key": "distill:\n  max_step: 3\n",
+    "an unknown key of a source": "prompts:\n  mixture:\n    - {pth: a.jsonl}\n",
     "a section with nothing in it": "distill:\n",
     "only a word": "hello\n",
     "a list": "- 1\n- 2\n",

@@ -69,7 +69,10 @@ def test_a_dataset_is_read_at_its_revision(monkeypatch):
         "split": "test",
         "licence": "cc-by-4.0",
         "rows": 200,
+        "bad_rows": 0,
     }
+    assert source_record(replace(chosen, licence="mine"))["licence"] == "mine"
+    assert {p.source for p in found} == {"someone/questions"}
     with pytest.raises(UserError, match=r"prompts.revision=null: pin a commit"):
         load_prompts(replace(chosen, revision=None), "distill")
 
@@ -86,7 +89,7 @@ def test_no_prompt_leaks_and_duplicates_drop_out(tmp_path):
 
 
 def test_ids_of_single_texts_are_what_they_always_were_and_turns_are_one_prompt(tmp_path):
-    """Ids and shares of old runs must stay: the id of one turn is that of its text, alone or in a list."""
+    """Ids of old runs must stay: the id of one turn is that of its text, alone or in a list."""
     rows = [{"prompt": "alone"}, {"turns": ["alone"]}, {"turns": ["alone", "more"]}, {"turns": ["alone", "other"]}]
     config = Config()
     config.evaluate.prompts = EvaluatePrompts(path=write(tmp_path / "p.jsonl", rows))
@@ -195,20 +198,24 @@ def test_pocket_roles_have_files_of_their_own():
             {"column": "topic"},
             r"prompts\.column=topic: .*these are there: prompt",
         ),
-        ("p.jsonl", '{"prompt": [{"role": "user"}]}\n', {}, r"line 1: column prompt holds a list, a text is needed"),
+        ("p.jsonl", '{"prompt": {"role": "user"}}\n', {}, r"line 1: column prompt holds a dict; a text or a list"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', {}, r"line 2: column prompt holds a int; a text or a list"),
+        ("p.jsonl", '{"instruction": "a", "input": 3}\n', {}, r"line 1: column input holds a int; a text is needed"),
+        ("p.jsonl", '{"prompt": "half a pair: \\ud800"}\n', {}, r"line 1: .*surrogates not allowed"),
         ("p.json", "[]", {}, r"holds no prompts"),
         (
             "p.jsonl",
             '{"prompt": "a"}\n\n{"query": "b"}\n{"id": 1}\n',
             {},
-            r"prompts\.path=.*: line 3 has no prompt \(2 of 3 rows have none\)\. Give each",
+            r"prompts\.path=.*: line 3: no prompt; line 4: no prompt: 2 of 3 rows cannot be used\. Mend them or "
+            r"take them out, or set prompts\.bad_rows=skip",
         ),
-        ("p.json", '[{"turns": ["a"]}, {"task": "b"}]', {}, r"row 2 has no turns \(1 of 2 rows have none\)"),
+        ("p.json", '[{"turns": ["a"]}, {"task": "b"}]', {}, r"row 2: no prompt: 1 of 2 rows cannot be used"),
         ("p.jsonl", '{"turns": ["a"]}\n{"turns": "b"}\n', {}, r"line 2: turns must be a list of texts"),
         ("p.jsonl", '{"turns": []}\n', {}, r"line 1: turns must be a list of texts, none of them empty"),
         ("p.jsonl", '{"turns": ["a", " "]}\n', {}, r"line 1: turns must be a list of texts, none of them empty"),
         ("p.jsonl", '{"turns": ["a", 3]}\n', {}, r"line 1: turns must be"),
-        ("p.jsonl", '{"turns": null}\n', {}, r"line 1: turns must be"),
+        ("p.jsonl", '{"turns": null}\n', {}, r"every prompt is empty"),
         ("p.jsonl", '{"prompt": "a"}\n{"turns": {"a": 1}}\n', {}, r"line 2: turns must be"),
         ("p.parquet", "not parquet", {}, r"not a parquet file"),
         ("p.csv", "a,b", {}, r"unknown kind of file"),
@@ -237,18 +244,6 @@ def test_plain_text_keeps_the_tokenizers_own_special_tokens(tmp_path, tokenizer)
     rows = encode(found, tokenizer, settings(path), 256, 16)
     assert [p for p, _ in rows] == found
     assert all(ids == tokenizer(p.text)["input_ids"] for p, ids in rows)
-
-
-def test_chat_template(tmp_path, tokenizer):
-    path = write(tmp_path / "p.jsonl", [{"prompt": t} for t in TEXTS])
-    chosen = settings(path, chat_template=True)
-    found = load_prompts(chosen, "distill")[:2]
-    with pytest.raises(UserError, match=r"prompts\.chat_template=true: this tokenizer has no chat template"):
-        encode(found, tokenizer, chosen, 256, 16)
-    turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    tokenizer.chat_template = turns + "{% if add_generation_prompt %}[me]{% endif %}"
-    rows = encode(found, tokenizer, chosen, 256, 16)
-    assert [tokenizer.decode(ids) for _, ids in rows] == [f"[user]{p.text}[me]" for p in found]
 
 
 def test_prompts_that_leave_no_room(tmp_path, tokenizer, capsys):

@@ -36,7 +36,7 @@ def _words(tmp_path: Path, name: str) -> list[str]:
     return [
         "generate", f"run.dir={tmp_path / 'runs'}", f"run.name={name}", f"backbone.name_or_path={folder}",
         "backbone.dtype=float32", f"prompts.path={tmp_path / 'prompts.jsonl'}", "prompts.held_out=0.0",
-        "prompts.chat_template=true", "machine.device=cpu", "machine.threads=1", "wandb.mode=disabled",
+        "prompts.chat_template=tokenizer", "machine.device=cpu", "machine.threads=1", "wandb.mode=disabled",
         "generate.num_prompts=0", "generate.max_new_tokens=24", "generate.shard_size=6", "generate.batch_size=4",
         "generate.temperatures=[0.0,1.0]",
     ]  # fmt: skip

@@ -49,7 +49,7 @@ def test_turns_and_answers_are_joined_by_blank_lines() -> None:
 
 
 def test_the_chat_template_goes_around_the_messages() -> None:
-    found = contexts(Prompts(chat_template=True))
+    found = contexts(Prompts(chat_template="tokenizer"))
     assert found["abc.2"] == "[user]one?[assistant]14[user]two?[me]"
     assert found["abc.3"] == f"[user]one?[assistant]14[user]two?[assistant]{len(found['abc.2'])}[user]three?[me]"
 
@@ -193,7 +193,7 @@ def test_a_backbone_that_says_nothing_is_refused(tmp_path, monkeypatch) -> None:
 BAD = {
     "no prompt": ("", [], "holds no prompts"),
     "blank prompts": ('{"prompt": " "}\n{"prompt": ""}\n', [], "every prompt is empty"),
-    "a prompt missing": ('{"prompt": "a"}\n{"text": "b"}\n', [], "line 2 has no prompt (1 of 2 rows have none)"),
+    "a prompt missing": ('{"prompt": "a"}\n{"text": "b"}\n', [], "line 2: no prompt: 1 of 2 rows cannot be used"),
     "turns of no texts": ('{"turns": ["a", ""]}\n', [], "line 1: turns must be a list of texts"),
     "none fits": ('{"prompt": "abc"}\n', ["evaluate.max_new_tokens=254", "evaluate.prompts.too_long=drop"],
                   "evaluate.prompts.too_long=drop: no prompt is left"),

@@ -35,7 +35,7 @@ def run(run: RunDir) -> None:
         raise UserError(f"{run / 'heads'} holds no exit head: run distill first, or `exit-heads run`.")
     settings = prompts.evaluation_settings(run.config)
     source = prompts.source_record(settings, "evaluate")
-    outside = {"prompts": source.get("sha256") or source["revision"]}
+    outside = prompts.pins(source)
     if config.states is not None:
         outside["states"] = sha256_of(Path(config.states))
     if not run.plan("evaluate", folders, outside):

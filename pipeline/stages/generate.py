@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..config import Config, to_dict
 from ..engines import IN_PROCESS, Answer, Engine, Question, Report, Sampling, make_engine
 from ..errors import UserError
 from ..metrics import repeated_share
-from ..prompts import Prompt, context_ids, encode, load_prompts, source_record
+from ..prompts import Prompt, contexts, encoding, pins, source_pins, source_record, training_prompts
 from ..responses import COUNTS, Responses
 from ..rundir import RunDir, sha256_of, who
 from ..turns import next_turn
@@ -46,10 +47,12 @@ def run(run: RunDir) -> None:
     worker = Worker(run.config, responses)
     head = worker.head()
     _check_backbone(run.config, manifest, head)
-    rows = _rows(run.config, worker.tokenizer, worker.context) if manifest is None else []
+    if manifest is None:
+        head["prompts"] = source_record(run.config.prompts)
     with run.stage("generate", [], shared=True) as summary:
         if manifest is None:
-            responses.begin(head, _in_shards(rows, run.config.generate.shard_size))
+            asked = _asked(run.config, worker.tokenizer, worker.context)
+            responses.begin(head, _in_shards(asked, run.config.generate.shard_size))
         speed = worker.work()
         summary |= _summary(responses, speed)
     _print_summary(summary)
@@ -58,21 +61,23 @@ def run(run: RunDir) -> None:
 # ---- what is asked
 
 
-def _rows(config: Config, tokenizer: Any, context: int) -> list[tuple[Prompt, list[int]]]:
+def _asked(config: Config, tokenizer: Any, context: int) -> Iterator[tuple[Prompt, list[int]]]:
     """Prompts and their ids in the order of the shards."""
-    found = load_prompts(config.prompts, "distill", config.seed)
-    wanted = config.generate.num_prompts
-    # Dropping the too long ones first keeps the number of prompts what was asked for.
-    first = found if config.prompts.too_long == "drop" or not wanted else found[:wanted]
-    rows = encode(first, tokenizer, config.prompts, context, config.generate.max_new_tokens)
-    if wanted > len(rows):
-        print(f"generate.num_prompts={wanted}: there are {len(rows)} prompts; all of them are answered")
-    return rows[:wanted] if wanted else rows
+    g = config.generate
+    sources: Counter[str] = Counter()
+    found = encoding(training_prompts(config), tokenizer, config.prompts, context, g.max_new_tokens, g.num_prompts)
+    for prompt, ids in found:
+        sources[prompt.source] += 1
+        yield prompt, ids
+    if g.num_prompts > sources.total():
+        print(f"generate.num_prompts={g.num_prompts}: there are {sources.total()} prompts; all of them are answered")
+    if len(sources) > 1:
+        print(f"prompts.mixture: {', '.join(f'{n} of {name}' for name, n in sources.most_common())}")
 
 
-def _in_shards(rows: list[tuple[Prompt, list[int]]], size: int) -> Iterator[list[tuple[str, list[int]]]]:
-    for at in range(0, len(rows), size):
-        yield [(json.dumps(asdict(prompt), ensure_ascii=False), ids) for prompt, ids in rows[at : at + size]]
+def _in_shards(asked: Iterator[tuple[Prompt, list[int]]], size: int) -> Iterator[list[tuple[str, list[int]]]]:
+    while part := list(islice(asked, size)):
+        yield [(json.dumps(asdict(prompt), ensure_ascii=False), ids) for prompt, ids in part]
 
 
 def _prompt(text: str) -> Prompt:
@@ -88,18 +93,23 @@ def _check_source(config: Config, manifest: dict[str, Any] | None, *, gone_is_fi
     if manifest is None:
         return
     try:
-        now = source_record(config.prompts)
+        now = source_pins(config.prompts)
     except UserError:
         if gone_is_fine:  # a finished stage needs its prompts no more, and may lie on another machine
             return
         raise
-    old = manifest["prompts"]
-    if old.get("sha256") != now.get("sha256"):
-        raise UserError(
-            f"prompts.path={config.prompts.path}: the file has changed since the responses were begun (sha256 was "
-            f"{str(old.get('sha256'))[:12]}..., is {str(now.get('sha256'))[:12]}...). "
-            "Restore it, give another run.name, or --redo generate."
-        )
+    was = pins(manifest["prompts"])
+    keys = {
+        "prompts": "prompts.mixture" if config.prompts.mixture else f"prompts.path={config.prompts.path}",
+        "chat_template": f"prompts.chat_template={config.prompts.chat_template}",
+    }
+    for what, key in keys.items():
+        if was.get(what) != now.get(what):
+            raise UserError(
+                f"{key}: the file has changed since the responses were begun (sha256 was "
+                f"{str(was.get(what))[:12]}..., is {str(now.get(what))[:12]}...). "
+                "Restore it, give another run.name, or --redo generate."
+            )
 
 
 def _check_backbone(config: Config, old: dict[str, Any] | None, new: dict[str, Any]) -> None:
@@ -137,7 +147,7 @@ class Worker:
         )
 
     def head(self) -> dict[str, Any]:
-        """What the manifest says of how the responses are made."""
+        """What the manifest says of who makes the responses, and how."""
         config = self.config
         sampling: dict[str, Any] = {"seed": config.seed, "reproducible": self.engine.reproducible}
         sampling |= to_dict(config.generate)
@@ -152,7 +162,6 @@ class Worker:
                 "model_type": self.model_type,
             },
             "sampling": sampling,
-            "prompts": source_record(config.prompts),
         }
 
     def work(self) -> float:
@@ -263,8 +272,8 @@ class Worker:
                 else:
                     counts["unanswered"] += left
             now = []
-            contexts = context_ids([prompt for _, prompt in later], self.tokenizer, self.config.prompts)
-            for (place, prompt), ids in zip(later, contexts, strict=True):
+            with_ids = contexts([prompt for _, prompt in later], self.tokenizer, self.config.prompts)
+            for (place, _), (prompt, ids) in zip(later, with_ids, strict=True):
                 if len(ids) <= self.context - g.max_new_tokens:
                     now.append((place, prompt, ids))
                 else:

@@ -1,0 +1,82 @@
+"""Chats: a list of messages -> system message, what the user says in turn, and what was answered.
+
+Takes messages as ShareGPT (`{"from": "human", "value": ...}`) and OpenAI (`{"role": "user", "content": ...}`) write
+them, gives their texts; what cannot be a conversation of a user and a backbone is a ValueError. Knows nothing of
+rows or files.
+"""
+
+from typing import Any
+
+SPEAKERS = {
+    "system": "system",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
+}
+
+
+def chat(messages: list[Any]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """(system, turns, originals). Messages of one speaker in a row are one, with a blank line between them.
+
+    What an assistant says before the first turn answers nothing and is left out.
+    """
+    system = ""
+    turns: list[str] = []
+    originals: list[str] = []
+    for number, message in enumerate(messages, 1):
+        speaker, text = _message(message, number)
+        if speaker == "system":
+            if turns:
+                raise ValueError(f"message {number} is a system message after the first turn")
+            system = _together(system, text)
+        elif speaker == "user":
+            if len(turns) > len(originals):
+                turns[-1] = _together(turns[-1], text)
+            else:
+                turns.append(text)
+        elif turns and len(originals) == len(turns):
+            originals[-1] = _together(originals[-1], text)
+        elif turns:
+            originals.append(text)
+    if not all(turn.strip() for turn in turns):
+        raise ValueError("a user's message is empty")
+    return system, tuple(turns), tuple(originals)
+
+
+def answer_in(value: Any) -> str:
+    """What an answer column holds: a text, or messages of which the last is the assistant's; else nothing."""
+    if isinstance(value, list) and value:
+        try:
+            speaker, value = _message(value[-1], len(value))
+        except ValueError:
+            return ""
+        return value if speaker == "assistant" else ""
+    return value if isinstance(value, str) else ""
+
+
+def _message(message: Any, number: int) -> tuple[str, str]:
+    """(system, user or assistant; text)"""
+    if not isinstance(message, dict):
+        raise ValueError(f"message {number} is a {type(message).__name__}; role and content are needed")
+    role, content = _first(message, "role", "from"), _first(message, "content", "value")
+    speaker = SPEAKERS.get(str(role).strip().lower())
+    if speaker is None:
+        raise ValueError(f"message {number} is of role {role}; these are known: {', '.join(SPEAKERS)}")
+    if isinstance(content, list):
+        content = "\n\n".join(_part(part, number) for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"message {number} has no text as its content")
+    return speaker, content
+
+
+def _first(message: dict[str, Any], *names: str) -> Any:
+    return next((message[name] for name in names if message.get(name) is not None), None)
+
+
+def _part(part: Any, number: int) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise ValueError(f"message {number} has a part that is no text")
+
+
+def _together(*texts: str) -> str:
+    return "\n\n".join(text for text in texts if text.strip())

@@ -1,0 +1,79 @@
+"""Where prompts come from, for manifests, marks and cards: names, hashes, licences, counts.
+
+Takes a `prompts` section, gives plain dicts without folders in them. Reads every source once, and so finds what is
+wrong with it too. Knows nothing of which prompts are used.
+"""
+
+import hashlib
+import json
+from collections import deque
+from typing import Any
+
+from .. import pocket
+from ..config import Prompts
+from ..rundir import sha256_of
+from .origins import Origin, file_of, load_dataset, origins
+from .prompt import Role
+from .reading import Reading
+from .templates import template_file
+
+POCKET_LICENCE = "PSF-2.0"
+
+
+def source_pins(prompts: Prompts, role: Role = "distill") -> dict[str, str]:
+    """`pins` of the sources as they are now, without reading their rows."""
+    return pins(_join(prompts, [_identity(origin, role) for origin in origins(prompts)]))
+
+
+def source_record(prompts: Prompts, role: Role = "distill") -> dict[str, Any]:
+    """name (no folders), sha256 of the file or revision and split of the dataset, licence if known, rows, bad_rows.
+
+    Of a mixture these stand under `sources`, each with its weight, and its own sha256 is that of theirs. A chat
+    template from a file is named with its sha256.
+    """
+    found = [_identity(origin, role) | _contents(origin, prompts, role) for origin in origins(prompts)]
+    record = _join(prompts, found)
+    if prompts.mixture:
+        record |= {name: sum(r[name] for r in found) for name in ("rows", "bad_rows")}
+    return record
+
+
+def _join(prompts: Prompts, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record of all sources, and of the template."""
+    record = found[0]
+    if prompts.mixture:
+        hashes = json.dumps([pins(record) for record in found])
+        record = {
+            "name": "mixture",
+            "sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+            "sources": [r | {"weight": s.weight} for r, s in zip(found, prompts.mixture, strict=True)],
+        }
+    if template := template_file(prompts):
+        record["chat_template"] = {"name": template.name, "sha256": sha256_of(template)}
+    return record
+
+
+def pins(record: dict[str, Any]) -> dict[str, str]:
+    """What of a source record changes with the texts that the backbone sees: equal pins, equal contexts."""
+    pinned = {"prompts": record.get("sha256") or record["revision"]}
+    if "chat_template" in record:
+        pinned["chat_template"] = record["chat_template"]["sha256"]
+    return pinned
+
+
+def _identity(origin: Origin, role: Role) -> dict[str, Any]:
+    if origin.is_pocket:
+        file = pocket.PROMPTS[role]
+        return {"name": f"pocket/{file.name}", "sha256": sha256_of(file)}
+    if path := file_of(origin):
+        return {"name": origin.name, "sha256": sha256_of(path)}
+    return {"name": origin.name, "revision": origin.source.revision, "split": origin.source.split}
+
+
+def _contents(origin: Origin, prompts: Prompts, role: Role) -> dict[str, Any]:
+    reading = Reading(origin, prompts, role, None)
+    deque(reading, maxlen=0)
+    licence = POCKET_LICENCE if origin.is_pocket else origin.source.licence
+    if licence is None and not origin.is_pocket and not file_of(origin):
+        licence = load_dataset(origin).info.license or None
+    return {"licence": licence, "rows": reading.rows, "bad_rows": reading.bad}

@@ -1,0 +1,96 @@
+"""What a row says: prompts, instructions, lists of turns and chats, by the names of their columns.
+
+Takes rows (dicts), gives system message, turns, the source's own answers and the task; a row that cannot be used is
+a ValueError. Spec-Bench's question file is read as it is. Knows nothing of files.
+"""
+
+import sys
+from typing import Any, NamedTuple
+
+from .chats import answer_in, chat
+
+CHATS = ("messages", "conversations", "conversation")
+TEXTS = ("prompt", "question", "instruction", "text")
+ANSWERS = ("answer", "response", "output", "completion", "chosen")
+
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+"""The categories of Spec-Bench's file that are together its task mt_bench."""
+
+
+class Said(NamedTuple):
+    system: str
+    turns: tuple[str, ...]
+    originals: tuple[str, ...]
+
+
+class Columns:
+    """Which column of one source holds its prompts: the one that was asked for, or what the rows themselves show.
+
+    A chat says most and goes first. Of the columns of plain text one alone is taken for the whole source, the first
+    that is met: a `text` beside prompts is hardly a prompt. `turns` stand in where a row has nothing else.
+    """
+
+    def __init__(self, wanted: str | None):
+        self.wanted = wanted
+        self.text = wanted
+        self.met: dict[str, None] = {}
+        """Every column that any row has."""
+        self.found = False
+        """Some row had a column that can be read."""
+
+    def said(self, row: dict[str, Any]) -> Said | None:
+        """What the row says; None if it has the column, and nothing in it."""
+        self.met.update(dict.fromkeys(row))
+        if self.text is None:
+            self.text = next((name for name in TEXTS if name in row), None)
+        names = [n for n in (*(() if self.wanted else CHATS), self.text, "turns") if n is not None and n in row]
+        if not names:
+            raise ValueError(f"no {self.text or 'prompt'}")
+        self.found = True
+        name = next((n for n in names if row[n] is not None), None)
+        return None if name is None else _said(row, name)
+
+
+def task_of(row: dict[str, Any]) -> str:
+    task = _task(row)
+    return sys.intern(task)  # one text for all rows of a task
+
+
+def _said(row: dict[str, Any], name: str) -> Said | None:
+    value = row[name]
+    system = ""
+    turns: tuple[str, ...]
+    originals: tuple[str, ...] = ()
+    if name == "turns":
+        if not isinstance(value, list) or not value or not all(isinstance(t, str) and t.strip() for t in value):
+            raise ValueError('turns must be a list of texts, none of them empty, such as ["first", "second"]')
+        turns = tuple(value)
+    elif isinstance(value, list):
+        system, turns, originals = chat(value)
+    elif isinstance(value, str):
+        turns = (_with_input(row, value),) if name == "instruction" else (value,)
+        turns = tuple(turn for turn in turns if turn.strip())
+    else:
+        raise ValueError(f"column {name} holds a {type(value).__name__}; a text or a list of messages is needed")
+    if not turns:
+        return None
+    if len(originals) == len(turns) - 1:
+        answers = (answer_in(row.get(column)) for column in ANSWERS if column != name)
+        originals += tuple(answer for answer in answers if answer.strip())[:1]
+    return Said(system, turns, originals)
+
+
+def _with_input(row: dict[str, Any], instruction: str) -> str:
+    """An instruction as Alpaca has them: what it is to be carried out on stands in another column, or nothing does."""
+    given = row.get("input")
+    if given is not None and not isinstance(given, str):
+        raise ValueError(f"column input holds a {type(given).__name__}; a text is needed")
+    return "\n\n".join(text for text in (instruction, given or "") if text.strip())
+
+
+def _task(row: dict[str, Any]) -> str:
+    if "task" in row:
+        return str(row["task"] or "")
+    category = str(row.get("category") or "")
+    of_spec_bench = {"question_id", "turns"} <= row.keys()
+    return "mt_bench" if of_spec_bench and category in MT_BENCH else category
