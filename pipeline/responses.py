@@ -120,6 +120,12 @@ class Responses:
         manifest = self.manifest()
         return [f"shard-{i:05d}.parquet" for i in range(manifest["asked"]["shards"])] if manifest else []
 
+    def check_asked(self) -> None:
+        """Raises UserError unless prompts.parquet is what the manifest says."""
+        path, manifest = self.folder / "prompts.parquet", self.manifest()
+        if not path.is_file() or not manifest or sha256_of(path) != manifest["asked"]["sha256"]:
+            raise UserError(f"{path}: missing or not what was written: put it back, or --redo generate.")
+
     def asked(self, index: int) -> list[tuple[str, list[int]]]:
         """(prompt as JSON, ids) of the shard of this number."""
         table = pq.ParquetFile(self.folder / "prompts.parquet").read_row_group(index).to_pydict()

@@ -81,7 +81,7 @@ def test_verify_tells_what_is_not_as_it_was_written(run):
     with pytest.raises(UserError, match=r"rows that were not asked for, or too few"):
         inspection.verify(run)
     (responses.folder / "prompts.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match=r"prompts\.parquet \(changed\)"):
+    with pytest.raises(UserError, match=r"prompts\.parquet: missing or not what was written"):
         inspection.verify(run)
 
 

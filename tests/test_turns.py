@@ -14,7 +14,7 @@ from pipeline.config import EvaluatePrompts, Prompts, to_dict
 from pipeline.errors import UserError
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.prompts import SPEC_BENCH, Prompt
-from pipeline.stages import evaluate, generate
+from pipeline.stages import evaluate
 from pipeline.turns import every_turn
 
 NEW = 6
@@ -163,16 +163,6 @@ def test_the_table_by_task_is_spec_benchs(measured) -> None:
         assert figures["acceptance_length"] == pytest.approx(1 + mine.accepted.mean())
         assert greedy[1][column] == f"{figures['speedup']:.2f} ({1 + mine.accepted.mean():.2f})"
     assert "1 of the prompts are later turns" in (run / "report" / "report.md").read_text()
-
-
-def test_generate_answers_first_turns_and_says_so(tmp_path, capsys) -> None:
-    path = tmp_path / "talk.jsonl"
-    path.write_text("".join(json.dumps({"turns": [f"say {i}", "more"][: 1 + i % 2]}) + "\n" for i in range(8)))
-    run = make_run(tmp_path, f"prompts.path={path}", "prompts.held_out=0", "generate.num_prompts=0")
-    generate.run(run)
-    assert "4 prompts have more turns; only the first is answered" in capsys.readouterr().out
-    table = pd.concat(pd.read_parquet(p) for p in sorted((run / "responses").glob("*.parquet")))
-    assert set(table.prompt) <= {f"say {i}" for i in range(8)}
 
 
 def test_a_backbone_that_says_nothing_is_refused(tmp_path, monkeypatch) -> None:

@@ -8,6 +8,7 @@ of exit heads, but that an engine may draft with one.
 
 import hashlib
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -168,6 +169,7 @@ class Worker:
         """Make what is missing, together with whoever else is at it, until all is there; returns the tokens/s of this
         process (0 if there was nothing left for it)."""
         self.responses.sweep()
+        self.responses.check_asked()
         manifest = self.responses.manifest()
         assert manifest is not None
         started, tokens, told = time.time(), 0, False
@@ -208,8 +210,9 @@ class Worker:
 
     def _tell_who_holds(self) -> bool:
         holders = self.responses.claims.holders()
-        at = ", ".join(f"{name} ({h.host}, process {h.pid})" for name, h in holders.items())
-        tqdm.write(f"generate: waiting for other processes: {at}")
+        at = [f"{name} ({h.host}, process {h.pid})" for name, h in holders.items()]
+        more = f" and {len(at) - 3} more" if len(at) > 3 else ""
+        tqdm.write(f"generate: waiting for other processes: {', '.join(at[:3])}{more}", file=sys.stderr)
         return bool(holders)
 
     def _claim_and_make(self, index: int, name: str, report: Report) -> None:
