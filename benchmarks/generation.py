@@ -1,36 +1,57 @@
-"""Which engine of generate is faster here? All of them interleaved in one process, as ratios.
+"""What does it cost to let a backbone answer prompts? Engines, kills, processes, memory; a Markdown table each.
 
-Takes a backbone and a handful of prompts, prints a Markdown table of tokens/s: prompts one after another with
-transformers' generate, transformers' generate on padded batches, and the two engines of pipeline/generation.py.
-Knows nothing of run folders.
+Takes a backbone and prompts, prints tokens/s of every engine beside transformers' own generate, interleaved in one
+process and as ratios; then runs the command line itself: killed twenty times, as one and as two processes at once, and
+on 1,000 and 20,000 prompts. Knows nothing of what is learned from the answers.
 
-  python benchmarks/generation.py                                  the pocket backbone, about 5 minutes on 2 cores
-  python benchmarks/generation.py backbone.name_or_path=... machine.device=cuda backbone.dtype=bfloat16
+  python benchmarks/generation.py                      all, on the pocket backbone: 25 minutes on 2 cores
+  python benchmarks/generation.py --part engines generate.exit_head=runs/NAME/heads/exit-1
+  python benchmarks/generation.py --part engines backbone.name_or_path=... machine.device=cuda backbone.dtype=bfloat16
 """
 
 import argparse
+import json
+import os
+import random
 import shlex
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.backbones import device_of, load_model, load_tokenizer, public_name
-from pipeline.config import load
-from pipeline.generation import Sampling, answer_continuous, answer_padded, end_tokens
+from pipeline.config import Config, load
+from pipeline.engines import Question, Sampling, end_tokens
+from pipeline.engines.continuous import Continuous
+from pipeline.engines.padded import Padded
+from pipeline.engines.speculative import Speculative
+from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.decoding import Request, autoregressive
+from pipeline.inference.exit_head import ExitHead
+from pipeline.inference.sampling import Sampler
 from pipeline.prompts import encode, load_prompts
+from pipeline.responses import Responses
 from pipeline.rundir import provenance
 
-Prompts = list[list[int]]
+Ids = list[list[int]]
+BASELINE = "one by one, transformers' generate"
 
 
-def transformers_generate(model: torch.nn.Module, prompts: Prompts, temperature: float, sampling: Sampling) -> Prompts:
+# ---- engines
+
+
+def transformers_generate(model: torch.nn.Module, prompts: Ids, temperature: float, sampling: Sampling) -> Ids:
     """transformers' own generate on left-padded batches of `sampling.batch_size`, sorted by length."""
     ends = end_tokens(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: Prompts = [[] for _ in prompts]
+    answers: Ids = [[] for _ in prompts]
     torch.manual_seed(sampling.seed)
     for at in range(0, len(order), sampling.batch_size):
         rows = order[at : at + sampling.batch_size]
@@ -55,79 +76,223 @@ def transformers_generate(model: torch.nn.Module, prompts: Prompts, temperature:
 
 
 def engines(
-    temperature: float, args: argparse.Namespace
-) -> dict[str, Callable[[torch.nn.Module, Prompts, int], Prompts]]:
-    def sampling(seed: int, batch_size: int) -> Sampling:
+    model: torch.nn.Module, config: Config, temperature: float, args: argparse.Namespace
+) -> dict[str, Callable[[Ids, int], Ids]]:
+    """Name -> (prompts, seed) -> answers. Those that answer one by one get the first --sequential prompts."""
+
+    def sampling(seed: int, batch_size: int = args.batch_size) -> Sampling:
         return Sampling(args.new_tokens, 1.0, batch_size, seed)
 
-    return {
-        "one by one (transformers generate)": lambda m, p, s: transformers_generate(
-            m, p[: args.sequential], temperature, sampling(s, 1)
+    def ours(engine, prompts: Ids, seed: int) -> Ids:
+        return [a.ids for a in engine.answer([Question(ids, [], temperature) for ids in prompts], sampling(seed))]
+
+    padded, continuous = Padded(model), Continuous(model)
+    found: dict[str, Callable[[Ids, int], Ids]] = {
+        BASELINE: lambda p, s: transformers_generate(model, p[: args.sequential], temperature, sampling(s, 1)),
+        "padded batches, transformers' generate": lambda p, s: transformers_generate(
+            model, p, temperature, sampling(s)
         ),
-        "padded batches (transformers generate)": lambda m, p, s: transformers_generate(
-            m, p, temperature, sampling(s, args.batch_size)
-        ),
-        "`padded`": lambda m, p, s: answer_padded(m, p, [temperature] * len(p), sampling(s, args.batch_size)),
-        "`continuous`": lambda m, p, s: answer_continuous(m, p, [temperature] * len(p), sampling(s, args.batch_size)),
+        "`padded`": lambda p, s: ours(padded, p, s),
+        "`continuous`": lambda p, s: ours(continuous, p, s),
     }
+    if config.generate.exit_head is not None:
+        head = ExitHead.load(Path(config.generate.exit_head))
+        plain = SplitBackbone(model, head, timed_kernels=False)
+        speculative = Speculative(model, head, config.generate.controller)
+        ends = frozenset(end_tokens(model))
+
+        def one_by_one(prompts: Ids, seed: int) -> Ids:
+            sampler = Sampler(temperature, generator=torch.Generator(model.device).manual_seed(seed))
+            return [autoregressive(plain, Request(ids, args.new_tokens, ends), sampler).tokens for ids in prompts]
+
+        found["one by one, our decoder without the head"] = lambda p, s: one_by_one(p[: args.sequential], s)
+        found[f"`speculative` ({config.generate.controller}, N = {head.exit_layer})"] = lambda p, s: ours(
+            speculative, p[: args.sequential], s
+        )
+    return found
+
+
+def measure_engines(config: Config, args: argparse.Namespace) -> None:
+    model = load_model(config.backbone, device_of(config.machine.device))
+    found = load_prompts(config.prompts, "distill")[: args.prompts]
+    context = model.config.max_position_embeddings
+    tokenizer = load_tokenizer(config.backbone)
+    prompts = [ids for _, ids in encode(found, tokenizer, config.prompts, context, args.new_tokens)]
+    for temperature in args.temperature or [0.0, 1.0]:
+        speeds: dict[str, list[float]] = {}
+        chosen = engines(model, config, temperature, args)
+        for repeat in range(-1, args.repeats):  # the round before the first warms up
+            for name, engine in chosen.items():
+                started = time.perf_counter()
+                answers = engine(prompts[:8] if repeat < 0 else prompts, max(repeat, 0))
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if repeat >= 0:
+                    speeds.setdefault(name, []).append(sum(map(len, answers)) / (time.perf_counter() - started))
+        print_facts(config, model.device.type, f"{len(prompts)} prompts ({args.sequential} where one by one), "
+                    f"{args.new_tokens} new tokens, batches of {args.batch_size}, temperature {temperature:g}, "
+                    f"{args.repeats} interleaved repeats")  # fmt: skip
+        print(f"| engine | tokens/s | range | over {BASELINE} | range |\n|---|---|---|---|---|")
+        for name, each in speeds.items():
+            ratios = [a / b for a, b in zip(each, speeds[BASELINE], strict=True)]
+            print(
+                f"| {name} | {statistics.median(each):.0f} | {min(each):.0f}-{max(each):.0f} "
+                f"| {statistics.median(ratios):.2f} | {min(ratios):.2f}-{max(ratios):.2f} |"
+            )
+
+
+# ---- the command line
+
+
+class Run:
+    """Runs of `exit-heads generate` in one temporary folder."""
+
+    def __init__(self, folder: Path, name: str, words: list[str]):
+        self.folder = folder / name / "responses"
+        self.command = [sys.executable, "-m", "pipeline", "generate", *words, f"run.dir={folder}", f"run.name={name}"]
+        self.responses = Responses(self.folder)
+
+    def start(self) -> subprocess.Popen:
+        return subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def seconds(self, processes: int = 1) -> float:
+        """From the start of so many processes to the end of the last."""
+        started = time.perf_counter()
+        for process in [self.start() for _ in range(processes)]:
+            if process.wait():
+                raise SystemExit(f"failed: {shlex.join(self.command)}")
+        return time.perf_counter() - started
+
+    def counts(self) -> dict[str, int]:
+        manifest = self.responses.manifest()
+        assert manifest is not None and manifest["complete"]
+        return manifest["responses"]
+
+    def making(self) -> float:
+        """Seconds that were spent on shards, of all processes together."""
+        return sum(self.responses.entry(name)["made"].get("seconds", 0.0) for name in self.responses.names())
+
+
+def cli_words(config: Config, args: argparse.Namespace) -> list[str]:
+    return [*args.words, "wandb.mode=disabled", f"generate.num_prompts={args.cli_prompts}", "generate.shard_size=16",
+            "generate.batch_size=16", f"generate.max_new_tokens={args.new_tokens}"]  # fmt: skip
+
+
+def measure_kills(config: Config, args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        calm = Run(Path(folder), "calm", cli_words(config, args))
+        calm_seconds = calm.seconds()
+        rough, r = Run(Path(folder), "rough", cli_words(config, args)), random.Random(0)
+        start_up = calm_seconds - calm.making()
+        started, kills, redone = time.perf_counter(), 0, 0
+        while kills < args.kills:
+            process = rough.start()
+            time.sleep(start_up + r.uniform(0, calm.making() / args.kills * 1.5))
+            if process.poll() is not None:
+                raise SystemExit(f"all was answered after {kills} kills: give more --cli-prompts")
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            for name in rough.responses.claims.holders():
+                redone += len(rough.responses.asked(int(name[6:11]))) if name.startswith("shard-") else 0
+        rough.seconds()
+        rough_seconds = time.perf_counter() - started
+        same = (calm.folder / "manifest.json").read_bytes() == (rough.folder / "manifest.json").read_bytes()
+        print_facts(config, "cpu", f"{args.cli_prompts} prompts in shards of 16, {args.new_tokens} new tokens")
+        print("| run | seconds | of them starting | prompts begun again | manifest |\n|---|---|---|---|---|")
+        print(f"| undisturbed | {calm_seconds:.0f} | {start_up:.0f} | 0 | |")
+        print(f"| killed {kills} times | {rough_seconds:.0f} | about {start_up * (kills + 1):.0f} | {redone} of "
+              f"{args.cli_prompts} | {'equal' if same else 'DIFFERENT'} |")  # fmt: skip
+
+
+def measure_processes(config: Config, args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        print_facts(config, "cpu", f"{args.cli_prompts} prompts in shards of 16, {args.new_tokens} new tokens")
+        print("| processes | seconds in all | shards a process | tokens/s at work | over one |\n|---|---|---|---|---|")
+        alone = 0.0
+        for count in (1, 2):
+            run = Run(Path(folder), f"by-{count}", cli_words(config, args))
+            seconds = run.seconds(count)
+            by: dict[str, int] = {}
+            for name in run.responses.names():
+                worker = run.responses.entry(name)["made"]["worker"]
+                by[worker] = by.get(worker, 0) + 1
+            speed = run.counts()["tokens"] / (run.making() / len(by))
+            alone = alone or speed
+            print(
+                f"| {count} | {seconds:.0f} | {' + '.join(map(str, by.values()))} | {speed:.0f} | {speed / alone:.2f} |"
+            )
+
+
+def measure_memory(config: Config, args: argparse.Namespace) -> None:
+    """Peak of one process on a thin backbone: what grows with the number of prompts is not the model's."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = load_tokenizer(load(None, []).backbone)
+        thin = AutoConfig.for_model("llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
+                                    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                                    max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+        AutoModelForCausalLM.from_config(thin).save_pretrained(f"{folder}/thin")
+        tokenizer.save_pretrained(f"{folder}/thin")
+        words = [f"backbone.name_or_path={folder}/thin", "backbone.dtype=float32", "machine.threads=1",
+                 "generate.num_prompts=0", "generate.max_new_tokens=8", "generate.batch_size=128",
+                 "wandb.mode=disabled", "prompts.held_out=0"]  # fmt: skip
+        print_facts(
+            config,
+            "cpu",
+            "a random llama of 2 layers x 32, prompts of about 100 tokens, 8 new tokens, one process each",
+        )
+        print("| prompts | peak memory, MiB | seconds |\n|---|---|---|")
+        r = random.Random(0)
+        for count in (1_000, 20_000):
+            path = Path(folder) / f"{count}.jsonl"
+            with path.open("w") as file:
+                for _ in range(count):
+                    text = " ".join(
+                        f"{r.choice(['sum', 'value', 'index', 'name'])}_{r.randrange(1000)}" for _ in range(20)
+                    )
+                    file.write(json.dumps({"prompt": text}) + "\n")
+            run = Run(Path(folder), f"of-{count}", [*words, f"prompts.path={path}"])
+            started = time.perf_counter()
+            process = run.start()
+            _, status, usage = os.wait4(process.pid, 0)
+            if status:
+                raise SystemExit(f"failed: {shlex.join(run.command)}")
+            print(f"| {count:,} | {usage.ru_maxrss / (1 << 20 if sys.platform == 'darwin' else 1 << 10):.0f} "
+                  f"| {time.perf_counter() - started:.0f} |")  # fmt: skip
+
+
+def print_facts(config: Config, device: str, what: str) -> None:
+    """When, where and on what the table below was measured."""
+    where = provenance()
+    hardware = ", ".join(where["hardware"]["gpus"]) if device == "cuda" else where["hardware"]["cpu"]
+    versions = ", ".join(f"{p} {where['versions'][p]}" for p in ("python", "torch", "transformers"))
+    threads = config.machine.threads or torch.get_num_threads()
+    facts = [where["time"][:10], f"{hardware}, {where['hardware']['cores']} cores, {threads} threads a process",
+             versions, f"{public_name(config.backbone)} in {config.backbone.dtype}", what]  # fmt: skip
+    print(f"\n{'; '.join(facts)}.  \n`{shlex.join(['python', *sys.argv])}`\n", flush=True)
+
+
+PARTS = {"engines": measure_engines, "kills": measure_kills, "processes": measure_processes, "memory": measure_memory}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be given again")
     parser.add_argument("--prompts", type=int, default=128, help="prompts answered by each batched engine")
     parser.add_argument("--sequential", type=int, default=6, help="prompts answered one by one")
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, action="append", help="default: 0 and 1")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds over all engines")
-    parser.add_argument("words", nargs="*", metavar="key=value", help="of the config: backbone.*, machine.*, prompts.*")
-    args = parser.parse_args()
-    config = load(None, ["backbone.dtype=float32", *args.words])
-    if config.machine.threads > 0:
-        torch.set_num_threads(config.machine.threads)
-    model = load_model(config.backbone, device_of(config.machine.device))
-    found = load_prompts(config.prompts, "distill")[: args.prompts]
-    context = model.config.max_position_embeddings
-    prompts = [
-        ids for _, ids in encode(found, load_tokenizer(config.backbone), config.prompts, context, args.new_tokens)
-    ]
-    speeds: dict[str, list[float]] = {}
-    chosen = engines(args.temperature, args)
-    for repeat in range(-1, args.repeats):  # the round before the first warms up
-        for name, engine in chosen.items():
-            started = time.perf_counter()
-            answers = engine(model, prompts[:8] if repeat < 0 else prompts, max(repeat, 0))
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 0:
-                speeds.setdefault(name, []).append(sum(map(len, answers)) / (time.perf_counter() - started))
-    print_table(speeds, args, model, public_name(config.backbone))
-
-
-def print_table(
-    speeds: dict[str, list[float]], args: argparse.Namespace, model: torch.nn.Module, backbone: str
-) -> None:
-    """Median and range over the repeats; a ratio is taken inside each repeat."""
-    where = provenance()
-    hardware = ", ".join(where["hardware"]["gpus"]) if model.device.type == "cuda" else where["hardware"]["cpu"]
-    versions = ", ".join(f"{p} {where['versions'][p]}" for p in ("python", "torch", "transformers"))
-    baseline = speeds["padded batches (transformers generate)"]
-    facts = [
-        where["time"][:10],
-        f"{hardware}, {where['hardware']['cores']} cores, {torch.get_num_threads()} threads",
-        versions,
-        f"{backbone} in {str(model.dtype).removeprefix('torch.')}",
-        f"{args.prompts} prompts, {args.new_tokens} new tokens, batches of {args.batch_size}",
-        f"temperature {args.temperature}, {args.repeats} interleaved repeats",
-    ]
-    print(f"\n{'; '.join(facts)}.  \n`{shlex.join(['python', *sys.argv])}`\n")
-    print("| engine | tokens/s | range | over transformers' padded batches | range |\n|---|---|---|---|---|")
-    for name, each in speeds.items():
-        ratios = [a / b for a, b in zip(each, baseline, strict=True)]
-        print(
-            f"| {name} | {statistics.median(each):.0f} | {min(each):.0f}-{max(each):.0f} "
-            f"| {statistics.median(ratios):.2f} | {min(ratios):.2f}-{max(ratios):.2f} |"
-        )
+    parser.add_argument("--cli-prompts", type=int, default=320, help="prompts of the runs that are killed or shared")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("words", nargs="*", metavar="key=value", help="of the config: backbone.*, machine.* ...")
+    args = parser.parse_intermixed_args()
+    args.words = ["backbone.dtype=float32", "machine.threads=1", *args.words]
+    config = load(None, args.words)
+    torch.set_num_threads(config.machine.threads)
+    for part in args.part or PARTS:
+        PARTS[part](config, args)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,9 @@ def fingerprint_of_files(backbone: Backbone) -> str:
     where = {"revision": backbone.revision}
     with _explained(backbone), contextlib.ExitStack() as opened:
         source = source_of(backbone)
-        index = cached_file(source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **where)
+        index = cached_file(
+            source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **where
+        )
         places = json.loads(Path(index).read_text())["weight_map"] if index else {}
         files: dict[str, Any] = {}
 

@@ -1,9 +1,9 @@
 """Who works on what: claims of numbered pieces of work, by any number of processes on any number of machines.
 
-Takes a folder that all of them see, gives claims. A claim is a file that one process alone can put there; while it works
-it touches the file again and again, so that what a killed process held can be told and taken over. Claims only save
-work: two processes that hold the same one (a clock that jumps, a process stopped for an hour) do no harm where results
-are put in place once and for all (rundir.place_once). Knows nothing of the work.
+Takes a folder that all of them see, gives claims. A claim is a file that one process alone can put there; while it
+works it touches the file again and again, so that what a killed process held can be told and taken over. Claims only
+save work: two processes that hold the same one (a clock that jumps, a process stopped for an hour) do no harm where
+results are put in place once and for all (rundir.place_once). Knows nothing of the work.
 """
 
 import contextlib

@@ -67,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
             looks = sub.add_mutually_exclusive_group()
             looks.add_argument("--status", action="store_true", help="print progress, who works, rate and time left")
             looks.add_argument("--verify", action="store_true", help="hash every shard again, count every turn")
-            looks.add_argument("--show", type=int, metavar="N", help="print N documents as distill will learn from them")
+            looks.add_argument(
+                "--show", type=int, metavar="N", help="print N documents as distill will learn from them"
+            )
         sub.add_argument("words", nargs="*", metavar="key=value", help="wins over the file")
     return parser
 

@@ -98,18 +98,22 @@ class EvaluatePrompts(Prompts):
 class Generate:
     engine: str = option(
         "padded",
-        "who answers: padded (padded batches) or continuous (transformers' continuous batching) in process; speculative "
-        "(one by one, drafted by an exit head trained before); server (machine.servers); original (nobody: the answers "
-        "that the prompts' source gives)",
+        "who answers: in process padded (padded batches), continuous (transformers' continuous batching) or "
+        "speculative (one by one, drafted by an exit head trained before); server (machine.servers); original (nobody: "
+        "the answers that the prompts' source gives)",
     )
     exit_head: str | None = option(None, "of engine speculative: the head's folder, such as runs/NAME/heads/exit-2")
-    controller: str = option("fixed:2", "of engine speculative: fixed:K, confidence:T or entropy:T, which learn nothing")
+    controller: str = option(
+        "fixed:2", "of engine speculative: fixed:K, confidence:T or entropy:T, which learn nothing"
+    )
     num_prompts: int = option(384, "prompts to answer, the first of the shuffled set; 0 = all")
     max_new_tokens: int = option(128, "longest response, in tokens")
     temperatures: list[float] = option([0.0, 1.0], "mixed over the prompts in turn; 0 is greedy")
     top_p: float = option(1.0, "nucleus of the sampled responses")
     batch_size: int = option(64, "prompts answered together")
-    shard_size: int = option(128, "prompts of a shard: what a process claims, and makes anew if another was killed at it")
+    shard_size: int = option(
+        128, "prompts of a shard: what a process claims, and makes anew if another was killed at it"
+    )
 
 
 @dataclass

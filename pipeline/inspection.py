@@ -136,7 +136,10 @@ def figures(run: RunDir) -> dict[str, Any] | None:
     manifest = responses.manifest()
     if manifest is None or not manifest["complete"] or any(responses.entry(n) is None for n in responses.names()):
         return None
-    prompts, answers, texts, sources = [], [], Counter(), Counter()
+    prompts: list[int] = []
+    answers: list[int] = []
+    texts: Counter[int] = Counter()
+    sources: Counter[str] = Counter()
     temperatures: Counter[float] = Counter()
     for name in responses.names():
         for row in rows_of(responses.folder / name):
@@ -169,7 +172,9 @@ def _histogram(lengths: list[int]) -> dict[str, list[float]]:
 def _responses(run: RunDir) -> Responses:
     responses = Responses(run / "responses")
     if responses.manifest() is None:
-        raise UserError(f"run.name={run.config.run.name}: {run.path} holds no responses yet: run `exit-heads generate`.")
+        raise UserError(
+            f"run.name={run.config.run.name}: {run.path} holds no responses yet: run `exit-heads generate`."
+        )
     return responses
 
 

@@ -3,6 +3,7 @@
 Takes the dict of results.json, gives PNG files. Knows nothing of how anything was measured.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ PARTS = {"shallow": "#56b4e9", "head": "#e69f00", "verify": "#0072b2", "rest": "
 STYLES = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#000000", "X")]
 """Colours that the colour-blind tell apart (Okabe and Ito), and a marker each for who sees none."""
 
+LENGTHS = "lengths.png"
+"""The one picture that no temperature has."""
 FEWEST = 10  # rounds that reached a position, below which its acceptance rate is noise and not drawn
 
 
@@ -26,6 +29,11 @@ def draw(file: str, results: dict[str, Any], path: Path) -> None:
     """Draw the picture of that name to `path`."""
     from matplotlib.figure import Figure
 
+    if file == LENGTHS:
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        lengths(figure, results["responses"])
+        figure.savefig(path, dpi=140)
+        return
     kind, t = file.removesuffix(".png").split("-", 1)
     entries = [h for h in results["heads"] if f"{h['temperature']:g}" == t]
     # Narrow, so that the letters can still be read at the width of a phone.
@@ -139,6 +147,18 @@ def learned(figure: Any, axes: Any, entries: list[dict[str, Any]], best: dict[st
     axes.set_ylabel("learned acceptance")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _legend_below(figure, 4)
+
+
+def lengths(figure: Any, responses: dict[str, Any]) -> None:
+    """Histograms of the contexts' and the answers' lengths."""
+    pairs = [("contexts", responses["prompt_lengths"]), ("answers", responses["response_lengths"])]
+    for axes, (name, found), (colour, _) in zip(figure.subplots(1, 2), pairs, STYLES, strict=False):
+        edges = found["edges"]
+        axes.bar(edges[:-1], found["counts"], [b - a for a, b in pairwise(edges)], align="edge",
+                 color=colour)  # fmt: skip
+        axes.set_title(name, fontsize=11)
+        axes.set_xlabel("tokens")
+        axes.spines[["top", "right"]].set_visible(False)
 
 
 DRAW = {f.__name__: f for f in (speedup, time, acceptance, drafted, learned)}

@@ -110,7 +110,7 @@ def blocks(results: dict[str, Any]) -> list[Block]:
     ]  # fmt: skip
     if any(c.get("learned") for h in results["heads"] for c in h["controllers"].values()):
         page += _images(results, "learned", "what thompson learned: mean acceptance by confidence of the head")
-    return page + _losslessness(results)
+    return page + _losslessness(results) + _responses(results)
 
 
 def _images(results: dict[str, Any], kind: str, caption: str) -> list[Block]:
@@ -340,6 +340,40 @@ def _losslessness(results: dict[str, Any]) -> list[Block]:
 
 
 MARKS = {"h1": "# ", "h2": "## ", "h3": "### ", "p": "", "good": "> ", "unsure": "> ", "bad": "> "}
+
+
+def _responses(results: dict[str, Any]) -> list[Block]:
+    """What the heads have learned from, if it lay in the run folder when they were measured."""
+    found = results.get("responses")
+    if found is None:
+        return []
+    rows, turns = found["rows"], found["turns"]
+    temperatures = ", ".join(f"{n} at temperature {t}" for t, n in found["temperatures"].items())
+    table = [
+        ["responses", "how many", "share"],
+        ["ended by themselves", str(found["stop"]), f"{found['stop'] / rows:.1%}"],
+        ["cut at the longest length", str(found["length"]), f"{found['length'] / rows:.1%}"],
+        ["repeat some 8 tokens", str(found["looping"]), f"{found['looping'] / rows:.1%}"],
+        ["equal to another", str(found["duplicates"]), f"{found['duplicates'] / rows:.1%}"],
+        ["encoded anew from a server's text", str(found["inexact"]), f"{found['inexact'] / rows:.1%}"],
+        ["empty, left out", str(found["empty"]), f"{found['empty'] / turns:.1%} of turns"],
+        ["turns not reached", str(found["unanswered"]), f"{found['unanswered'] / turns:.1%} of turns"],
+    ]
+    table += [[f"from {name or 'unnamed'}", str(n), f"{n / rows:.1%}"] for name, n in found["sources"].items()]
+    workers, speed = found["workers"], found["tokens_per_second"]
+    made = f" at {speed:.0f} tokens/s a process" if speed else ""
+    by = f" by {workers} process{'es' if workers > 1 else ''}" if workers else ""
+    again = "" if found["reproducible"] else "; they cannot be made again to the same rows"
+    return [
+        ("h2", "Responses learned from"),
+        (
+            "p",
+            f"{rows} answers to {found['prompts']} prompts, {found['tokens']} tokens, by engine {found['engine']}{by}"
+            f"{made}{again}; {temperatures}.",
+        ),
+        ("table", table),
+        ("image", (plots.LENGTHS, "Lengths in tokens: of the contexts that were answered, and of the answers.")),
+    ]
 
 
 def markdown(page: list[Block]) -> str:

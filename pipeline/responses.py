@@ -42,14 +42,14 @@ COLUMNS = pa.schema(
     ]
 )
 """id: of the prompt, `.2`, `.3` ... behind it for later turns. prompt: what the user says in this turn. prompt_ids: the
-whole context. response_ids: end with an end token if finish_reason is `stop`; the other reason is `length`. seed: of the
-shard's drawing. exact: these very ids were drawn; false if encoded anew from a server's text. reproducible: the shard
-can be made again, to the same rows."""
+whole context. response_ids: end with an end token if finish_reason is `stop`; the other reason is `length`. seed: of
+the shard's drawing. exact: these very ids were drawn; false if encoded anew from a server's text. reproducible: the
+shard can be made again, to the same rows."""
 ASKED = pa.schema([("prompt", pa.string()), ("ids", pa.list_(pa.int32()))])
 COUNTS = ("prompts", "turns", "rows", "empty", "unanswered", "tokens", "stop", "length", "looping", "inexact")
-"""Of a shard: prompts, and their turns, each of which is a row, empty (nothing but an end token), or unanswered (behind an
-empty or cut answer, or no room left); tokens drawn; rows by finish reason; rows that repeat some 8 tokens; rows that are
-not exact."""
+"""Of a shard: prompts, and their turns, each of which is a row, empty (nothing but an end token), or unanswered (behind
+an empty or cut answer, or no room left); tokens drawn; rows by finish reason; rows that repeat some 8 tokens; rows that
+are not exact."""
 
 
 class Responses:
@@ -99,15 +99,18 @@ class Responses:
         """Complete the manifest if every shard is what its entry says; those that are not are removed: False."""
         manifest = self.manifest()
         assert manifest is not None
-        entries = {name: self.entry(name) for name in self.names()}
-        for name, entry in entries.items():
-            if entry is None or not (self.folder / name).is_file() or sha256_of(self.folder / name) != entry["sha256"]:
+        entries: list[dict[str, Any]] = []
+        total: Counter[str] = Counter()
+        for name in self.names():
+            entry, path = self.entry(name), self.folder / name
+            if entry is None or not path.is_file() or sha256_of(path) != entry["sha256"]:
                 self.forget(name)
                 return False
-        total: Counter[str] = Counter()
-        for entry in entries.values():
+            entries.append(entry)
             total.update(entry["counts"])
-        manifest["shards"] = [{k: e[k] for k in ("file", "rows", "bytes", "sha256", "counts")} for e in entries.values()]
+        manifest["shards"] = [
+            {k: e[k] for k in ("file", "rows", "bytes", "sha256", "counts")} for e in entries.values()
+        ]
         manifest["responses"] = {name: total[name] for name in COUNTS}
         manifest["complete"] = True
         atomic_write(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")

@@ -17,10 +17,10 @@ from helpers import plant_heads, tiny_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import Config, load
-from pipeline.errors import UserError
 from pipeline.engines import Question, Sampling
 from pipeline.engines.continuous import Continuous
 from pipeline.engines.padded import Padded, sample
+from pipeline.errors import UserError
 from pipeline.inference.exit_head import FAMILIES
 from pipeline.responses import Responses
 from pipeline.rundir import RunDir
@@ -150,7 +150,9 @@ def test_what_is_written(tmp_path, backbone):
     run = _run(_config(tmp_path, backbone, "generate.temperatures=[0.0,0.7,1.0]"))
     manifest = json.loads((run / "responses" / "manifest.json").read_text())
     files = sorted(p.name for p in (run / "responses").iterdir())
-    assert files == ["claims", "entries", "manifest.json", "prompts.parquet"] + [f"shard-0000{i}.parquet" for i in range(4)]
+    assert files == ["claims", "entries", "manifest.json", "prompts.parquet"] + [
+        f"shard-0000{i}.parquet" for i in range(4)
+    ]
     assert manifest["schema"] == 2 and manifest["complete"]
     assert manifest["prompts"]["name"] == "prompts.jsonl" and str(tmp_path) not in json.dumps(manifest["prompts"])
     assert manifest["backbone"]["name"] == "tiny-llama" and manifest["backbone"]["model_type"] == "llama"

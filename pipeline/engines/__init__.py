@@ -33,7 +33,7 @@ def make_engine(config: Config, load_model: Callable[[], Any], tokenizer: Any) -
             return Speculative(load_model(), head, config.generate.controller)
         except ValueError as error:
             raise UserError(f"generate.exit_head={config.generate.exit_head}: {error}") from None
-    return {"padded": Padded, "continuous": Continuous}[name](load_model())
+    return Continuous(load_model()) if name == "continuous" else Padded(load_model())
 
 
 def _head(config: Config) -> ExitHead:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .. import backbones, losslessness, prompts, report, rivals, tracking, turns
+from .. import backbones, inspection, losslessness, prompts, report, rivals, tracking, turns
 from ..config import Config
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
@@ -57,6 +57,7 @@ def run(run: RunDir) -> None:
         for entry in results["heads"]:
             entry["head_sha256"] = heads[entry["exit_layer"]]
         results["rivals"] = beside(others, generations)
+        results["responses"] = inspection.figures(run)
         summary["best"] = results["best"]
         with atomic_path(run / "eval") as folder:
             folder.mkdir()

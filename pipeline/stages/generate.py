@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..backbones import device_of, fingerprint_of_files, load_config, load_model, load_tokenizer, public_name
 from ..config import Config, to_dict
-from ..engines import IN_PROCESS, Answer, Engine, Question, Report, Sampling, make_engine
+from ..engines import Answer, Engine, Question, Report, Sampling, make_engine
 from ..errors import UserError
 from ..metrics import repeated_share
 from ..prompts import Prompt, contexts, encoding, pins, source_pins, source_record, training_prompts
@@ -82,7 +82,7 @@ def _in_shards(asked: Iterator[tuple[Prompt, list[int]]], size: int) -> Iterator
 
 
 def _prompt(text: str) -> Prompt:
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
     return Prompt(**fields)
 
 
@@ -248,7 +248,7 @@ class Worker:
         g = self.config.generate
         first = index * g.shard_size  # in turn over all prompts, not anew in each shard
         temperatures = [g.temperatures[(first + i) % len(g.temperatures)] for i in range(len(asked))]
-        counts = Counter(dict.fromkeys(COUNTS, 0), prompts=len(asked), turns=sum(len(p.turns) for p, _ in asked))
+        counts: Counter[str] = Counter(prompts=len(asked), turns=sum(len(p.turns) for p, _ in asked))
         rows: list[tuple[int, dict[str, Any]]] = []
         now = [(place, prompt, ids) for place, (prompt, ids) in enumerate(asked)]
         turn = 1
@@ -340,4 +340,6 @@ def _print_summary(s: dict[str, Any]) -> None:
         f"{s['looping_share']:.0%} repeat some 8 tokens"
     )
     if s["inexact"]:
-        print(f"generate: {s['inexact']} of {s['rows']} responses are a server's text encoded anew, not the ids it drew")
+        print(
+            f"generate: {s['inexact']} of {s['rows']} responses are a server's text encoded anew, not the ids it drew"
+        )
