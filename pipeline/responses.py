@@ -108,9 +108,7 @@ class Responses:
                 return False
             entries.append(entry)
             total.update(entry["counts"])
-        manifest["shards"] = [
-            {k: e[k] for k in ("file", "rows", "bytes", "sha256", "counts")} for e in entries.values()
-        ]
+        manifest["shards"] = [{k: e[k] for k in ("file", "rows", "bytes", "sha256", "counts")} for e in entries]
         manifest["responses"] = {name: total[name] for name in COUNTS}
         manifest["complete"] = True
         atomic_write(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -66,7 +67,8 @@ def test_report_is_there(run) -> None:
 def test_the_page_needs_nothing_beside_it(run) -> None:
     page = (run / "report" / "index.html").read_text()
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 2 * len(PICTURES)
-    assert "http" not in page.replace("https://arxiv.org", "") and str(run.path) not in page
+    words = re.sub(r"base64,[^\"]*", "", page)  # which may spell anything
+    assert "http" not in words.replace("https://arxiv.org", "") and str(run.path) not in words
     assert page.count("<table>") == page.count("</table>") >= 5
 
 
