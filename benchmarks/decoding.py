@@ -56,9 +56,9 @@ class Forced(Sampler):
         super().__init__()
         self.chance, self.dice = chance, np.random.default_rng(seed)
 
-    def accept(self, drafted, q, p_logits_MV):
-        _, bonus = super().accept(drafted, q, p_logits_MV)
-        return next((i for i in range(len(drafted)) if self.dice.random() >= self.chance), len(drafted)), bonus
+    def accept(self, drafts, q, p_logits_MV):
+        _, bonus = super().accept(drafts, q, p_logits_MV)
+        return next((i for i in range(len(drafts)) if self.dice.random() >= self.chance), len(drafts)), bonus
 
 
 def main() -> None:

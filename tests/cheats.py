@@ -1,23 +1,24 @@
 """Two controllers that break the condition of losslessness, each as it is really met. The enumeration
 must catch both, the transform test the first.
 
-Take the sampler they cheat with, give wrong text. Both draw the next draft in `draft`, before they answer, and
-hand it to the decoder when they answer yes.
+Take the sampler they cheat with, give wrong text. Both look in `draft` at the token that was drawn, before they answer.
 """
 
-from pipeline.inference.sampling import Sampler
+from torch import Tensor
+
+from pipeline.inference.sampling import Draft, Sampler
 
 
 def with_pending(kind: type[Sampler]) -> type[Sampler]:
-    """A sampler whose next draw and next coin can be fixed beforehand."""
+    """A sampler that lets the token be seen that nobody should see yet, and the next coin be tossed beforehand."""
 
     class Pending(kind):
-        token: int | None = None
-        coins: list[bool] | None = None
+        unseen: Draft | None = None
+        coins: Tensor | None = None
 
-        def draft(self, q):
-            token, self.token = self.token, None
-            return super().draft(q) if token is None else token
+        def propose(self, q):
+            self.unseen = super().propose(q)
+            return self.unseen
 
         def _coins(self, chance_K):
             coins, self.coins = self.coins, None
@@ -27,7 +28,7 @@ def with_pending(kind: type[Sampler]) -> type[Sampler]:
 
 
 class Discards:
-    """Draws a draft, looks at its probability, and throws it away when that is low: the commonest mistake."""
+    """Looks at the probability of the token drawn, and throws it away when that is low: the commonest mistake."""
 
     def __init__(self, sampler, threshold: float):
         self.sampler, self.threshold = sampler, threshold
@@ -36,11 +37,7 @@ class Discards:
         return k < 3
 
     def draft(self, k: int, confidence) -> bool:
-        token = self.sampler.draft(confidence)
-        if float(confidence.q_V[token]) < self.threshold:
-            return False
-        self.sampler.token = token
-        return True
+        return float(confidence.q_V[self.sampler.unseen.token]) >= self.threshold
 
     def observe(self, round) -> None:
         pass
@@ -59,11 +56,10 @@ class LooksAtAcceptDraw:
         return k < 1
 
     def draft(self, k: int, confidence) -> bool:
-        token = self.sampler.draft(confidence)
-        if not self.sampler._coins((self.p() / confidence.q_V)[token : token + 1])[0]:
-            return False
-        self.sampler.token, self.sampler.coins = token, [True]
-        return True
+        token = self.sampler.unseen.token
+        coins = self.sampler._coins((self.p() / confidence.q_V)[token : token + 1])
+        self.sampler.coins = coins if coins[0] else None
+        return bool(coins[0])
 
     def observe(self, round) -> None:
         pass

@@ -1,19 +1,24 @@
 """The decoding engine against transformers' own logits and greedy text, and against stubs with obvious answers."""
 
+import itertools
+import warnings
+from functools import partial
+
 import pytest
 import torch
 from accelerate import dispatch_model
 from helpers import tiny_backbone
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pipeline.inference import kernels
+from pipeline.inference import decoding, kernels
 from pipeline.inference.backbone import SplitBackbone
-from pipeline.inference.controllers import Beta, Fixed
+from pipeline.inference.controllers import Beta, Fixed, make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
 from pipeline.inference.kernels import onednn
 from pipeline.inference.layers import gather, plain
 from pipeline.inference.sampling import Sampler
+from pipeline.inference.stopwatch import Stopwatch, stopwatch
 
 PROMPT = [72, 5, 33, 33, 190, 7, 81, 2, 64, 11, 250]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -316,3 +321,153 @@ def test_a_map_that_splits_a_layer_is_refused(llama) -> None:
     mapped.model.layers[2].mlp.to("meta")
     with pytest.raises(ValueError, match="layer 2 is split over cpu, meta: a device map by whole layers"):
         SplitBackbone(mapped, head, check=False)
+
+
+# ---- what the host waits for, and how long
+
+
+class Host:
+    """Counts the numbers that it asks a device for (`reads`) and brings to one (`uploads`): on a GPU both are waits."""
+
+    def __init__(self, monkeypatch):
+        self.reads = self.uploads = 0
+        for name in ("item", "tolist", "__int__", "__float__", "__bool__", "__index__"):
+            monkeypatch.setattr(torch.Tensor, name, self._counted("reads", getattr(torch.Tensor, name)))
+        monkeypatch.setattr(torch, "tensor", self._counted("uploads", torch.tensor))
+
+    def _counted(self, kind: str, call):
+        def counted(*args, **kwargs):
+            setattr(self, kind, getattr(self, kind) + 1)
+            return call(*args, **kwargs)
+
+        return counted
+
+
+class Watched:
+    """A controller that notes a count at the end of each round."""
+
+    def __init__(self, controller, count):
+        self.peek, self.draft, self.learn, self.count = controller.peek, controller.draft, controller.observe, count
+        self.counts: list[int] = []
+
+    def observe(self, round) -> None:
+        self.counts.append(self.count())
+        self.learn(round)
+
+    def each(self) -> list[int]:
+        return [after - before for before, after in itertools.pairwise(self.counts)]
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+@pytest.mark.parametrize("sampler", [Sampler(), Sampler(1.0), Sampler(0.7, top_k=40, top_p=0.9)], ids=["0", "1", "0.7"])
+@pytest.mark.parametrize("name", ["none", "fixed:3", "confidence:0.5", "entropy:0.6", "calibration", "thompson"])
+def test_the_host_reads_once_a_head_pass_and_once_a_verification(
+    llama, monkeypatch, name: str, sampler: Sampler, fixed_shapes: bool
+) -> None:
+    """A head pass: what the controller asks for, the draft with it. A verification: how many, and the bonus token."""
+    engine = SplitBackbone(llama, head_for(llama, 2), fixed_shapes=fixed_shapes)
+    sampler.generator = torch.Generator().manual_seed(0)
+    host = Host(monkeypatch)
+    watched = Watched(make_controller(name, greedy=sampler.greedy), lambda: host.reads)
+    uploads = Watched(watched, lambda: host.uploads)
+    out = self_speculative(engine, Request(PROMPT, 60), sampler, uploads)
+    assert watched.each() == [r.head_passes + 1 for r in out.rounds[1:]]
+    assert host.reads == 1 + sum(r.head_passes + 1 for r in out.rounds), "the first token is drawn without a round"
+    assert uploads.each() == [0] * (len(out.rounds) - 1)
+    if name.startswith(("confidence", "entropy")):
+        assert any(r.head_passes > r.drafted for r in out.rounds), "a draft that is refused is among them"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_host_reads_once_a_token_of_autoregressive_decoding(llama, monkeypatch, temperature: float) -> None:
+    engine = SplitBackbone(llama, head_for(llama, 2))
+    host = Host(monkeypatch)
+    autoregressive(engine, Request(PROMPT, 20), Sampler(temperature))
+    assert (host.reads, host.uploads) == (20, 1), "the prompt is brought to the device"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_gpu_is_waited_for_as_often_as_the_host_reads(llama, temperature: float) -> None:
+    on_gpu = load(llama.config._name_or_path).to("cuda")
+    engine = SplitBackbone(on_gpu, head_for(on_gpu, 2), fixed_shapes=True)
+    decode = partial(self_speculative, engine, Request(PROMPT, 60), Sampler(temperature))
+    decode(Fixed(3))  # records the passes
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        watched = Watched(make_controller("confidence:0.2"), lambda: len(waits))
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            rounds = decode(watched).rounds
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert watched.each() == [r.head_passes + 1 for r in rounds[1:]]
+
+
+def test_parts_of_a_round_are_marked_in_order_and_read_behind_it(llama, monkeypatch) -> None:
+    log: list[str] = []
+
+    class Logged(Stopwatch):
+        def mark(self, part: str) -> None:
+            log.append(part)
+            super().mark(part)
+
+        def read(self):
+            log.append("read")
+            return super().read()
+
+    monkeypatch.setattr(decoding, "_stopwatch", lambda backbone: Logged(itertools.count().__next__))
+    engine = SplitBackbone(llama, head_for(llama, 3))  # perfect drafts
+    out = self_speculative(engine, Request(PROMPT, 4), Sampler(), Fixed(2))
+    draft = ["shallow", "rest", "head"]
+    assert log == ["prefill", *draft, *draft, "shallow", "rest", "verify", "rest", "read", "decoding", "read"]
+    (round,) = out.rounds
+    assert (round.shallow_seconds, round.head_seconds, round.verify_seconds, round.seconds) == (3, 2, 1, 10)
+    assert (out.prefill_seconds, out.seconds) == (1, 1)
+
+
+def test_one_gpu_is_timed_by_its_own_events(monkeypatch) -> None:
+    log, milliseconds = [], iter([100, 110, 115, 135, 136])
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self, stream) -> None:
+            self.at = next(milliseconds)
+            log.append(f"record in {stream}")
+
+        def synchronize(self) -> None:
+            log.append(f"wait for {self.at}")
+
+        def elapsed_time(self, after) -> float:
+            assert log[-1] == f"wait for {after.at}", "an event not yet passed has no time"
+            return after.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    watch = stopwatch([torch.device("cuda:1")] * 4, Event)
+    for part in ("shallow", "head", "shallow", "rest"):
+        watch.mark(part)
+    assert log == ["record in the stream of cuda:1"] * 5, "nothing is waited for before the times are read"
+    assert watch.read() == pytest.approx({"shallow": 0.030, "head": 0.005, "rest": 0.001})
+    assert log[5:] == [f"wait for {at}" for at in (110, 115, 135, 136)]
+
+
+@pytest.mark.parametrize("others", [["cuda:1"], ["cpu"], ["cpu", "cuda:1"]])
+def test_several_devices_are_waited_for_at_every_mark(monkeypatch, others: list[str]) -> None:
+    waits: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(str(device)))
+    watch = stopwatch(map(torch.device, ["cuda:0", *others]))
+    gpus = sorted({"cuda:0", *others} - {"cpu"})
+    assert sorted(waits) == gpus, "at the start"
+    watch.mark("shallow")
+    assert sorted(waits) == sorted(gpus * 2)
+    assert watch.read()["shallow"] >= 0 and len(waits) == 2 * len(gpus)
+
+
+def test_without_a_gpu_nothing_is_waited_for(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", None)
+    watch = stopwatch([torch.device("cpu"), torch.device("meta")])
+    watch.mark("shallow")
+    assert set(watch.read()) == {"shallow"}

@@ -1,8 +1,9 @@
 """Losslessness in closed form: every way a decode can go is run, and the law of the text must be the backbone's.
 
-The real decoder, sampler and controllers run on random tables in place of a network. The sampler's draws and
-coins are taken from a script; running all scripts with their probabilities gives the exact joint of the first
-tokens. A controller's own randomness is fixed by its seed: what holds for every stream holds for their mean.
+The real decoder, sampler and controllers run on random tables in place of a network. The sampler's draws, those of
+unwanted drafts too, and its coins are taken from a script; running all scripts with their probabilities gives the exact
+joint of the first tokens. A controller's own randomness is fixed by its seed: what holds for every stream holds for
+their mean.
 """
 
 import copy
@@ -16,6 +17,7 @@ from pipeline.inference import decoding
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, self_speculative
 from pipeline.inference.sampling import Sampler
+from pipeline.inference.stopwatch import Stopwatch
 from pipeline.inference.thompson import Costs, Thompson
 
 PROMPT = [1]
@@ -74,17 +76,17 @@ class Scripted(Sampler):
         self.probability *= chances[possible[choice]]
         return possible[choice]
 
-    def _draw(self, weights_V) -> int:
-        return self._choose((weights_V / weights_V.sum()).tolist())
+    def _pick(self, weights_V):
+        return torch.tensor([self._choose((weights_V / weights_V.sum()).tolist())])
 
-    def _coins(self, chance_K) -> list[bool]:
+    def _coins(self, chance_K):
         """What matters is the first coin that shows False."""
         chances, reached = [], 1.0
         for a in chance_K.clamp(max=1).tolist():
             chances.append(reached * (1 - a))
             reached *= a
         first = self._choose([*chances, reached])
-        return [i < first for i in range(len(chance_K))]
+        return torch.arange(len(chance_K)) != first  # those behind it decide nothing
 
 
 def joint(decode, sampler, length: int) -> dict[tuple[int, ...], float]:
@@ -128,7 +130,7 @@ def distance(tables, sampler, controller, new: int, compared: int) -> float:
 @pytest.fixture(autouse=True)
 def counting_clock(monkeypatch):
     """Time enters thompson's decisions; here it must be the same in every replay."""
-    monkeypatch.setattr(decoding, "_clock", lambda backbone: itertools.count().__next__)
+    monkeypatch.setattr(decoding, "_stopwatch", lambda backbone: Stopwatch(itertools.count().__next__))
 
 
 def experienced(seed: int) -> Thompson:

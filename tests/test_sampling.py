@@ -19,7 +19,8 @@ from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed, make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.rounds import Confidence
-from pipeline.inference.sampling import Sampler, residual
+from pipeline.inference.sampling import Draft, Sampler, residual
+from pipeline.inference.stopwatch import Stopwatch
 
 
 def test_accept_or_residual_gives_exactly_p() -> None:
@@ -45,7 +46,7 @@ def test_accept_follows_its_uniform_numbers() -> None:
     q = Confidence(torch.tensor([0.0, float("-inf")]))
     p = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
     sampler = Sampler(temperature=1.0, generator=torch.Generator().manual_seed(0))
-    outcomes = [sampler.accept([0], [q], p) for _ in range(2000)]
+    outcomes = [sampler.accept([Draft(torch.tensor([0]))], [q], p) for _ in range(2000)]
     assert all(bonus == 1 for accepted, bonus in outcomes if accepted == 0)
     share = sum(accepted for accepted, _ in outcomes) / len(outcomes)
     assert abs(share - 0.25) < 0.04  # 4 standard deviations
@@ -113,7 +114,7 @@ def test_sampled_text_has_the_backbones_law(
 ) -> None:
     """Chi-square of the joint of three tokens, vocabulary 5; fixed seeds; 0.1 % Bonferroni over the 16 cases."""
     # thompson reads the clock: one that counts makes its decisions, and so this text, the same every time
-    monkeypatch.setattr(decoding, "_clock", lambda backbone: itertools.count().__next__)
+    monkeypatch.setattr(decoding, "_stopwatch", lambda backbone: Stopwatch(itertools.count().__next__))
     model = load(tiny_backbone(tmp_path, vocab_size=5, num_hidden_layers=3, eos_token_id=None, pad_token_id=None))
     engine = SplitBackbone(model, head_for(model, 1))
     exact = joint_of_three(model, temperature, top_p).flatten()

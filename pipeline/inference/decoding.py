@@ -7,7 +7,6 @@ is the next round's pending token (Liu et al., ACL Findings 2024, figure 2). Kno
 the controller decides.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,7 +15,8 @@ import torch
 from .backbone import SplitBackbone
 from .kv_cache import KVCache
 from .rounds import Confidence, Controller, Round
-from .sampling import Sampler
+from .sampling import Draft, Sampler
+from .stopwatch import Stopwatch, stopwatch
 
 
 @dataclass
@@ -63,12 +63,11 @@ class Generation:
 @torch.inference_mode()
 def autoregressive(backbone: SplitBackbone, request: Request, sampler: Sampler) -> Generation:
     """One token per pass through all layers, on the same engine: the baseline of every speedup."""
-    clock = _clock(backbone)
-    started = clock()
+    watch = _stopwatch(backbone)
     cache, out = _start(backbone, request)
     hidden_1D = backbone.full(request.prompt, 0, cache)[-1:]
-    out.prefill_seconds = clock() - started
-    started, base = clock(), len(request.prompt)
+    watch.mark("prefill")
+    base = len(request.prompt)
     while True:
         logits_1V = sampler.shape(backbone.logits(hidden_1D), request.prompt, out.tokens)
         out.commit([sampler.draw(logits_1V[0])], request)
@@ -76,83 +75,88 @@ def autoregressive(backbone: SplitBackbone, request: Request, sampler: Sampler) 
             break
         hidden_1D = backbone.full(out.tokens[-1:], base, cache)
         base += 1
-    out.seconds = clock() - started
-    return out
+    return _finish(out, watch)
 
 
 @torch.inference_mode()
 def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler, controller: Controller) -> Generation:
     """The same text (greedy) or the same distribution (sampling) as `autoregressive`, in fewer deep passes."""
-    clock = _clock(backbone)
-    started = clock()
+    watch, parts = _stopwatch(backbone), _stopwatch(backbone)
     cache, out = _start(backbone, request)
     backbone.shallow(request.prompt, 0, cache)
     hidden_MD = backbone.deep(0, len(request.prompt), cache)
     cache.commit(len(request.prompt))
-    out.prefill_seconds = clock() - started
-    started = clock()
+    watch.mark("prefill")
     # The first token follows the prompt; nothing can be drafted before it.
     first_1V = sampler.shape(backbone.logits(hidden_MD[-1:]), request.prompt, [])
     out.commit([sampler.draw(first_1V[0])], request)
     while out.goes_on(request):
-        round_started, round = clock(), Round()
-        base = cache.length
+        parts.start()
+        round, base = Round(), cache.length
         # The bonus token always follows the drafts, so at most one draft less than what remains is of use.
         room = request.max_new_tokens - len(out.tokens) - 1
-        drafted, q = _draft(backbone, request, sampler, controller, out, cache, room, round, clock)
-        verify_started = clock()
+        drafts, q = _draft(backbone, request, sampler, controller, out, cache, room, round, parts)
+        drafted = [draft.token for draft in drafts]
+        parts.mark("rest")
         logits_MV = backbone.logits(backbone.deep(base, base + len(drafted) + 1, cache))
         p_logits_MV = sampler.shape(logits_MV, request.prompt, out.tokens + drafted)
-        round.accepted, bonus = sampler.accept(drafted, q, p_logits_MV)
-        round.verify_seconds = clock() - verify_started
+        round.accepted, bonus = sampler.accept(drafts, q, p_logits_MV)
+        parts.mark("verify")
         round.drafted = len(drafted)
         round.tokens = out.commit([*drafted[: round.accepted], bonus], request)
         cache.commit(base + 1 + round.accepted)
-        round.seconds = clock() - round_started
+        parts.mark("rest")
+        _time(round, parts)
         out.rounds.append(round)
         controller.observe(round)
-    out.seconds = clock() - started
-    return out
+    return _finish(out, watch)
 
 
-def _draft(backbone, request, sampler, controller, out, cache, room, round, clock):
-    """Drafted tokens and their processed q; leaves the hidden states of all rows to verify in the cache."""
-    drafted: list[int] = []
+def _draft(backbone, request, sampler, controller, out, cache, room, round, parts) -> tuple[list, list]:
+    """Drafts and their processed q; leaves the hidden states of all rows to verify in the cache."""
+    drafts: list[Draft] = []
     q: list[Confidence] = []
+    drafted: list[int] = []
     last = out.tokens[-1]
     while True:
-        tick = clock()
         backbone.shallow([last], cache.length + len(drafted), cache)
-        round.shallow_seconds += clock() - tick
+        parts.mark("shallow")
         # Nothing can follow an end token; its own row is verified, the row behind it is not needed.
         if len(drafted) >= room or (drafted and last in request.end_tokens) or not controller.peek(len(drafted)):
-            return drafted, q
-        tick = clock()
+            return drafts, q
+        parts.mark("rest")
         logits_1V = backbone.draft_logits(cache.length + len(drafted) + 1, cache)[None]
         confidence = Confidence(sampler.shape(logits_1V, request.prompt, out.tokens + drafted)[0])
+        draft = sampler.propose(confidence)  # read by nobody before the controller has decided
         round.head_passes += 1
         wanted = controller.draft(len(drafted), confidence)
-        if wanted:  # once sampled, a draft is verified: throwing it away would change the distribution
-            last = sampler.draft(confidence)
-            drafted.append(last)
+        if wanted:  # once seen, a draft is verified: throwing it away would change the distribution
+            last = draft.token
+            drafts.append(draft)
             q.append(confidence)
-        round.head_seconds += clock() - tick
+            drafted.append(last)
+        parts.mark("head")
         if not wanted:
-            return drafted, q
+            return drafts, q
 
 
 def _start(backbone: SplitBackbone, request: Request) -> tuple[KVCache, Generation]:
     return backbone.new_cache(len(request.prompt) + request.max_new_tokens), Generation()
 
 
-def _clock(backbone: SplitBackbone) -> Callable[[], float]:
-    devices = {block.device for block in backbone.blocks if block.device.type == "cuda"}
-    if not devices:
-        return time.perf_counter
+def _stopwatch(backbone: SplitBackbone) -> Stopwatch:
+    return stopwatch(block.device for block in backbone.blocks)
 
-    def synchronised() -> float:
-        for device in devices:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
 
-    return synchronised
+def _time(round: Round, parts: Stopwatch) -> None:
+    seconds = parts.read()
+    round.seconds = sum(seconds.values())
+    round.shallow_seconds, round.head_seconds = seconds["shallow"], seconds["head"]
+    round.verify_seconds = seconds["verify"]
+
+
+def _finish(out: Generation, watch: Stopwatch) -> Generation:
+    watch.mark("decoding")
+    seconds = watch.read()
+    out.prefill_seconds, out.seconds = seconds["prefill"], seconds["decoding"]
+    return out

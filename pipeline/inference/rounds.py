@@ -4,6 +4,7 @@ Takes processed logits of the head, gives numbers that a controller may look at.
 controller decides.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -38,6 +39,8 @@ class Confidence:
 
     def __init__(self, q_logits_V: Tensor):
         self.logits_V = q_logits_V
+        self.read: Callable[[Tensor], float] = float
+        """Takes a number [1] off its device. On a GPU that is a wait: `Sampler.propose` lets the draft come along."""
 
     @cached_property
     def q_V(self) -> Tensor:
@@ -46,17 +49,17 @@ class Confidence:
     @cached_property
     def top(self) -> float:
         """max q: of a greedy draft, the head's own estimate that it is right."""
-        return float(self.q_V.max())
+        return self.read(self.q_V.amax(0, keepdim=True))
 
     @cached_property
     def collision(self) -> float:
         """sum q^2: the chance that two draws from q are equal."""
-        return float(self.q_V.dot(self.q_V))
+        return self.read(self.q_V.dot(self.q_V)[None])
 
     @cached_property
     def entropy(self) -> float:
         """-sum q log q, in nats."""
-        return float(torch.special.entr(self.q_V).sum())
+        return self.read(torch.special.entr(self.q_V).sum(0, keepdim=True))
 
 
 class Controller(Protocol):
@@ -67,7 +70,7 @@ class Controller(Protocol):
         ...
 
     def draft(self, k: int, confidence: Confidence) -> bool:
-        """The distribution of draft k+1 is known, nothing is drawn from it yet: draft it?"""
+        """The distribution of draft k+1 is known, what was drawn from it is not: draft it?"""
         ...
 
     def observe(self, round: Round) -> None:

@@ -8,11 +8,33 @@ K drafted tokens this round, V vocabulary, M rows;  p: backbone's distribution, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from .rounds import Confidence
+
+
+class Draft:
+    """A token drawn from q, on its device until it is read.
+
+    The first number that is read of q brings the token to the host with it: one wait for a GPU in place of two. Whoever
+    asked for the number is given that alone, and a draft that is not wanted is forgotten unseen.
+    """
+
+    def __init__(self, token_1: Tensor):
+        self.token_1 = token_1
+
+    @cached_property
+    def token(self) -> int:
+        return int(self.token_1)
+
+    def read_with(self, number_1: Tensor) -> float:
+        # as floats: float32 has every integer up to 2^24
+        number, token = torch.cat((number_1, self.token_1.to(number_1.dtype))).tolist()
+        self.token = int(token)
+        return number
 
 
 @dataclass
@@ -37,7 +59,8 @@ class Sampler:
         The first row follows `context` and all but the last M-1 of `drafted`; each further row one token more.
         """
         if self.processors is not None:
-            ids = torch.tensor([context + drafted], device=logits_MV.device)
+            # non_blocking: to bring numbers to a GPU would be a wait like reading them
+            ids = torch.tensor([context + drafted]).to(logits_MV.device, non_blocking=True)
             first = ids.shape[1] - len(logits_MV) + 1
             rows = [self.processors(ids[:, : first + i], row[None]) for i, row in enumerate(logits_MV)]
             return torch.cat(rows)
@@ -58,12 +81,18 @@ class Sampler:
         """A token from processed logits."""
         return int(logits_V.argmax()) if self.greedy else self._draw(logits_V.softmax(-1))
 
-    def draft(self, q: Confidence) -> int:
-        """A token from the head's distribution."""
-        return self.draw(q.logits_V) if self.greedy else self._draw(q.q_V)
+    def propose(self, q: Confidence) -> Draft:
+        """A token from the head's distribution that nobody has seen; it is read with the first number read of q."""
+        draft = Draft(q.logits_V.argmax(0, keepdim=True) if self.greedy else self._pick(q.q_V))
+        q.read = draft.read_with
+        return draft
 
-    def accept(self, drafted: list[int], q: list[Confidence], p_logits_MV: Tensor) -> tuple[int, int]:
-        """(accepted, bonus token) of a round; p are processed logits of K+1 rows.
+    def draft(self, q: Confidence) -> int:
+        """The same, seen."""
+        return self.propose(q).token
+
+    def accept(self, drafts: list[Draft], q: list[Confidence], p_logits_MV: Tensor) -> tuple[int, int]:
+        """(accepted, bonus token) of a round, read together; p are processed logits of K+1 rows.
 
         Greedy: drafts are accepted while they equal the backbone's argmax. Sampling (Leviathan et al., ICML
         2023, algorithm 1): draft x is accepted with probability min(1, p(x)/q(x)); the first rejected one is
@@ -71,36 +100,43 @@ class Sampler:
         """
         if self.greedy:
             targets = p_logits_MV.argmax(-1).tolist()
-            accepted = next((i for i, x in enumerate(drafted) if x != targets[i]), len(drafted))
+            accepted = next((i for i, draft in enumerate(drafts) if draft.token != targets[i]), len(drafts))
             return accepted, targets[accepted]
         p_MV = p_logits_MV.softmax(-1)
-        if drafted:
-            q_KV = torch.stack([one.q_V for one in q])
-            x_K1 = torch.tensor(drafted, device=p_MV.device)[:, None]
-            kept = self._coins((p_MV[:-1].gather(1, x_K1) / q_KV.gather(1, x_K1))[:, 0])
-            if False in kept:
-                first = kept.index(False)
-                return first, self._draw(residual(p_MV[first], q_KV[first]))
-        return len(drafted), self._draw(p_MV[-1])
-
-    # All randomness of a text passes through these two, so that a proof can enumerate it (tests/test_exact.py).
+        if not drafts:
+            return 0, self._draw(p_MV[0])
+        x_K1 = torch.stack([draft.token_1 for draft in drafts])
+        # behind the last draft q is 0, which leaves p as the residual
+        q_MV = torch.stack([*(one.q_V for one in q), torch.zeros_like(p_MV[0])])
+        kept_K = self._coins((p_MV.gather(1, x_K1) / q_MV.gather(1, x_K1))[:, 0])
+        accepted_1 = kept_K.cumprod(0).sum(0, keepdim=True)
+        p_1V, q_1V = p_MV.index_select(0, accepted_1), q_MV.index_select(0, accepted_1)
+        bonus_1 = self._pick(residual(p_1V[0], q_1V[0]))
+        accepted, bonus = torch.cat((accepted_1, bonus_1)).tolist()
+        return accepted, bonus
 
     def _draw(self, weights_V: Tensor) -> int:
-        """An index with chance proportional to its weight: one uniform number through the inverse of the sums. (On a
-        CPU multinomial draws a number for every index, which takes longer than two decoder layers of a thin model.)"""
+        return int(self._pick(weights_V))
+
+    # All randomness of a text passes through these two, so that a proof can enumerate it (tests/test_exact.py). What
+    # they give stays on the device.
+
+    def _pick(self, weights_V: Tensor) -> Tensor:
+        """An index [1] with chance proportional to its weight: one uniform number through the inverse of the sums. (On
+        a CPU multinomial draws one for every index, which takes longer than two decoder layers of a thin model.)"""
         exact = torch.float32 if weights_V.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         sums_V = weights_V.cumsum(-1, dtype=exact)
-        u = torch.rand(1, generator=self.generator, device=sums_V.device, dtype=exact)
+        u_1 = torch.rand(1, generator=self.generator, device=sums_V.device, dtype=exact)
         # the first sum above u: never an index without weight
-        return min(int(torch.searchsorted(sums_V, u * sums_V[-1:], right=True)), len(sums_V) - 1)
+        return torch.searchsorted(sums_V, u_1.mul_(sums_V[-1:]), right=True).clamp_(max=len(sums_V) - 1)
 
-    def _coins(self, chance_K: Tensor) -> list[bool]:
-        """Independent coins that show True with these chances; above 1 is always."""
+    def _coins(self, chance_K: Tensor) -> Tensor:
+        """Independent coins [K] that show True with these chances; above 1 is always."""
         u_K = torch.rand(len(chance_K), generator=self.generator, device=chance_K.device, dtype=chance_K.dtype)
-        return (u_K < chance_K).tolist()
+        return u_K < chance_K
 
 
 def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
     """max(p - q, 0), unnormalised; p itself where rounding leaves nothing of it."""
-    rest = (p_V - q_V).clamp_(min=0)
-    return rest if rest.sum() > 0 else p_V
+    rest_V = (p_V - q_V).clamp_(min=0)
+    return torch.where(rest_V.sum() > 0, rest_V, p_V)
