@@ -48,7 +48,7 @@ shard can be made again, to the same rows."""
 ASKED = pa.schema([("prompt", pa.string()), ("ids", pa.list_(pa.int32()))])
 COUNTS = ("prompts", "turns", "rows", "empty", "unanswered", "tokens", "stop", "length", "looping", "inexact")
 """Of a shard: prompts, and their turns, each of which is a row, empty (nothing but an end token), or unanswered (behind
-an empty or cut answer, or no room left); tokens drawn; rows by finish reason; rows that repeat some 8 tokens; rows that
+an empty answer, or no room left); tokens drawn; rows by finish reason; rows that repeat some 8 tokens; rows that
 are not exact."""
 
 

@@ -276,7 +276,6 @@ def test_every_turn_is_answered_behind_the_answers_before(tmp_path):
     for row in later:
         id, _, turn = row["id"].partition(".")
         before = rows[id if turn == "2" else f"{id}.{int(turn) - 1}"]
-        assert before["finish_reason"] == "stop", "nothing follows an answer that was cut"
         said = decode(before["response_ids"], skip_special_tokens=True).strip()
         assert decode(row["prompt_ids"]) == f"{decode(before['prompt_ids'])}\n\n{said}\n\n{row['prompt']}"
         assert row["temperature"] == before["temperature"] and row["seed"] != before["seed"]

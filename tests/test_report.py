@@ -13,7 +13,7 @@ import pytest
 from helpers import make_run, plant_heads
 
 from pipeline import report, tracking
-from pipeline.stages import evaluate
+from pipeline.stages import evaluate, generate
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,19 @@ def tables(page: list[report.Block]) -> dict[str, list[list[str]]]:
         if kind == "table":
             found.setdefault(heading, content)
     return found
+
+
+def test_what_was_learned_from_is_shown_if_it_is_here(tmp_path) -> None:
+    run = make_run(tmp_path)
+    plant_heads(run, 2)
+    generate.run(run)
+    evaluate.run(run)
+    results = json.loads((run / "eval" / "results.json").read_text())
+    rows = {row[0]: row[1:] for row in tables(report.blocks(results))["Responses learned from"]}
+    assert rows["cut at the longest length"] == ["8", "100.0%"] and rows["from prompts.jsonl"] == ["8", "100.0%"]
+    assert "8 answers to 8 prompts, 128 tokens, by engine padded by 1 process" in (run / "report/report.md").read_text()
+    assert (run / "report" / "lengths.png").stat().st_size > 5000
+    assert "Responses learned from" not in tables(report.blocks(results | {"responses": None}))
 
 
 # ---- what the reader sees first

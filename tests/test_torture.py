@@ -26,7 +26,7 @@ def _words(tmp_path: Path, name: str) -> list[str]:
     folder = tmp_path / "tiny-llama"
     if not folder.exists():
         tiny_backbone(tmp_path, max_position_embeddings=2048)
-        # several end tokens: a good part of the answers ends early, and conversations go on
+        # several end tokens: a good part of the answers ends early
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, *range(10)]}))
         tokenizer = byte_tokenizer(2048)
         tokenizer.chat_template = TEMPLATE

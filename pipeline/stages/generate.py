@@ -242,8 +242,9 @@ class Worker:
     ) -> tuple[list[dict[str, Any]], dict[str, int]]:
         """The rows of one shard and its counts: a pure function of config, weights, prompts and the shard's number.
 
-        Turn by turn: all first turns, then the second turns of those whose first answer came to its end, and so on. A
-        conversation ends at an answer that is empty or was cut, and where the next turn leaves no room for an answer.
+        Turn by turn: all first turns, then all second turns, and so on. A conversation ends early at an empty answer,
+        and where the next turn leaves no room for one. Behind an answer that was cut it goes on, as it would for a
+        user: distill decides whether cut answers are learned from.
         """
         g = self.config.generate
         first = index * g.shard_size  # in turn over all prompts, not anew in each shard
@@ -269,11 +270,9 @@ class Worker:
                 rows.append((place, self._row(prompt, question, answer, seed)))
                 counts.update(rows=1, inexact=not answer.exact, looping=repeated_share(answer.ids) > 0)
                 counts["stop" if answer.finished else "length"] += 1
-                if left and answer.finished:
+                if left:
                     text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
                     later.append((place, next_turn(prompt, text)))
-                else:
-                    counts["unanswered"] += left
             now = []
             with_ids = contexts([prompt for _, prompt in later], self.tokenizer, self.config.prompts)
             for (place, _), (prompt, ids) in zip(later, with_ids, strict=True):
