@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -79,6 +80,14 @@ class Generate:
     top_p: float = option(1.0, "nucleus of the sampled responses")
     batch_size: int = option(64, "prompts answered together")
     shard_size: int = option(128, "responses per parquet shard: the unit that is redone after a kill")
+    servers: list[str] = option(
+        [], "engine server: OpenAI-compatible servers that hold this backbone, such as [http://node1:8000/v1]"
+    )
+    server_model: str | None = option(None, "engine server: the model's name there; default: the one that it lists")
+    server_api: str = option(
+        "auto", "engine server: completions, chat, or auto: token ids where the server takes them, else text"
+    )
+    server_timeout: float = option(600.0, "engine server: seconds that one answer may take")
 
 
 @dataclass
@@ -233,6 +242,14 @@ def _differ(value: list[Any]) -> bool:
     return len(set(value)) == len(value)
 
 
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in url and parts.port != 0
+    except ValueError:  # brackets, or a port above 65535
+        return False
+
+
 _TEMPERATURES = _are_temperatures, "a list, each 0 (greedy) or above"
 
 # Key -> (is the value right?, what would be). What needs the backbone (N < L, the context) is checked by the stages.
@@ -258,6 +275,12 @@ _RULES: dict[str, tuple[Any, str]] = {
     "generate.top_p": _NUCLEUS,
     "generate.batch_size": _POSITIVE,
     "generate.shard_size": _POSITIVE,
+    "generate.servers": (
+        (lambda urls: _differ(urls) and all(map(_is_server, urls))),
+        "different URLs such as http://node1:8000/v1 are needed; a key belongs into OPENAI_API_KEY",
+    ),
+    "generate.server_api": _one_of("auto", "completions", "chat"),
+    "generate.server_timeout": _ABOVE_ZERO,
     "distill.exit_layers": (
         (lambda ns: bool(ns) and min(ns) >= 1 and _differ(ns)),
         "one or more different exit layers, each N >= 1, such as [2]",
