@@ -86,9 +86,10 @@ def main() -> None:
         rounds = {(engine, seed): measure(engine, seed, folder, prompts, args)
                   for seed in range(args.seeds) for engine in ("padded", "original")}  # fmt: skip
     where = provenance()
-    print(f"\n{where['time'][:10]}; {where['hardware']['cpu']}; torch {where['versions']['torch']}; {found} prompts found in "
-          f"their modules, {args.prompts} answered; N = {args.exit_layer}, fixed:{args.k}.  \n"
-          f"`{shlex.join(['python', *sys.argv])}`\n")  # fmt: skip
+    facts = [where["time"][:10], where["hardware"]["cpu"], f"torch {where['versions']['torch']}",
+             f"{found} prompts found in their modules, {args.prompts} answered",
+             f"N = {args.exit_layer}, fixed:{args.k}"]  # fmt: skip
+    print(f"\n{'; '.join(facts)}.  \n`{shlex.join(['python', *sys.argv])}`\n")
     print("| temperature | seed | acceptance length, own text | original text | own over original | 95 % interval |")
     print("|---|---|---|---|---|---|")
     for temperature in (0.0, 1.0):
@@ -99,8 +100,8 @@ def main() -> None:
             columns = [np.asarray(x, float) for x in (own.tokens, own.rounds, original.tokens, original.rounds)]
             ratio, (low, high) = interval(lambda a, b, c, d: (a / b) / (c / d), *columns)
             ratios.append(ratio)
-            print(f"| {temperature:g} | {seed} | {columns[0].sum() / columns[1].sum():.2f} "
-                  f"| {columns[2].sum() / columns[3].sum():.2f} | {ratio:.2f} | {low:.2f}-{high:.2f} |", flush=True)  # fmt: skip
+            a, b = columns[0].sum() / columns[1].sum(), columns[2].sum() / columns[3].sum()
+            print(f"| {temperature:g} | {seed} | {a:.2f} | {b:.2f} | {ratio:.2f} | {low:.2f}-{high:.2f} |")
         print(f"| {temperature:g} | mean | | | {np.mean(ratios):.2f} | |")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -83,6 +83,20 @@ def load_model(backbone: Backbone, device: torch.device, device_map: str | None 
         )
     model = model.requires_grad_(False).eval()
     return model if device_map else model.to(device)
+
+
+def load_ends(backbone: Backbone) -> list[int]:
+    """The ids that end an answer, as the checkpoint says, without loading it."""
+    config = load_config(backbone)
+    try:
+        generation = GenerationConfig.from_pretrained(source_of(backbone), revision=backbone.revision)
+    except OSError:  # most checkpoints have one
+        generation = None
+    for part in (generation, config):
+        ids = getattr(part, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
 
 
 def fingerprint_of_files(backbone: Backbone) -> str:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -41,6 +42,14 @@ class Machine:
     )
     cuda_graphs: bool = option(False, "evaluate: record the passes of the decoder as CUDA graphs; nothing on a CPU")
     threads: int = option(0, "CPU threads of every stage but evaluate; 0 leaves torch's choice")
+    servers: list[str] = option(
+        [], "engine server: OpenAI-compatible servers that hold this backbone, such as [http://node1:8000/v1]"
+    )
+    server_model: str | None = option(None, "engine server: the model's name there; default: the one that it lists")
+    server_api: str = option(
+        "auto", "engine server: completions, chat, or auto: token ids where the server takes them, else text"
+    )
+    server_timeout: float = option(600.0, "engine server: seconds that one answer may take")
     nodes: int = option(1, "nodes of the distill job")
     processes_per_node: int = option(1, "distill processes on each node; on GPUs, one per GPU")
 
@@ -294,6 +303,14 @@ def _differ(value: list[Any]) -> bool:
     return len(set(value)) == len(value)
 
 
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in url and parts.port != 0
+    except ValueError:  # brackets, or a port above 65535
+        return False
+
+
 _TEMPERATURES = _are_temperatures, "a list, each 0 (greedy) or above"
 
 # Key -> (is the value right?, what would be). What needs the backbone (N < L, the context) is checked by the stages.
@@ -319,6 +336,12 @@ _RULES: dict[str, tuple[Any, str]] = {
     "generate.top_p": _NUCLEUS,
     "generate.batch_size": _POSITIVE,
     "generate.shard_size": _POSITIVE,
+    "machine.servers": (
+        (lambda urls: _differ(urls) and all(map(_is_server, urls))),
+        "different URLs such as http://node1:8000/v1 are needed; a key belongs into OPENAI_API_KEY",
+    ),
+    "machine.server_api": _one_of("auto", "completions", "chat"),
+    "machine.server_timeout": _ABOVE_ZERO,
     "distill.exit_layers": (
         (lambda ns: bool(ns) and min(ns) >= 1 and _differ(ns)),
         "one or more different exit layers, each N >= 1, such as [2]",

@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "turns": {"prompts", "config"},
     "measuring": {"rivals", "prompts", "metrics", "inference", "config", "errors"},
     "prompts": {"pocket"} | FOUNDATION,
-    "engines": {"inference", "config", "errors"},
+    "engines": {"backbones", "inference", "config", "errors"},
     "inspection": {"responses", "training", "backbones"} | FOUNDATION,
     "responses": {"claims", "errors", "rundir"},
     "claims": {"rundir"},

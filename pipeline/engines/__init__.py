@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..backbones import load_ends
 from ..config import Config
 from ..errors import UserError
 from ..inference.exit_head import ExitHead
@@ -14,6 +15,7 @@ from .asking import Answer, Engine, Question, Report, Sampling, end_tokens
 from .continuous import Continuous
 from .original import Original
 from .padded import Padded
+from .server import ServerEngine
 from .speculative import Speculative
 
 __all__ = ["IN_PROCESS", "Answer", "Engine", "Question", "Report", "Sampling", "end_tokens", "make_engine"]
@@ -27,6 +29,11 @@ def make_engine(config: Config, load_model: Callable[[], Any], tokenizer: Any) -
     name = config.generate.engine
     if name == "original":
         return Original(tokenizer)
+    if name == "server":
+        ends = load_ends(config.backbone)
+        wears = config.prompts.chat_template != "none"
+        draws = any(config.generate.temperatures)
+        return ServerEngine(config.machine, tokenizer, ends, chat_template=wears, draws=draws)
     if name == "speculative":
         head = _head(config)  # before a large model is loaded
         try:

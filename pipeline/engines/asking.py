@@ -24,6 +24,8 @@ class Question:
     """The same in words: what user and backbone said in turn, the last word the user's."""
     temperature: float = 0.0
     """0 is greedy."""
+    system: str = ""
+    """What stands before the conversation; in `ids` only if the chat template has a place for it."""
     original: str = ""
     """What the source of the prompt itself answers here, if it does."""
 

@@ -256,7 +256,7 @@ class Worker:
         while now:
             seed = shard_seed(self.config.seed, index, turn)
             questions = [
-                Question(list(ids), prompt.conversation, temperatures[place], prompt.original)
+                Question(list(ids), prompt.conversation, temperatures[place], prompt.system, prompt.original)
                 for place, prompt, ids in now
             ]
             answers = self.engine.answer(questions, Sampling(g.max_new_tokens, g.top_p, g.batch_size, seed), report)
