@@ -26,6 +26,9 @@ from pipeline.engines import server
 from pipeline.engines.asking import Answer, Question, Sampling
 from pipeline.engines.server import ServerEngine
 from pipeline.errors import UserError
+from pipeline.responses import Responses, rows_of
+from pipeline.rundir import RunDir
+from pipeline.stages import generate
 
 END = 256
 TOKENIZER = byte_tokenizer()
@@ -662,6 +665,36 @@ def test_transformers_serve_of_another_tokenizer_is_refused(served, backbone):
     told = _error(_served_engine(served, backbone, "machine.server_model=other"))
     assert f"pinned to '{backbone}'" in told
     assert "machine.server_model" in told
+
+
+def test_the_stage_survives_a_dead_server_and_takes_another(served, backbone, tmp_path, monkeypatch):
+    """Killed in its second shard; the run goes on at another address, and the rows are those of engine padded."""
+    monkeypatch.setattr(server, "TRIES", 2)
+    monkeypatch.setattr(server, "FIRST_PAUSE", 0.01)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(9)))
+    words = [
+        f"run.dir={tmp_path}", f"backbone.name_or_path={backbone}", "backbone.dtype=float32", "prompts.held_out=0",
+        f"prompts.path={tmp_path / 'prompts.jsonl'}", "generate.num_prompts=0", "generate.max_new_tokens=30",
+        "generate.shard_size=3", "generate.temperatures=[0.0]", "machine.device=cpu",
+    ]  # fmt: skip
+
+    def rows(name: str, *more: str) -> list[dict[str, Any]]:
+        run = RunDir(load(None, [*words, f"run.name={name}", *more]))
+        generate.run(run)
+        return [row for name in Responses(run / "responses").names() for row in rows_of(run / "responses" / name)]
+
+    dying = Stub(lambda stub, body: vllm(body) if len(stub.bodies) <= 4 else None)
+    with dying, pytest.raises(UserError, match=r"no server answers.*the responses that are written are kept"):
+        rows("served", "generate.engine=server", f"machine.servers=[{dying.url}]")
+    half = RunDir(load(None, [*words, "run.name=served"])) / "responses"
+    (kept,) = half.glob("shard-*.parquet")
+    (half / "entries" / f"{kept.stem}.json").unlink()  # the stub's answers are not the backbone's
+    kept.unlink()
+    found = rows("served", "generate.engine=server", f"machine.servers=[{served}]")
+    assert served.split("/")[2] not in (half / "manifest.json").read_text(), "where servers are is nobody's matter"
+    expected = rows("padded")
+    assert [r | {"reproducible": True} for r in found] == expected
+    assert not any(r["reproducible"] for r in found) and all(r["exact"] for r in found)
 
 
 @pytest.mark.slow

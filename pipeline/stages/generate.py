@@ -152,9 +152,9 @@ class Worker:
         config = self.config
         sampling: dict[str, Any] = {"seed": config.seed, "reproducible": self.engine.reproducible}
         sampling |= to_dict(config.generate)
-        folder = sampling.pop("exit_head")
-        if config.generate.engine == "speculative":
-            sampling["head_sha256"] = sha256_of(Path(folder))  # of a folder of this machine nothing else is said
+        folder, controller = sampling.pop("exit_head"), sampling.pop("controller")
+        if config.generate.engine == "speculative":  # of a folder of this machine nothing is said but what is in it
+            sampling |= {"head_sha256": sha256_of(Path(folder)), "controller": controller}
         return {
             "backbone": {
                 "name": public_name(config.backbone),
