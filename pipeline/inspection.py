@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .backbones import load_tokenizer
 from .errors import UserError
-from .responses import COUNTS, Responses, rows_of
+from .responses import COUNTS, SCHEMA, Responses, rows_of
 from .rundir import RunDir, sha256_of
 from .training.data import Document, read_documents, read_manifest
 
@@ -134,7 +134,9 @@ def figures(run: RunDir) -> dict[str, Any] | None:
     """What the report shows of the responses; None if they are not here (or of an older schema)."""
     responses = Responses(run / "responses")
     manifest = responses.manifest()
-    if manifest is None or not manifest["complete"] or any(responses.entry(n) is None for n in responses.names()):
+    if manifest is None or manifest["schema"] != SCHEMA or not manifest["complete"]:
+        return None
+    if not all(map(responses.has, responses.names())):
         return None
     prompts: list[int] = []
     answers: list[int] = []

@@ -119,6 +119,11 @@ class Responses:
 
     def names(self) -> list[str]:
         manifest = self.manifest()
+        if manifest and manifest["schema"] != SCHEMA:
+            raise UserError(
+                f"{self.folder}: schema {manifest['schema']}, this version knows schema {SCHEMA}: "
+                "give another run.name, or --redo generate."
+            )
         return [f"shard-{i:05d}.parquet" for i in range(manifest["asked"]["shards"])] if manifest else []
 
     def check_asked(self) -> None:

@@ -126,6 +126,14 @@ def test_figures(run):
     assert inspection.figures(run) is None
 
 
+def test_responses_of_an_older_version(run):
+    path = run / "responses" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 1}))
+    assert inspection.figures(run) is None
+    with pytest.raises(UserError, match=r"schema 1, this version knows schema 2.*--redo generate"):
+        list(inspection.status(run))
+
+
 def test_the_command_line(run, capsys):
     words = [f"run.dir={run.path.parent}", f"run.name={run.path.name}",
              f"backbone.name_or_path={run.config.backbone.name_or_path}", "distill.truncated=keep"]  # fmt: skip
