@@ -534,7 +534,15 @@ def test_an_address_that_is_none():
     assert "http://ü-/v1 is no URL" in _error(engine("http://ü-/v1"))
 
 
-def test_an_interrupt_closes_everything_and_the_engine_can_be_asked_again(caplog):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_closes_everything_and_the_engine_can_be_asked_again(caplog, interruptible):
     hanging = threading.Event()
 
     def reply(stub, body):

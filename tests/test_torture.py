@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import torture
 from helpers import byte_tokenizer, tiny_backbone
 
@@ -89,6 +90,7 @@ def _rows(folder: Path) -> list[dict]:
     return [row for shard in shards for row in pq.read_table(folder / shard["file"]).to_pylist()]
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     import pipeline.stages.generate  # noqa: F401  (once, before the forks)
 
