@@ -356,8 +356,8 @@ def _responses(results: dict[str, Any]) -> list[Block]:
         ["repeat some 8 tokens", str(found["looping"]), f"{found['looping'] / rows:.1%}"],
         ["equal to another", str(found["duplicates"]), f"{found['duplicates'] / rows:.1%}"],
         ["encoded anew from a server's text", str(found["inexact"]), f"{found['inexact'] / rows:.1%}"],
-        ["empty, left out", str(found["empty"]), f"{found['empty'] / turns:.1%} of turns"],
-        ["turns not reached", str(found["unanswered"]), f"{found['unanswered'] / turns:.1%} of turns"],
+        ["empty turns, left out", str(found["empty"]), f"{found['empty'] / turns:.1%}"],
+        ["turns not reached", str(found["unanswered"]), f"{found['unanswered'] / turns:.1%}"],
     ]
     table += [[f"from {name or 'unnamed'}", str(n), f"{n / rows:.1%}"] for name, n in found["sources"].items()]
     workers, speed = found["workers"], found["tokens_per_second"]
