@@ -187,7 +187,7 @@ def measure_kills(config: Config, args: argparse.Namespace) -> None:
         started, kills, redone = time.perf_counter(), 0, 0
         while kills < args.kills:
             process = rough.start()
-            time.sleep(start_up + r.uniform(0, calm.making() / args.kills * 1.5))
+            time.sleep(start_up + r.uniform(-0.2, 0.6) * calm.making() / args.kills)
             if process.poll() is not None:
                 raise SystemExit(f"all was answered after {kills} kills: give more --cli-prompts")
             os.kill(process.pid, signal.SIGKILL)
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--temperature", type=float, action="append", help="default: 0 and 1")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds over all engines")
-    parser.add_argument("--cli-prompts", type=int, default=320, help="prompts of the runs that are killed or shared")
+    parser.add_argument("--cli-prompts", type=int, default=512, help="prompts of the runs that are killed or shared")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("words", nargs="*", metavar="key=value", help="of the config: backbone.*, machine.* ...")
     args = parser.parse_intermixed_args()
