@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from .config import Config, to_dict
@@ -116,6 +116,12 @@ class RunDir:
         A UserError before anything was written takes a new mark back: what the user then changes needs no --redo.
         Once there is work to go on from, the mark stays, or that work could be mixed with another config's.
         """
+        with contextlib.nullcontext() if shared else self._alone(stage):
+            yield from self._marked(stage, inputs, outside, shared)
+
+    def _marked(
+        self, stage: str, inputs: list[Path], outside: dict[str, Any] | None, shared: bool
+    ) -> Iterator[dict[str, Any]]:
         now = self._now(stage, inputs, outside)
         if not shared:
             self._sweep(stage)
@@ -136,6 +142,21 @@ class RunDir:
             records = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else []
             atomic_write(self.path / "run.json", json.dumps([*records, record], indent=1) + "\n")
         self._write_mark(stage, {"state": "done", **now})
+
+    @contextlib.contextmanager
+    def _alone(self, stage: str) -> Iterator[None]:
+        """Raises UserError while another process is at this stage of this folder; a dead one holds nothing."""
+        lock = FileLock(self.path / "stages" / f".{stage}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another process is at stage {stage} of it. Wait for that, or give another run.name."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _has_output(self, stage: str) -> bool:
         outputs = [self.path / name for name in OUTPUTS[stage]]

@@ -233,6 +233,16 @@ def test_a_lost_shard_of_a_finished_run_is_made_again(tmp_path, backbone, capsys
     assert "done already" in capsys.readouterr().out
 
 
+def test_another_kind_of_machine_is_told(tmp_path, backbone, capsys):
+    run = _run(_config(tmp_path, backbone))
+    path = run / "responses" / "entries" / "shard-00000.json"
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps(entry | {"made": entry["made"] | {"threads": 99}}))
+    (run / "responses" / "shard-00001.parquet").unlink()
+    _run(run.config)
+    assert "shards were made with threads 99, here " in capsys.readouterr().out
+
+
 def test_two_processes_share_the_work(tmp_path, backbone):
     _config(tmp_path, backbone)
     words = _words(tmp_path, backbone, "run.name=t", "generate.max_new_tokens=60", "generate.shard_size=4")

@@ -250,3 +250,19 @@ def test_a_user_error_keeps_the_mark_of_work_that_was_begun(tmp_path: Path) -> N
     other = RunDir(load(None, [f"run.dir={tmp_path}", "generate.max_new_tokens=7"]))
     with pytest.raises(UserError, match=r"generate\.max_new_tokens was 128, is 7"):
         other.plan("generate", [])
+
+
+def test_a_stage_is_for_one_process_at_a_time(config):
+    run = RunDir(config)
+    with run.stage("distill", []):
+        with pytest.raises(UserError, match="another process is at stage distill"), again(config).stage("distill", []):
+            pass
+        with again(config).stage("evaluate", []):
+            pass
+    assert again(config).plan("distill", []) is False
+
+
+def test_a_shared_stage_is_for_many(config):
+    with RunDir(config).stage("generate", [], shared=True), again(config).stage("generate", [], shared=True):
+        pass
+    assert [r["stage"] for r in json.loads((RunDir(config) / "run.json").read_text())] == ["generate"] * 2

@@ -182,6 +182,7 @@ class Worker:
             bar.update(0)
 
         missing = dict(enumerate(self.responses.names()))
+        self._compare_with_others()
         with bar:
             while missing or not self._complete():
                 if not missing:  # some were there and not what their entries said
@@ -227,15 +228,22 @@ class Worker:
                 self.responses.put(name, rows, counts, self._made(started))
 
     def _made(self, started: float) -> dict[str, Any]:
-        """Who made a shard: what could make another's bits differ, and how fast it was."""
-        return {
-            "worker": who(),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "seconds": round(time.time() - started, 3),
-            "finished": round(time.time(), 3),
-        }
+        """Who made a shard, by what, and how fast."""
+        seconds, finished = round(time.time() - started, 3), round(time.time(), 3)
+        return {"worker": who(), **self._rounds_by(), "seconds": seconds, "finished": finished}
+
+    def _rounds_by(self) -> dict[str, Any]:
+        """What decides how sums are rounded, and so may decide a near tie between two tokens."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+    def _compare_with_others(self) -> None:
+        """Say so if shards were made on something else: then a shard made again may not be the same to the last bit."""
+        entries = filter(None, map(self.responses.entry, self.responses.names()))
+        other = next((entry["made"] for entry in entries if entry["made"]), None)
+        here = self._rounds_by()
+        if other and (differ := [f"{k} {other[k]}, here {here[k]}" for k in here if other[k] != here[k]]):
+            print(f"generate: shards were made with {'; '.join(differ)}: near ties may fall the other way in new ones")
 
     def answer_shard(
         self, asked: list[tuple[Prompt, list[int]]], index: int, report: Report | None = None
