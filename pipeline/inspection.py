@@ -112,7 +112,7 @@ def show(run: RunDir, count: int, console: Console | None = None) -> None:
     tokenizer = load_tokenizer(run.config.backbone)
     console.print(
         "[bold green]learned from[/] \\[\\[between brackets]], [dim]context[/]; special tokens as they are; "
-        f"{len(documents)} documents"
+        f"{len(documents)} documents" + (", context learned from too" if settings.learn_from == "all" else "")
     )
     for document in documents[:count]:
         console.rule(document.id, align="left")

@@ -113,7 +113,10 @@ def test_show_marks_what_is_learned(run):
     text = out.getvalue()
     assert text.count("prompt number") == 3
     rows = pq.read_table(run / "responses" / "shard-00000.parquet").to_pylist()
-    assert f"{rows[0]['prompt']}[[" in text and "8 documents" in text
+    assert f"{rows[0]['prompt']}[[" in text and "8 documents" in text and "context learned" not in text
+    run.config.distill.learn_from = "all"
+    inspection.show(run, 1, Console(file=out, width=200))
+    assert "context learned from too" in out.getvalue()
 
 
 def test_figures(run):
