@@ -194,7 +194,7 @@ class ServerEngine:
             if self._is_hopeless(call.failures[place], server):
                 raise UserError(
                     f"machine.servers: no server answers question {place + 1} of {len(call.questions)} "
-                    f"({len(question.ids)} tokens); {server.url} said last: {failure}. {self._remedy(failure)}"
+                    f"({len(question.ids)} tokens). {self._last_words()}. {self._remedy(failure)}"
                 ) from None
         else:
             server.failures = 0
@@ -217,8 +217,13 @@ class ServerEngine:
         server.failures += failure.weight
         server.failed_at, server.pause_it_wants, server.said = time.monotonic(), failure.pause, str(failure)
         if all(s.failures >= TRIES for s in self.servers):
-            said = "; ".join(f"{s.url}: {s.said}" for s in self.servers)
-            raise UserError(f"machine.servers: no server answers any more. {said}. {self._remedy(failure)}")
+            raise UserError(
+                f"machine.servers: no server answers any more. {self._last_words()}. {self._remedy(failure)}"
+            )
+
+    def _last_words(self) -> str:
+        """What each server that failed said last."""
+        return "; ".join(f"{s.url}: {s.said}" for s in self.servers if s.said)
 
     def _remedy(self, failure: Failed) -> str:
         remedy = (
