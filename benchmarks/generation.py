@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.backbones import device_of, load_model, load_tokenizer, public_name
+from pipeline.backbones import device_of, ends_of, load_model, load_tokenizer, public_name
 from pipeline.config import Config, load
-from pipeline.engines import Question, Sampling, end_tokens
+from pipeline.engines import Question, Sampling
 from pipeline.engines.continuous import Continuous
 from pipeline.engines.padded import Padded
 from pipeline.engines.speculative import Speculative
@@ -49,7 +49,7 @@ BASELINE = "one by one, transformers' generate"
 
 def transformers_generate(model: torch.nn.Module, prompts: Ids, temperature: float, sampling: Sampling) -> Ids:
     """transformers' own generate on left-padded batches of `sampling.batch_size`, sorted by length."""
-    ends = end_tokens(model)
+    ends = ends_of(model.generation_config, model.config)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: Ids = [[] for _ in prompts]
     torch.manual_seed(sampling.seed)
@@ -99,7 +99,7 @@ def engines(
         head = ExitHead.load(Path(config.generate.exit_head))
         plain = SplitBackbone(model, head, timed_kernels=False)
         speculative = Speculative(model, head, config.generate.controller)
-        ends = frozenset(end_tokens(model))
+        ends = frozenset(ends_of(model.generation_config, model.config))
 
         def one_by_one(prompts: Ids, seed: int) -> Ids:
             sampler = Sampler(temperature, generator=torch.Generator(model.device).manual_seed(seed))

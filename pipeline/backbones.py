@@ -86,14 +86,20 @@ def load_model(backbone: Backbone, device: torch.device, device_map: str | None 
 
 
 def load_ends(backbone: Backbone) -> list[int]:
-    """The ids that end an answer, as the checkpoint says, without loading it."""
+    """`ends_of` a checkpoint that is not loaded."""
     config = load_config(backbone)
     try:
         generation = GenerationConfig.from_pretrained(source_of(backbone), revision=backbone.revision)
     except OSError:  # most checkpoints have one
         generation = None
-    for part in (generation, config):
-        ids = getattr(part, "eos_token_id", None)
+    return ends_of(generation, config)
+
+
+def ends_of(*sources: Any) -> list[int]:
+    """The ids that end an answer: eos_token_id of the first that has one (a model's generation config, then its config
+    or tokenizer). None of them having one means that every answer has full length."""
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
         if ids is not None:
             return [ids] if isinstance(ids, int) else list(ids)
     return []

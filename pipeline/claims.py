@@ -76,6 +76,8 @@ class Claims:
         return {p.name: h for p in sorted(self.folder.glob("[!.]*")) if (h := self._holder(p)) is not None}
 
     def _create(self, path: Path, text: str) -> bool:
+        if path.exists():  # who waits for others asks again and again: no write for that
+            return False
         temporary = self._temporary(path.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -144,7 +144,7 @@ def figures(run: RunDir) -> dict[str, Any] | None:
     sources: Counter[str] = Counter()
     temperatures: Counter[float] = Counter()
     for name in responses.names():
-        for row in rows_of(responses.folder / name):
+        for row in rows_of(responses.folder / name, ["prompt_ids", "response_ids", "source", "temperature"]):
             prompts.append(len(row["prompt_ids"]))
             answers.append(len(row["response_ids"]))
             texts[hash(tuple(row["response_ids"]))] += 1

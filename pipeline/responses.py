@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from .claims import Claims, left_behind
 from .errors import UserError
-from .rundir import TEMPORARY, atomic_write, cannot_write, place_once, sha256_of, who
+from .rundir import TEMPORARY, atomic_path, atomic_write, sha256_of
 
 SCHEMA = 2
 COLUMNS = pa.schema(
@@ -65,35 +65,25 @@ class Responses:
         path = self.folder / "manifest.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def begin(self, head: dict[str, Any], asked: Iterator[list[tuple[str, list[int]]]]) -> dict[str, Any]:
+    def begin(self, head: dict[str, Any], asked: Iterator[list[tuple[str, list[int]]]]) -> None:
         """Write what is asked, a list of (prompt as JSON, ids) for each shard, and a manifest that says of what the
-        responses will be; the manifest of whoever came first is given back."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        responses will be. Both are of whoever came first."""
         final = self.folder / "prompts.parquet"
-        temporary = self._temporary("prompts.parquet")
         prompts = shards = 0
-        try:
-            with pq.ParquetWriter(temporary, ASKED) as writer:
-                for rows in asked:
-                    columns = {"prompt": [prompt for prompt, _ in rows], "ids": [ids for _, ids in rows]}
-                    writer.write_table(pa.Table.from_pydict(columns, schema=ASKED), row_group_size=len(rows))
-                    prompts, shards = prompts + len(rows), shards + 1
-            place_once(temporary, final)
-            manifest = head | {
-                "schema": SCHEMA,
-                "complete": False,
-                "asked": {"prompts": prompts, "shards": shards, "sha256": sha256_of(final)},
-                "shards": [],
-                "responses": {},
-            }
-            temporary = self._temporary("manifest.json")
+        with atomic_path(final, once=True) as temporary, pq.ParquetWriter(temporary, ASKED) as writer:
+            for rows in asked:
+                columns = {"prompt": [prompt for prompt, _ in rows], "ids": [ids for _, ids in rows]}
+                writer.write_table(pa.Table.from_pydict(columns, schema=ASKED), row_group_size=len(rows))
+                prompts, shards = prompts + len(rows), shards + 1
+        manifest = head | {
+            "schema": SCHEMA,
+            "complete": False,
+            "asked": {"prompts": prompts, "shards": shards, "sha256": sha256_of(final)},
+            "shards": [],
+            "responses": {},
+        }
+        with atomic_path(self.folder / "manifest.json", once=True) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-            place_once(temporary, self.folder / "manifest.json")
-        except OSError as error:
-            raise cannot_write(final, error) from None
-        finally:
-            temporary.unlink(missing_ok=True)
-        return self.manifest() or manifest
 
     def finish(self) -> bool:
         """Complete the manifest if every shard is what its entry says; those that are not are removed: False."""
@@ -146,25 +136,18 @@ class Responses:
             return False
 
     def entry(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / "entries" / f"{Path(name).stem}.json"
         try:
-            return json.loads(path.read_text())
+            return json.loads(self._entry_path(name).read_text())
         except FileNotFoundError:
             return None
 
     def put(self, name: str, rows: list[dict[str, Any]], counts: dict[str, int], made: dict[str, Any]) -> None:
         """Write a shard, put it in place unless another process has, enter what is there then."""
-        temporary = self._temporary(name)
         columns = {column: [row[column] for row in rows] for column in COLUMNS.names}
         # the counts travel in the file: an entry can be made again from it
         table = pa.Table.from_pydict(columns, schema=COLUMNS.with_metadata({"counts": json.dumps(counts)}))
-        try:
+        with atomic_path(self.folder / name, once=True) as temporary:
             pq.write_table(table, temporary)
-            place_once(temporary, self.folder / name)
-        except OSError as error:
-            raise cannot_write(self.folder / name, error) from None
-        finally:
-            temporary.unlink(missing_ok=True)
         self._enter(name, made)
 
     def adopt(self, name: str) -> bool:
@@ -182,7 +165,7 @@ class Responses:
 
     def forget(self, name: str) -> None:
         """Remove a shard: first its entry, then its file."""
-        (self.folder / "entries" / f"{Path(name).stem}.json").unlink(missing_ok=True)
+        self._entry_path(name).unlink(missing_ok=True)
         (self.folder / name).unlink(missing_ok=True)
 
     def _enter(self, name: str, made: dict[str, Any]) -> bool:
@@ -195,11 +178,11 @@ class Responses:
             return False
         entry = {"file": name, "rows": metadata.num_rows, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
         entry |= {"counts": counts, "made": made}
-        atomic_write(self.folder / "entries" / f"{path.stem}.json", json.dumps(entry) + "\n")
+        atomic_write(self._entry_path(name), json.dumps(entry) + "\n")
         return True
 
-    def _temporary(self, name: str) -> Path:
-        return self.folder / f"{TEMPORARY}{name}-{who()}"
+    def _entry_path(self, name: str) -> Path:
+        return self.folder / "entries" / f"{Path(name).stem}.json"
 
     def sweep(self) -> None:
         """Remove what killed processes left under temporary names."""

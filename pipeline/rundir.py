@@ -122,6 +122,7 @@ class RunDir:
     def _marked(
         self, stage: str, inputs: list[Path], outside: dict[str, Any] | None, shared: bool
     ) -> Iterator[dict[str, Any]]:
+        """What `stage` does but for keeping others out."""
         now = self._now(stage, inputs, outside)
         if not shared:
             self._sweep(stage)
@@ -206,13 +207,19 @@ def _short(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` to write to (a file or a folder); renamed onto it when the block ends well."""
+def atomic_path(path: Path, *, once: bool = False) -> Iterator[Path]:
+    """A temporary neighbour of `path` to write to (a file or a folder); renamed onto it when the block ends well.
+
+    `once`: a file that is there already stays (`place_once`).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f"{TEMPORARY}{path.name}-{who()}"
     _remove(temporary)
     try:
         yield temporary
+        if once:
+            place_once(temporary, path)
+            return
         if temporary.is_dir():
             _remove(path)
         os.replace(temporary, path)

@@ -16,12 +16,13 @@ import torch
 from helpers import plant_heads, tiny_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.config import Config, load
+from pipeline.backbones import fingerprint_of_files
+from pipeline.config import Backbone, Config, load
 from pipeline.engines import Question, Sampling
 from pipeline.engines.continuous import Continuous
 from pipeline.engines.padded import Padded, sample
 from pipeline.errors import UserError
-from pipeline.inference.exit_head import FAMILIES
+from pipeline.inference.exit_head import FAMILIES, fingerprint
 from pipeline.responses import Responses
 from pipeline.rundir import RunDir
 from pipeline.stages import generate
@@ -231,6 +232,18 @@ def test_a_lost_shard_of_a_finished_run_is_made_again(tmp_path, backbone, capsys
     capsys.readouterr()
     _run(run.config)
     assert "done already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_the_fingerprint_needs_no_loaded_model(tmp_path, tied, shard):
+    folder = tiny_backbone(tmp_path, tie_word_embeddings=tied)
+    model = _load(folder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    model.save_pretrained(folder, max_shard_size=shard)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (shard == "20KB")
+    assert fingerprint_of_files(Backbone(name_or_path=str(folder))) == fingerprint(model)
 
 
 def test_another_kind_of_machine_is_told(tmp_path, backbone, capsys):

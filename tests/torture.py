@@ -1,4 +1,4 @@
-"""A worker of generate that dies as told: run by tests/test_torture.py and benchmarks/generation.py.
+"""A worker of generate that dies as told: run by tests/test_torture.py.
 
 Takes a manner of death and the words of the command line. `call:K:before` and `call:K:after` kill the process at its
 K-th call that gives a file its name or takes it away (link, replace, rename, unlink, fsync), before or after the system
@@ -33,10 +33,10 @@ def arm(manner: str) -> None:
         inner = Worker.answer_shard
 
         def answer_shard(self, *args):
-            if threading.active_count() < 50:
-                timer = threading.Timer(float(rest), die)
-                timer.daemon = True
-                timer.start()
+            Worker.answer_shard = inner
+            timer = threading.Timer(float(rest), die)
+            timer.daemon = True
+            timer.start()
             return inner(self, *args)
 
         Worker.answer_shard = answer_shard

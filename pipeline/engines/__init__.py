@@ -11,17 +11,14 @@ from ..backbones import load_ends
 from ..config import Config
 from ..errors import UserError
 from ..inference.exit_head import ExitHead
-from .asking import Answer, Engine, Question, Report, Sampling, end_tokens
+from .asking import Answer, Engine, Question, Report, Sampling
 from .continuous import Continuous
 from .original import Original
 from .padded import Padded
 from .server import ServerEngine
 from .speculative import Speculative
 
-__all__ = ["IN_PROCESS", "Answer", "Engine", "Question", "Report", "Sampling", "end_tokens", "make_engine"]
-
-IN_PROCESS = ("padded", "continuous", "speculative")
-"""Engines that run the backbone themselves; the others need its tokenizer alone."""
+__all__ = ["Answer", "Engine", "Question", "Report", "Sampling", "make_engine"]
 
 
 def make_engine(config: Config, load_model: Callable[[], Any], tokenizer: Any) -> Engine:

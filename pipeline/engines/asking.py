@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import nn
-
 Report = Callable[[int, int], None]
 """Told after a while: (finished answers, new tokens) since the last call."""
 
@@ -60,12 +58,3 @@ class Engine(Protocol):
     def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:
         """The answer of each question, in their order."""
         ...
-
-
-def end_tokens(model: nn.Module) -> list[int]:
-    """The ids that end an answer, as the checkpoint says; none means that every answer has full length."""
-    for config in (getattr(model, "generation_config", None), model.config):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return []

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from .asking import Answer, Question, Report, Sampling, end_tokens
+from ..backbones import ends_of
+from .asking import Answer, Question, Report, Sampling
 
 
 class Continuous:
@@ -18,7 +19,7 @@ class Continuous:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.ends = set(end_tokens(model))
+        self.ends = set(ends_of(model.generation_config, model.config))
 
     def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:
         answers: dict[int, Answer] = {}
@@ -38,8 +39,12 @@ def _one_manager(
         if temperature
         else {"do_sample": False}
     )
+    ends = ends_of(model.generation_config, model.config)
     config = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, eos_token_id=end_tokens(model) or -1, pad_token_id=0, **hot
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=ends or -1,
+        pad_token_id=0,
+        **hot,
     )
     in_flight = min(sampling.batch_size, len(prompts))
     longest = max(map(len, prompts))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .asking import Answer, Question, Report, Sampling, end_tokens
+from ..backbones import ends_of
+from .asking import Answer, Question, Report, Sampling
 
 
 class Padded:
@@ -24,7 +25,7 @@ class Padded:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.ends = set(end_tokens(model))
+        self.ends = set(ends_of(model.generation_config, model.config))
 
     def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:
         generator = torch.Generator(self.model.device).manual_seed(sampling.seed)
@@ -42,7 +43,7 @@ class _Batch:
 
     def __init__(self, model: nn.Module, questions: list[Question], sampling: Sampling):
         self.model, self.sampling = model, sampling
-        self.ends = set(end_tokens(model))
+        self.ends = set(ends_of(model.generation_config, model.config))
         prompts = [q.ids for q in questions]
         longest = max(map(len, prompts))
         pad = [longest - len(p) for p in prompts]

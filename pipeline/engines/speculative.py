@@ -7,13 +7,14 @@ own seed; gives each question's new ids. Knows nothing of text, files or shards.
 import torch
 from torch import nn
 
+from ..backbones import ends_of
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller
 from ..inference.decoding import Request, self_speculative
 from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
-from .asking import Answer, Question, Report, Sampling, end_tokens
+from .asking import Answer, Question, Report, Sampling
 
 STEADY = ("fixed", "confidence", "entropy")
 """Controllers without a memory: what they draft depends on the text alone."""
@@ -26,7 +27,7 @@ class Speculative:
 
     def __init__(self, model: nn.Module, head: ExitHead, controller: str):
         self.controller = steady_controller(controller)
-        self.ends = frozenset(end_tokens(model))
+        self.ends = frozenset(ends_of(model.generation_config, model.config))
         # kernels chosen by timing could differ from process to process, and a near tie with them
         self.backbone = SplitBackbone(model, head, timed_kernels=False)
         self.device = model.device

@@ -48,7 +48,7 @@ def run(run: RunDir) -> None:
         engines = _engines(folders, model, run.config.machine.cuda_graphs)
     heads = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, heads)
-    ends = frozenset(_end_tokens(model, tokenizer))
+    ends = frozenset(backbones.ends_of(model.generation_config, tokenizer))
     encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
     with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
         measured = measure(model, engines, encoded, ends, config, run.config.seed, states)
@@ -199,12 +199,6 @@ def check(config: Config) -> None:
         rivals.rivals_of(config.evaluate.rivals, [])
     except ValueError as error:
         raise UserError(f"evaluate.rivals={config.evaluate.rivals}: {error}; [] for none") from None
-
-
-def _end_tokens(model, tokenizer) -> list[int]:
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 class _threads:

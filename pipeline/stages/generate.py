@@ -26,7 +26,7 @@ from ..config import Config, to_dict
 from ..engines import Answer, Engine, Question, Report, Sampling, make_engine
 from ..errors import UserError
 from ..metrics import repeated_share
-from ..prompts import Prompt, contexts, encoding, pins, source_pins, source_record, training_prompts
+from ..prompts import Prompt, contexts, count_sources, encoding, pins, source_pins, source_record, training_prompts
 from ..responses import COUNTS, Responses
 from ..rundir import RunDir, sha256_of, who
 from ..turns import next_turn
@@ -36,7 +36,7 @@ WAIT = 0.5
 
 
 def run(run: RunDir) -> None:
-    responses, manifest = Responses(run / "responses"), None
+    responses = Responses(run / "responses")
     must_run = run.plan("generate", [])
     manifest = responses.manifest()
     if not must_run and all(responses.has(name) for name in responses.names()):
@@ -45,11 +45,10 @@ def run(run: RunDir) -> None:
         return
     # All that a user can get wrong comes before the stage is marked as begun: a mark would ask for --redo.
     _check_source(run.config, manifest)
+    prompts = source_record(run.config.prompts) if manifest is None else manifest["prompts"]  # before a model is loaded
     worker = Worker(run.config, responses)
-    head = worker.head()
+    head = worker.head() | {"prompts": prompts}
     _check_backbone(run.config, manifest, head)
-    if manifest is None:
-        head["prompts"] = source_record(run.config.prompts)
     with run.stage("generate", [], shared=True) as summary:
         if manifest is None:
             asked = _asked(run.config, worker.tokenizer, worker.context)
@@ -65,15 +64,15 @@ def run(run: RunDir) -> None:
 def _asked(config: Config, tokenizer: Any, context: int) -> Iterator[tuple[Prompt, list[int]]]:
     """Prompts and their ids in the order of the shards."""
     g = config.generate
-    sources: Counter[str] = Counter()
+    taken: list[Prompt] = []
     found = encoding(training_prompts(config), tokenizer, config.prompts, context, g.max_new_tokens, g.num_prompts)
     for prompt, ids in found:
-        sources[prompt.source] += 1
+        taken.append(prompt)
         yield prompt, ids
-    if g.num_prompts > sources.total():
-        print(f"generate.num_prompts={g.num_prompts}: there are {sources.total()} prompts; all of them are answered")
-    if len(sources) > 1:
-        print(f"prompts.mixture: {', '.join(f'{n} of {name}' for name, n in sources.most_common())}")
+    if g.num_prompts > len(taken):
+        print(f"generate.num_prompts={g.num_prompts}: there are {len(taken)} prompts; all of them are answered")
+    if config.prompts.mixture:
+        print(f"prompts.mixture: {', '.join(f'{n} of {name}' for name, n in count_sources(taken).items())}")
 
 
 def _in_shards(asked: Iterator[tuple[Prompt, list[int]]], size: int) -> Iterator[list[tuple[str, list[int]]]]:
