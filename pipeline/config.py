@@ -52,6 +52,14 @@ class Machine:
     server_timeout: float = option(600.0, "engine server: seconds that one answer may take")
     nodes: int = option(1, "nodes of the distill job")
     processes_per_node: int = option(1, "distill processes on each node; on GPUs, one per GPU")
+    shard_degree: int = option(
+        0,
+        "distill processes that share one copy of the backbone; 0 = all. Fewer, such as the GPUs of a node, and every "
+        "such group holds a copy of its own (HSDP): more memory, but weights are gathered inside a group only",
+    )
+    timeout: float = option(
+        1800.0, "seconds that distill processes wait for one another before they say who is missing and stop"
+    )
 
 
 @dataclass
@@ -131,6 +139,10 @@ class Distill:
     teacher: str = option(
         "online", "online, or cached: one teacher pass over all sequences, its hidden states kept in host memory"
     )
+    init: str = option("last", "weights a head starts from: last (the backbone's last layer), layer (layer N), random")
+    loss: list[str] = option(
+        ["kl"], "terms of the loss, each NAME or WEIGHT*NAME: kl, tvd, tvd++, overlap, ce; such as [kl, 0.1*ce]"
+    )
     learn_from: str = option(
         "responses", "responses, or all: the prompts' tokens too, of which the teacher gives the distributions for free"
     )
@@ -141,14 +153,22 @@ class Distill:
     max_steps: int = option(120, "optimizer steps")
     sequence_length: int = option(256, "tokens of a packed sequence")
     sequences_per_step: int = option(16, "packed sequences of a step, over all processes")
+    sequences_per_pass: int = option(
+        0,
+        "packed sequences that a process takes through the model at once; 0 = all of its step. Fewer save memory: "
+        "their gradients add up to those of the step",
+    )
     learning_rate: float = option(2e-3, "peak; warm-up is linear, then a cosine to a tenth")
     warmup_steps: int = option(10, "steps of linear warm-up")
     weight_decay: float = option(0.0, "AdamW weight decay")
     clip_norm: float = option(1.0, "largest gradient norm of each head")
-    temperature: float = option(1.0, "softmax temperature of the KL")
+    temperature: float = option(1.0, "softmax temperature of teacher and head in the loss")
     loss_chunk: int = option(512, "rows of logits alive at once in the loss")
     held_out: float = option(0.05, "share of the responses, by hash, kept for validation")
     validate_every: int = option(40, "steps between validations")
+    patience: int = option(
+        0, "validations without a longer expected acceptance length after which a head stops learning; 0 = never"
+    )
     checkpoint_every: int = option(40, "steps between resumable checkpoints")
 
 
@@ -346,7 +366,12 @@ _RULES: dict[str, tuple[Any, str]] = {
         (lambda ns: bool(ns) and min(ns) >= 1 and _differ(ns)),
         "one or more different exit layers, each N >= 1, such as [2]",
     ),
+    "machine.shard_degree": _NOT_NEGATIVE,
+    "machine.timeout": _ABOVE_ZERO,
     "distill.teacher": _one_of("online", "cached"),
+    "distill.init": _one_of("last", "layer", "random"),
+    "distill.sequences_per_pass": _NOT_NEGATIVE,
+    "distill.patience": _NOT_NEGATIVE,
     "distill.learn_from": _one_of("responses", "all"),
     "distill.truncated": _one_of("drop", "keep"),
     "distill.repeated_share": ((lambda value: 0 <= value <= 1), "a share from 0 to 1; 1 keeps every answer"),
