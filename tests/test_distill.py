@@ -27,7 +27,7 @@ from pipeline.rundir import RunDir, sha256_of
 from pipeline.stages import distill
 from pipeline.tracking import wandb_mode
 from pipeline.training import data
-from pipeline.training.callbacks import newest_readable
+from pipeline.training.checkpoints import newest_intact
 from pipeline.training.losses import plain_kl
 from pipeline.training.module import Distillation, Engine, learning_rate_at
 from pipeline.training.sharding import load_sharded_backbone, shard_engine
@@ -308,7 +308,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, undisturbed, backbone):
     run = prepare(tmp_path, backbone)
     killed = kill_at(7, run, backbone)
     assert killed.returncode == -9, killed.stderr
-    assert newest_readable(run / "checkpoints").name == "step-00000006.ckpt" and not (run / "heads").exists()
+    assert newest_intact(run / "checkpoints").name == "step-00000006.ckpt" and not (run / "heads").exists()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "tra')  # what a kill may leave
     distill.run(run)
@@ -338,7 +338,7 @@ def test_a_signal_saves_at_the_step_boundary_and_the_run_goes_on(
         assert ended.value.code == 128 + number
     monkeypatch.undo()
     assert f"{number.name}: saved" in capsys.readouterr().out and not (run / "heads").exists()
-    assert newest_readable(run / "checkpoints").name == "step-00000005.ckpt"
+    assert newest_intact(run / "checkpoints").name == "step-00000005.ckpt"
     assert signal.getsignal(number) == handler
     distill.run(run)
     assert_same(run, undisturbed)
@@ -357,7 +357,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(tmp_path, undisturbed, backbo
     newest = run / "checkpoints" / "step-00000009.ckpt"
     newest.write_bytes(newest.read_bytes()[:1000])
     distill.run(run)
-    assert "cannot be read" in capsys.readouterr().err
+    assert "is damaged" in capsys.readouterr().err
     assert_same(run, undisturbed)
 
 

@@ -11,6 +11,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -24,7 +25,8 @@ from ..inference.exit_head import ExitHead
 from ..rundir import RunDir, atomic_path
 from ..tracking import Tracker
 from ..training import data
-from ..training.callbacks import Checkpoints, Preemption, Recorder, Throughput, newest_readable
+from ..training.callbacks import Checkpoints, Preemption, Recorder, Throughput
+from ..training.checkpoints import WholeFile, newest_intact
 from ..training.launch import Place, find_place, workers
 from ..training.module import Distillation
 
@@ -89,20 +91,19 @@ def told(found: dict[str, int]) -> str:
 def fit(
     run: RunDir, place: Place, device: torch.device, fingerprint: str, train: data.Packed, validation: data.Packed
 ) -> tuple[Distillation, Throughput]:
-    """Train from the newest checkpoint, or from the start, to distill.max_steps."""
+    """Train from the newest checkpoint, or from the start, to distill.max_steps or until no head learns any more."""
     d = run.config.distill
     set_threads(run.config)
     (run / "checkpoints").mkdir(exist_ok=True)
     throughput = Throughput()
-    checkpoints = Checkpoints(run / "checkpoints", d.checkpoint_every, d.max_steps)
+    checkpoints = Checkpoints(run / "checkpoints", d.checkpoint_every)
     preemption = Preemption(checkpoints)
     recorder = Recorder(Tracker(run, place.rank == 0), throughput, d.validate_every, d.max_steps, place.rank == 0)
     module = Distillation(run.config, fingerprint, train, validation)
     trainer = build_trainer(run, place, device, [throughput, recorder, checkpoints, preemption])
-    resumed = newest_readable(run / "checkpoints")
-    if resumed and place.rank == 0:
-        print(f"distill: going on from {resumed}")
     try:
+        resumed = agree_on_checkpoint(run, trainer, module)
+        checkpoints.kept += [resumed] if resumed else []
         trainer.fit(module, ckpt_path=resumed, weights_only=True)
     except SystemExit as error:  # how Lightning ends on Ctrl-C, after switching it off
         if isinstance(error.__context__, KeyboardInterrupt):
@@ -115,6 +116,16 @@ def fit(
     if preemption.received:
         stop(preemption, place)
     return module, throughput
+
+
+def agree_on_checkpoint(run: RunDir, trainer: lightning.Trainer, module: Distillation) -> Path | None:
+    """What to go on from. Process 0 looks: the others may see another moment of a shared disk, and need not read it."""
+    trainer.strategy.connect(module)
+    trainer.strategy.setup_environment()  # the processes meet; fit finds it done
+    chosen = newest_intact(run / "checkpoints") if trainer.is_global_zero else None
+    if chosen:
+        print(f"distill: going on from {chosen}")
+    return trainer.strategy.broadcast(chosen)
 
 
 def build_trainer(run: RunDir, place: Place, device: torch.device, callbacks: list[Any]) -> lightning.Trainer:
@@ -130,7 +141,7 @@ def build_trainer(run: RunDir, place: Place, device: torch.device, callbacks: li
         strategy=ModelParallelStrategy(
             data_parallel_size=place.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
         ),
-        plugins=[place.environment],
+        plugins=[place.environment, WholeFile()],
         precision="32-true",  # heads are float32; the backbone has its own dtype
         max_steps=d.max_steps,
         max_epochs=1,

@@ -4,13 +4,10 @@ Takes a config and a device mesh, gives modules ready to train on one process or
 losses or the Trainer.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from .. import backbones
 from ..config import Backbone
@@ -49,20 +46,6 @@ def shard_engine(engine: nn.Module, heads: list[nn.Module], mesh: DeviceMesh) ->
     for head in heads:
         # Else its backward would gather the last backbone layer, which ran before it, for nothing.
         head.set_modules_to_backward_prefetch([head])  # type: ignore[operator]
-
-
-def full_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> whole tensor on the CPU, a copy. All processes must call it."""
-    return {name: _full(parameter.detach()).cpu().clone() for name, parameter in module.named_parameters()}
-
-
-def number(value: Any) -> float:
-    """A float from a tensor that may be sharded. All processes must call it."""
-    return float(_full(value))
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _untie(model: nn.Module) -> None:
