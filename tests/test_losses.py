@@ -82,6 +82,16 @@ def test_gradients_have_the_lengths_that_the_table_of_the_terms_gives(weight, na
     assert (m <= overlap).all()
 
 
+@pytest.mark.parametrize("name", TERMS)
+def test_gradients_keep_their_size_when_the_temperature_rises(weight, name):
+    def size(temperature: float) -> float:
+        student = hidden(1).requires_grad_()
+        LinearDistillation.apply(weight, hidden(0), {name: 1.0}, 1.0, temperature, 4, None, student).sum().backward()
+        return student.grad.norm().item()
+
+    assert size(200.0) == pytest.approx(size(100.0), rel=0.05)
+
+
 @pytest.mark.parametrize("terms", [{name: 1.0} for name in TERMS if name != "ce"], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_head_that_equals_the_teacher_has_no_loss_and_no_gradient(weight, terms, dtype):
