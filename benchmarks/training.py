@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.config import Config
 from pipeline.inference.exit_head import new_exit_layer
 from pipeline.rundir import provenance
-from pipeline.training.losses import LinearKL
+from pipeline.training.losses import LinearDistillation
 from pipeline.training.module import Engine
 from pipeline.training.sharding import shard_engine
 
@@ -66,7 +66,7 @@ def peak_mib(naive: bool) -> float:
         log_q, log_p = ((h @ weight.t()).log_softmax(-1) for h in (student, teacher))
         torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").backward()
     else:
-        LinearKL.apply(weight, teacher, 1.0, 1.0, 256, None, student).sum().backward()
+        LinearDistillation.apply(weight, teacher, {"kl": 1.0}, 1.0, 1.0, 256, None, student).sum().backward()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 

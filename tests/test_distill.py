@@ -28,7 +28,7 @@ from pipeline.stages import distill
 from pipeline.tracking import wandb_mode
 from pipeline.training import data
 from pipeline.training.checkpoints import newest_intact
-from pipeline.training.losses import plain_kl
+from pipeline.training.losses import plain_loss
 from pipeline.training.module import Distillation, Engine, learning_rate_at
 from pipeline.training.sharding import load_sharded_backbone, shard_engine
 
@@ -126,7 +126,8 @@ def test_losses_and_heads_equal_a_plain_training_loop(undisturbed, backbone):
                 at = torch.arange(len(tokens))[None]
                 drafted = head(hidden[exit_layer], position_embeddings=model.model.rotary_emb(hidden[0], at))
                 student = model.model.norm(drafted)[0, start:end]
-                total = total + plain_kl(model.lm_head.weight, hidden[-1][0, start:end], 1.0, 1.0, [student]).sum()
+                teacher = hidden[-1][0, start:end]
+                total = total + plain_loss(model.lm_head.weight, teacher, {"kl": 1.0}, 1.0, 1.0, [student]).sum()
                 rows += end - start
             losses.append((total / rows).item())
             optimizer.zero_grad()
@@ -137,6 +138,18 @@ def test_losses_and_heads_equal_a_plain_training_loop(undisturbed, backbone):
         logged = [line[f"train/exit-{exit_layer}/loss"] for line in lines(undisturbed) if "learning_rate" in line]
         assert logged == pytest.approx(losses, rel=2e-5)
         assert losses[-1] < losses[0]
+
+
+def test_the_loss_is_the_weighted_sum_of_the_terms_that_the_config_names(tmp_path, backbone):
+    def first_loss(number: int, *terms: str) -> float:
+        words = (f"distill.loss=[{','.join(terms)}]", "distill.temperature=2", "distill.max_steps=1")
+        run = prepare(tmp_path / str(number), backbone, "distill.exit_layers=[1]", *words)
+        distill.run(run)
+        return next(line["train/exit-1/loss"] for line in lines(run) if "learning_rate" in line)
+
+    kl, tvd = first_loss(0, "kl"), first_loss(1, "tvd")
+    assert kl != pytest.approx(tvd, rel=0.1)
+    assert first_loss(2, "0.5*kl", "3*tvd") == pytest.approx(0.5 * kl + 3 * tvd, rel=1e-5)
 
 
 def unpack(packed: data.Packed, batch: Sequence[int]):
@@ -371,6 +384,7 @@ def test_a_broken_newest_checkpoint_is_passed_over(tmp_path, undisturbed, backbo
         (["distill.sequence_length=2"], "sequence_length=2"),
         (["machine.processes_per_node=3"], "multiple of the 3 processes"),
         (["machine.nodes=2"], "srun or torchrun"),
+        (["distill.loss=[kll]"], "no term 'kll'. Did you mean kl?"),
     ],
 )
 def test_mistakes_leave_the_stage_unmarked(tmp_path, backbone, words, message):

@@ -24,16 +24,22 @@ from ..config import Config
 from ..inference.exit_head import ExitHead
 from ..rundir import RunDir, atomic_path
 from ..tracking import Tracker
-from ..training import data
+from ..training import data, terms
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Throughput
 from ..training.checkpoints import WholeFile, newest_intact
 from ..training.launch import Place, find_place, workers
 from ..training.module import Distillation
 
 
+def check(config: Config) -> None:
+    """What can be known before anything is loaded. Raises UserError for a loss that does not exist."""
+    terms.parse(config.distill.loss)
+
+
 def run(run: RunDir) -> None:
     """Train the heads of distill.exit_layers. Raises UserError for what the user must change, SystemExit with
     128 + the signal's number (KeyboardInterrupt for Ctrl-C) when a signal stopped it after saving."""
+    check(run.config)
     inputs = [run / "responses" / "manifest.json"]
     place = find_place(run.config.machine)
     if not run.plan("distill", inputs):

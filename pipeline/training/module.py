@@ -24,8 +24,9 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from ..config import Config
 from .data import Packed, StepBatches, passes, validation_batches
-from .losses import LinearKL, acceptance_lengths, draft_statistics
+from .losses import LinearDistillation, acceptance_lengths, draft_statistics
 from .sharding import load_sharded_backbone, shard_engine
+from .terms import parse
 from .units import gradient_square, resharded, scale_gradient, whole_weights
 
 FIGURES = ("loss", "overlap", "match", "expected_acceptance_length", "greedy_acceptance_length")
@@ -73,6 +74,7 @@ class Engine(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict({f"exit-{n}": head for n, head in zip(exit_layers, heads, strict=True)})
+        self.terms = parse(config.distill.loss)
         self.temperature, self.chunk = config.distill.temperature, config.distill.loss_chunk
         self.teacher_clock = Stopwatch(next(heads[0].parameters()).device)
         self._seen: dict[Any, Any] = {}
@@ -120,9 +122,10 @@ class Engine(nn.Module):
         try:
             if statistics:
                 return draft_statistics(lm_head.weight, teacher_RD, students_RD, self.chunk), index_R
-            return LinearKL.apply(
-                lm_head.weight, teacher_RD, scale, self.temperature, self.chunk, self.teacher_clock, *students_RD
-            )
+            return LinearDistillation.apply(
+                lm_head.weight, teacher_RD, self.terms, scale, self.temperature, self.chunk, self.teacher_clock,
+                *students_RD,
+            )  # fmt: skip
         finally:
             lm_head.reshard()  # type: ignore[operator]
 
@@ -210,7 +213,7 @@ class Distillation(lightning.LightningModule):
         self.names = [f"exit-{n}" for n in config.distill.exit_layers]
         self.engine: Engine | None = None
         self.losses: dict[str, float] = {}
-        """Mean KL of each head that learns over the rows of the last step, all processes, nats."""
+        """Mean loss of each head that learns over the rows of the last step, all processes."""
         self.grad_norms: dict[str, float] = {}
         """Of each head that learns at the last step, before clipping."""
         self.step_rows = self.step_tokens = 0
