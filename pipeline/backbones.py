@@ -33,7 +33,7 @@ def device_of(name: str) -> torch.device:
 
 
 def rounds_by(device: torch.device) -> dict[str, Any]:
-    """What decides how sums are rounded on this machine, and so the last bit of a result, or a near tie between tokens."""
+    """What decides how sums are rounded here, and so the last bits of a result, or a near tie between tokens."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 

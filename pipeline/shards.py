@@ -161,7 +161,7 @@ class Shards:
             return None
 
     def damaged(self, names: Iterable[str]) -> list[str]:
-        """Those that are missing or not what their entries say, to the last byte: a full read, several files at once."""
+        """Those that are missing or not what their entries say, to the last byte: a full read, many files at once."""
 
         def is_whole(name: str) -> bool:
             entry = self.found(name)
@@ -177,7 +177,7 @@ class Shards:
         except FileNotFoundError:
             return None
 
-    def place(self, name: str, write: Callable[[Path], None], made: dict[str, Any]) -> None:
+    def place(self, name: str, write: Callable[[Path], Any], made: dict[str, Any]) -> None:
         """Let `write` write a shard, put it in place unless another process has, enter what is there then."""
         with atomic_path(self.folder / name, once=True) as temporary:
             write(temporary)
@@ -220,9 +220,7 @@ class Shards:
         records = (entry["made"] for entry in map(self.entry, self.names()) if entry is not None)
         other = next(filter(None, records), None)
         if other and (differ := [f"{k} {other[k]}, here {here[k]}" for k in here if other[k] != here[k]]):
-            print(
-                f"{self.stage}: shards were made with {'; '.join(differ)}: here new ones may come out with other last bits"
-            )
+            print(f"{self.stage}: shards were made with {'; '.join(differ)}: new ones may have other last bits")
 
     def sweep(self) -> None:
         """Remove what killed processes left under temporary names."""
