@@ -32,6 +32,12 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
+def rounds_by(device: torch.device) -> dict[str, Any]:
+    """What decides how sums are rounded here, and so the last bits of a result, or a near tie between tokens."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
 def source_of(backbone: Backbone) -> str:
     """What from_pretrained takes: a folder or a Hub id."""
     return str(BUILT_IN.get(backbone.name_or_path, backbone.name_or_path))

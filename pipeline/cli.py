@@ -20,6 +20,12 @@ VERBS = {
         "and run again, it goes on with what is missing.",
         ["seed", "run", "machine", "backbone", "prompts", "generate"],
     ),
+    "cache": (
+        "The backbone passes once over the responses and keeps its hidden states, for distill.teacher=cached.",
+        "Writes cache/. Any number of processes may run it at once, on machines that share the run folder; killed "
+        "and run again, it goes on with what is missing. With distill.teacher=online there is nothing to do.",
+        ["run", "machine", "backbone", "distill"],
+    ),
     "distill": (
         "Train one exit head per exit layer N on the responses; the backbone stays frozen.",
         "Writes heads/exit-<N>/ and metrics.jsonl. Killed and run again, it goes on from the last checkpoint.",
@@ -36,7 +42,7 @@ VERBS = {
         ["run", "backbone", "publish"],
     ),
     "run": (
-        "All stages in order, skipping what is done: generate, distill, evaluate, publish.",
+        "All stages in order, skipping what is done: generate, (cache,) distill, evaluate, publish.",
         "Ends with the table of results and the one line that uses the head.",
         ["seed", "run", "machine", "backbone", "prompts", "generate", "distill", "evaluate", "publish", "wandb"],
     ),
@@ -100,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_verb(verb: str, config: Config, redo: str | None) -> None:
     """Run one stage, or all; `redo` removes a stage (with `run`, the later ones too) first."""
-    chosen = STAGES if verb == "run" else (verb,)
+    chosen = stages_of(config) if verb == "run" else (verb,)
     if redo is not None and redo not in chosen:
         raise UserError(
             f"--redo {redo}: exit-heads {verb} does not run that stage. Use `exit-heads {redo} --redo {redo}`."
@@ -119,6 +125,11 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
         from .report import closing_table
 
         closing_table(run)
+
+
+def stages_of(config: Config) -> tuple[str, ...]:
+    """What the verb `run` runs: a teacher that is online needs no cache."""
+    return tuple(name for name in STAGES if name != "cache" or config.distill.teacher == "cached")
 
 
 def look(config: Config, status: bool, verify: bool, show: int | None) -> None:

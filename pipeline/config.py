@@ -37,8 +37,8 @@ class Machine:
     device: str = option("auto", "auto, cpu, cuda; auto takes a GPU when there is one")
     device_map: str | None = option(
         None,
-        "of generate and evaluate, for a backbone larger than one GPU: auto, balanced or sequential, as in accelerate; "
-        "a layer is never split",
+        "of generate, cache and evaluate, for a backbone larger than one GPU: auto, balanced or sequential, as in "
+        "accelerate; a layer is never split",
     )
     cuda_graphs: bool = option(False, "evaluate: record the passes of the decoder as CUDA graphs; nothing on a CPU")
     threads: int = option(0, "CPU threads of every stage but evaluate; 0 leaves torch's choice")
@@ -137,7 +137,9 @@ class Generate:
 class Distill:
     exit_layers: list[int] = option([2], "exit layers N, 1 <= N < L; one head is trained for each")
     teacher: str = option(
-        "online", "online, or cached: one teacher pass over all sequences, its hidden states kept in host memory"
+        "online",
+        "online: the backbone runs in every step; cached: `exit-heads cache` runs it once over all sequences and keeps "
+        "its hidden states on disk",
     )
     init: str = option("last", "weights a head starts from: last (the backbone's last layer), layer (layer N), random")
     loss: list[str] = option(

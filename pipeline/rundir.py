@@ -7,7 +7,7 @@ is refused. Knows nothing of what the stages do.
     runs/<name>/
       config.yaml  run.json             the newest resolved config; one provenance record per stage run
       stages/<stage>.json               begun or done, of which config and inputs
-      responses/   heads/  checkpoints/  eval/  report/  hub/  metrics.jsonl  logs/  wandb/
+      responses/  cache/  heads/  checkpoints/  eval/  report/  hub/  metrics.jsonl  logs/  wandb/
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,16 @@ from omegaconf import OmegaConf
 from .config import Config, to_dict
 from .errors import UserError
 
-STAGES = ("generate", "distill", "evaluate", "publish")
+STAGES = ("generate", "cache", "distill", "evaluate", "publish")
 
-# The config a stage depends on. A change elsewhere leaves it done.
+# The config a stage depends on: sections, or single keys of them. A change elsewhere leaves it done.
 SUBTREES = {
     "generate": ("seed", "backbone", "prompts", "generate"),
+    # Which tokens the teacher reads; which layers it keeps stands in the manifest, as distill may take fewer.
+    "cache": (
+        "backbone",
+        *(f"distill.{key}" for key in ("sequence_length", "truncated", "repeated_share", "held_out")),
+    ),
     "distill": ("seed", "backbone", "distill"),
     "evaluate": ("seed", "backbone", "prompts", "evaluate"),
     "publish": ("backbone", "publish"),
@@ -46,6 +52,7 @@ SUBTREES = {
 # What each stage writes: removed by --redo.
 OUTPUTS = {
     "generate": ("responses",),
+    "cache": ("cache",),
     "distill": ("heads", "checkpoints", "metrics.jsonl", "logs", "wandb"),
     "evaluate": ("eval", "report"),
     "publish": ("hub",),
@@ -180,7 +187,7 @@ class RunDir:
     def _now(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None) -> dict[str, Any]:
         tree = to_dict(self.config)
         return {
-            "config": {key: tree[key] for key in SUBTREES[stage]},
+            "config": {key: reduce(dict.__getitem__, key.split("."), tree) for key in SUBTREES[stage]},
             "inputs": {p.relative_to(self.path).as_posix(): sha256_of(p) for p in inputs} | (outside or {}),
         }
 

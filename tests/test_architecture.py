@@ -19,8 +19,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
-PARTS = {"backbones", "training", "inference", "engines", "responses", "inspection", "prompts", "turns", "metrics",
-         "losslessness", "report", "card", "tracking", "pocket", "rivals", "measuring"}  # fmt: skip
+PARTS = {"backbones", "training", "inference", "engines", "responses", "shards", "inspection", "prompts", "turns",
+         "metrics", "losslessness", "report", "card", "tracking", "pocket", "rivals", "measuring"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "plots": set(),
     "simulation": {"losslessness", "inference"},
     "losslessness": {"inference"},
-    "training": {"backbones", "inference", "metrics", "tracking"} | FOUNDATION,
+    "training": {"backbones", "inference", "metrics", "shards", "tracking"} | FOUNDATION,
     "tracking": {"rundir", "config"},
     "backbones": {"inference", "pocket", "config", "errors"},
     "turns": {"prompts", "config"},
@@ -39,7 +39,8 @@ ARROWS: dict[str, set[str]] = {
     "prompts": {"pocket"} | FOUNDATION,
     "engines": {"backbones", "inference", "config", "errors"},
     "inspection": {"responses", "training", "backbones"} | FOUNDATION,
-    "responses": {"claims", "errors", "rundir"},
+    "responses": {"shards", "errors", "rundir"},
+    "shards": {"claims", "errors", "rundir"},
     "claims": {"rundir"},
     "metrics": set(),
     "rivals": set(),

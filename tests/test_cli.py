@@ -109,12 +109,14 @@ def test_redo_of_a_stage_that_never_ran_runs_it(tmp_path: Path) -> None:
     assert ran == ["distill"]
 
 
-def test_run_does_all_in_order_and_skips_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    here = f"run.dir={tmp_path}"
-    assert call(["run", here]) == 0
-    assert ran == list(STAGES) and capsys.readouterr().out.endswith("table\n")
-    assert call(["run", here]) == 0
-    assert ran == list(STAGES)
+@pytest.mark.parametrize("teacher", ["online", "cached"])
+def test_run_does_all_in_order_and_skips_what_is_done(teacher: str, tmp_path: Path, capsys) -> None:
+    words = [f"run.dir={tmp_path}", f"distill.teacher={teacher}"]
+    stages = [name for name in STAGES if name != "cache" or teacher == "cached"]
+    assert call(["run", *words]) == 0
+    assert ran == stages and capsys.readouterr().out.endswith("table\n")
+    assert call(["run", *words]) == 0
+    assert ran == stages
 
 
 def test_run_with_redo_makes_that_stage_and_all_after_it_anew(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def made(run: Path) -> dict[str, object]:
 
 
 def test_run_makes_everything_and_then_nothing(tmp_path, capsys) -> None:
-    run = make_run(tmp_path, "publish.min_speedup=0")
+    run = make_run(tmp_path, "publish.min_speedup=0", "distill.teacher=cached")
     words = ["run", "--config", str(config_file(run, tmp_path))]
     assert main(words) == 0
     out = capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_run_makes_everything_and_then_nothing(tmp_path, capsys) -> None:
     assert made(run.path) == before
     assert main([*words, "--redo", "evaluate"]) == 0  # remakes evaluate and publish, keeps the rest
     third = capsys.readouterr().out
-    assert "distill: done already" in third and "evaluate: done already" not in third
+    assert "cache: done already" in third and "distill: done already" in third and "evaluate: done already" not in third
 
 
 def test_a_gate_that_refuses_exits_with_3(tmp_path, capsys) -> None:
@@ -92,7 +92,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_each_stage_ends_the_same(tmp_path) -> None:
-    """SIGKILL once inside generate, distill, evaluate and publish; then the same command to the end."""
+    """SIGKILL once inside generate, cache, distill, evaluate and publish; then the same command to the end."""
     words = [
         "--config", str(ROOT / "configs" / "pocket.yaml"), f"run.dir={tmp_path}", "publish.min_speedup=0",
         "wandb.mode=offline", "generate.num_prompts=96", "generate.shard_size=16", "generate.max_new_tokens=48",
@@ -105,6 +105,7 @@ def test_killed_in_the_middle_of_each_stage_ends_the_same(tmp_path) -> None:
     # When each stage has left its first trace and is still at work, but for publish, which is over in a moment.
     traces = {
         "generate": lambda: len(list(killed.glob("responses/shard-*.parquet"))) >= 2,
+        "cache": lambda: (killed / "cache" / "manifest.json").exists(),
         "distill": lambda: any(killed.glob("checkpoints/*")),
         "evaluate": lambda: (killed / "stages" / "evaluate.json").exists(),
         "publish": lambda: (killed / "stages" / "publish.json").exists(),

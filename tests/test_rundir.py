@@ -113,6 +113,13 @@ def test_a_changed_key_is_named_with_both_values_and_the_ways_out(config: Config
         assert part in str(caught.value)
 
 
+def test_a_stage_may_depend_on_single_keys_of_a_section(config: Config) -> None:
+    run_stage(RunDir(config), "cache")
+    assert not run_stage(again(config, "distill.learning_rate=1e-4"), "cache")
+    with pytest.raises(UserError, match=r"distill\.sequence_length was 256, is 64\. .*--redo cache"):
+        again(config, "distill.sequence_length=64").plan("cache", [])
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_key_of_another_stage_changes_nothing(config: Config, stage: str) -> None:
     run_stage(RunDir(config), stage)

@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -43,41 +41,6 @@ def _words(tmp_path: Path, name: str) -> list[str]:
     ]  # fmt: skip
 
 
-class Log:
-    """What all workers print, through a pipe: it is no file, which a full disk would cut."""
-
-    def __init__(self):
-        self.read_end, self.write_end = os.pipe()
-        self.parts: list[bytes] = []
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        while part := os.read(self.read_end, 65536):
-            self.parts.append(part)
-
-    def __str__(self) -> str:
-        return b"".join(self.parts).decode(errors="replace")
-
-
-def _start(manner: str, words: list[str], log: Log) -> int:
-    """A real process of its own; forked, so that twenty of them need not import torch twenty times."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        os.dup2(log.write_end, 1), os.dup2(log.write_end, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # not pytest's
-        code = torture.main(manner, words)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-
-
 def _manner(r: random.Random, number: int) -> str:
     kind = ("call", "call", "seconds", "disk")[number % 4]
     if kind == "call":
@@ -94,7 +57,7 @@ def _rows(folder: Path) -> list[dict]:
 def test_twenty_kills_change_nothing(tmp_path):
     import pipeline.stages.generate  # noqa: F401  (once, before the forks)
 
-    words, log = _words(tmp_path, "tortured"), Log()
+    words, log = _words(tmp_path, "tortured"), torture.Log()
     r = random.Random(4)
     alive: dict[int, str] = {}
     kills: Counter[str] = Counter()
@@ -105,7 +68,7 @@ def test_twenty_kills_change_nothing(tmp_path):
         while len(alive) < 3:
             manner = _manner(r, number)
             number += 1
-            alive[_start(manner, words, log)] = manner
+            alive[torture.start(manner, words, log)] = manner
         pid, status = os.wait()
         manner = alive.pop(pid)
         if os.WIFSIGNALED(status):
@@ -124,7 +87,7 @@ def test_twenty_kills_change_nothing(tmp_path):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     for name in ("tortured", "undisturbed"):
-        pid = _start("none", _words(tmp_path, name), log)
+        pid = torture.start("none", _words(tmp_path, name), log)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, str(log)[-3000:]
     tortured, undisturbed = (tmp_path / "runs" / name / "responses" for name in ("tortured", "undisturbed"))
     assert refused and "File too large" in str(log), "the full disk was met"

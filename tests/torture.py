@@ -1,9 +1,9 @@
-"""A worker of generate that dies as told: run by tests/test_torture.py.
+"""A worker of generate or cache that dies as told: run by tests/test_torture.py and tests/test_cache.py.
 
 Takes a manner of death and the words of the command line. `call:K:before` and `call:K:after` kill the process at its
 K-th call that gives a file its name or takes it away (link, replace, rename, unlink, fsync), before or after the system
-has done it; `seconds:S` kills it S seconds after its first shard is begun; `disk:BYTES` lets no file grow beyond BYTES,
-which is how a full disk looks to a writer; `none` lets it live.
+has done it; `seconds:S` kills it S seconds after its first shard of responses is begun; `disk:BYTES` lets no file grow
+beyond BYTES, which is how a full disk looks to a writer; `none` lets it live.
 """
 
 import os
@@ -11,8 +11,10 @@ import resource
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 
+FOLDERS = ("responses", "cache")
 CALLS = ("link", "replace", "rename", "unlink", "fsync")
 
 
@@ -47,7 +49,7 @@ def arm(manner: str) -> None:
 
 def _fatal(call, count_down: list[int], when: str):
     def wrapped(*args, **kwargs):
-        ours = not args or isinstance(args[0], int) or "responses" in str(args[0])
+        ours = not args or isinstance(args[0], int) or any(part in FOLDERS for part in Path(args[0]).parts)
         count_down[0] -= ours
         if ours and count_down[0] == 0 and when == "before":
             die()
@@ -64,6 +66,39 @@ def main(manner: str, words: list[str]) -> int:
     from pipeline.cli import main
 
     return main(words)
+
+
+class Log:
+    """What all workers print, through a pipe: it is no file, which a full disk would cut."""
+
+    def __init__(self):
+        self.read_end, self.write_end = os.pipe()
+        self.parts: list[bytes] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        while part := os.read(self.read_end, 65536):
+            self.parts.append(part)
+
+    def __str__(self) -> str:
+        return b"".join(self.parts).decode(errors="replace")
+
+
+def start(manner: str, words: list[str], log: Log) -> int:
+    """A real process of its own; forked, so that twenty of them need not import torch twenty times."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.dup2(log.write_end, 1), os.dup2(log.write_end, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)  # not pytest's
+        code = main(manner, words)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Responses -> exit heads: checks what can be checked early, assembles the Trainer, saves the best heads.
 
-Takes responses/ of the run folder, gives heads/exit-<N>/, metrics.jsonl and checkpoints; killed and run again it
-resumes. Knows nothing of how a step works: the parts are in training/.
+Takes responses/ of the run folder, and cache/ if the teacher is cached, gives heads/exit-<N>/, metrics.jsonl and
+checkpoints; killed and run again it resumes. Knows nothing of how a step works: the parts are in training/.
 """
 
 import contextlib
@@ -21,10 +21,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from .. import backbones
 from ..config import Config
+from ..errors import UserError
 from ..inference.exit_head import ExitHead
 from ..rundir import RunDir, atomic_path
 from ..tracking import Tracker
 from ..training import data, terms
+from ..training.cache import Lessons, TeacherCache
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Throughput
 from ..training.checkpoints import WholeFile, newest_intact
 from ..training.launch import Place, find_place, workers
@@ -41,6 +43,8 @@ def run(run: RunDir) -> None:
     128 + the signal's number (KeyboardInterrupt for Ctrl-C) when a signal stopped it after saving."""
     check(run.config)
     inputs = [run / "responses" / "manifest.json"]
+    if run.config.distill.teacher == "cached":
+        inputs.append(run / "cache" / "manifest.json")
     place = find_place(run.config.machine)
     if not run.plan("distill", inputs):
         if place.rank == 0:
@@ -51,9 +55,10 @@ def run(run: RunDir) -> None:
     backbones.check_exit_layers(run.config.distill.exit_layers, num_layers)
     device = backbones.device_of(run.config.machine.device)
     manifest, train, validation, counts = read(run, place)
+    lessons = open_lessons(run, manifest["backbone"], train, validation)
     mark: AbstractContextManager = run.stage("distill", inputs) if place.rank == 0 else contextlib.nullcontext({})
     with mark as summary, quiet(), workers(place, run / "config.yaml", run.config.machine.processes_per_node):
-        module, throughput = fit(run, place, device, manifest["backbone"]["fingerprint"], train, validation)
+        module, throughput = fit(run, place, device, manifest["backbone"]["fingerprint"], train, validation, lessons)
         if place.rank == 0:
             save_heads(run, module, num_layers, manifest["backbone"])
             summary |= {"responses": counts} | describe(module, throughput)
@@ -65,24 +70,24 @@ def run(run: RunDir) -> None:
 
 
 def read(run: RunDir, place: Place) -> tuple[dict[str, Any], data.Packed, data.Packed, dict[str, int]]:
-    """(manifest, packed training set, packed validation set, what became of how many responses)."""
+    """`data.read_packed`, checked against the number of processes."""
     d = run.config.distill
-    manifest = data.read_manifest(run / "responses")
-    documents, counts = data.read_documents(run / "responses", manifest, d.truncated, d.repeated_share)
-    kept = data.usable(documents, d.sequence_length)
-    train, validation = data.split(kept, d.held_out)
-    # validation is always on responses: that is what will be drafted
-    packed = (
-        data.pack(train, d.sequence_length, prompts_too=d.learn_from == "all"),
-        data.pack(validation, d.sequence_length),
-    )
-    data.StepBatches(len(packed[0]), d.sequences_per_step, d.max_steps, 0, world_size=place.world_size)  # checks
-    learned = sum(len(document.spans) for document in kept)
-    too_long = sum(len(document.spans) for document in documents) - learned
-    found = {**counts, "too_long": too_long, "learned": learned, "documents": len(kept)}
+    manifest, train, validation, found = data.read_packed(run / "responses", d)
+    data.StepBatches(len(train), d.sequences_per_step, d.max_steps, 0, world_size=place.world_size)  # checks
     if place.rank == 0:
         print(told(found))
-    return manifest, *packed, found
+    return manifest, train, validation, found
+
+
+def open_lessons(run: RunDir, backbone: dict[str, Any], train: data.Packed, validation: data.Packed) -> Lessons | None:
+    """What a cached teacher says. Raises UserError for a cache that is of something else, or not complete."""
+    if run.config.distill.teacher == "online":
+        return None
+    cache, sequences = TeacherCache(run / "cache"), data.joined(train, validation)
+    cache.check(run.config, backbone["fingerprint"], sequences)
+    if not cache.is_complete():
+        raise UserError(f"{cache.folder}: not complete: run `exit-heads cache` again, it goes on with what is missing.")
+    return Lessons(cache, sequences, run.config.distill.exit_layers)
 
 
 def told(found: dict[str, int]) -> str:
@@ -95,7 +100,13 @@ def told(found: dict[str, int]) -> str:
 
 
 def fit(
-    run: RunDir, place: Place, device: torch.device, fingerprint: str, train: data.Packed, validation: data.Packed
+    run: RunDir,
+    place: Place,
+    device: torch.device,
+    fingerprint: str,
+    train: data.Packed,
+    validation: data.Packed,
+    lessons: Lessons | None,
 ) -> tuple[Distillation, Throughput]:
     """Train from the newest checkpoint, or from the start, to distill.max_steps or until no head learns any more."""
     d = run.config.distill
@@ -105,7 +116,7 @@ def fit(
     checkpoints = Checkpoints(run / "checkpoints", d.checkpoint_every)
     preemption = Preemption(checkpoints)
     recorder = Recorder(Tracker(run, place.rank == 0), throughput, d.validate_every, d.max_steps, place.rank == 0)
-    module = Distillation(run.config, fingerprint, train, validation)
+    module = Distillation(run.config, fingerprint, train, validation, lessons)
     trainer = build_trainer(run, place, device, [throughput, recorder, checkpoints, preemption])
     try:
         resumed = agree_on_checkpoint(run, trainer, module)

@@ -8,7 +8,6 @@ of exit heads, but that an engine may draft with one.
 
 import hashlib
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,25 +20,31 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..backbones import device_of, fingerprint_of_files, load_config, load_model, load_tokenizer, public_name
+from ..backbones import (
+    device_of,
+    fingerprint_of_files,
+    load_config,
+    load_model,
+    load_tokenizer,
+    public_name,
+    rounds_by,
+)
 from ..config import Config, to_dict
 from ..engines import Answer, Engine, Question, Report, Sampling, make_engine
 from ..errors import UserError
 from ..metrics import repeated_share
 from ..prompts import Prompt, contexts, count_sources, encoding, pins, source_pins, source_record, training_prompts
 from ..responses import COUNTS, Responses
-from ..rundir import RunDir, sha256_of, who
+from ..rundir import RunDir, sha256_of
+from ..shards import made
 from ..turns import next_turn
-
-WAIT = 0.5
-"""Seconds between two looks at what other processes are doing."""
 
 
 def run(run: RunDir) -> None:
     responses = Responses(run / "responses")
     must_run = run.plan("generate", [])
     manifest = responses.manifest()
-    if not must_run and all(responses.has(name) for name in responses.names()):
+    if not must_run and responses.is_complete():
         _check_source(run.config, manifest, gone_is_fine=True)
         print("generate: done already")
         return
@@ -52,7 +57,7 @@ def run(run: RunDir) -> None:
     with run.stage("generate", [], shared=True) as summary:
         if manifest is None:
             asked = _asked(run.config, worker.tokenizer, worker.context)
-            responses.begin(head, _in_shards(asked, run.config.generate.shard_size))
+            responses.ask(head, _in_shards(asked, run.config.generate.shard_size))
         speed = worker.work()
         summary |= _summary(responses, speed)
     _print_summary(summary)
@@ -167,11 +172,10 @@ class Worker:
     def work(self) -> float:
         """Make what is missing, together with whoever else is at it, until all is there; returns the tokens/s of this
         process (0 if there was nothing left for it)."""
-        self.responses.sweep()
         self.responses.check_asked()
         manifest = self.responses.manifest()
         assert manifest is not None
-        started, tokens, told = time.time(), 0, False
+        started, tokens = time.time(), 0
         bar = tqdm(total=manifest["asked"]["prompts"], desc="generate", unit="prompt")
 
         def report(finished: int, new_tokens: int) -> None:
@@ -180,69 +184,17 @@ class Worker:
             bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s", refresh=False)
             bar.update(0)
 
-        missing = dict(enumerate(self.responses.names()))
-        self._compare_with_others()
+        self.responses.compare(rounds_by(self.device))
         with bar:
-            while missing or not self._complete():
-                if not missing:  # some were there and not what their entries said
-                    missing, bar.n = dict(enumerate(self.responses.names())), 0
-                before = len(missing)
-                for index, name in list(missing.items()):
-                    self._claim_and_make(index, name, report)
-                    if self.responses.has(name):
-                        bar.update(self.responses.entry(name)["counts"]["prompts"])  # type: ignore[index]
-                        del missing[index]
-                if missing and len(missing) == before:
-                    told = told or self._tell_who_holds()
-                    time.sleep(WAIT)
+            for entry in self.responses.complete(partial(self._make, report)):
+                bar.update(entry["counts"]["prompts"])
         return round(tokens / (time.time() - started), 1) if tokens else 0.0
 
-    def _complete(self) -> bool:
-        """Whether the manifest is complete; the first who sees that all shards are there completes it."""
-        with self.responses.claims.hold("manifest") as mine:
-            manifest = self.responses.manifest()
-            if manifest and manifest["complete"] and all(map(self.responses.has, self.responses.names())):
-                return True
-            if mine:
-                return self.responses.finish()
-        time.sleep(WAIT)
-        return False
-
-    def _tell_who_holds(self) -> bool:
-        holders = self.responses.claims.holders()
-        at = [f"{name} ({h.host}, process {h.pid})" for name, h in holders.items()]
-        more = f" and {len(at) - 3} more" if len(at) > 3 else ""
-        tqdm.write(f"generate: waiting for other processes: {', '.join(at[:3])}{more}", file=sys.stderr)
-        return bool(holders)
-
-    def _claim_and_make(self, index: int, name: str, report: Report) -> None:
-        """Make a shard unless it is there, or another process is at it."""
-        if self.responses.has(name):
-            return
-        with self.responses.claims.hold(name) as mine:
-            if mine and not self.responses.has(name) and not self.responses.adopt(name):
-                started = time.time()
-                asked = [(_prompt(text), ids) for text, ids in self.responses.asked(index)]
-                rows, counts = self.answer_shard(asked, index, report)
-                self.responses.put(name, rows, counts, self._made(started))
-
-    def _made(self, started: float) -> dict[str, Any]:
-        """Who made a shard, by what, and how fast."""
-        seconds, finished = round(time.time() - started, 3), round(time.time(), 3)
-        return {"worker": who(), **self._rounds_by(), "seconds": seconds, "finished": finished}
-
-    def _rounds_by(self) -> dict[str, Any]:
-        """What decides how sums are rounded, and so may decide a near tie between two tokens."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-    def _compare_with_others(self) -> None:
-        """Say so if shards were made on something else: then a shard made again may not be the same to the last bit."""
-        entries = filter(None, map(self.responses.entry, self.responses.names()))
-        other = next((entry["made"] for entry in entries if entry["made"]), None)
-        here = self._rounds_by()
-        if other and (differ := [f"{k} {other[k]}, here {here[k]}" for k in here if other[k] != here[k]]):
-            print(f"generate: shards were made with {'; '.join(differ)}: near ties may fall the other way in new ones")
+    def _make(self, report: Report, index: int, name: str) -> None:
+        started = time.time()
+        asked = [(_prompt(text), ids) for text, ids in self.responses.asked(index)]
+        rows, counts = self.answer_shard(asked, index, report)
+        self.responses.put(name, rows, counts, made(started, rounds_by(self.device)))
 
     def answer_shard(
         self, asked: list[tuple[Prompt, list[int]]], index: int, report: Report | None = None

@@ -39,7 +39,7 @@ class Throughput(Callback):
         teacher = module.engine.teacher_clock.take()  # type: ignore[union-attr]  # waits for the GPU
         seconds = time.perf_counter() - self.started
         self.last = {"tokens_per_second": module.step_tokens / seconds}
-        if module.taught is None:  # with a cached teacher only its logits are left in the step
+        if module.lessons is None:  # with a cached teacher only its logits are left in the step
             self.last["step_over_teacher"] = seconds / teacher
         self.total["tokens"] += module.step_tokens
         self.total["rows"] += module.step_rows

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..config import Distill
 from ..errors import UserError
 from ..metrics import repeated_share
 from ..rundir import sha256_of
@@ -155,7 +156,7 @@ def usable(documents: Sequence[Document], sequence_length: int) -> list[Document
 class Packed(Dataset):
     """Sequences of whole documents, end to end, padded at the end; see `pack`."""
 
-    def __init__(self, ids_ST: Tensor, positions_ST: Tensor, mask_ST: Tensor, lengths_S: Tensor):
+    def __init__(self, ids_ST: Tensor, positions_ST: Tensor, mask_ST: Tensor, lengths_S: Tensor, first: int = 0):
         self.ids_ST = ids_ST
         self.positions_ST = positions_ST
         """Place in the document: restarts at 0 with each one, which is how attention knows the boundaries."""
@@ -165,6 +166,8 @@ class Packed(Dataset):
         """Tokens that are not padding."""
         self.rows_S = mask_ST.sum(1)
         """Positions that are learned."""
+        self.first = first
+        """Number of the first sequence among all that are packed, the training set's and then the validation set's."""
 
     def __len__(self) -> int:
         return len(self.ids_ST)
@@ -178,7 +181,7 @@ class Packed(Dataset):
             "ids_BT": self.ids_ST[chosen_B].long(),
             "positions_BT": self.positions_ST[chosen_B].long(),
             "mask_BT": self.mask_ST[chosen_B] & real_B[:, None],
-            "sequences_B": chosen_B,
+            "sequences_B": chosen_B + self.first,
         }
 
 
@@ -225,6 +228,31 @@ def pack(documents: Sequence[Document], sequence_length: int, *, prompts_too: bo
         positions_ST[s, start:] = np.arange(sequence_length - start)
         lengths_S[s] = start
     return Packed(*map(torch.from_numpy, (ids_ST, positions_ST, mask_ST, lengths_S)))
+
+
+def read_packed(folder: Path, distill: Distill) -> tuple[dict[str, Any], Packed, Packed, dict[str, int]]:
+    """(manifest, packed training set, packed validation set, what became of how many responses) of a responses folder.
+
+    Raises UserError for responses that cannot be read, and if nothing in them can be learned from.
+    """
+    manifest = read_manifest(folder)
+    documents, counts = read_documents(folder, manifest, distill.truncated, distill.repeated_share)
+    kept = usable(documents, distill.sequence_length)
+    sides = split(kept, distill.held_out)
+    train = pack(sides[0], distill.sequence_length, prompts_too=distill.learn_from == "all")
+    # validation is always on responses: that is what will be drafted
+    validation = pack(sides[1], distill.sequence_length)
+    validation.first = len(train)
+    learned = sum(len(document.spans) for document in kept)
+    too_long = sum(len(document.spans) for document in documents) - learned
+    found = {**counts, "too_long": too_long, "learned": learned, "documents": len(kept)}
+    return manifest, train, validation, found
+
+
+def joined(train: Packed, validation: Packed) -> Packed:
+    """All sequences under their numbers: the training set's and then the validation set's."""
+    names = ("ids_ST", "positions_ST", "mask_ST", "lengths_S")
+    return Packed(**{name: torch.cat([getattr(train, name), getattr(validation, name)]) for name in names})
 
 
 class StepBatches(Sampler[list[int]]):

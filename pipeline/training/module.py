@@ -20,20 +20,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from ..config import Config
+from .cache import Lessons
 from .data import Packed, StepBatches, passes, validation_batches
 from .losses import LinearDistillation, acceptance_lengths, draft_statistics
 from .sharding import load_sharded_backbone, shard_engine
+from .teacher import Taught, Teacher, last_layer_arguments
 from .terms import parse
 from .units import gradient_square, resharded, scale_gradient, whole_weights
 
 FIGURES = ("loss", "overlap", "match", "expected_acceptance_length", "greedy_acceptance_length")
-
-
-Taught = tuple[Tensor, dict[int, Tensor]]
-"""final_BTD, and the hidden state [B, T, D] after each exit layer N."""
 
 
 class Stopwatch:
@@ -77,15 +74,8 @@ class Engine(nn.Module):
         self.terms = parse(config.distill.loss)
         self.temperature, self.chunk = config.distill.temperature, config.distill.loss_chunk
         self.teacher_clock = Stopwatch(next(heads[0].parameters()).device)
-        self._seen: dict[Any, Any] = {}
-        layers = backbone.model.layers  # type: ignore[union-attr]
-        for n in exit_layers:
-            # A hook keeps one hidden state; output_hidden_states=True would keep all L.
-            layers[n - 1].register_forward_hook(self._keep_output(n))
-        for layer in layers:
-            layer.register_forward_pre_hook(self._additive_mask, with_kwargs=True)
-        # The exit layer has the last layer's index, so it wants what the last layer gets: mask and rotary angles.
-        layers[-1].register_forward_pre_hook(self._keep_arguments, with_kwargs=True)
+        # Of a cached teacher no layer is needed.
+        self.teacher = Teacher(backbone, exit_layers) if config.distill.teacher == "online" else None
 
     def forward(
         self,
@@ -94,29 +84,24 @@ class Engine(nn.Module):
         mask_BT: Tensor,
         scale: float = 1.0,
         statistics: bool = False,
-        taught: "Taught | None" = None,
-        teach_only: bool = False,
+        taught: Taught | None = None,
         heads: Sequence[str] | None = None,
     ) -> Any:
         """losses_H of the masked rows, each summed and times `scale`; or their `draft_statistics` and places.
 
         H are the `heads` named, default all; the others are not run at all.
-        `taught` is what an earlier call with `teach_only` returned for the same sequences: the backbone rests then.
+        `taught`: what the teacher says of these sequences, kept from an earlier pass; without it the teacher runs.
         """
         with torch.no_grad(), self.teacher_clock:
             if taught is None:
-                final_BTD = self.backbone.model(  # type: ignore[operator,union-attr]
-                    input_ids=ids_BT, position_ids=positions_BT, use_cache=False
-                ).last_hidden_state
-                seen, self._seen = self._seen, {}
+                assert self.teacher is not None
+                taught, arguments = self.teacher(ids_BT, positions_BT)
             else:
-                final_BTD, hidden = taught
-                seen = {**hidden, "arguments": last_layer_arguments(self.backbone, final_BTD, positions_BT)}
-        if teach_only:
-            return final_BTD, {n: seen[n] for n, _ in self._numbered(heads)}
+                arguments = last_layer_arguments(self.backbone, taught[0], positions_BT)
+        final_BTD, hidden = taught
         index_R = mask_BT.flatten().nonzero().squeeze(1)
         teacher_RD = final_BTD.flatten(0, 1)[index_R]
-        students_RD = [self._draft(head, seen[n], seen["arguments"], index_R) for n, head in self._numbered(heads)]
+        students_RD = [self._draft(head, hidden[n], arguments, index_R) for n, head in self._numbered(heads)]
         lm_head = self.backbone.lm_head
         lm_head.unshard()  # type: ignore[operator]  # once, for teacher and every head, and freed before backward
         try:
@@ -145,48 +130,6 @@ class Engine(nn.Module):
         # Normalising only these rows, after the layer, leaves out most of the work when prompts are long.
         return self.backbone.model.norm(out_BTD.flatten(0, 1)[index_R])  # type: ignore[operator,union-attr]
 
-    def _keep_output(self, n: int):
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._seen[n] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    def _additive_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """On a CPU, attention turns a boolean mask into numbers to add, in every layer: do it once a pass."""
-        mask = kwargs.get("attention_mask")
-        if mask is None or mask.dtype != torch.bool or mask.is_cuda:
-            return None
-        masks = self._seen.setdefault("masks", {})
-        if id(mask) not in masks:  # one, or two where some layers have a sliding window; kept, so that ids stay apart
-            added = torch.zeros(mask.shape, dtype=args[0].dtype).masked_fill_(~mask, float("-inf"))
-            masks[id(mask)] = (mask, added)
-        return args, kwargs | {"attention_mask": masks[id(mask)][1]}
-
-    def _keep_arguments(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._seen["arguments"] = {name: _float32(value) for name, value in kwargs.items()}
-
-
-def last_layer_arguments(backbone: Any, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:
-    """Attention mask and rotary angles as the backbone's last layer would get them, without running the backbone."""
-    config = backbone.config
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    slides = kinds[-1] == "sliding_attention" if kinds else config.model_type == "mistral" and window is not None
-    make = create_sliding_window_causal_mask if slides else create_causal_mask
-    mask = make(
-        config=config, inputs_embeds=hidden_BTD, attention_mask=None, past_key_values=None, position_ids=positions_BT
-    )
-    angles = backbone.model.rotary_emb(hidden_BTD, positions_BT)
-    arguments = {"attention_mask": mask, "position_ids": positions_BT, "position_embeddings": angles}
-    return {name: _float32(value) for name, value in arguments.items()}
-
-
-def _float32(value: Any) -> Any:
-    """What a float32 layer can take of what a bfloat16 layer got."""
-    if isinstance(value, tuple):
-        return tuple(_float32(v) for v in value)
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
 
 def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
     """Of the step that follows `step` finished ones: linear warm-up, then a cosine down to a tenth."""
@@ -205,11 +148,15 @@ class Distillation(lightning.LightningModule):
 
     strict_loading = False  # checkpoints hold the heads only
 
-    def __init__(self, config: Config, fingerprint: str, train: Packed, validation: Packed):
+    def __init__(
+        self, config: Config, fingerprint: str, train: Packed, validation: Packed, lessons: Lessons | None = None
+    ):
         super().__init__()
         self.automatic_optimization = False  # a Lightning batch is an optimizer step, of one pass or several
         self.config, self.fingerprint = config, fingerprint
         self.packed_train, self.packed_validation = train, validation
+        self.lessons = lessons
+        """With distill.teacher=cached: what the teacher says of any sequence."""
         self.names = [f"exit-{n}" for n in config.distill.exit_layers]
         self.engine: Engine | None = None
         self.losses: dict[str, float] = {}
@@ -225,8 +172,6 @@ class Distillation(lightning.LightningModule):
         """Figures of each head before training."""
         self.validated_step = -1
         self._restore: dict[str, Any] | None = None
-        self.taught: Taught | None = None
-        """With distill.teacher=cached: the teacher's hidden states of all sequences, on the host."""
 
     @property
     def learning(self) -> list[str]:
@@ -242,6 +187,10 @@ class Distillation(lightning.LightningModule):
         return self.global_step >= self.config.distill.max_steps or not self.learning
 
     # ---- assembly
+
+    def setup(self, stage: str) -> None:
+        if self.lessons is not None:
+            self.lessons.check(self.global_rank, self.trainer.world_size)
 
     def configure_model(self) -> None:
         if self.engine is not None:
@@ -286,10 +235,8 @@ class Distillation(lightning.LightningModule):
         losses_H = torch.zeros(len(names), dtype=torch.float64, device=self.device)
         with resharded(self.engine):
             for part in passes(batch, self._sequences_per_pass()):
-                taught = None if self.taught is None else self._lesson(part["sequences_B"])
-                part_H = self.engine(
-                    part["ids_BT"], part["positions_BT"], part["mask_BT"], scale, taught=taught, heads=names
-                )
+                inputs = (part["ids_BT"], part["positions_BT"], part["mask_BT"])
+                part_H = self.engine(*inputs, scale, taught=self._taught(part), heads=names)
                 self.manual_backward(part_H.sum())
                 losses_H += part_H.detach() / world
         self._clip(names, losses_H)
@@ -318,25 +265,8 @@ class Distillation(lightning.LightningModule):
         share = d.sequences_per_step // self.trainer.world_size
         return min(share, d.sequences_per_pass or share)
 
-    @torch.no_grad()
-    def _teach_all(self) -> Taught:
-        """One teacher pass over every packed sequence, in their order, so that a resume finds the same numbers."""
-        assert self.engine is not None
-        packed, size = self.packed_train, self.config.distill.sequences_per_step
-        finals, hiddens = [], []
-        for start in range(0, len(packed), size):
-            batch = packed[range(start, min(start + size, len(packed)))]
-            inputs = (batch[name].to(self.device) for name in ("ids_BT", "positions_BT", "mask_BT"))
-            final_BTD, hidden = self.engine(*inputs, teach_only=True)
-            finals.append(final_BTD.cpu())
-            hiddens.append({n: h.cpu() for n, h in hidden.items()})
-        return torch.cat(finals), {n: torch.cat([h[n] for h in hiddens]) for n in hiddens[0]}
-
-    def _lesson(self, sequences_B: Tensor) -> Taught:
-        assert self.taught is not None
-        final_STD, hidden = self.taught
-        chosen_B = sequences_B.cpu()
-        return final_STD[chosen_B].to(self.device), {n: h[chosen_B].to(self.device) for n, h in hidden.items()}
+    def _taught(self, batch: dict[str, Tensor]) -> Taught | None:
+        return None if self.lessons is None else self.lessons(batch["sequences_B"].tolist(), self.device)
 
     def train_figures(self) -> dict[str, float]:
         """What the last step is logged with."""
@@ -358,9 +288,8 @@ class Distillation(lightning.LightningModule):
         with self._evaluating():
             for indices in batches:
                 batch = {name: value.to(self.device) for name, value in packed[indices].items()}
-                found, index_R = self.engine(
-                    batch["ids_BT"], batch["positions_BT"], batch["mask_BT"], statistics=True, heads=names
-                )
+                inputs = (batch["ids_BT"], batch["positions_BT"], batch["mask_BT"])
+                found, index_R = self.engine(*inputs, statistics=True, taught=self._taught(batch), heads=names)
                 found["expected_acceptance_length"] = acceptance_lengths(found["overlap"], index_R)
                 found["greedy_acceptance_length"] = acceptance_lengths(found["match"], index_R)
                 sums += torch.stack([found[name].double().sum(-1) for name in FIGURES])
@@ -426,9 +355,6 @@ class Distillation(lightning.LightningModule):
         self._restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
 
     def on_train_start(self) -> None:
-        if self.config.distill.teacher == "cached":
-            self.taught = self._teach_all()
-            self.engine.teacher_clock.take()  # type: ignore[union-attr]  # not part of any step
         if self._restore is not None:
             set_random_state(self._restore)
         else:  # fresh, or with another number of processes than before

@@ -1,0 +1,235 @@
+"""A folder of numbered shards that any number of processes make together.
+
+Takes a function that makes the shard of a number, gives files on which all agree. A shard is the unit of work: it is
+made whole, put in place once and for all, and then entered; a shard without an entry counts for nothing until somebody
+has looked it over. Knows nothing of what is in a shard: that is for its subclasses.
+
+    <folder>/
+      shard-00000.<suffix>
+      entries/shard-00000.json    of each finished shard: size, sha256, what its file says; who made it, how fast
+      claims/                     who works on which shard now
+      manifest.json               of the whole: of what it is made, which shards, complete or not; no times, so that
+                                  equal shards have equal manifests
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .claims import Claims, left_behind
+from .errors import UserError
+from .rundir import TEMPORARY, atomic_path, atomic_write, sha256_of, who
+
+WAIT = 0.5
+"""Seconds between two looks at what other processes are doing."""
+
+
+class Shards:
+    """One folder of shards. Nothing is read or made before it is asked for."""
+
+    stage: str
+    """The verb that makes them, for messages."""
+    suffix: str
+    schema: int
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.claims = Claims(folder / "claims")
+
+    # ---- what the subclass knows
+
+    def count(self, manifest: dict[str, Any]) -> int:
+        """How many shards there are to be."""
+        raise NotImplementedError
+
+    def facts(self, path: Path) -> dict[str, Any]:
+        """What an entry says of a shard beside size and sha256. Raises ValueError for a file that is no such shard."""
+        raise NotImplementedError
+
+    def totals(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the complete manifest says of all shards together."""
+        return {}
+
+    # ---- the whole
+
+    def manifest(self) -> dict[str, Any] | None:
+        path = self.folder / "manifest.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def begin(self, head: dict[str, Any]) -> None:
+        """Write a manifest that says of what the shards will be: that of whoever came first."""
+        manifest = head | {"schema": self.schema, "complete": False, "shards": []}
+        with atomic_path(self.folder / "manifest.json", once=True) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def names(self) -> list[str]:
+        manifest = self.manifest()
+        if manifest and manifest["schema"] != self.schema:
+            raise UserError(
+                f"{self.folder}: schema {manifest['schema']}, this version knows schema {self.schema}: "
+                f"give another run.name, or --redo {self.stage}."
+            )
+        return [f"shard-{i:05d}.{self.suffix}" for i in range(self.count(manifest))] if manifest else []
+
+    def is_complete(self) -> bool:
+        """Whether all shards are there, and are those that the manifest lists: one made again may have other bits."""
+        manifest = self.manifest()
+        if manifest is None or not manifest["complete"]:
+            return False
+        found = map(self.found, self.names())
+        return all(e and e["sha256"] == s["sha256"] for e, s in zip(found, manifest["shards"], strict=True))
+
+    def complete(self, make: Callable[[int, str], None]) -> Iterator[dict[str, Any]]:
+        """Make what is missing, together with whoever else is at it, until all is there and was hashed.
+
+        `make(number, name)` puts one shard. Gives the entry of each when it is there, whoever made it, once.
+        """
+        self.sweep()
+        missing, given, told = dict(enumerate(self.names())), set(), False
+        while missing or not self._completed():
+            missing = missing or dict(enumerate(self.names()))  # some were there and not what their entries said
+            before = len(missing)
+            for index, name in list(missing.items()):
+                self._claim_and_make(index, name, make)
+                if entry := self.found(name):
+                    del missing[index]
+                    if name not in given:
+                        given.add(name)
+                        yield entry
+            if len(missing) == before:
+                told = told or self._tell_who_holds()
+                time.sleep(WAIT)
+
+    def _completed(self) -> bool:
+        """Whether the manifest is complete; the first who sees that all shards are there completes it."""
+        with self.claims.hold("manifest") as mine:
+            if self.is_complete():
+                return True
+            if mine:
+                return self.finish()
+        time.sleep(WAIT)
+        return False
+
+    def finish(self) -> bool:
+        """Complete the manifest if every shard is what its entry says; those that are not are removed: False."""
+        manifest, names = self.manifest(), self.names()
+        assert manifest is not None
+        entries = [entry for entry in map(self.entry, names) if entry is not None]
+        if damaged := self.damaged(names):
+            for name in damaged:
+                self.forget(name)
+            return False
+        manifest["shards"] = [{k: v for k, v in entry.items() if k != "made"} for entry in entries]
+        manifest |= self.totals(entries) | {"complete": True}
+        atomic_write(self.folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        self.sweep()
+        return True
+
+    def _claim_and_make(self, index: int, name: str, make: Callable[[int, str], None]) -> None:
+        """Make a shard unless it is there, or another process is at it."""
+        if self.has(name):
+            return
+        with self.claims.hold(name) as mine:
+            if mine and not self.has(name) and not self.adopt(name):
+                make(index, name)
+
+    def _tell_who_holds(self) -> bool:
+        holders = self.claims.holders()
+        at = [f"{name} ({h.host}, process {h.pid})" for name, h in holders.items()]
+        more = f" and {len(at) - 3} more" if len(at) > 3 else ""
+        tqdm.write(f"{self.stage}: waiting for other processes: {', '.join(at[:3])}{more}", file=sys.stderr)
+        return bool(holders)
+
+    # ---- shards
+
+    def has(self, name: str) -> bool:
+        """Whether the shard is entered and its file there, of the size that was entered."""
+        return self.found(name) is not None
+
+    def found(self, name: str) -> dict[str, Any] | None:
+        """The entry of a shard that is there."""
+        entry = self.entry(name)
+        try:
+            return entry if entry is not None and (self.folder / name).stat().st_size == entry["bytes"] else None
+        except FileNotFoundError:
+            return None
+
+    def damaged(self, names: Iterable[str]) -> list[str]:
+        """Those that are missing or not what their entries say, to the last byte: a full read, many files at once."""
+
+        def is_whole(name: str) -> bool:
+            entry = self.found(name)
+            return entry is not None and sha256_of(self.folder / name) == entry["sha256"]
+
+        names = list(names)
+        with ThreadPoolExecutor() as pool:  # hashing a block lets other threads run
+            return [name for name, whole in zip(names, pool.map(is_whole, names), strict=True) if not whole]
+
+    def entry(self, name: str) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._entry_path(name).read_text())
+        except FileNotFoundError:
+            return None
+
+    def place(self, name: str, write: Callable[[Path], Any], made: dict[str, Any]) -> None:
+        """Let `write` write a shard, put it in place unless another process has, enter what is there then."""
+        with atomic_path(self.folder / name, once=True) as temporary:
+            write(temporary)
+        self._enter(name, made)
+
+    def adopt(self, name: str) -> bool:
+        """Enter a shard that a killed process put in place and had not entered yet; False if there is none.
+
+        A file that is there but does not match its entry, or cannot be read, is removed.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            return False
+        if self.entry(name) is not None:  # of another size, or has() were true
+            self.forget(name)
+            return False
+        return self._enter(name, {})
+
+    def forget(self, name: str) -> None:
+        """Remove a shard: first its entry, then its file."""
+        self._entry_path(name).unlink(missing_ok=True)
+        (self.folder / name).unlink(missing_ok=True)
+
+    def _enter(self, name: str, made: dict[str, Any]) -> bool:
+        path = self.folder / name
+        try:
+            facts = self.facts(path)
+        except ValueError:
+            path.unlink(missing_ok=True)
+            return False
+        entry = {"file": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)} | facts | {"made": made}
+        atomic_write(self._entry_path(name), json.dumps(entry) + "\n")
+        return True
+
+    def _entry_path(self, name: str) -> Path:
+        return self.folder / "entries" / f"{Path(name).stem}.json"
+
+    def compare(self, here: dict[str, Any]) -> None:
+        """Say so if shards were made on something else than what is `here` (backbones.rounds_by)."""
+        records = (entry["made"] for entry in map(self.entry, self.names()) if entry is not None)
+        other = next(filter(None, records), None)
+        if other and (differ := [f"{k} {other[k]}, here {here[k]}" for k in here if other[k] != here[k]]):
+            print(f"{self.stage}: shards were made with {'; '.join(differ)}: new ones may have other last bits")
+
+    def sweep(self) -> None:
+        """Remove what killed processes left under temporary names."""
+        for path in self.folder.rglob(f"{TEMPORARY}*"):
+            if left_behind(path):
+                path.unlink(missing_ok=True)
+
+
+def made(started: float, by: dict[str, Any]) -> dict[str, Any]:
+    """What an entry says of who made its shard, by what (backbones.rounds_by) and how fast. `started`: time.time()."""
+    now = time.time()
+    return {"worker": who(), **by, "seconds": round(now - started, 3), "finished": round(now, 3)}

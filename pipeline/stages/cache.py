@@ -1,0 +1,123 @@
+"""cache: the backbone passes once over the packed responses; distill.teacher=cached learns from what it says there.
+
+Takes responses/ of the run folder, gives cache/ (training/cache.py). A shard is a pure function of responses, weights
+and its number, so any number of processes share the work, and a killed one loses no more than the shard it was at.
+Knows nothing of exit heads but after which layers they sit.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .. import backbones
+from ..config import Config
+from ..errors import UserError
+from ..rundir import RunDir
+from ..shards import made
+from ..training import data
+from ..training.cache import TeacherCache, check_room, head_of, size
+from ..training.teacher import Teacher
+
+TOKENS_PER_PASS = 4096
+"""Padding included. Enough for a GPU to be busy; no key, as it may decide the last bits of what is kept."""
+
+
+def run(run: RunDir) -> None:
+    config, cache = run.config, TeacherCache(run / "cache")
+    if config.distill.teacher == "online":
+        print("cache: distill.teacher=online: the backbone runs in every step, nothing is kept")
+        return
+    inputs = [run / "responses" / "manifest.json"]
+    must_run = run.plan("cache", inputs)
+    cache.check_layers(config.distill.exit_layers)
+    if not must_run and cache.is_complete():
+        print("cache: done already")
+        return
+    # All that a user can get wrong comes before the stage is marked as begun: a mark would ask for --redo.
+    architecture = backbones.load_config(config.backbone)
+    backbones.check_exit_layers(config.distill.exit_layers, architecture.num_hidden_layers)
+    manifest, train, validation, _ = data.read_packed(run / "responses", config.distill)
+    fingerprint = check_backbone(config, manifest["backbone"]["fingerprint"])
+    sequences = data.joined(train, validation)
+    head = cache.manifest() or head_of(config, manifest["backbone"], architecture.hidden_size, sequences)
+    print(f"cache: {check_room(cache.folder, head)}")
+    worker = Worker(config, cache, sequences)
+    with run.stage("cache", inputs, shared=True) as summary:
+        cache.begin(head)
+        cache.check(config, fingerprint, sequences)  # whoever began it
+        speed = worker.work()
+        bytes_ = sum(shard["bytes"] for shard in (cache.manifest() or {})["shards"])
+        summary |= {"tokens": head["packing"]["tokens"], "bytes": bytes_, "tokens_per_second": speed}
+    at = f" at {speed:.0f} tokens/s in this process" if speed else ""
+    print(f"cache: what the backbone says of {summary['tokens']} tokens, {size(bytes_)}{at}")
+
+
+def check_backbone(config: Config, expected: str) -> str:
+    """The fingerprint of the weights. Raises UserError if the responses come from others."""
+    found = backbones.fingerprint_of_files(config.backbone)
+    if found != expected:
+        raise UserError(
+            f"backbone.name_or_path={config.backbone.name_or_path}: its fingerprint is {found[:12]}, the responses "
+            f"come from {expected[:12]}: give the backbone that made them, or make them anew (--redo generate)"
+        )
+    return found
+
+
+class Worker:
+    """What one process needs to make shards: the backbone, the packed sequences, and the folder all of them share."""
+
+    def __init__(self, config: Config, cache: TeacherCache, sequences: data.Packed):
+        if config.machine.threads > 0:
+            torch.set_num_threads(config.machine.threads)
+        self.cache, self.sequences = cache, sequences
+        self.device = backbones.device_of(config.machine.device)
+        self.backbone = backbones.load_model(config.backbone, self.device, config.machine.device_map)
+        self.by = backbones.rounds_by(self.device)
+
+    def work(self) -> float:
+        """Make what is missing, together with whoever else is at it, until all is there; returns the tokens/s of this
+        process (0 if there was nothing left for it)."""
+        manifest = self.cache.manifest()
+        assert manifest is not None
+        self.teacher = Teacher(self.backbone, manifest["exit_layers"])
+        self.per_shard = manifest["sequences_per_shard"]
+        self.cache.compare(self.by)
+        started, tokens = time.time(), 0
+        bar = tqdm(total=manifest["packing"]["tokens"], desc="cache", unit="token", unit_scale=True)
+
+        def report(new_tokens: int) -> None:
+            nonlocal tokens
+            tokens += new_tokens
+            bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s", refresh=False)
+            bar.update(0)
+
+        with bar:
+            for entry in self.cache.complete(partial(self._make, report)):
+                bar.update(entry["tokens"])
+        return round(tokens / (time.time() - started), 1) if tokens else 0.0
+
+    def _make(self, report: Any, index: int, name: str) -> None:
+        started = time.time()
+        self.cache.put(name, self.shard(index, report), made(started, self.by))
+
+    def shard(self, index: int, report: Any) -> dict[str, torch.Tensor]:
+        """Tensor name -> [P, D] on the host: a pure function of weights, sequences and the shard's number."""
+        first = index * self.per_shard
+        last = min(first + self.per_shard, len(self.sequences))
+        step = max(1, TOKENS_PER_PASS // self.sequences.ids_ST.shape[1])
+        parts: dict[str, list[torch.Tensor]] = {}
+        for start in range(first, last, step):
+            batch = self.sequences[range(start, min(start + step, last))]
+            lengths_B = self.sequences.lengths_S[batch["sequences_B"]]
+            (final_BTD, hidden), _ = self.teacher(
+                batch["ids_BT"].to(self.device), batch["positions_BT"].to(self.device)
+            )
+            states = {"final": final_BTD} | {f"hidden.{n}": state_BTD for n, state_BTD in hidden.items()}
+            for name, state_BTD in states.items():
+                kept = [row_TD[:length] for row_TD, length in zip(state_BTD, lengths_B.tolist(), strict=True)]
+                parts.setdefault(name, []).append(torch.cat(kept).cpu())
+            report(int(lengths_B.sum()))
+        return {name: torch.cat(part) for name, part in parts.items()}

@@ -1,0 +1,84 @@
+"""The teacher: the frozen backbone's pass over packed sequences, and what an exit head needs of it.
+
+Takes token ids and positions, gives the final hidden state, the hidden state after each exit layer and what the last
+decoder layer is called with; the last also without a pass. Knows nothing of heads, losses or files.
+
+Letters: B sequences, T tokens of a sequence, D hidden size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+Taught = tuple[Tensor, dict[int, Tensor]]
+"""final_BTD (behind the final norm), and the hidden state [B, T, D] after each exit layer N."""
+
+
+class Teacher:
+    """A backbone with hooks on its decoder layers. No module: who trains holds the backbone's weights itself."""
+
+    def __init__(self, backbone: nn.Module, exit_layers: list[int]):
+        self.backbone, self.exit_layers = backbone, exit_layers
+        self._seen: dict[Any, Any] = {}
+        layers = backbone.model.layers  # type: ignore[union-attr]
+        for n in exit_layers:
+            # A hook keeps one hidden state; output_hidden_states=True would keep all L.
+            layers[n - 1].register_forward_hook(self._keep_output(n))
+        for layer in layers:
+            layer.register_forward_pre_hook(self._additive_mask, with_kwargs=True)
+        # The exit layer has the last layer's index, so it wants what the last layer gets: mask and rotary angles.
+        layers[-1].register_forward_pre_hook(self._keep_arguments, with_kwargs=True)
+
+    def __call__(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[Taught, dict[str, Any]]:
+        """What is taught, and the last layer's keyword arguments as a float32 layer can take them."""
+        with torch.no_grad():
+            final_BTD = self.backbone.model(  # type: ignore[operator,union-attr]
+                input_ids=ids_BT, position_ids=positions_BT, use_cache=False
+            ).last_hidden_state
+        seen, self._seen = self._seen, {}
+        return (final_BTD, {n: seen[n] for n in self.exit_layers}), seen["arguments"]
+
+    def _keep_output(self, n: int):
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._seen[n] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def _additive_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """On a CPU, attention turns a boolean mask into numbers to add, in every layer: do it once a pass."""
+        mask = kwargs.get("attention_mask")
+        if mask is None or mask.dtype != torch.bool or mask.is_cuda:
+            return None
+        masks = self._seen.setdefault("masks", {})
+        if id(mask) not in masks:  # one, or two where some layers have a sliding window; kept, so that ids stay apart
+            added = torch.zeros(mask.shape, dtype=args[0].dtype).masked_fill_(~mask, float("-inf"))
+            masks[id(mask)] = (mask, added)
+        return args, kwargs | {"attention_mask": masks[id(mask)][1]}
+
+    def _keep_arguments(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._seen["arguments"] = {name: _float32(value) for name, value in kwargs.items()}
+
+
+def last_layer_arguments(backbone: Any, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:
+    """Attention mask and rotary angles as the backbone's last layer would get them, without a pass: of the backbone
+    only its config and its rotary embedding are used."""
+    config = backbone.config
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    slides = kinds[-1] == "sliding_attention" if kinds else config.model_type == "mistral" and window is not None
+    make = create_sliding_window_causal_mask if slides else create_causal_mask
+    mask = make(
+        config=config, inputs_embeds=hidden_BTD, attention_mask=None, past_key_values=None, position_ids=positions_BT
+    )
+    angles = backbone.model.rotary_emb(hidden_BTD, positions_BT)
+    arguments = {"attention_mask": mask, "position_ids": positions_BT, "position_embeddings": angles}
+    return {name: _float32(value) for name, value in arguments.items()}
+
+
+def _float32(value: Any) -> Any:
+    """What a float32 layer can take of what a bfloat16 layer got."""
+    if isinstance(value, tuple):
+        return tuple(_float32(v) for v in value)
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
