@@ -28,9 +28,10 @@ from pipeline.stages import distill
 from pipeline.tracking import wandb_mode
 from pipeline.training import data
 from pipeline.training.checkpoints import newest_intact
+from pipeline.training.loading import load_sharded_backbone
 from pipeline.training.losses import plain_loss
 from pipeline.training.module import Distillation, Engine, learning_rate_at
-from pipeline.training.sharding import load_sharded_backbone, shard_engine
+from pipeline.training.sharding import shard_engine
 
 STEPS = 9
 WORDS = f"""distill.exit_layers=[1,2] distill.max_steps={STEPS} distill.sequence_length=48 distill.warmup_steps=2
@@ -178,7 +179,7 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
     write_responses(tmp_path / "run" / "responses", folder, turns=turns)
     run = prepare(tmp_path, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), 2)
+    backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), [1, 2])
     engine = Engine(backbone, [1, 2], heads, run.config)
     shard_engine(engine, heads, mesh)
     documents, _ = data.read_documents(run / "responses", data.read_manifest(run / "responses"), "drop", 0.5)

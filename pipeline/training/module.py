@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 from ..config import Config
 from .cache import Lessons
 from .data import Packed, StepBatches, passes, validation_batches
+from .loading import load_sharded_backbone
 from .losses import LinearDistillation, acceptance_lengths, draft_statistics
-from .sharding import load_sharded_backbone, shard_engine
+from .sharding import make_mesh, shard_engine
 from .teacher import Taught, Teacher, last_layer_arguments
 from .terms import parse
 from .units import gradient_square, resharded, scale_gradient, whole_weights
@@ -124,8 +125,8 @@ class Engine(nn.Module):
             yield int(name.removeprefix("exit-")), self.heads[name]
 
     def _draft(self, head: nn.Module, hidden_BTD: Tensor, arguments: dict[str, Any], index_R: Tensor) -> Tensor:
-        """The head's final hidden states of the rows that count: [R, D], float32."""
-        out = head(hidden_BTD.float(), **arguments)
+        """The head's final hidden states of the rows that count: [R, D], in the backbone's dtype."""
+        out = head(hidden_BTD, **arguments)
         out_BTD = out[0] if isinstance(out, tuple) else out
         # Normalising only these rows, after the layer, leaves out most of the work when prompts are long.
         return self.backbone.model.norm(out_BTD.flatten(0, 1)[index_R])  # type: ignore[operator,union-attr]
@@ -196,9 +197,16 @@ class Distillation(lightning.LightningModule):
         if self.engine is not None:
             return
         c = self.config
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        mesh = make_mesh(self.device.type, self.trainer.world_size, c.machine.shard_degree)
         backbone, heads = load_sharded_backbone(
-            c.backbone, self.device, mesh, self.fingerprint, len(c.distill.exit_layers)
+            c.backbone,
+            self.device,
+            mesh,
+            self.fingerprint,
+            c.distill.exit_layers,
+            c.distill.init,
+            c.seed,
+            layers=c.distill.teacher == "online",
         )
         self.engine = Engine(backbone, c.distill.exit_layers, heads, c)
         shard_engine(self.engine, heads, mesh)
@@ -282,9 +290,7 @@ class Distillation(lightning.LightningModule):
         assert self.engine is not None
         packed, names = self.packed_validation, self.learning
         sums = torch.zeros(len(FIGURES), len(names), dtype=torch.float64, device=self.device)
-        batches = validation_batches(
-            len(packed), self._sequences_per_pass(), self.global_rank, self.trainer.world_size
-        )
+        batches = validation_batches(len(packed), self._sequences_per_pass(), self.global_rank, self.trainer.world_size)
         with self._evaluating():
             for indices in batches:
                 batch = {name: value.to(self.device) for name, value in packed[indices].items()}
