@@ -349,9 +349,7 @@ class Distillation(lightning.LightningModule):
         assert self.engine is not None
         packed, names = self.packed_validation, self.learning
         sums = torch.zeros(len(FIGURES), len(names), dtype=torch.float64, device=self.device)
-        batches = validation_batches(
-            len(packed), self._sequences_per_pass(), self.global_rank, self.trainer.world_size
-        )
+        batches = validation_batches(len(packed), self._sequences_per_pass(), self.global_rank, self.trainer.world_size)
         with self._evaluating():
             for indices in batches:
                 batch = {name: value.to(self.device) for name, value in packed[indices].items()}
