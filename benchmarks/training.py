@@ -8,8 +8,9 @@ layers, D hidden, V vocabulary and H heads:
 
     teacher = 2 L P + 2 V D        step = teacher + H (6 P + 4 V D)
 
-so the floor of step / teacher is 1 + H (6 P + 4 V D) / (2 L P + 2 V D). Also prints the peak memory of the chunked
-linear KL over that of full logits (2048 rows, V 32000), each in a process of its own.
+so the floor of step / teacher is 1 + H (6 P + 4 V D) / (2 L P + 2 V D). With several exit layers, steps that train the
+first one, two ... of the heads alternate, too. Also prints the peak memory of the chunked linear KL over that of full
+logits (2048 rows, V 32000), each in a process of its own.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import resource
 import sys
 import time
 from datetime import date
+from functools import partial
 
 import numpy as np
 import torch
@@ -96,30 +98,37 @@ def main() -> None:
             final_BTD, _ = engine(ids, positions, mask, teach_only=True)
             engine.backbone.lm_head(final_BTD)
 
-    def step() -> None:
-        engine(ids, positions, mask, 1 / mask.sum().item()).sum().backward()
+    def step(heads: list[str]) -> None:
+        engine(ids, positions, mask, 1 / mask.sum().item(), heads=heads).sum().backward()
 
-    # The root must see its own forward first; calls to its parts are then allowed.
-    step()
-    teacher()
-    seconds = np.zeros((args.repeats, 2))
+    names = list(engine.heads)
+    works = [teacher, *(partial(step, names[: h + 1]) for h in range(len(names)))]
+    for work in reversed(works):  # the root must see its own forward first; calls to its parts are then allowed
+        work()
+    seconds = np.zeros((args.repeats, len(works)))
     for i in range(args.repeats):
-        for j, work in enumerate((teacher, step)):
+        for j, work in enumerate(works):
             started = time.process_time()
             work()
             seconds[i, j] = time.process_time() - started
     layer = sum(p.numel() for p in engine.backbone.model.layers[0].parameters())
     logits = args.vocabulary * args.hidden
-    floor = 1 + len(args.exit_layers) * (6 * layer + 4 * logits) / (2 * args.layers * layer + 2 * logits)
-    ratios = seconds[:, 1] / seconds[:, 0]
+    head = (6 * layer + 4 * logits) / (2 * args.layers * layer + 2 * logits)
+    ratios = seconds / seconds[:, :1]
     machine = provenance()["hardware"]
     print(
         f"{date.today()}, {machine['cpu']} ({machine['cores']} cores), {torch.get_num_threads()} threads, float32, "
         f"Python {platform.python_version()}, torch {torch.__version__}; `python {' '.join(sys.argv)}`\n"
     )
-    print("| step / teacher forward (CPU time, best of each) | range over repeats | FLOP floor |\n|---|---|---|")
+    print("| heads | step / teacher forward (CPU time, best of each) | range | FLOP floor | over one head |")
+    print("|---|---|---|---|---|")
     best = seconds.min(0)
-    print(f"| {best[1] / best[0]:.3f} | {ratios.min():.3f}-{ratios.max():.3f} | {floor:.3f} |\n")
+    for h in range(1, len(works)):
+        print(
+            f"| {h} | {best[h] / best[0]:.3f} | {ratios[:, h].min():.3f}-{ratios[:, h].max():.3f} | {1 + h * head:.3f} "
+            f"| {best[h] / best[1]:.3f} |"
+        )
+    print()
     print("| linear KL, 2048 rows, V 32000 | peak MiB |\n|---|---|")
     print(f"| chunked (256 rows) | {chunked:.0f} |\n| full logits | {naive:.0f} |\n| ratio | {chunked / naive:.2f} |")
     dist.destroy_process_group()

@@ -288,7 +288,7 @@ class Distillation(lightning.LightningModule):
                     part["ids_BT"], part["positions_BT"], part["mask_BT"], scale, taught=taught, heads=names
                 )
                 self.manual_backward(part_H.sum())
-                losses_H += part_H.detach() / world
+                losses_H += part_H.detach().double() / world
         self._clip(names, losses_H)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(self.global_step)

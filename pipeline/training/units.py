@@ -20,7 +20,7 @@ def resharded(root: nn.Module) -> Iterator[None]:
     """Whatever happens in the block, after it every unit under `root` is in shards again.
 
     A forward pass without gradients leaves the root and the heads whole, as if a backward pass were to follow. A pass
-    that raises leaves whole what it was at, with gradients that the next pass would add to, and counters from which none
+    that raises leaves whole what it was at, gradients that the next pass would add to, and counters from which none
     could start: all that goes, too.
     """
     try:
