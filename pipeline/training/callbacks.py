@@ -75,9 +75,9 @@ class Recorder(Callback):
         self.lengths: dict[str, str] = {}
 
     def on_train_start(self, trainer: Trainer, module: Distillation) -> None:  # type: ignore[override]
-        self.tracker.start(trainer.global_step)
+        done = trainer.global_step
+        self.tracker.start(done if module.validated_step >= 0 else -1)  # else step 0 is validated and logged again
         if self.shown:
-            done = trainer.global_step
             self.bar = tqdm(total=self.max_steps, initial=done, desc="distill", unit="step", disable=None)
         if module.validated_step < 0:
             self._validate(module, 0)

@@ -246,7 +246,7 @@ class Distillation(lightning.LightningModule):
                 inputs = (part["ids_BT"], part["positions_BT"], part["mask_BT"])
                 part_H = self.engine(*inputs, scale, taught=self._taught(part), heads=names)
                 self.manual_backward(part_H.sum())
-                losses_H += part_H.detach() / world
+                losses_H += part_H.detach().double() / world
         self._clip(names, losses_H)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(self.global_step)

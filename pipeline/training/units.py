@@ -19,12 +19,14 @@ from torch.distributed.tensor import DTensor
 def resharded(root: nn.Module) -> Iterator[None]:
     """Whatever happens in the block, after it every unit under `root` is in shards again.
 
-    A forward pass without gradients leaves the root and the heads whole, as if a backward pass were to follow. One that
-    raises leaves whole what it was at, and counters from which no later pass could start: those are reset, too.
+    A forward pass without gradients leaves the root and the heads whole, as if a backward pass were to follow. A pass
+    that raises leaves whole what it was at, gradients that the next pass would add to, and counters from which none
+    could start: all that goes, too.
     """
     try:
         yield
     except BaseException:
+        root.zero_grad()
         if hasattr(root, "reset_iter_state"):  # torch 2.13; before, FSDP2 cannot go on after an exception
             root.reset_iter_state()  # type: ignore[operator]
         raise
