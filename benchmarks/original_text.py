@@ -23,7 +23,7 @@ from pipeline.config import load
 from pipeline.metrics import interval
 from pipeline.pocket import corpus
 from pipeline.rundir import RunDir, provenance
-from pipeline.stages import distill, evaluate, generate
+from pipeline.stages import cache, distill, evaluate, generate
 
 CHARACTERS = 1000
 """Of a module's own text behind a prompt: more than enough for --new-tokens."""
@@ -59,7 +59,7 @@ def measure(engine: str, seed: int, folder: str, prompts: Path, args: argparse.N
         f'evaluate.controllers=["fixed:{args.k}"]', "evaluate.rivals=[]", "wandb.mode=disabled",
     ]  # fmt: skip
     run = RunDir(load(None, words))
-    for stage in (generate, distill, evaluate):
+    for stage in (generate, cache, distill, evaluate):
         stage.run(run)
     return pd.read_parquet(run / "eval" / "rounds.parquet")
 

@@ -12,28 +12,33 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 plt.rcParams["svg.hashsalt"] = "exit-heads"  # else every element gets a new random id
 
 STAGE, FILES, OUTSIDE = "#dbe9f6", "#fdf3d8", "#e8e8e8"
-STAGES = ["generate", "distill", "evaluate", "publish"]
+STAGES = ["generate", "cache", "distill", "evaluate", "publish"]
 DOES = [
     "the backbone answers\nthe prompts",
+    "its hidden states there,\nfor teacher=cached only",
     "one head per exit layer\nlearns the answers",
     "lossless? how much\nfaster, and when?",
     "passes the gate,\npacks the head",
 ]
 WRITES = [
     "responses/\nshard-*.parquet\nmanifest.json",
+    "cache/\nshard-*.safetensors\nmanifest.json",
     "heads/exit-<N>/\ncheckpoints/\nmetrics.jsonl",
     "eval/*.parquet\neval/results.json\nreport/",
     "hub/<N>/\nweights, card, results,\ncustom_generate/",
 ]
-X = [1.7, 5.0, 8.3, 11.6]
+X = [1.6, 4.5, 7.4, 10.3, 13.2]
+STEP, WIDTH = 2.9, 2.3
 HIGH, MIDDLE, LOW = 5.1, 3.45, 1.35
 
 
-def box(axes, x: float, y: float, text: str, color: str, width: float = 2.4, height: float = 1.0) -> None:
+def box(axes, x: float, y: float, text: str, color: str, width: float = WIDTH, height: float = 1.0, line="-") -> None:
     corner = (x - width / 2, y - height / 2)
     style = "round,pad=0.02,rounding_size=0.12"
     axes.add_patch(
-        FancyBboxPatch(corner, width, height, boxstyle=style, facecolor=color, edgecolor="#444444", zorder=3)
+        FancyBboxPatch(
+            corner, width, height, boxstyle=style, facecolor=color, edgecolor="#444444", linestyle=line, zorder=3
+        )
     )
     axes.text(x, y, text, ha="center", va="center", fontsize=9, zorder=4)
 
@@ -46,37 +51,45 @@ def arrow(axes, start: tuple[float, float], end: tuple[float, float], bend: floa
 
 
 def draw(path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(13.4, 5.8))
-    axes.set(xlim=(0, 13.4), ylim=(-0.1, 5.6))
+    figure, axes = plt.subplots(figsize=(15.0, 5.8))
+    axes.set(xlim=(0, 15.0), ylim=(-0.1, 5.6))
     axes.axis("off")
 
     folder = FancyBboxPatch(
-        (0.2, 0.05), 13.0, 2.25, boxstyle="round,pad=0.02", facecolor="none", linestyle="--", edgecolor="#777777"
+        (0.2, 0.05), 14.6, 2.25, boxstyle="round,pad=0.02", facecolor="none", linestyle="--", edgecolor="#777777"
     )
     axes.add_patch(folder)
     axes.text(0.4, 0.22, "runs/<name>/", fontsize=10, family="monospace", va="center")
     marks = "config.yaml   run.json   stages/<stage>.json (begun or done, of which config and inputs)"
-    axes.text(12.95, 0.22, marks, fontsize=8, ha="right", va="center", color="#444444")
+    axes.text(14.55, 0.22, marks, fontsize=8, ha="right", va="center", color="#444444")
 
-    outside = ["prompts", "frozen backbone", "held-out prompts", "transformers: generate(\ncustom_generate=...)"]
-    for x, text in zip(X, outside, strict=True):
-        box(axes, x, HIGH, text, OUTSIDE, height=0.7)
+    backbone = (X[1] + X[2]) / 2
+    box(axes, X[0], HIGH, "prompts", OUTSIDE, height=0.7)
+    box(axes, backbone, HIGH, "frozen backbone", OUTSIDE, width=WIDTH + STEP, height=0.7)
+    box(axes, X[3], HIGH, "held-out prompts", OUTSIDE, height=0.7)
+    box(axes, X[4], HIGH, "transformers: generate(\ncustom_generate=...)", OUTSIDE, height=0.7)
     for x, stage, does, writes in zip(X, STAGES, DOES, WRITES, strict=True):
-        box(axes, x, MIDDLE, "", STAGE, height=1.1)
+        line = "--" if stage == "cache" else "-"
+        box(axes, x, MIDDLE, "", STAGE, height=1.1, line=line)
         axes.text(x, MIDDLE + 0.28, stage, ha="center", va="center", fontsize=11, weight="bold", zorder=4)
         axes.text(x, MIDDLE - 0.17, does, ha="center", va="center", fontsize=8.5, zorder=4)
-        box(axes, x, LOW, writes, FILES)
+        box(axes, x, LOW, writes, FILES, line=line)
         arrow(axes, (x, MIDDLE - 0.57), (x, LOW + 0.53))
+    start, end = (WIDTH / 2 + 0.02, LOW + 0.2), (STEP - 0.85, MIDDLE - 0.57)  # from a file to the next stage
     for x in X[:-1]:  # each stage reads what the one before it wrote
-        arrow(axes, (x + 1.22, LOW + 0.2), (x + 3.3 - 0.9, MIDDLE - 0.57))
-    joins = (X[2] + 1.57, LOW + 0.2 + 0.35 * (MIDDLE - 0.77 - LOW) / 1.18)  # publish packs the head itself
-    axes.plot([5.7, 5.7, joins[0], joins[0]], [LOW - 0.53, 0.55, 0.55, joins[1]], color="#444444", linewidth=1)
+        arrow(axes, (x + start[0], start[1]), (x + end[0], end[1]))
+    joins = [first + 0.3 * (last - first) for first, last in zip(start, end, strict=True)]
+    for writer in (0, 2):  # and two what was written before that: distill the responses, publish the head
+        right = X[writer + 1] + joins[0]
+        points = [(X[writer] + 0.7, LOW - 0.53), (X[writer] + 0.7, 0.55), (right, 0.55), (right, joins[1])]
+        axes.plot(*zip(*points, strict=True), color="#444444", linewidth=1)
     arrow(axes, (X[0], HIGH - 0.37), (X[0], MIDDLE + 0.57))
-    arrow(axes, (X[1] - 1.22, HIGH - 0.1), (X[0] + 0.7, MIDDLE + 0.57))
+    arrow(axes, (X[1] - WIDTH / 2 - 0.02, HIGH - 0.1), (X[0] + 0.7, MIDDLE + 0.57))
     arrow(axes, (X[1], HIGH - 0.37), (X[1], MIDDLE + 0.57))
-    arrow(axes, (X[1] + 1.22, HIGH - 0.1), (X[2] - 0.7, MIDDLE + 0.57))
     arrow(axes, (X[2], HIGH - 0.37), (X[2], MIDDLE + 0.57))
-    arrow(axes, (12.82, LOW + 0.2), (12.6, HIGH - 0.42), bend=0.22)
+    arrow(axes, (X[2] + WIDTH / 2 + 0.02, HIGH - 0.1), (X[3] - 0.7, MIDDLE + 0.57))
+    arrow(axes, (X[3], HIGH - 0.37), (X[3], MIDDLE + 0.57))
+    arrow(axes, (X[4] + WIDTH / 2 + 0.02, LOW + 0.2), (X[4] + 1.0, HIGH - 0.42), bend=0.22)
 
     metadata = {"Date": None} if path.suffix == ".svg" else None
     figure.savefig(path, bbox_inches="tight", pad_inches=0.05, metadata=metadata, dpi=120, facecolor="white")
