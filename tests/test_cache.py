@@ -14,7 +14,7 @@ import torch
 import torture
 from helpers import tiny_backbone
 from safetensors.torch import load_file
-from test_distill import WORDS, head_bytes, lines, prepare, write_responses
+from distilling import WORDS, head_bytes, lines, prepare, write_responses
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
