@@ -43,10 +43,10 @@ SUBTREES = {
     "publish": ("backbone", "publish"),
 }
 
-# What each stage writes: removed by --redo.
+# What each stage writes: removed by --redo. Logs stay: what happened, happened.
 OUTPUTS = {
     "generate": ("responses",),
-    "distill": ("heads", "checkpoints", "metrics.jsonl", "logs", "wandb"),
+    "distill": ("heads", "checkpoints", "metrics.jsonl", "wandb"),
     "evaluate": ("eval", "report"),
     "publish": ("hub",),
 }

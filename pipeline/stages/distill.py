@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from .. import backbones
@@ -27,11 +26,14 @@ from ..training import data
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Throughput, newest_readable
 from ..training.launch import Place, find_place, workers
 from ..training.module import Distillation
+from ..training.rank_log import RankLog, rank_log
+from ..training.watch import Progress, together
 
 
 def run(run: RunDir) -> None:
-    """Train the heads of distill.exit_layers. Raises UserError for what the user must change, SystemExit with
-    128 + the signal's number (KeyboardInterrupt for Ctrl-C) when a signal stopped it after saving."""
+    """Train the heads of distill.exit_layers. Raises UserError for what the user must change, LostError if another
+    process is gone, SystemExit when a signal stopped it after saving (KeyboardInterrupt for Ctrl-C): on the first
+    process with 128 + the signal's number, on the others with 0, so that none is killed for what ended well."""
     inputs = [run / "responses" / "manifest.json"]
     place = find_place(run.config.machine)
     if not run.plan("distill", inputs):
@@ -44,8 +46,9 @@ def run(run: RunDir) -> None:
     device = backbones.device_of(run.config.machine.device)
     manifest, train, validation, counts = read(run, place)
     mark: AbstractContextManager = run.stage("distill", inputs) if place.rank == 0 else contextlib.nullcontext({})
-    with mark as summary, quiet(), workers(place, run / "config.yaml", run.config.machine.processes_per_node):
-        module, throughput = fit(run, place, device, manifest["backbone"]["fingerprint"], train, validation)
+    helpers = workers(place, run / "config.yaml", run.config.machine.processes_per_node)
+    with mark as summary, rank_log(run / "logs", place) as log, quiet(), helpers:
+        module, throughput = fit(run, place, device, log, manifest["backbone"]["fingerprint"], train, validation)
         if place.rank == 0:
             save_heads(run, module, num_layers, manifest["backbone"])
             summary |= {"responses": counts} | describe(module, throughput)
@@ -87,7 +90,13 @@ def told(found: dict[str, int]) -> str:
 
 
 def fit(
-    run: RunDir, place: Place, device: torch.device, fingerprint: str, train: data.Packed, validation: data.Packed
+    run: RunDir,
+    place: Place,
+    device: torch.device,
+    log: RankLog,
+    fingerprint: str,
+    train: data.Packed,
+    validation: data.Packed,
 ) -> tuple[Distillation, Throughput]:
     """Train from the newest checkpoint, or from the start, to distill.max_steps."""
     d = run.config.distill
@@ -98,20 +107,19 @@ def fit(
     preemption = Preemption(checkpoints)
     recorder = Recorder(Tracker(run, place.rank == 0), throughput, d.validate_every, d.max_steps, place.rank == 0)
     module = Distillation(run.config, fingerprint, train, validation)
-    trainer = build_trainer(run, place, device, [throughput, recorder, checkpoints, preemption])
     resumed = newest_readable(run / "checkpoints")
     if resumed and place.rank == 0:
         print(f"distill: going on from {resumed}")
     try:
-        trainer.fit(module, ckpt_path=resumed, weights_only=True)
+        with together(place, device, run.config.machine.timeout, log) as watch:
+            callbacks = [throughput, recorder, checkpoints, preemption, Progress(watch)]
+            trainer = build_trainer(run, place, device, callbacks)
+            trainer.fit(module, ckpt_path=resumed, weights_only=True)
     except SystemExit as error:  # how Lightning ends on Ctrl-C, after switching it off
         if isinstance(error.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
         raise
-    finally:
-        if dist.is_initialized():  # else a later fit in this process would meet the old group
-            dist.destroy_process_group()
     if preemption.received:
         stop(preemption, place)
     return module, throughput
@@ -152,7 +160,7 @@ def stop(preemption: Preemption, place: Place) -> None:
         print(f"distill: {signal.Signals(number).name}: saved {preemption.saved}; the same command goes on from there")
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise SystemExit(0 if place.rank else 128 + number)
 
 
 def save_heads(run: RunDir, module: Distillation, num_layers: int, backbone: dict[str, Any]) -> None:
@@ -177,7 +185,7 @@ def set_threads(config: Config) -> None:
     machine = config.machine
     if machine.threads > 0:
         torch.set_num_threads(machine.threads)
-    elif machine.processes_per_node > 1:  # torch's choice would give every process every core
+    elif machine.processes_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # torch's choice: every core to each
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // machine.processes_per_node))
 
 
