@@ -8,6 +8,7 @@ needed. Knows nothing of the pipeline.
 import contextlib
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -92,10 +93,15 @@ class Cluster:
             raise RuntimeError(f"{' '.join(words)}: {done.stderr}{done.stdout}")
         return done.stdout
 
+    def tasks(self, job: str) -> list[dict[str, str]]:
+        """Field -> value of `scontrol show job`, for each task of an array."""
+        shown = self.call("scontrol", "show", "job", "-o", job).splitlines()
+        # Values may hold blanks: what follows one, up to the next NAME=, belongs to it.
+        return [dict(re.findall(r"(\w[\w/:]*)=(.*?)(?= \w[\w/:]*=|$)", line.strip())) for line in shown if line]
+
     def job(self, job: str) -> dict[str, str]:
-        """Field -> value of `scontrol show job`; of an array, its first task that it lists."""
-        words = self.call("scontrol", "show", "job", "-o", job).splitlines()[0].split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        """Of a job that is no array."""
+        return self.tasks(job)[0]
 
     def wait(self, job: str, *states: str, seconds: float = 300) -> dict[str, str]:
         """The job's fields as soon as it is in one of these states. Raises AssertionError if it never is."""

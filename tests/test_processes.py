@@ -1,6 +1,7 @@
 """The processes of distill: who they are, that they meet, and that none waits for ever for one that is missing, failed,
 was killed or stands still. Real processes, forked, that talk through gloo; no training."""
 
+import multiprocessing
 import os
 import re
 import signal
@@ -8,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def test_a_port_that_is_taken_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("", place.port))
         taken.listen()
-        with pytest.raises(UserError, match=f"rank 0 cannot listen on port {place.port} of n1, set MASTER_PORT"):
+        with pytest.raises(UserError, match=f"MASTER_PORT={place.port}: rank 0 cannot listen there on n1"):
             meet(place, CPU, 1)
 
 
@@ -154,130 +154,131 @@ def test_a_line_a_node() -> None:
 
 # ---- they work together
 
+QUICK = {"BEAT": 0.1, "LOOK": 1.5, "SILENT": 4.0, "LEAVE": 2.0}
+"""Seconds, instead of those that suit a cluster."""
+TIMEOUT = 3.0
 
-def start(place: Place, folder: Path, work: Callable[[watch.Watch], None]) -> int:
-    """A process that adds numbers up with the others until `work` ends it; what it prints goes to a file."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
+
+class Group:
+    """Real processes that add numbers up, step by step, until what they shall do ends them."""
+
+    def __init__(self, folder: Path, world: int, then: Callable[[watch.Watch, Path], None]):
+        # Not forked off this process, whose threads would leave their locks behind.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pipeline.training.watch"])
+        self.folder = folder
+        self.processes = [context.Process(target=member, args=(place, folder, then)) for place in places(world)]
+        for process in self.processes:
+            process.start()
+
+    def codes(self) -> list[int | None]:
+        """Exit codes; -9 of a killed one."""
+        for process in self.processes:
+            process.join(60)
+            process.kill()  # one that still runs shows here as killed
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+    def wait_for_steps(self) -> None:
+        deadline = time.time() + 60
+        while len(list(self.folder.glob("going-*"))) < len(self.processes):
+            assert time.time() < deadline
+            time.sleep(0.05)
+
+    def kill(self, rank: int) -> str:
+        """How the others call the victim."""
+        self.wait_for_steps()
+        os.kill(self.processes[rank].pid, signal.SIGKILL)
+        return f"rank {rank} (n1, process {self.processes[rank].pid})"
+
+    def printed(self, rank: int) -> str:
+        return (self.folder / f"out-{rank}").read_text()
+
+    def log(self, rank: int) -> str:
+        return (self.folder / f"distill-rank-{rank:05d}.log").read_text()
+
+
+def member(place: Place, folder: Path, then: Callable[[watch.Watch, Path], None]) -> None:
+    for name, value in QUICK.items():
+        setattr(watch, name, value)
+    sys.stdout = sys.stderr = (folder / f"out-{place.rank}").open("a", buffering=1)
     try:
-        out = os.open(folder / f"out-{place.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1), os.dup2(out, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        with rank_log(folder, place) as log, watch.together(place, CPU, STALL, log) as seen:
-            work(seen)
-        code = 0
+        with rank_log(folder, place) as log, watch.together(place, CPU, TIMEOUT, log) as seen:
+            go(seen, 3)
+            (folder / f"going-{place.rank}").touch()
+            then(seen, folder)
     except LostError as error:
         print(error)
-        code = error.exit_code
-    except SystemExit as error:
-        code = int(error.code)  # type: ignore[arg-type]
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
+        sys.exit(error.exit_code)
 
 
-STALL = 3.0
-
-
-def steps(seen: watch.Watch, count: int = 10**6) -> None:
-    for step in range(1, count + 1):
+def go(seen: watch.Watch, count: int) -> None:
+    for _ in range(count):
         dist.all_reduce(torch.ones(1))
-        seen.step = step
+        seen.step += 1
         time.sleep(0.01)
 
 
-def ends(pids: list[int]) -> list[int]:
-    """Exit codes; -9 for killed."""
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+def end(seen: watch.Watch, folder: Path) -> None:
+    go(seen, 20)
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"BEAT": 0.1, "LOOK": 1.5, "SILENT": 4.0, "LEAVE": 2.0}.items():
-        monkeypatch.setattr(watch, name, value)
+def never_end(seen: watch.Watch, folder: Path) -> None:
+    go(seen, 10**6)
 
 
-def printed(folder: Path, rank: int) -> str:
-    return (folder / f"out-{rank}").read_text()
+def fail(seen: watch.Watch, folder: Path) -> None:
+    if seen.place.rank == 1:
+        raise ZeroDivisionError("no such thing")
+    go(seen, 10**6)
 
 
-def wait_for_steps(folder: Path, world: int) -> None:
-    deadline = time.time() + 60
-    while not all((folder / f"going-{rank}").exists() for rank in range(world)):
-        assert time.time() < deadline
-        time.sleep(0.05)
+def hang(seen: watch.Watch, folder: Path) -> None:
+    """As in NCCL, which does not notice that a process is gone."""
+    time.sleep(60)
 
 
-def going(folder: Path, then: Callable[[watch.Watch], None] = steps) -> Callable[[watch.Watch], None]:
-    def work(seen: watch.Watch) -> None:
-        steps(seen, 3)
-        (folder / f"going-{seen.place.rank}").touch()
-        then(seen)
-
-    return work
+def late(seen: watch.Watch, folder: Path) -> None:
+    if seen.place.rank == 2:
+        time.sleep(TIMEOUT + 2)
+    go(seen, 5)
 
 
-def test_three_processes_end_well_together(tmp_path: Path, quick: None) -> None:
-    assert ends([start(p, tmp_path, lambda seen: steps(seen, 20)) for p in places(3)]) == [0, 0, 0]
-    assert "distill: node n1: ranks 0-2, 3 x CPU" in printed(tmp_path, 0)
-    assert printed(tmp_path, 1) == ""
-    log = (tmp_path / "distill-rank-00001.log").read_text().splitlines()
-    assert "start 0: rank 1 of 3 on n1" in log[0] and log[-1].endswith(" end")
+def test_three_processes_end_well_together(tmp_path: Path) -> None:
+    group = Group(tmp_path, 3, end)
+    assert group.codes() == [0, 0, 0]
+    assert "distill: node n1: ranks 0-2, 3 x CPU" in group.printed(0)
+    assert not group.printed(1)
+    lines = group.log(1).splitlines()
+    assert "start 0: rank 1 of 3 on n1" in lines[0] and lines[-1].endswith(" end")
 
 
+@pytest.mark.parametrize("does", [never_end, hang])
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_killed_process_is_named_and_the_others_end(tmp_path: Path, quick: None, victim: int) -> None:
-    pids = [start(p, tmp_path, going(tmp_path)) for p in places(3)]
-    wait_for_steps(tmp_path, 3)
-    os.kill(pids[victim], signal.SIGKILL)
-    codes = ends(pids)
-    assert codes == [-9 if rank == victim else LostError.exit_code for rank in range(3)]
+def test_a_killed_process_is_named_and_the_others_end(tmp_path: Path, victim: int, does) -> None:
+    group = Group(tmp_path, 3, does)
+    name = group.kill(victim)
+    assert group.codes() == [-9 if rank == victim else LostError.exit_code for rank in range(3)]
     for rank in {0, 1, 2} - {victim}:
-        assert f"rank {victim} (n1, process {pids[victim]}) is gone without a word" in printed(tmp_path, rank)
+        assert f"{name} is gone without a word" in group.printed(rank)
+        assert f"{name} is gone without a word" in group.log(rank)
 
 
-def test_the_error_of_one_is_named_by_all_and_shown_by_that_one(tmp_path: Path, quick: None) -> None:
-    def fail(seen: watch.Watch) -> None:
-        if seen.place.rank == 1:
-            raise ZeroDivisionError("no such thing")
-        steps(seen)
-
-    assert ends([start(p, tmp_path, going(tmp_path, fail)) for p in places(3)]) == [1, 1, 1]
-    assert "ZeroDivisionError: no such thing" in printed(tmp_path, 1) and "Traceback" in printed(tmp_path, 1)
+def test_the_error_of_one_is_named_by_all_and_shown_by_that_one(tmp_path: Path) -> None:
+    group = Group(tmp_path, 3, fail)
+    assert group.codes() == [1, 1, 1]
+    assert "Traceback" in group.printed(1) and "ZeroDivisionError: no such thing" in group.log(1)
     for rank in (0, 2):
-        assert "failed: ZeroDivisionError: no such thing" in printed(tmp_path, rank)
-        assert "Traceback" not in printed(tmp_path, rank)
+        assert "rank 1 (n1, process" in group.printed(rank) and "no such thing" in group.printed(rank)
+        assert "Traceback" not in group.printed(rank)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_who_hangs_where_no_error_can_reach_it_ends_too(tmp_path: Path, quick: None, victim: int) -> None:
-    """As with NCCL, whose operations do not notice that a process is gone."""
-
-    def hang(seen: watch.Watch) -> None:
-        time.sleep(60)
-
-    pids = [start(p, tmp_path, going(tmp_path, hang)) for p in places(3)]
-    wait_for_steps(tmp_path, 3)
-    os.kill(pids[victim], signal.SIGKILL)
-    codes = ends(pids)
-    assert codes == [-9 if rank == victim else LostError.exit_code for rank in range(3)]
-    assert f"rank {victim} (n1" in printed(tmp_path, 2) and "gone without a word" in printed(tmp_path, 2)
-
-
-def test_who_stands_still_is_named(tmp_path: Path, quick: None) -> None:
-    def late(seen: watch.Watch) -> None:
-        if seen.place.rank == 2:
-            time.sleep(STALL + 2)
-        steps(seen, 5)
-
-    assert ends([start(p, tmp_path, going(tmp_path, late)) for p in places(3)]) == [0, 0, 0]
-    line = next(line for line in printed(tmp_path, 0).splitlines() if "no step was finished" in line)
+def test_who_stands_still_is_named(tmp_path: Path) -> None:
+    group = Group(tmp_path, 3, late)
+    assert group.codes() == [0, 0, 0]
+    line = next(line for line in group.printed(0).splitlines() if "no step was finished" in line)
     assert "for machine.timeout=3 s: " in line
     assert re.search(r"ranks 0-1 after step 3 in \w+ \(distributed_c10d\.py:\d+\)", line)
     assert re.search(r"rank 2 after step 3 in late \(test_processes\.py:\d+\)", line)
     for rank, function in ((0, "all_reduce"), (2, "late")):
-        assert f"in {function}" in (tmp_path / f"distill-rank-0000{rank}.log").read_text(), "its stacks"
+        assert f"in {function}" in group.log(rank), "its stacks"

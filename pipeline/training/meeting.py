@@ -54,7 +54,7 @@ def meet(place: Place, device: torch.device, timeout: float) -> tuple[TCPStore, 
     except DistError as error:
         if place.rank == 0:
             raise UserError(
-                f"rank 0 cannot listen on port {place.port} of {place.node}, set MASTER_PORT to another: {_first(error)}"
+                f"MASTER_PORT={place.port}: rank 0 cannot listen there on {place.node}, take another: {_first(error)}"
             ) from None
         raise UserError(
             f"{limit}: rank 0 did not come to {place.address}:{place.port} within {timeout:g} s; this is rank "
