@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from distilling import head_bytes, lines, prepare, unpack, write_responses
 from helpers import tiny_backbone
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
@@ -191,6 +192,16 @@ def test_mistakes_leave_the_stage_unmarked(tmp_path, backbone, words, message):
     with pytest.raises(UserError, match=message):
         distill.run(run)
     assert not (run / "stages" / "distill.json").exists()
+
+
+def test_a_process_whose_others_do_not_come_names_them_and_leaves_the_stage_unmarked(tmp_path, backbone, monkeypatch):
+    run = prepare(tmp_path, backbone, "machine.nodes=2", "machine.timeout=1")
+    for key, value in {"LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_network_port()}.items():
+        monkeypatch.setenv(key, str(value))
+    with pytest.raises(UserError, match="rank 1 of 2 did not come within 1 s"):
+        distill.run(run)
+    assert not (run / "stages" / "distill.json").exists()
+    assert "rank 1 of 2 did not come" in (run / "logs" / "distill-rank-00000.log").read_text()
 
 
 def test_nothing_but_truncated_responses_leaves_the_stage_unmarked(tmp_path, backbone):
