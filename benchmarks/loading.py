@@ -133,9 +133,9 @@ def print_big() -> None:
             size = elements * 2 / MIB
             print(f"| {name} {tensor} | {size:.0f} | {size / 8:.0f} | {size / 16:.0f} |")
     print(
-        f"\nBeyond its shard the loader holds at most {loading.PIECE * 4 // MIB} MiB whatever the tensor's size: a piece "
-        "whose dtype\nchanges on the way to a GPU, or that is drawn at random. On a CPU rows go from the mapped file "
-        "straight to the shard."
+        f"\nBeyond its shard the loader holds at most {loading.PIECE * 4 // MIB} MiB, whatever the tensor:\n"
+        "a piece that is drawn at random, or whose dtype changes on the way to a GPU.\n"
+        "On a CPU rows go from the mapped file straight to the shard."
     )
 
 

@@ -166,13 +166,14 @@ def fingerprint_of_files(backbone: Backbone, files: WeightFiles | None = None) -
     """The backbone's fingerprint from a few rows of its safetensors files, without loading it."""
     config, files = load_config(backbone), files or WeightFiles(backbone)
     with contextlib.ExitStack() as stack:
-        opened: dict[Any, Any] = {}
+        opened: dict[str, Any] = {}
 
         def weight(name: str) -> Any:
-            path = files.path(tensor_name(name, config))
+            name = tensor_name(name, config)
+            path = files.path(name)
             if path not in opened:
                 opened[path] = stack.enter_context(safe_open(path, framework="pt"))
-            return _Rows(opened[path].get_slice(tensor_name(name, config)))
+            return _Rows(opened[path].get_slice(name))
 
         return fingerprint_of(config, weight)
 

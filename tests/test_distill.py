@@ -4,6 +4,7 @@ The step itself is proved in test_step.py, resuming in test_resume.py.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,7 @@ def test_the_loss_is_the_weighted_sum_of_the_terms_that_the_config_names(tmp_pat
         (["machine.processes_per_node=3"], "multiple of the 3 processes"),
         (["machine.nodes=2"], "srun or torchrun"),
         (["distill.loss=[kll]"], "no term 'kll'. Did you mean kl?"),
+        (["machine.processes_per_node=2", "machine.shard_degree=3"], "shard_degree=3: does not divide the 2"),
     ],
 )
 def test_mistakes_leave_the_stage_unmarked(tmp_path, backbone, words, message):
@@ -204,6 +206,15 @@ def test_a_process_whose_others_do_not_come_names_them_and_leaves_the_stage_unma
     assert "rank 1 of 2 did not come" in (run / "logs" / "distill-rank-00000.log").read_text()
 
 
+def test_a_damaged_checkpoint_leaves_the_stage_unmarked(tmp_path, backbone):
+    copy = Path(shutil.copytree(backbone, tmp_path / "copy"))
+    run = prepare(tmp_path, copy)
+    (copy / "model.safetensors").write_bytes((backbone / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
+        distill.run(run)
+    assert not (run / "stages" / "distill.json").exists()
+
+
 def test_nothing_but_truncated_responses_leaves_the_stage_unmarked(tmp_path, backbone):
     write_responses(tmp_path / "run" / "responses", backbone, reasons=["length"])
     run = prepare(tmp_path, backbone)
@@ -219,7 +230,7 @@ def test_responses_of_another_backbone_are_refused(tmp_path, backbone):
     (run / "responses" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="fingerprint"):
         distill.run(run)
-    assert not (run / "heads").exists()
+    assert not (run / "stages" / "distill.json").exists()
 
 
 # ---- Weights & Biases

@@ -63,9 +63,9 @@ def load_sharded_backbone(
     shard_backbone(model, mesh)
     for head in heads:
         shard_head(head, mesh, getattr(torch, backbone.dtype))
-    for module in (model, *heads):
-        module.to_empty(device=device)
     with together():
+        for module in (model, *heads):
+            module.to_empty(device=device)
         _read(files, _wanted(model, heads, exit_layers, init))
         if init == "random":
             for n, head in zip(exit_layers, heads, strict=True):
@@ -104,9 +104,9 @@ def together() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    told = (
-        error if error is None or isinstance(error, UserError) else RuntimeError(f"rank {dist.get_rank()}: {error!r}")
-    )
+    told = error
+    if error is not None and not isinstance(error, UserError):  # not every exception can be sent
+        told = RuntimeError(f"rank {dist.get_rank()}: {error!r}")
     everyones: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, told)
     for failure in (error, *everyones):
@@ -192,7 +192,7 @@ def _fill(parameter: Tensor, source: Any) -> None:
     """
     own, first = own_rows(parameter)
     last, step = first + len(own), max(1, PIECE // math.prod(parameter.shape[1:]))
-    for start in range(first - first % step, last, step):
+    for start in range(first, last, step):
         stop = min(start + step, len(parameter))
         rows = slice(max(start, first), min(stop, last))
         own[rows.start - first : rows.stop - first] = source[start:stop][rows.start - start : rows.stop - start]
