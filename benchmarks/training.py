@@ -95,9 +95,8 @@ def one_process(args: argparse.Namespace) -> None:
     if "step" in args.part:
         seconds = bench.in_turn([bench.teacher, lambda: bench.step(1)])
         rate, floor = bench.tokens / np.median(seconds[:, 1]), bench.flops(1) / bench.teacher_flops
-        print(
-            "| step / teacher forward | range | FLOP floor | tokens/s (of CPU time on a CPU) | of the peak |\n|---|---|---|---|---|"
-        )
+        print("| step / teacher forward | range | FLOP floor | tokens/s (CPU time) | of the peak |")
+        print("|---|---|---|---|---|")
         print(f"| {ratio(seconds, 1, 0)} | {floor:.3f} | {rate:.0f} | {bench.of_peak(rate, 1)} |\n")
     if "heads" in args.part:
         counts = range(1, len(args.exit_layers) + 1)

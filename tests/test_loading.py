@@ -29,7 +29,8 @@ from pipeline.inference.exit_head import FAMILIES, fingerprint
 from pipeline.training import loading
 from pipeline.training.losses import LinearDistillation
 from pipeline.training.module import Engine, last_layer_arguments
-from pipeline.training.sharding import check_mesh, full_weights, make_mesh, shard_engine
+from pipeline.training.sharding import check_mesh, make_mesh, shard_engine
+from pipeline.training.units import whole_weights
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
@@ -74,7 +75,7 @@ def load_checkpoint(folder: Path, mesh: DeviceMesh, dtype: str = "float32", *arg
 
 
 def assert_same_weights(module: torch.nn.Module, plain: torch.nn.Module) -> None:
-    weights = full_weights(module)
+    weights = whole_weights(module)
     assert len(weights) >= len(dict(plain.named_parameters()))
     for name, weight in weights.items():
         expected = plain.get_parameter(name)
@@ -158,7 +159,7 @@ def load_in_company(rank: int, folder: Path, shard_degree: int) -> None:
     mesh = make_mesh("cpu", dist.get_world_size(), shard_degree)
     for family, dtype in zip(FAMILIES, ("float32", "bfloat16") * 2, strict=True):
         assert_loads_as_transformers_does(folder / f"tiny-{family}", mesh, dtype)
-    drawn = full_weights(load_checkpoint(folder / "tiny-qwen2", mesh, "bfloat16", "random", seed=5)[1][0])
+    drawn = whole_weights(load_checkpoint(folder / "tiny-qwen2", mesh, "bfloat16", "random", seed=5)[1][0])
     for name, weight in load_file(folder / "drawn.safetensors").items():
         assert torch.equal(drawn[name], weight), name
     fail_together(rank, folder)
@@ -186,7 +187,7 @@ def prepare_company(folder: Path, mesh: DeviceMesh) -> None:
     shutil.copytree(folder / "tiny-llama", folder / "incomplete")
     next((folder / "incomplete").glob("model-00002-*")).unlink()
     _, (head, _) = load_checkpoint(folder / "tiny-qwen2", mesh, "bfloat16", "random", seed=5)
-    save_file(full_weights(head), folder / "drawn.safetensors")
+    save_file(whole_weights(head), folder / "drawn.safetensors")
 
 
 def test_two_processes_load_draw_and_fail_alike(tmp_path, mesh, pieces) -> None:
@@ -223,7 +224,7 @@ def test_random_heads_are_as_the_family_initialises_a_layer(tmp_path, mesh, fami
     _, others = load_checkpoint(folder, mesh, "bfloat16", "random", seed=2)
     config = AutoModelForCausalLM.from_pretrained(folder).config
     fresh = dict(AutoModelForCausalLM.from_config(config).model.layers[-1].named_parameters())
-    first, second, repeated, other = map(full_weights, (*heads, again[0], others[0]))
+    first, second, repeated, other = map(whole_weights, (*heads, again[0], others[0]))
     assert first.keys() == fresh.keys()
     for name, weight in first.items():
         assert weight.dtype == torch.float32 and torch.equal(weight, repeated[name])

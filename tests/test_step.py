@@ -95,10 +95,7 @@ def test_losses_equal_a_plain_training_loop(tmp_path, backbone, plain_losses, wo
         ["machine.processes_per_node=4"],
         ["machine.nodes=2", ONE_BY_ONE],
         ["machine.nodes=2", "machine.processes_per_node=2"],
-        pytest.param(
-            ["machine.processes_per_node=4", "machine.shard_degree=2"],
-            marks=pytest.mark.skip(reason="machine.shard_degree is not read yet"),
-        ),
+        ["machine.processes_per_node=4", "machine.shard_degree=2"],
     ],
     ids=["4", "2x1", "2x2", "sharded by 2"],
 )
