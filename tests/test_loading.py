@@ -30,7 +30,6 @@ from pipeline.training import loading
 from pipeline.training.losses import LinearDistillation
 from pipeline.training.module import Engine, last_layer_arguments
 from pipeline.training.sharding import check_mesh, make_mesh, shard_engine
-from pipeline.training.units import whole_weights
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
@@ -74,8 +73,14 @@ def load_checkpoint(folder: Path, mesh: DeviceMesh, dtype: str = "float32", *arg
     return loading.load_sharded_backbone(backbone, CPU, mesh, fingerprint_of_files(backbone), [1, 2], *args, **kwargs)
 
 
+def full_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """On every process."""
+    parameters = ((name, p.detach()) for name, p in module.named_parameters())
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters}
+
+
 def assert_same_weights(module: torch.nn.Module, plain: torch.nn.Module) -> None:
-    weights = whole_weights(module)
+    weights = full_weights(module)
     assert len(weights) >= len(dict(plain.named_parameters()))
     for name, weight in weights.items():
         expected = plain.get_parameter(name)
@@ -159,7 +164,7 @@ def load_in_company(rank: int, folder: Path, shard_degree: int) -> None:
     mesh = make_mesh("cpu", dist.get_world_size(), shard_degree)
     for family, dtype in zip(FAMILIES, ("float32", "bfloat16") * 2, strict=True):
         assert_loads_as_transformers_does(folder / f"tiny-{family}", mesh, dtype)
-    drawn = whole_weights(load_checkpoint(folder / "tiny-qwen2", mesh, "bfloat16", "random", seed=5)[1][0])
+    drawn = full_weights(load_checkpoint(folder / "tiny-qwen2", mesh, "bfloat16", "random", seed=5)[1][0])
     for name, weight in load_file(folder / "drawn.safetensors").items():
         assert torch.equal(drawn[name], weight), name
     fail_together(rank, folder)
@@ -187,7 +192,7 @@ def prepare_company(folder: Path, mesh: DeviceMesh) -> None:
     shutil.copytree(folder / "tiny-llama", folder / "incomplete")
     next((folder / "incomplete").glob("model-00002-*")).unlink()
     _, (head, _) = load_checkpoint(folder / "tiny-qwen2", mesh, "bfloat16", "random", seed=5)
-    save_file(whole_weights(head), folder / "drawn.safetensors")
+    save_file(full_weights(head), folder / "drawn.safetensors")
 
 
 def test_two_processes_load_draw_and_fail_alike(tmp_path, mesh, pieces) -> None:
@@ -224,7 +229,7 @@ def test_random_heads_are_as_the_family_initialises_a_layer(tmp_path, mesh, fami
     _, others = load_checkpoint(folder, mesh, "bfloat16", "random", seed=2)
     config = AutoModelForCausalLM.from_pretrained(folder).config
     fresh = dict(AutoModelForCausalLM.from_config(config).model.layers[-1].named_parameters())
-    first, second, repeated, other = map(whole_weights, (*heads, again[0], others[0]))
+    first, second, repeated, other = map(full_weights, (*heads, again[0], others[0]))
     assert first.keys() == fresh.keys()
     for name, weight in first.items():
         assert weight.dtype == torch.float32 and torch.equal(weight, repeated[name])
