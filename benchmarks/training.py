@@ -25,7 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import Config
@@ -33,7 +32,7 @@ from pipeline.inference.exit_head import new_exit_layer
 from pipeline.rundir import provenance
 from pipeline.training.losses import LinearDistillation
 from pipeline.training.module import Engine
-from pipeline.training.sharding import shard_engine
+from pipeline.training.sharding import shard_backbone, shard_engine, shard_head
 
 ROWS, DIM, VOCABULARY = 2048, 1024, 32000
 
@@ -49,8 +48,9 @@ def build(args: argparse.Namespace) -> Engine:
     )  # fmt: skip
     model = LlamaForCausalLM(config).requires_grad_(False).eval()
     exits = [new_exit_layer(model) for _ in args.exit_layers]
-    for unit in (model.model.embed_tokens, *model.model.layers, model.lm_head):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    shard_backbone(model, mesh)
+    for head in exits:
+        shard_head(head, mesh, torch.float32)
     engine = Engine(model, args.exit_layers, exits, Config())
     shard_engine(engine, exits, mesh)
     return engine

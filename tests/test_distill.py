@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,9 +29,10 @@ from pipeline.stages import distill
 from pipeline.tracking import wandb_mode
 from pipeline.training import data
 from pipeline.training.callbacks import newest_readable
+from pipeline.training.loading import load_sharded_backbone
 from pipeline.training.losses import plain_loss
 from pipeline.training.module import Distillation, Engine, learning_rate_at
-from pipeline.training.sharding import load_sharded_backbone, shard_engine
+from pipeline.training.sharding import shard_engine
 
 STEPS = 9
 WORDS = f"""distill.exit_layers=[1,2] distill.max_steps={STEPS} distill.sequence_length=48 distill.warmup_steps=2
@@ -178,7 +180,7 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
     write_responses(tmp_path / "run" / "responses", folder, turns=turns)
     run = prepare(tmp_path, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), 2)
+    backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), [1, 2])
     engine = Engine(backbone, [1, 2], heads, run.config)
     shard_engine(engine, heads, mesh)
     documents, _ = data.read_documents(run / "responses", data.read_manifest(run / "responses"), "drop", 0.5)
@@ -384,12 +386,22 @@ def test_a_broken_newest_checkpoint_is_passed_over(tmp_path, undisturbed, backbo
         (["distill.sequence_length=2"], "sequence_length=2"),
         (["machine.processes_per_node=3"], "multiple of the 3 processes"),
         (["machine.nodes=2"], "srun or torchrun"),
+        (["machine.processes_per_node=2", "machine.shard_degree=3"], "shard_degree=3: does not divide the 2"),
         (["distill.loss=[kll]"], "no term 'kll'. Did you mean kl?"),
     ],
 )
 def test_mistakes_leave_the_stage_unmarked(tmp_path, backbone, words, message):
     run = prepare(tmp_path, backbone, *words)
     with pytest.raises(UserError, match=message):
+        distill.run(run)
+    assert not (run / "stages" / "distill.json").exists()
+
+
+def test_a_damaged_checkpoint_leaves_the_stage_unmarked(tmp_path, backbone):
+    copy = Path(shutil.copytree(backbone, tmp_path / "copy"))
+    run = prepare(tmp_path, copy)
+    (copy / "model.safetensors").write_bytes((backbone / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
         distill.run(run)
     assert not (run / "stages" / "distill.json").exists()
 
@@ -409,7 +421,7 @@ def test_responses_of_another_backbone_are_refused(tmp_path, backbone):
     (run / "responses" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="fingerprint"):
         distill.run(run)
-    assert not (run / "heads").exists()
+    assert not (run / "stages" / "distill.json").exists()
 
 
 # ---- Weights & Biases
@@ -443,8 +455,9 @@ def test_wandb_offline_writes_inside_the_run_folder_only(tmp_path, backbone, mon
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path, undisturbed, backbone):
-    run = prepare(tmp_path, backbone, "machine.processes_per_node=2")
+@pytest.mark.parametrize("shard_degree", [0, 1])
+def test_two_processes_learn_what_one_does(tmp_path, undisturbed, backbone, shard_degree):
+    run = prepare(tmp_path, backbone, "machine.processes_per_node=2", f"machine.shard_degree={shard_degree}")
     distill.run(run)
     for ours, theirs in zip(lines(run), lines(undisturbed), strict=True):
         # Sums in another order: a last-bit difference, which Adam's division makes larger as steps go by.

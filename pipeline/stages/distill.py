@@ -26,7 +26,9 @@ from ..tracking import Tracker
 from ..training import data, terms
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Throughput, newest_readable
 from ..training.launch import Place, find_place, workers
+from ..training.loading import check_checkpoint
 from ..training.module import Distillation
+from ..training.sharding import check_mesh
 
 
 def check(config: Config) -> None:
@@ -48,10 +50,13 @@ def run(run: RunDir) -> None:
     num_layers = backbones.load_config(run.config.backbone).num_hidden_layers
     backbones.check_exit_layers(run.config.distill.exit_layers, num_layers)
     device = backbones.device_of(run.config.machine.device)
+    check_mesh(run.config.machine)
     manifest, train, validation, counts = read(run, place)
+    fingerprint = manifest["backbone"]["fingerprint"]
+    check_checkpoint(run.config.backbone, fingerprint, run.config.distill.exit_layers, run.config.distill.init)
     mark: AbstractContextManager = run.stage("distill", inputs) if place.rank == 0 else contextlib.nullcontext({})
     with mark as summary, quiet(), workers(place, run / "config.yaml", run.config.machine.processes_per_node):
-        module, throughput = fit(run, place, device, manifest["backbone"]["fingerprint"], train, validation)
+        module, throughput = fit(run, place, device, fingerprint, train, validation)
         if place.rank == 0:
             save_heads(run, module, num_layers, manifest["backbone"])
             summary |= {"responses": counts} | describe(module, throughput)

@@ -24,8 +24,9 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from ..config import Config
 from .data import Packed, StepBatches, validation_batches
+from .loading import load_sharded_backbone
 from .losses import LinearDistillation, acceptance_lengths, draft_statistics
-from .sharding import full_weights, load_sharded_backbone, number, shard_engine
+from .sharding import full_weights, make_mesh, number, shard_engine
 from .terms import parse
 
 FIGURES = ("loss", "overlap", "match", "expected_acceptance_length", "greedy_acceptance_length")
@@ -136,8 +137,8 @@ class Engine(nn.Module):
             yield int(name.removeprefix("exit-")), head
 
     def _draft(self, head: nn.Module, hidden_BTD: Tensor, arguments: dict[str, Any], index_R: Tensor) -> Tensor:
-        """The head's final hidden states of the rows that count: [R, D], float32."""
-        out = head(hidden_BTD.float(), **arguments)
+        """The head's final hidden states of the rows that count: [R, D], in the backbone's dtype."""
+        out = head(hidden_BTD, **arguments)
         out_BTD = out[0] if isinstance(out, tuple) else out
         # Normalising only these rows, after the layer, leaves out most of the work when prompts are long.
         return self.backbone.model.norm(out_BTD.flatten(0, 1)[index_R])  # type: ignore[operator,union-attr]
@@ -160,7 +161,7 @@ class Engine(nn.Module):
         return args, kwargs | {"attention_mask": masks[id(mask)][1]}
 
     def _keep_arguments(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._seen["arguments"] = {name: _float32(value) for name, value in kwargs.items()}
+        self._seen["arguments"] = kwargs
 
 
 def last_layer_arguments(backbone: Any, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:
@@ -174,15 +175,7 @@ def last_layer_arguments(backbone: Any, hidden_BTD: Tensor, positions_BT: Tensor
         config=config, inputs_embeds=hidden_BTD, attention_mask=None, past_key_values=None, position_ids=positions_BT
     )
     angles = backbone.model.rotary_emb(hidden_BTD, positions_BT)
-    arguments = {"attention_mask": mask, "position_ids": positions_BT, "position_embeddings": angles}
-    return {name: _float32(value) for name, value in arguments.items()}
-
-
-def _float32(value: Any) -> Any:
-    """What a float32 layer can take of what a bfloat16 layer got."""
-    if isinstance(value, tuple):
-        return tuple(_float32(v) for v in value)
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return {"attention_mask": mask, "position_ids": positions_BT, "position_embeddings": angles}
 
 
 def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
@@ -229,9 +222,9 @@ class Distillation(lightning.LightningModule):
         if self.engine is not None:
             return
         c = self.config
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        mesh = make_mesh(self.device.type, self.trainer.world_size, c.machine.shard_degree)
         backbone, heads = load_sharded_backbone(
-            c.backbone, self.device, mesh, self.fingerprint, len(c.distill.exit_layers)
+            c.backbone, self.device, mesh, self.fingerprint, c.distill.exit_layers, c.distill.init, c.seed
         )
         self.engine = Engine(backbone, c.distill.exit_layers, heads, c)
         shard_engine(self.engine, heads, mesh)

@@ -16,8 +16,8 @@ tokens with p > q, of which there should be more, and m = sum_v q r is what the 
   tvd++    1 - overlap, see there      q (m - r) / sqrt(m (1-m))   2 sqrt(m (1 - m))
   overlap  -log overlap                q (m - r) / overlap         2 m (1 - m) / overlap, at most 2 (1 - m)
 
-The last three pull a row in the same direction and differ in what the row weighs. Where the head is far off (m near 0) tvd
-all but lets go, overlap pulls as hard as kl does, and tvd++ is in between.
+The last three pull a row in the same direction and differ in what the row weighs. Where the head is far off (m near 0)
+tvd all but lets go, overlap pulls as hard as kl does, and tvd++ is in between.
 """
 
 import difflib
