@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path, mesh: DeviceMesh, dtype: str = "float32", *arg
 def full_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """On every process."""
     parameters = ((name, p.detach()) for name, p in module.named_parameters())
-    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in parameters}
 
 
 def assert_same_weights(module: torch.nn.Module, plain: torch.nn.Module) -> None:

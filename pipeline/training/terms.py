@@ -16,8 +16,8 @@ tokens with p > q, of which there should be more, and m = sum_v q r is what the 
   tvd++    1 - overlap, see there      q (m - r) / sqrt(m (1-m))   2 sqrt(m (1 - m))
   overlap  -log overlap                q (m - r) / overlap         2 m (1 - m) / overlap, at most 2 (1 - m)
 
-The last three pull every row in one direction and differ in what a row weighs. Where the head is far off (m near 0) tvd
-all but lets go, overlap pulls as hard as kl does, and tvd++ is in between.
+The last three pull a row in the same direction and differ in what the row weighs. Where the head is far off (m near 0)
+tvd all but lets go, overlap pulls as hard as kl does, and tvd++ is in between.
 """
 
 import difflib
@@ -71,7 +71,8 @@ def tvd_plus_plus(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor
     vocabulary is unchanged by any mean, since E_{x~q}[grad log q(x)] = 0 in every row; and one deviation for all rows
     of a chunk, a batch or all processes would be a common factor, which Adam divides out again, and which would make
     the gradient depend on how rows are grouped. So the row is the one set over which normalising changes what is
-    learned. (Only the paper's abstract could be read here: which set it takes is not known to us, nor claimed.)
+    learned. (Of the paper only the abstract was read: variance reduction as in policy gradients. That it is this
+    normalisation is how it is quoted elsewhere; the set that the paper takes is not known to us.)
     """
     overlap_C1, mass_C1 = _overlap(p_CV, q_CV, out_CV)
     variance_C1 = (mass_C1 * (1 - mass_C1)).clamp_(min=torch.finfo(q_CV.dtype).eps)  # rounding is no reward
