@@ -58,11 +58,15 @@ def _explained(backbone: Backbone):
         raise UserError(f"backbone.name_or_path={backbone.name_or_path}: cannot be loaded: {first}") from None
 
 
-def load_config(backbone: Backbone) -> Any:
-    """The checkpoint's config; refuses families that the engine does not know."""
+def load_config(backbone: Backbone, local: bool = False) -> Any:
+    """The checkpoint's config, with `local` only if it is on this machine; refuses families that the engine does not
+    know."""
     with _explained(backbone):
         config = AutoConfig.from_pretrained(
-            source_of(backbone), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
+            source_of(backbone),
+            revision=backbone.revision,
+            trust_remote_code=backbone.trust_remote_code,
+            local_files_only=local,
         )
         check_family(config.model_type)
     return config

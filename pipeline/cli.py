@@ -6,15 +6,21 @@ inside a stage.
 """
 
 import argparse
+import itertools
 import os
 import sys
 from pathlib import Path
 
-from .config import Config, help_text, load
+from .config import Config, help_text, load, variations
 from .errors import GateError, LostError, UserError
 from .rundir import STAGES, RunDir
 
 VERBS = {
+    "plan": (
+        "What a run will need and whether it will pay, before any GPU is asked for.",
+        "Writes nothing and needs no weights: prints memory, disk, time and predicted speedups (docs/planning.md).",
+        ["machine", "backbone", "generate", "distill", "evaluate", "publish", "plan"],
+    ),
     "generate": (
         "The backbone answers prompts; the answers are what the exit heads learn from.",
         "Writes responses/. Any number of processes may run it at once, on machines that share the run folder; killed "
@@ -49,11 +55,18 @@ VERBS = {
     ),
 }
 
+VARY = """\
+to compare, a row for each combination:
+  exit-heads plan --config FILE --vary machine.nodes=[1,2,4] --vary distill.exit_layers=[[2],[4],[8]]
+
+"""
+
 OVERVIEW = """\
 Train early-exit draft heads for a frozen language model, prove that decoding with them is lossless, measure how
 much faster it is, and publish them.
 
   exit-heads run --config configs/pocket.yaml              everything, on the built-in tiny backbone
+  exit-heads plan --config configs/llama2-70b.yaml         will it fit, what will it cost, will it pay
   exit-heads distill --config my.yaml distill.max_steps=500     one stage, one key changed
   exit-heads evaluate --help                               every key that a stage reads
 """
@@ -65,11 +78,16 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, (does, writes, sections) in VERBS.items():
         keys = "keys (key=default), given as key=value or in the YAML file:\n" + help_text(sections)
-        sub = verbs.add_parser(verb, help=does, description=f"{does}\n{writes}", epilog=keys, formatter_class=raw)
+        epilog = VARY + keys if verb == "plan" else keys
+        sub = verbs.add_parser(verb, help=does, description=f"{does}\n{writes}", epilog=epilog, formatter_class=raw)
         sub.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
-        sub.add_argument(
-            "--redo", choices=STAGES, metavar="STAGE", help="make this stage anew (with run: and all after it)"
-        )
+        if verb == "plan":
+            sub.add_argument("--vary", action="append", default=[], metavar="KEY=[A,B]", help="a row for each value")
+            sub.add_argument("--json", action="store_true", help="everything, for programs: bytes and seconds")
+        else:
+            sub.add_argument(
+                "--redo", choices=STAGES, metavar="STAGE", help="make this stage anew (with run: and all after it)"
+            )
         if verb == "generate":
             looks = sub.add_mutually_exclusive_group()
             looks.add_argument("--status", action="store_true", help="print progress, who works, rate and time left")
@@ -96,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         config = load(args.config, args.words)
-        if args.verb == "generate" and (args.status or args.verify or args.show is not None):
+        if args.verb == "plan":
+            plan(args, config)
+        elif args.verb == "generate" and (args.status or args.verify or args.show is not None):
             look(config, args.status, args.verify, args.show)
         elif args.verb == "run" and args.show_config is not None:
             show_config(config, args.show_config)
@@ -153,6 +173,13 @@ def show_config(config: Config, keys: list[str]) -> None:
         if OmegaConf.select(tree, key, default="missing") == "missing":
             raise UserError(f"--show-config {key}: there is no such key; without any it prints all")
     print("\n".join(str(OmegaConf.select(tree, key)) for key in keys) if keys else OmegaConf.to_yaml(tree).rstrip())
+
+
+def plan(args: argparse.Namespace, config: Config) -> None:
+    """Print the plan of the config, or with --vary of every combination of the values given there."""
+    combinations = list(itertools.product(*map(variations, args.vary)))
+    configs = [load(args.config, [*args.words, *words]) for words in combinations] if args.vary else [config]
+    _stage("plan").show(configs, [word.partition("=")[0] for word in args.vary], args.json)
 
 
 def look(config: Config, status: bool, verify: bool, show: int | None) -> None:

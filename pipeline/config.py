@@ -5,12 +5,14 @@ it and says what would be right. Knows nothing of stages; `help_text` is what `e
 """
 
 import difflib
+import json
 import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -198,6 +200,23 @@ class Evaluate:
 
 
 @dataclass
+class Plan:
+    """What `exit-heads plan` assumes. No stage reads it."""
+
+    gpu: str = option("H100", "GPU of every process: A100-40GB, A100-80GB, H100, H200, L40S, RTX-4090, or cpu")
+    mfu: float = option(0.4, "share of the GPU's peak that training and prefill are assumed to reach")
+    node_bandwidth: float | None = option(
+        None, "GB/s between nodes for each GPU, one way; default: usual for the GPU, such as 50 (400 Gbit/s) for H100"
+    )
+    acceptance: list[float] = option(
+        [], "draft acceptance rate expected at each of distill.exit_layers, such as [0.6, 0.7]; []: not known"
+    )
+    pilot: str | None = option(
+        None, "run folder of a smaller run whose eval/results.json gives acceptance, and costs if of the same backbone"
+    )
+
+
+@dataclass
 class Publish:
     repo_id: str | None = option(None, "org/name the head will live under; written into the card")
     target: str = option("folder", "folder: write hub/<N>/ and stop there")
@@ -223,6 +242,7 @@ class Config:
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
     publish: Publish = field(default_factory=Publish)
+    plan: Plan = field(default_factory=Plan)
     wandb: Wandb = field(default_factory=Wandb)
 
 
@@ -255,6 +275,18 @@ def load(path: str | Path | None, words: list[str]) -> Config:
         raise UserError(f"{' '.join(where)}: key {error.full_key}: {str(error).splitlines()[0]}") from None
     _check(config)
     return config
+
+
+def variations(word: str) -> list[str]:
+    """key=[a,b] -> key=a, key=b. Raises UserError for a word that is no list."""
+    key, equals, values = word.partition("=")
+    try:
+        parsed = yaml.safe_load(values)
+    except yaml.YAMLError:
+        parsed = None
+    if not key or not equals or not isinstance(parsed, list) or not parsed:
+        raise UserError(f"--vary {word}: a key and a list of values is needed, such as machine.nodes=[1,2,4]")
+    return [f"{key}={json.dumps(value)}" for value in parsed]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -403,6 +435,9 @@ _RULES: dict[str, tuple[Any, str]] = {
     ),
     "evaluate.repeats": _POSITIVE,
     "evaluate.threads": _NOT_NEGATIVE,
+    "plan.mfu": ((lambda value: 0 < value <= 1), "a share above 0, at most 1"),
+    "plan.node_bandwidth": ((lambda value: value is None or 0 < value < math.inf), "null or a number above 0"),
+    "plan.acceptance": ((lambda rates: all(0 <= a <= 1 for a in rates)), "a list of shares from 0 to 1"),
     "publish.target": _one_of("folder"),
     "wandb.mode": _one_of("auto", "online", "offline", "disabled"),
 }

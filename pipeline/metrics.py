@@ -123,6 +123,27 @@ def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
     }
 
 
+class CostModel:
+    """Time of a round's parts in autoregressive tokens, from the `costs` of results.json."""
+
+    def __init__(self, costs: dict[str, Any]):
+        self.shallow, self.head, self.rest = costs["shallow"], costs["head"], costs["rest"]
+        known = sorted((int(width), cost) for width, cost in costs["verify"].items())
+        self._widths, self._verify = zip(*known, strict=True)
+
+    def verify(self, width: int) -> float:
+        """Between measured widths on the line through them; beyond the largest on the line through the outer two."""
+        if width > self._widths[-1] and len(self._widths) > 1:
+            slope = (self._verify[-1] - self._verify[0]) / (self._widths[-1] - self._widths[0])
+            return self._verify[-1] + max(0.0, slope) * (width - self._widths[-1])
+        return float(np.interp(width, self._widths, self._verify))
+
+    def round(self, drafted: int, head_passes: int) -> tuple[float, float, float, float]:
+        """(all, shallow, head, verify)."""
+        parts = self.shallow * (drafted + 1), self.head * head_passes, self.verify(drafted + 1)
+        return sum(parts) + self.rest, *parts
+
+
 def conditional_rates(rounds: pd.DataFrame) -> list[float]:
     """P(draft i+1 accepted | it was drafted and the first i were accepted), for each position i that was drafted."""
     tested = [(rounds.drafted > i) & (rounds.accepted >= i) for i in range(int(rounds.drafted.max() or 0))]
@@ -135,7 +156,7 @@ def predicted_speedup(k: int, rates: list[float], costs: dict[str, Any]) -> floa
     tokens = 1 + sum_i prod_{j<=i} rate_j;  time = (K+1) shallow + K head + verify(K+1) + rest.
     """
     tokens = 1 + float(np.cumprod(rates[:k]).sum())
-    return tokens / ((k + 1) * costs["shallow"] + k * costs["head"] + costs["verify"][k + 1] + costs["rest"])
+    return tokens / CostModel(costs).round(k, k)[0]
 
 
 def time_per_token(rounds: pd.DataFrame, token_seconds: float) -> dict[str, float]:

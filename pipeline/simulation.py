@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from .inference.backbone import SplitBackbone
 from .inference.rounds import LONGEST, Confidence, Controller, Round
 from .inference.sampling import Sampler, residual
 from .losslessness import teacher_forced
+from .metrics import CostModel
 
 RECORDED = LONGEST
 """Confidences kept behind a rejected draft: no controller that reads them drafts more."""
@@ -87,27 +88,6 @@ def record(
 
 def _read(confidence: Confidence) -> Recorded:
     return Recorded(confidence.top, confidence.collision, confidence.entropy)
-
-
-class CostModel:
-    """Time of a round's parts in autoregressive tokens, from the `costs` of results.json."""
-
-    def __init__(self, costs: dict[str, Any]):
-        self.shallow, self.head, self.rest = costs["shallow"], costs["head"], costs["rest"]
-        known = sorted((int(width), cost) for width, cost in costs["verify"].items())
-        self._widths, self._verify = zip(*known, strict=True)
-
-    def verify(self, width: int) -> float:
-        """Between measured widths on the line through them; beyond the largest on the line through the outer two."""
-        if width > self._widths[-1] and len(self._widths) > 1:
-            slope = (self._verify[-1] - self._verify[0]) / (self._widths[-1] - self._widths[0])
-            return self._verify[-1] + max(0.0, slope) * (width - self._widths[-1])
-        return float(np.interp(width, self._widths, self._verify))
-
-    def round(self, drafted: int, head_passes: int) -> tuple[float, float, float, float]:
-        """(all, shallow, head, verify)."""
-        parts = self.shallow * (drafted + 1), self.head * head_passes, self.verify(drafted + 1)
-        return sum(parts) + self.rest, *parts
 
 
 def outcomes(traces: list[Trace], seed: int) -> list[np.ndarray]:

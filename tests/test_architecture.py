@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
 PARTS = {"backbones", "training", "inference", "engines", "responses", "shards", "inspection", "prompts", "turns",
-         "metrics", "losslessness", "report", "card", "tracking", "pocket", "rivals", "measuring"}  # fmt: skip
+         "metrics", "losslessness", "report", "card", "tracking", "pocket", "rivals", "measuring", "planning"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -29,7 +29,8 @@ ARROWS: dict[str, set[str]] = {
     "card": {"report", "plots", "backbones", "config", "errors"},
     "report": {"plots", "losslessness"} | FOUNDATION,
     "plots": set(),
-    "simulation": {"losslessness", "inference"},
+    "simulation": {"losslessness", "metrics", "inference"},
+    "planning": {"metrics", "config", "errors"},
     "losslessness": {"inference"},
     "training": {"backbones", "inference", "metrics", "shards", "tracking"} | FOUNDATION,
     "tracking": {"rundir", "config"},

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import byte_tokenizer
 
 from pipeline import config as config_module
 from pipeline.config import Config, Source, help_text, load, to_dict
 from pipeline.errors import UserError
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def test_there_is_a_pocket_config() -> None:
@@ -38,6 +40,17 @@ def test_config_opens_with_a_comment_that_teaches(path: Path) -> None:
 def test_config_goes_to_another_run_folder_than_its_neighbours(path: Path) -> None:
     names = {other.name: load(other, []).run.name for other in CONFIGS if other != path}
     assert load(path, []).run.name not in names.values()
+
+
+def test_vicuna_is_asked_as_it_was_trained() -> None:
+    tokenizer = byte_tokenizer()
+    template = Path(load(CONFIGS[0].parent / "vicuna-13b.yaml", []).prompts.chat_template)
+    messages = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=(ROOT / template).read_text(), tokenize=False, add_generation_prompt=True
+    )
+    system = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    assert text == system + "detailed, and polite answers to the user's questions. USER: Hi ASSISTANT:"
 
 
 def test_words_win_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
@@ -134,6 +147,9 @@ WRONG = [
     (["evaluate.max_new_tokens=1"], ["evaluate.max_new_tokens=1", "at least 2"]),
     (["evaluate.controllers=[]"], ["evaluate.controllers", "one or more"]),
     (["evaluate.controllers=[beta,fixed:2,beta]"], ["evaluate.controllers", "different"]),
+    (["plan.mfu=0"], ["plan.mfu=0", "above 0"]),
+    (["plan.acceptance=[1.5]"], ["plan.acceptance=[1.5]", "from 0 to 1"]),
+    (["plan.node_bandwidth=0"], ["plan.node_bandwidth=0", "above 0"]),
     (["publish.target=ftp"], ["publish.target", "folder"]),
     (["wandb.mode=cloud"], ["wandb.mode", "offline"]),
     (["run.name=a/b"], ["run.name"]),

@@ -1,0 +1,122 @@
+"""The numbers of a backbone's architecture, and how many parameters they make.
+
+Takes a config of transformers, or the facts of well-known backbones in architectures.yaml beside this file; gives
+counts. Knows nothing of machines.
+"""
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A causal LM of the families that inference/ knows: embedding, L equal decoder layers, norm, LM head."""
+
+    name: str
+    source: str
+    """Where these numbers come from, for the reader."""
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    """Embedding and LM head are one tensor."""
+    context: int
+    biases: tuple[str, ...] = ()
+    """Projections that have one: some of q, k, v, o, gate, up, down."""
+    qk_norm: bool = False
+    """Queries and keys have a norm each (Qwen3)."""
+
+    @classmethod
+    def of(cls, name: str, source: str, config: Any) -> "Architecture":
+        """Of a transformers config of one of the families."""
+        biases: tuple[str, ...] = ()
+        if config.model_type == "qwen2":
+            biases = ("q", "k", "v")
+        elif getattr(config, "attention_bias", False):
+            biases = ("q", "k", "v", "o")
+        if getattr(config, "mlp_bias", False):
+            biases += ("gate", "up", "down")
+        return cls(
+            name=name,
+            source=source,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            ffn=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            vocabulary=config.vocab_size,
+            tied=config.tie_word_embeddings,
+            context=config.max_position_embeddings,
+            biases=biases,
+            qk_norm=config.model_type == "qwen3",
+        )
+
+    @property
+    def query(self) -> int:
+        """Q: width of all queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def key(self) -> int:
+        """G: width of all keys, and of all values."""
+        return self.kv_heads * self.head_dim
+
+    @cached_property
+    def matrices(self) -> list[Shape]:
+        """Shapes of a layer's matrices; an exit head has the same."""
+        d, f = self.hidden, self.ffn
+        return [(self.query, d), (self.key, d), (self.key, d), (d, self.query), (f, d), (f, d), (d, f)]
+
+    @cached_property
+    def layer_shapes(self) -> list[Shape]:
+        """Shapes of all parameters of a layer."""
+        names = ("q", "k", "v", "o", "gate", "up", "down")
+        biases = [(rows,) for name, (rows, _) in zip(names, self.matrices, strict=True) if name in self.biases]
+        norms = [(self.hidden,)] * 2 + [(self.head_dim,)] * (2 * self.qk_norm)
+        return [*self.matrices, *biases, *norms]
+
+    @property
+    def layer(self) -> int:
+        """P: parameters of a layer."""
+        return sum(map(prod, self.layer_shapes))
+
+    @property
+    def embedding(self) -> int:
+        """V D: parameters of the embedding, and of the LM head."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Of the checkpoint: tied embeddings count once."""
+        return self.layers * self.layer + self.hidden + self.embedding * (1 if self.tied else 2)
+
+    @property
+    def units(self) -> list[list[Shape]]:
+        """Shapes of what distill shards and gathers as one: embedding, layers, LM head (untied there), final norm."""
+        table: list[Shape] = [(self.vocabulary, self.hidden)]
+        return [table, *[self.layer_shapes] * self.layers, table, [(self.hidden,)]]
+
+
+def share(shapes: list[Shape], degree: int) -> int:
+    """Parameters that each of `degree` processes holds of these: FSDP2 cuts along rows and pads every share to the
+    largest."""
+    return sum(-(-shape[0] // degree) * prod(shape[1:]) for shape in shapes)
+
+
+@cache
+def facts() -> dict[str, dict[str, Any]]:
+    """Name on the Hub -> the fields of its config.json that make its architecture."""
+    known = yaml.safe_load((Path(__file__).parent / "architectures.yaml").read_text())
+    return {name: entry["fields"] for entry in known for name in entry["names"]}

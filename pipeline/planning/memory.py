@@ -1,0 +1,195 @@
+"""Bytes of one GPU while it distils, and of the GPUs that hold a whole backbone for generate and evaluate.
+
+Takes an architecture, the layout of processes and a config; gives rows of what, how much, and how that came about
+(docs/planning.md has the formulas). Letters as in this package's docstring.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from ..config import Config
+from .architecture import Architecture, share
+from .hardware import MARGIN, Gpu, Layout
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    size: float
+    """Bytes."""
+    how: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one GPU: what stays there, and what comes on top at the moments that take turns."""
+
+    kept: list[Row]
+    moments: dict[str, list[Row]]
+
+    @property
+    def largest(self) -> str:
+        """The moment that needs most."""
+        return max(self.moments, key=lambda name: total(self.moments[name]))
+
+    @property
+    def rows(self) -> list[Row]:
+        """What stays, and what the largest moment adds."""
+        return self.kept + self.moments[self.largest]
+
+    @property
+    def total(self) -> float:
+        return total(self.rows)
+
+
+def total(rows: list[Row]) -> float:
+    return sum(row.size for row in rows)
+
+
+def usable(gpu: Gpu) -> float:
+    """Bytes of a GPU that are planned with."""
+    return gpu.memory * GIB * (1 - MARGIN)
+
+
+def weight_bytes(config: Config) -> int:
+    """w: bytes of a frozen weight, and of what the heads compute with."""
+    return {"float32": 4, "bfloat16": 2}[config.backbone.dtype]
+
+
+def sequences_of_pass(config: Config, layout: Layout) -> int:
+    """Packed sequences that a process of distill takes through the model at once."""
+    share_of_step = config.distill.sequences_per_step // layout.processes
+    return min(config.distill.sequences_per_pass or share_of_step, share_of_step)
+
+
+def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
+    """Of one process of distill."""
+    d, w, degree = config.distill, weight_bytes(config), layout.degree
+    heads, sequences = len(d.exit_layers), sequences_of_pass(config, layout)
+    n = sequences * d.sequence_length
+    chunk = min(d.loss_chunk, n)
+    units = a.units[-2:] if d.teacher == "cached" else a.units  # then only what turns hidden states into logits
+    held = sum(share(unit, degree) for unit in units)
+    largest = max(sum(map(prod, unit)) for unit in [*units, a.layer_shapes])
+    states = n * a.hidden
+    activations = saved(a, config, sequences)
+    buffers = 2 * largest * w if degree > 1 else 0
+    kept = [
+        Row("backbone, this GPU's share", held * w, f"{giga(held * degree)} x {w} B / {degree}"),
+        Row("heads: weight, gradient, two moments", heads * share(a.layer_shapes, degree) * 16,
+            f"{heads} x {giga(a.layer)} x 16 B / {degree}"),
+        Row("gather buffers", buffers, f"2 x {giga(largest)} x {w} B: the largest unit and the next"),
+    ]  # fmt: skip
+    hidden = Row("hidden states of the teacher", (heads + 1) * states * w, f"{heads + 1} x {n} x {a.hidden} x {w} B")
+
+    def of_heads(count: int, gradients: int) -> list[Row]:
+        """What `count` heads hold between their forward and their backward pass."""
+        return [
+            Row("heads, whole", count * a.layer * w, f"{count} x {giga(a.layer)} x {w} B"),
+            Row("heads, activations", count * activations, f"{count} x {n} x {activations / n / 1000:.0f} kB"),
+            Row("heads, final hidden states", count * states * ((1 + gradients) * w + 4),
+                f"{count} x {n} x {a.hidden} x ({1 + gradients} x {w} + 4) B"),
+        ]  # fmt: skip
+
+    moments = {
+        "teacher's forward pass": [
+            hidden,
+            Row("unit at work", largest * w, f"{giga(largest)} x {w} B"),
+            Row("inside a layer", n * (3 * a.ffn + 2 * a.hidden) * w, f"{n} x (3 x {a.ffn} + 2 x {a.hidden}) x {w} B"),
+            Row("attention mask", sequences * d.sequence_length**2 * (1 + w),
+                f"{sequences} x {d.sequence_length}^2 x (1 + {w}) B"),
+        ],
+        "loss": [
+            hidden,
+            *of_heads(heads, gradients=1),
+            Row("LM head, whole", a.embedding * w, f"{giga(a.embedding)} x {w} B"),
+            Row("rows of the teacher", states * w, f"{n} x {a.hidden} x {w} B"),
+            Row("logits of a chunk", chunk * a.vocabulary * logit_bytes(config),
+                f"{chunk} x {a.vocabulary} x {logit_bytes(config)} B"),
+        ],
+        "backward pass": [hidden, *of_heads(heads, gradients=2)],
+        "gradient of a head": [
+            hidden,
+            *of_heads(heads - 1, gradients=2),
+            Row("gradient, whole, twice", a.layer * (w + 4), f"{giga(a.layer)} x ({w} + 4) B: as computed, as summed"),
+        ],
+    }  # fmt: skip
+    if d.teacher == "cached":
+        del moments["teacher's forward pass"]
+    return Memory(kept, moments)
+
+
+def saved(a: Architecture, config: Config, sequences: int) -> float:
+    """Bytes that autograd keeps of one head's forward pass.
+
+    Of a token w (4 F + 4 Q + 4 D): inputs and outputs of the MLP's and the attention's parts, and 4 D of the second
+    norm, which computes in float32; norms of queries and keys (Qwen3) keep (w + 4) (Q + G). Of a sequence the mask.
+    """
+    length, w = config.distill.sequence_length, weight_bytes(config)
+    token = w * 4 * (a.ffn + a.query + a.hidden) + 4 * a.hidden
+    if a.qk_norm:
+        token += (w + 4) * (a.query + a.key)
+    return sequences * (length * token + length**2 * w)
+
+
+def logit_bytes(config: Config) -> int:
+    """Of one entry of a chunk of logits: four buffers in float32 (five for a loss of several terms), the product that
+    fills them, and the gradient in the LM head's dtype."""
+    w, buffers = weight_bytes(config), 4 if len(config.distill.loss) == 1 else 5
+    return (buffers + 1) * 4 + (w if w < 4 else 0)
+
+
+# ---- the whole backbone, laid over GPUs by whole layers
+
+
+def generate(a: Architecture, config: Config) -> list[Row]:
+    """Of all GPUs together that hold one copy, a server's too; [] if the backbone does not answer."""
+    g, w = config.generate, weight_bytes(config)
+    if g.engine == "original":
+        return []
+    batch = 1 if g.engine == "speculative" else g.batch_size
+    prompt = prompt_tokens(config)
+    rows = [_weights(a, w), _cache(a, batch, prompt + g.max_new_tokens, w)]
+    if g.engine == "speculative":
+        rows.append(Row("exit head", a.layer * w, f"{giga(a.layer)} x {w} B"))
+    return [*rows, _prefill(a, batch * prompt, w)]
+
+
+def evaluate(a: Architecture, config: Config) -> list[Row]:
+    """Of all GPUs that hold one copy together: every head is there, one text is decoded at a time."""
+    new, heads, w = config.evaluate.max_new_tokens, len(config.distill.exit_layers), weight_bytes(config)
+    prompt = prompt_tokens(config)
+    return [
+        _weights(a, w),
+        Row("exit heads", heads * a.layer * w, f"{heads} x {giga(a.layer)} x {w} B"),
+        _cache(a, 1, prompt + new, w, extra_layers=1),
+        Row("distributions, to prove losslessness", 4 * new * a.vocabulary * 4, f"4 x {new} x {a.vocabulary} x 4 B"),
+        _prefill(a, prompt, w),
+    ]
+
+
+def prompt_tokens(config: Config) -> int:
+    """Of a prompt: no prompt is read here, so each is thought to fill a packed sequence together with its answer."""
+    return max(1, config.distill.sequence_length - config.generate.max_new_tokens)
+
+
+def _weights(a: Architecture, w: int) -> Row:
+    return Row("backbone", a.parameters * w, f"{giga(a.parameters)} x {w} B")
+
+
+def _cache(a: Architecture, texts: int, positions: int, w: int, extra_layers: int = 0) -> Row:
+    layers = a.layers + extra_layers
+    size = texts * positions * 2 * layers * a.key * w
+    return Row("keys and values", size, f"{texts} x {positions} x 2 x {layers} x {a.key} x {w} B")
+
+
+def _prefill(a: Architecture, tokens: int, w: int) -> Row:
+    return Row("prefill, inside a layer", tokens * (3 * a.ffn + 2 * a.hidden) * w,
+               f"{tokens} x (3 x {a.ffn} + 2 x {a.hidden}) x {w} B")  # fmt: skip
+
+
+def giga(count: float) -> str:
+    """A count of parameters with its unit."""
+    return f"{count / 1e9:.2f} G" if count >= 1e7 else f"{count / 1e6:.2f} M"

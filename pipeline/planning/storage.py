@@ -1,0 +1,61 @@
+"""Bytes of a node's host memory while distilling, and of the disk that holds the run and the backbone.
+
+Takes an architecture, the layout of processes and a config; gives rows as memory.py does. What depends on the number of
+prompts is left out where the config does not say it (generate.num_prompts=0).
+"""
+
+from ..config import Config
+from .architecture import Architecture
+from .hardware import Layout
+from .memory import GIB, Row, giga, weight_bytes
+
+PROCESS = 3 * GIB
+"""Host memory of a process before it holds anything of ours: Python, torch, CUDA's libraries. Assumed."""
+LISTED = 40
+"""Bytes of a token as an int in a Python list, which is how responses are read before they are packed."""
+PACKED = 9
+"""Bytes of a packed token: id and place in 32 bits each, one byte of mask."""
+STORED = 4
+"""Bytes of a token in responses/: ids and text of prompt and answer, compressed; the pocket run has 3.1."""
+CHECKPOINTS = 3
+"""Files of training state at once: two are kept while a third is written."""
+
+
+def set_tokens(config: Config) -> int | None:
+    """Tokens of prompts and answers at most, as distill packs them; None if the number of prompts is not known."""
+    return config.generate.num_prompts * config.distill.sequence_length or None
+
+
+def host(a: Architecture, config: Config, layout: Layout) -> list[Row]:
+    """Of the node of process 0, which gathers checkpoints, while it distils."""
+    processes, heads = min(layout.per_node, layout.processes), len(config.distill.exit_layers)
+    rows = [
+        Row("processes", processes * PROCESS, f"{processes} x 3 GiB, assumed; weights go from the file to the GPU"),
+        Row("best weights of each head", heads * a.layer * 4, f"{heads} x {giga(a.layer)} x 4 B"),
+        Row("a checkpoint, gathered", heads * a.layer * 12, f"{heads} x {giga(a.layer)} x 12 B"),
+    ]  # fmt: skip
+    if tokens := set_tokens(config):
+        size = processes * tokens * (LISTED + PACKED)
+        rows.append(Row("responses, read and packed", size, f"{processes} x {giga(tokens)} x ({LISTED} + {PACKED}) B"))
+    return rows
+
+
+def disk(a: Architecture, config: Config) -> list[Row]:
+    """Of the run folder, and of the backbone where the Hub's files are kept."""
+    w, heads = weight_bytes(config), len(config.distill.exit_layers)
+    rows = [
+        Row("backbone's files", a.parameters * 2, f"{giga(a.parameters)} x 2 B, as published"),
+        Row("checkpoints", CHECKPOINTS * heads * a.layer * 16, f"{CHECKPOINTS} x {heads} x {giga(a.layer)} x 16 B"),
+        Row("heads, and the published one", (heads + 1) * a.layer * 4, f"{heads + 1} x {giga(a.layer)} x 4 B"),
+    ]
+    if tokens := set_tokens(config):
+        rows.append(Row("responses", tokens * STORED, f"{giga(tokens)} x {STORED} B"))
+        if config.distill.teacher == "cached":
+            size = cached_bytes(a, heads, w)
+            rows.append(Row("teacher's hidden states", tokens * size, f"{giga(tokens)} x {size} B"))
+    return rows
+
+
+def cached_bytes(a: Architecture, heads: int, w: int) -> int:
+    """Of a token in the teacher's cache: its final hidden state and one for each exit layer."""
+    return (heads + 1) * a.hidden * w

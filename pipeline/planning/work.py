@@ -1,0 +1,178 @@
+"""Seconds: of a step of distill, bound by arithmetic or by the network, and GPU-hours of every stage.
+
+Takes an architecture, the layout of processes, a GPU and a config; gives lower bounds under the assumptions of
+docs/planning.md. Letters as in this package's docstring.
+"""
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+from ..config import Config
+from .architecture import Architecture
+from .hardware import BANDWIDTH_SHARE, Gpu, Layout
+from .memory import giga, prompt_tokens, sequences_of_pass, weight_bytes
+from .storage import set_tokens
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of all processes."""
+
+    tokens: int
+    flops: float
+    gathered: float
+    """Bytes that every process takes in."""
+    compute: float
+    """Seconds of arithmetic, on every GPU."""
+    network: float
+    """Seconds of collectives."""
+
+    @property
+    def seconds(self) -> float:
+        """When one hides the other completely, as FSDP tries to."""
+        return max(self.compute, self.network)
+
+    @property
+    def bound(self) -> str:
+        return "compute" if self.compute >= self.network else "network"
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    gpus: int
+    """At work at the same time, on one copy of the backbone or on all copies of distill."""
+    seconds: float
+    how: str
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.gpus * self.seconds / 3600
+
+
+# ---- FLOPs of a token: a product of matrices of M parameters has 2 M, and twice that backward
+
+
+def teacher_flops(a: Architecture, length: int) -> float:
+    """Through L layers: 2 x matrices + 4 T Q of attention over a whole packed sequence, as its mask is explicit."""
+    return a.layers * (2 * _matrices(a) + 4 * length * a.query)
+
+
+def logits_flops(a: Architecture) -> float:
+    return 2 * a.embedding
+
+
+def head_flops(a: Architecture, length: int) -> float:
+    """Forward and backward of one head, its logits and their gradient: 6 x matrices + 14 T Q + 4 V D. (The backward
+    pass of fused attention computes the scores again: 10 T Q for the forward pass's 4.)"""
+    return 6 * _matrices(a) + 14 * length * a.query + 2 * logits_flops(a)
+
+
+def _matrices(a: Architecture) -> int:
+    return sum(map(prod, a.matrices))
+
+
+# ---- distill
+
+
+def step(a: Architecture, config: Config, layout: Layout, gpu: Gpu) -> Step:
+    """As if every position were learned from; prompts are not, unless distill.learn_from=all, which only makes the part
+    of the logits smaller."""
+    d, w, heads = config.distill, weight_bytes(config), len(config.distill.exit_layers)
+    tokens = d.sequences_per_step * d.sequence_length
+    online = d.teacher == "online"
+    per_token = logits_flops(a) + heads * head_flops(a, d.sequence_length)
+    per_token += teacher_flops(a, d.sequence_length) * online
+    passes = ceil(d.sequences_per_step / layout.processes / sequences_of_pass(config, layout))
+    backbone = _unit_parameters(a, layers=online) * w
+    network = config.plan.node_bandwidth or gpu.network
+    seconds = layout.gather_seconds(backbone + heads * a.layer * w, gpu, network)
+    seconds += layout.gather_seconds(heads * a.layer * 4, gpu, network)  # reduce-scatter of the gradients
+    seconds += layout.sum_seconds(heads * a.layer * 4 / layout.degree, gpu, network)
+    flops = tokens * per_token
+    return Step(
+        tokens=tokens,
+        flops=flops,
+        gathered=passes * (backbone + heads * a.layer * (w + 4)) * (layout.degree - 1) / layout.degree,
+        compute=flops / layout.processes / rate(config, gpu),
+        network=passes * seconds,
+    )
+
+
+def rate(config: Config, gpu: Gpu) -> float:
+    """FLOP/s that a GPU is assumed to reach where arithmetic is the bound."""
+    return getattr(gpu, config.backbone.dtype) * 1e12 * config.plan.mfu
+
+
+def _unit_parameters(a: Architecture, layers: bool = True) -> int:
+    return sum(prod(shape) for unit in (a.units if layers else a.units[-2:]) for shape in unit)
+
+
+def distill(a: Architecture, config: Config, layout: Layout, gpu: Gpu) -> Stage:
+    """Steps and validations of all processes."""
+    d, one = config.distill, step(a, config, layout, gpu)
+    seconds, how = d.max_steps * one.seconds, f"{d.max_steps} steps x {one.seconds:.3g} s"
+    if tokens := set_tokens(config):
+        # A validation has the forward half of a step's work: the heads' backward pass is two thirds of theirs.
+        forward = one.seconds - 2 / 3 * one.seconds * _share_of_heads(a, config)
+        times = ceil(d.max_steps / d.validate_every) + 1
+        seconds += times * d.held_out * tokens / one.tokens * forward
+        how += f" + {times} validations of {giga(d.held_out * tokens)} tokens"
+    return Stage("distill", layout.processes, seconds, how)
+
+
+def _share_of_heads(a: Architecture, config: Config) -> float:
+    length, online = config.distill.sequence_length, config.distill.teacher == "online"
+    heads = len(config.distill.exit_layers) * head_flops(a, length)
+    return heads / (heads + logits_flops(a) + online * teacher_flops(a, length))
+
+
+def cache(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:
+    """The teacher's one pass over the whole set, if its hidden states are cached, on GPUs that share the layers."""
+    tokens = set_tokens(config)
+    if config.distill.teacher != "cached" or not tokens:
+        return None
+    flops = tokens * teacher_flops(a, config.distill.sequence_length)
+    return Stage("cache", gpus, flops / rate(config, gpu), f"{giga(tokens)} tokens, {flops:.3g} FLOP")
+
+
+# ---- decoding: every token reads all weights
+
+
+def token_seconds(a: Architecture, config: Config, gpu: Gpu, texts: int, positions: float) -> float:
+    """One token of each of `texts` texts, whose keys and values of `positions` positions are read too. GPUs that share
+    the layers work one after the other, so their number changes nothing."""
+    w = weight_bytes(config)
+    weights = a.layers * a.layer + a.embedding
+    read = weights * w + texts * positions * 2 * a.layers * a.key * w
+    return max(read / (gpu.bandwidth * 1e9 * BANDWIDTH_SHARE), 2 * texts * weights / rate(config, gpu))
+
+
+def generate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:
+    """As if every answer had generate.max_new_tokens. A server is thought to have its weights on as many GPUs, all at
+    work. None if the number of prompts is not known, or nobody is asked."""
+    g = config.generate
+    if not g.num_prompts or g.engine == "original":
+        return None
+    texts = 1 if g.engine == "speculative" else min(g.batch_size, g.num_prompts)
+    prompt = prompt_tokens(config)
+    one = token_seconds(a, config, gpu, texts, prompt + g.max_new_tokens / 2)
+    seconds = g.num_prompts / texts * g.max_new_tokens * one
+    seconds += g.num_prompts * prompt * teacher_flops(a, prompt) / rate(config, gpu)
+    tokens = f"{giga(g.num_prompts * g.max_new_tokens)} tokens"
+    if g.engine == "server":
+        return Stage("generate", gpus, seconds / gpus, f"{tokens}, {texts} texts at once, by servers")
+    return Stage("generate", gpus, seconds, f"{tokens}, {texts} texts at once, {texts / one:.3g} tokens/s a copy")
+
+
+def evaluate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:
+    """As if nothing were faster than autoregressive decoding; rivals count like controllers."""
+    e, heads = config.evaluate, len(config.distill.exit_layers)
+    if not e.num_prompts:
+        return None
+    texts = len(e.temperatures) * (1 + heads * len(e.controllers))
+    texts += sum(heads if name == "early_exit" else 1 for name in e.rivals) * (0 in e.temperatures)
+    texts *= e.num_prompts * e.repeats
+    one = token_seconds(a, config, gpu, 1, prompt_tokens(config) + e.max_new_tokens / 2)
+    how = f"{texts} texts x {e.max_new_tokens} tokens x {one * 1000:.3g} ms"
+    return Stage("evaluate", gpus, texts * e.max_new_tokens * one, how)

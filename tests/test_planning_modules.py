@@ -1,0 +1,238 @@
+"""Plans against what really happens: parameters, shards, live bytes and FLOPs of the real modules, large ones on the
+meta device and small ones on the CPU, in process groups that only pretend. No weights, no network."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.config import Config, load
+from pipeline.inference.exit_head import new_exit_layer
+from pipeline.planning import memory, work
+from pipeline.planning.architecture import Architecture, facts
+from pipeline.planning.hardware import GPUS, Layout
+from pipeline.stages.plan import architecture_of, make
+from pipeline.training.module import Engine
+
+ROOT = Path(__file__).resolve().parent.parent
+LARGE = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if load(p, []).backbone.name_or_path in facts()]
+FACTS = yaml.safe_load((ROOT / "pipeline/planning/architectures.yaml").read_text())
+SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 8,
+         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 2048, "max_position_embeddings": 1024,
+         "tie_word_embeddings": False}  # fmt: skip
+
+
+def on_meta(fields: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype).requires_grad_(False)
+
+
+@contextmanager
+def processes(world: int, rank: int = 0) -> Iterator[None]:
+    """As if this were one of `world` processes: collectives leave their buffers as they are."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- architectures
+
+
+@pytest.mark.parametrize("entry", FACTS, ids=lambda e: e["names"][0])
+def test_shipped_facts_make_the_backbone_of_that_name(entry: dict[str, Any]) -> None:
+    """The number of parameters is the published one, and the formula's shapes are the model's."""
+    model = on_meta(entry["fields"])
+    a = Architecture.of("x", "test", model.config)
+    assert sum(p.numel() for p in model.parameters()) == a.parameters == entry["parameters"]
+    assert sorted(tuple(p.shape) for p in model.model.layers[0].parameters()) == sorted(a.layer_shapes)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "qwen2"},
+        {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+        {"model_type": "qwen3", "tie_word_embeddings": True},
+        {"model_type": "mistral", "head_dim": 48},
+    ],
+    ids=lambda f: f["model_type"],
+)
+def test_shapes_of_every_family(fields: dict[str, Any]) -> None:
+    model = on_meta(SMALL | fields)
+    a = Architecture.of("x", "test", model.config)
+    assert sorted(tuple(p.shape) for p in model.model.layers[0].parameters()) == sorted(a.layer_shapes)
+    assert sum(p.numel() for p in model.parameters()) == a.parameters
+
+
+def test_a_checkpoint_that_is_here_speaks_for_itself() -> None:
+    a = architecture_of(load(None, []).backbone)
+    assert (a.layers, a.source) == (32, "its config.json")
+
+
+def test_only_plan_reads_the_shipped_facts() -> None:
+    users = [p for p in (ROOT / "pipeline").rglob("*.py") if "facts()" in p.read_text()]
+    assert {p.name for p in users} == {"architecture.py", "plan.py"}
+
+
+# ---- shards, as FSDP2 cuts them
+
+
+def sharded_bytes(model: Any, config: Config, world: int, rank: int) -> tuple[int, int]:
+    """(backbone, one exit head in float32): bytes that a process holds of the real modules, cut on the meta device."""
+    degree = config.machine.shard_degree or world
+    shape, names = ((world,), ("shard",)) if degree == world else ((world // degree, degree), ("replicate", "shard"))
+    with processes(world, rank):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        with torch.device("meta"):
+            head = type(model.model.layers[-1])(model.config, layer_idx=0)
+        for unit in (model.model.embed_tokens, *model.model.layers, model.lm_head, head, model):
+            fully_shard(unit, mesh=mesh)
+        mine = [[p.to_local() for p in module.parameters()] for module in (model, head)]
+        return tuple(sum(p.numel() * p.element_size() for p in ps) for ps in mine)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda p: p.stem)
+def test_large_configs_hold_what_the_plan_says(path: Path) -> None:
+    """The config, its meta model, its mesh and its plan agree, without weights."""
+    config = load(path, [])
+    p = make(config)
+    assert p.architecture.source == "architecture as shipped with exit-heads"
+    assert all(1 <= n < p.architecture.layers for n in config.distill.exit_layers)
+    assert p.fits and len(p.stages) == 3 and p.best is not None
+    world = config.machine.nodes * config.machine.processes_per_node
+    backbone, heads, *_ = p.distill.kept
+    held, head = sharded_bytes(on_meta(facts()[config.backbone.name_or_path]), config, world, rank=0)
+    assert held == backbone.size
+    assert len(config.distill.exit_layers) * head * 4 == heads.size  # weight, gradient, two moments, as float32
+
+
+def test_shares_are_those_of_the_process_that_holds_most() -> None:
+    """Rows that do not divide: the first process has the planned share, the last less, none more."""
+    fields = SMALL | {"model_type": "llama", "intermediate_size": 770, "vocab_size": 4099}
+    config = load(None, ["machine.nodes=3", "machine.processes_per_node=2", "distill.sequences_per_step=6"])
+    a = Architecture.of("x", "test", AutoConfig.for_model(**fields))
+    planned = memory.distill(a, config, Layout.of(config.machine)).kept[0].size
+    held = [sharded_bytes(on_meta(fields), config, 6, rank)[0] for rank in range(6)]
+    assert held[0] == planned and max(held) == planned and held[-1] < planned
+
+
+# ---- bytes alive and FLOPs done in the real step
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that are alive, whatever FSDP2 makes of them, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, StorageWeakRef] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter((args, kwargs, out)):
+            if isinstance(tensor, DTensor):
+                tensor = tensor.to_local()
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[storage._cdata] = StorageWeakRef(storage)
+        self.storages = {key: ref for key, ref in self.storages.items() if not ref.expired()}
+        alive = sum(torch.UntypedStorage._new_with_weak_ptr(ref.cdata).nbytes() for ref in self.storages.values())
+        self.peak = max(self.peak, alive)
+        return out
+
+
+def small_engine(fields: dict[str, Any], config: Config) -> Engine:
+    """What distill trains, from random weights, on the processes that were set up."""
+    dtype = getattr(torch, config.backbone.dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype).requires_grad_(False).eval()
+    heads = [new_exit_layer(model) for _ in config.distill.exit_layers]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for unit in (model.model.embed_tokens, *model.model.layers, model.lm_head):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    engine = Engine(model, config.distill.exit_layers, heads, config)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for head in heads:
+        fully_shard(head, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    fully_shard(engine, mesh=mesh)
+    for head in heads:
+        head.set_modules_to_backward_prefetch([head])
+    return engine
+
+
+def step_inputs(fields: dict[str, Any], config: Config) -> list[torch.Tensor]:
+    """Sequences of two documents each, every position learned."""
+    length = config.distill.sequence_length
+    shape = (memory.sequences_of_pass(config, Layout.of(config.machine)), length)
+    positions = (torch.arange(length) % (length // 2)).expand(shape)
+    return [torch.randint(fields["vocab_size"], shape), positions, torch.ones(shape, dtype=torch.bool)]
+
+
+def small_config(*words: str) -> Config:
+    base = ["machine.processes_per_node=4", "distill.exit_layers=[2,4]", "distill.sequences_per_step=16",
+            "distill.sequence_length=64", "distill.loss_chunk=64", "backbone.dtype=float32"]  # fmt: skip
+    return load(None, [*base, *words])
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("llama", ["distill.sequence_length=256"]),
+        ("llama", ["backbone.dtype=bfloat16"]),
+        ("llama", ["distill.exit_layers=[1,2,4]", "distill.loss_chunk=256"]),
+        ("qwen3", ["distill.exit_layers=[2]"]),
+        ("llama", ["distill.exit_layers=[3]", "distill.sequences_per_pass=1"]),
+    ],
+)
+def test_memory_of_a_step_is_what_was_planned(family: str, words: list[str]) -> None:
+    """Of one of four processes, weights, gradients and moments included. The plan is not below, and above by no more
+    than what a GPU has besides: memory of their own for gather buffers, and for the product of a chunk of logits."""
+    fields, config = SMALL | {"model_type": family}, small_config(*words)
+    planned = memory.distill(Architecture.of("x", "t", AutoConfig.for_model(**fields)), config, Layout(4, 4, 4))
+    besides = planned.kept[2].size + 4 * config.distill.loss_chunk * fields["vocab_size"]
+    with processes(4):
+        engine = small_engine(fields, config)
+        optimizer = torch.optim.AdamW([p for p in engine.parameters() if p.requires_grad], foreach=True)
+        inputs = step_inputs(fields, config)
+
+        def step() -> None:
+            engine(*inputs, 1e-3).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()  # makes the moments
+        with Live() as live:
+            moments = [value for state in optimizer.state.values() for value in state.values()]
+            for tensor in (*engine.parameters(), *moments):  # what is there before the step
+                tensor.detach()
+            step()
+    assert (planned.total - besides) / 1.1 <= live.peak <= planned.total
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_flops_of_a_step_are_those_of_the_formula(family: str) -> None:
+    """The counter knows no fused attention of CPUs, and the plain one keeps its scores: 8 T Q backward, not 10."""
+    fields, config = SMALL | {"model_type": family}, small_config("machine.processes_per_node=1")
+    a = Architecture.of("x", "test", AutoConfig.for_model(**fields))
+    with processes(1), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        engine, inputs = small_engine(fields, config), step_inputs(fields, config)
+        engine(*inputs, 1e-3).sum().backward()
+    step = work.step(a, config, Layout(1, 1, 1), GPUS["H100"])
+    scores = step.tokens * 2 * config.distill.sequence_length * a.query * len(config.distill.exit_layers)
+    assert counter.get_total_flops() == pytest.approx(step.flops - scores, rel=1e-3)
