@@ -18,7 +18,8 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c c
 help:
 	@echo "make demo       the whole pipeline on the built-in pocket backbone (CONFIG=, ARGS='key=value ...')"
 	@echo "make test       every quick test; no GPU, no network"
-	@echo "make test-slow  the slow proofs: real clusters, kills, notebooks, fresh environments"
+	@echo "make test-slow  the slow proofs: kills, notebooks, fresh environments, and a real Slurm if its daemons are here"
+	@echo "                (Debian: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge)"
 	@echo "make lint       ruff, mypy, codespell, large files, private keys (the pre-commit hooks)"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make clean      remove .venv and caches; run folders stay"

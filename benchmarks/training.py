@@ -1,15 +1,21 @@
-"""What a distillation step costs over the teacher's forward pass, against the FLOPs it cannot avoid; and from a cache.
+"""What a distillation step costs, against the FLOPs it cannot avoid.
 
-    python benchmarks/training.py --layers 32 --hidden 512 --vocabulary 8192 --exit-layers 16
+    python benchmarks/training.py                                   every part, a backbone of 32 layers, D 512, V 8192
+    python benchmarks/training.py --part step --exit-layers 4 8 16  one part, several heads
+    python benchmarks/training.py --device cuda --dtype bfloat16 --hidden 4096 --ffn 14336 --vocabulary 128256
 
-Random weights, one process, the very Engine that distill trains with. Teacher forward (with logits), step, and step
-of distill.teacher=cached (which reads its hidden states from a file) take turns; CPU time, as other work on the machine
-then counts less. FLOPs per token, with P parameters a layer, L layers, D hidden, V vocabulary and H heads:
+Random weights and the very Engine that distill trains with. Per token, with P parameters a layer, L layers, D hidden,
+V vocabulary and H heads:
 
-    teacher = 2 L P + 2 V D        step = teacher + H (6 P + 4 V D)        cached step = step - 2 L P
+    teacher = 2 L P + 2 V D        step = teacher + H (6 P + 4 V D)        step with a cached teacher = step - 2 L P
 
-so the floor of step / teacher is 1 + H (6 P + 4 V D) / (2 L P + 2 V D). Also prints the peak memory of the chunked
-linear KL over that of full logits (2048 rows, V 32000), each in a process of its own.
+so the floor of step / teacher is 1 + H (6 P + 4 V D) / (2 L P + 2 V D). Parts, each with what is compared taking turns:
+
+    step       teacher forward (logits included) and step; on a CPU by CPU time, as other work then counts less
+    heads      steps with 1, 2, ... of the exit layers: what another head costs
+    cached     steps whose hidden states come from memory, as from the cache, over steps that run the backbone
+    memory     peak memory of the chunked linear loss over that of full logits (2048 rows, V 32000), a process each
+    processes  tokens/s of two FSDP processes over those of one: the same step, split (by the clock)
 """
 
 import argparse
@@ -18,146 +24,262 @@ import os
 import platform
 import resource
 import sys
-import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import Config
 from pipeline.inference.exit_head import new_exit_layer
 from pipeline.rundir import provenance
-from pipeline.training.cache import Lessons, TeacherCache, head_of
-from pipeline.training.data import Packed
-from pipeline.training.losses import LinearKL
+from pipeline.training.launch import find_free_network_port
+from pipeline.training.losses import LinearDistillation
 from pipeline.training.module import Engine
-from pipeline.training.sharding import shard_engine
+from pipeline.training.sharding import make_mesh, shard_backbone, shard_engine, shard_head
+from pipeline.training.units import resharded
 
+PARTS = ("step", "heads", "cached", "memory", "processes")
 ROWS, DIM, VOCABULARY = 2048, 1024, 32000
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16 FLOP/s of the makers' data sheets; elsewhere no share of a peak is given."""
 
 
-def build(args: argparse.Namespace) -> Engine:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # no port to be taken
-    mesh = init_device_mesh("cpu", (1,))
-    heads = args.hidden // 64 or 1
-    config = LlamaConfig(
-        vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.ffn or args.hidden * 3,
-        num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads,
-        max_position_embeddings=args.length, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).requires_grad_(False).eval()
-    exits = [new_exit_layer(model) for _ in args.exit_layers]
-    for unit in (model.model.embed_tokens, *model.model.layers, model.lm_head):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    engine = Engine(model, args.exit_layers, exits, Config())
-    shard_engine(engine, exits, mesh)
-    return engine
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--ffn", type=int, default=0, help="default: 3 x hidden")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--exit-layers", type=int, nargs="+", default=[16, 8, 4], help="the first is that of part step")
+    parser.add_argument("--sequences", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+
+    machine = provenance()["hardware"]
+    where = f"{machine['cpu']} ({machine['cores']} cores), {torch.get_num_threads()} threads"
+    if args.device.startswith("cuda"):
+        where = torch.cuda.get_device_name()
+    print(
+        f"{date.today()}, {where}, {args.dtype}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}; `python {' '.join(sys.argv)}`"
+    )
+    print(
+        f"{args.layers} layers, D {args.hidden}, V {args.vocabulary}, {args.sequences} sequences of {args.length} "
+        f"tokens, {args.repeats} repeats; ranges are over repeats\n"
+    )
+    if {"step", "heads", "cached"} & set(args.part):
+        with group(args.device, 0, 1, find_free_network_port()):
+            one_process(args)
+    if "memory" in args.part:
+        memory()
+    if "processes" in args.part:
+        processes(args)
 
 
-def keep(engine: Engine, sequences: Packed, exit_layers: list[int], hidden: int, folder: Path) -> Lessons:
-    """What the teacher says of these sequences, as `exit-heads cache` would keep it."""
-    config = Config()
-    config.backbone.dtype, config.distill.exit_layers = "float32", exit_layers
-    config.distill.sequence_length = sequences.ids_ST.shape[1]
-    head, cache = head_of(config, {}, hidden, sequences), TeacherCache(folder)
-    cache.begin(head | {"sequences_per_shard": len(sequences)})
-    engine.unshard()  # the final norm, which is the root's
-    (final_BTD, states), _ = engine.teacher(sequences.ids_ST, sequences.positions_ST)
-    tensors = {"final": final_BTD} | {f"hidden.{n}": state_BTD for n, state_BTD in states.items()}
-    cache.put(cache.names()[0], {name: state_BTD.flatten(0, 1) for name, state_BTD in tensors.items()}, {})
-    return Lessons(cache, sequences, exit_layers)
+# ---- one process
+
+
+def one_process(args: argparse.Namespace) -> None:
+    bench = Bench(args, args.exit_layers)
+    bench.step(1)  # the root must see its own forward first; calls to its parts are then allowed
+    if "step" in args.part:
+        seconds = bench.in_turn([bench.teacher, lambda: bench.step(1)])
+        rate, floor = bench.tokens / np.median(seconds[:, 1]), bench.flops(1) / bench.teacher_flops
+        print("| step / teacher forward | range | FLOP floor | tokens/s (CPU time) | of the peak |")
+        print("|---|---|---|---|---|")
+        print(f"| {ratio(seconds, 1, 0)} | {floor:.3f} | {rate:.0f} | {bench.of_peak(rate, 1)} |\n")
+    if "heads" in args.part:
+        counts = range(1, len(args.exit_layers) + 1)
+        seconds = bench.in_turn([lambda n=n: bench.step(n) for n in counts])  # type: ignore[misc]
+        print("| heads | step / step with one head | range | FLOPs |\n|---|---|---|---|")
+        for i, n in enumerate(counts):
+            print(f"| {n} | {ratio(seconds, i, 0)} | {bench.flops(n) / bench.flops(1):.3f} |")
+        print()
+    if "cached" in args.part:
+        taught = bench.taught()
+        seconds = bench.in_turn([lambda: bench.step(1), lambda: bench.step(1, taught)])
+        print("| cached step / online step | range | FLOPs |\n|---|---|---|")
+        print(f"| {ratio(seconds, 1, 0)} | {1 - bench.backbone_flops / bench.flops(1):.3f} |\n")
+
+
+class Bench:
+    """An Engine of random weights on one process of the group, and the work that is timed."""
+
+    def __init__(self, args: argparse.Namespace, exit_layers: list[int]):
+        self.args, self.device, dtype = args, torch.device(args.device), getattr(torch, args.dtype)
+        torch.manual_seed(0)
+        mesh = make_mesh(self.device.type, dist.get_world_size(), 0)
+        heads = args.hidden // 64 or 1
+        config = LlamaConfig(
+            vocab_size=args.vocabulary, hidden_size=args.hidden, intermediate_size=args.ffn or args.hidden * 3,
+            num_hidden_layers=args.layers, num_attention_heads=heads, num_key_value_heads=heads,
+            max_position_embeddings=args.length, tie_word_embeddings=False,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).to(self.device, dtype).requires_grad_(False).eval()
+        layer = sum(p.numel() for p in model.model.layers[0].parameters())
+        self.head_flops = 6 * layer + 4 * args.vocabulary * args.hidden
+        self.backbone_flops = 2 * args.layers * layer
+        self.teacher_flops = self.backbone_flops + 2 * args.vocabulary * args.hidden
+        exits = [new_exit_layer(model) for _ in exit_layers]
+        shard_backbone(model, mesh)
+        for head in exits:
+            shard_head(head, mesh, dtype)
+        self.engine = Engine(model, exit_layers, exits, Config())
+        shard_engine(self.engine, exits, mesh)
+        self.names = list(self.engine.heads)
+        shape = args.sequences // dist.get_world_size(), args.length
+        ids = torch.randint(args.vocabulary, shape, device=self.device)
+        positions = torch.arange(args.length, device=self.device).expand_as(ids)
+        self.inputs = ids, positions, torch.ones_like(ids, dtype=torch.bool)
+        self.tokens = args.sequences * args.length
+        """Of a step, all processes."""
+
+    def teacher(self) -> None:
+        """The backbone's pass, and logits of every token a chunk at a time, as the loss needs them."""
+        (final_BTD, _), _ = self._pass()
+        with torch.no_grad():
+            for rows in final_BTD.flatten(0, 1).split(self.engine.chunk):
+                self.engine.backbone.lm_head(rows)  # type: ignore[operator]
+
+    def step(self, heads: int, taught: Any = None) -> None:
+        """Forward and backward; the optimizer is left out, as it costs per weight and not per token."""
+        with resharded(self.engine):
+            losses_H = self.engine(*self.inputs, 1 / self.tokens, taught=taught, heads=self.names[:heads])
+            losses_H.sum().backward()
+
+    def taught(self) -> Any:
+        """What a cache would hold of these sequences."""
+        return self._pass()[0]
+
+    def _pass(self) -> Any:
+        assert self.engine.teacher is not None
+        with resharded(self.engine):
+            self.engine.unshard()  # type: ignore[operator]  # the final norm, which lies in the root
+            return self.engine.teacher(*self.inputs[:2])
+
+    def flops(self, heads: int) -> int:
+        """Per token of a step."""
+        return self.teacher_flops + heads * self.head_flops
+
+    def in_turn(self, works: list[Callable[[], None]]) -> np.ndarray:
+        """Seconds [repeats, works]: CPU time on a CPU, as other work on the machine counts less in it."""
+        clock = time.perf_counter if self.device.type == "cuda" else time.process_time
+        seconds = np.zeros((self.args.repeats, len(works)))
+        for i in range(self.args.repeats):
+            for j, work in enumerate(works):
+                self._wait()
+                started = clock()
+                work()
+                self._wait()
+                seconds[i, j] = clock() - started
+        return seconds
+
+    def of_peak(self, tokens_per_second: float, heads: int) -> str:
+        """The share of the GPU's peak that a rate is worth, where the peak is known."""
+        if self.device.type != "cuda":
+            return "not known"
+        name = torch.cuda.get_device_name()
+        peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+        return f"{tokens_per_second * self.flops(heads) / peak:.0%}" if peak else "not known"
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def ratio(seconds: np.ndarray, i: int, j: int) -> str:
+    """`best of i / best of j | smallest-largest ratio`."""
+    ratios, best = seconds[:, i] / seconds[:, j], seconds.min(0)
+    return f"{best[i] / best[j]:.3f} | {ratios.min():.3f}-{ratios.max():.3f}"
+
+
+@contextmanager
+def group(device: str, rank: int, world: int, port: int) -> Iterator[None]:
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- memory of the loss
+
+
+def memory() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, maxtasksperchild=1) as pool:  # a peak can only rise: one process a measurement
+        chunked, naive = pool.map(peak_mib, [False, True], chunksize=1)
+    print(f"| linear loss (KL), {ROWS} rows, D {DIM}, V {VOCABULARY} | peak MiB |\n|---|---|")
+    print(f"| chunked (256 rows) | {chunked:.0f} |\n| full logits | {naive:.0f} |\n| ratio | {chunked / naive:.2f} |\n")
 
 
 def peak_mib(naive: bool) -> float:
     """Peak resident memory of one forward and backward of the loss above what was there before, in MiB."""
     torch.manual_seed(0)
-    teacher, weight = torch.randn(ROWS, DIM), torch.randn(VOCABULARY, DIM) * DIM**-0.5
+    # In place: a temporary copy of the weight would hide as much of the peak.
+    teacher, weight = torch.randn(ROWS, DIM), torch.randn(VOCABULARY, DIM).mul_(DIM**-0.5)
     student = torch.randn(ROWS, DIM, requires_grad=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if naive:
         log_q, log_p = ((h @ weight.t()).log_softmax(-1) for h in (student, teacher))
         torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").backward()
     else:
-        LinearKL.apply(weight, teacher, 1.0, 1.0, 256, None, student).sum().backward()
+        LinearDistillation.apply(weight, teacher, {"kl": 1.0}, 1.0, 1.0, 256, None, student).sum().backward()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--ffn", type=int, default=0, help="default: 3 x hidden")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--exit-layers", type=int, nargs="+", default=[16])
-    parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+# ---- several processes
 
+
+def processes(args: argparse.Namespace) -> None:
+    """Rounds of one and of two processes in turn; every process has one thread."""
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1, maxtasksperchild=1) as pool:  # a peak can only rise: one process a measurement
-        chunked, naive = pool.map(peak_mib, [False, True], chunksize=1)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(3):
+        for world, found in rates.items():
+            port, queue = find_free_network_port(), spawn.Queue()
+            workers = [spawn.Process(target=steps, args=(args, rank, world, port, queue)) for rank in range(world)]
+            for worker in workers:
+                worker.start()
+            found.append(min(queue.get(timeout=3600) for _ in workers))
+            for worker in workers:
+                worker.join()
+    ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
+    print("| processes | tokens/s (median of 3 runs) | over one | range |\n|---|---|---|---|")
+    print(f"| 1 | {np.median(rates[1]):.0f} | | |")
+    print(f"| 2 | {np.median(rates[2]):.0f} | {np.median(ratios):.2f} | {min(ratios):.2f}-{max(ratios):.2f} |\n")
 
-    torch.manual_seed(0)
-    engine = build(args)
-    ids = torch.randint(args.vocabulary, (args.sequences, args.length))
-    positions, mask = torch.arange(args.length).repeat(args.sequences, 1), torch.ones_like(ids, dtype=torch.bool)
 
-    def teacher() -> None:
-        with torch.no_grad():
-            engine.unshard()
-            (final_BTD, _), _ = engine.teacher(ids, positions)
-            engine.backbone.lm_head(final_BTD)
-
-    def step(taught: Any = None) -> None:
-        engine(ids, positions, mask, 1 / mask.sum().item(), taught=taught).sum().backward()
-
-    def cached_step() -> None:
-        step(lessons(list(range(len(ids))), ids.device))
-
-    # The root must see its own forward first; calls to its parts are then allowed.
-    step()
-    lengths = torch.full((args.sequences,), args.length)
-    with tempfile.TemporaryDirectory() as folder:
-        lessons = keep(engine, Packed(ids, positions, mask, lengths), args.exit_layers, args.hidden, Path(folder))
-        bytes_ = sum(path.stat().st_size for path in Path(folder).glob("shard-*"))
-        works = (teacher, step, cached_step)
-        for work in works:
-            work()
-        seconds = np.zeros((args.repeats, len(works)))
-        for i in range(args.repeats):
-            for j, work in enumerate(works):
-                started = time.process_time()
-                work()
-                seconds[i, j] = time.process_time() - started
-    layer = sum(p.numel() for p in engine.backbone.model.layers[0].parameters())
-    logits = args.vocabulary * args.hidden
-    layers, heads = 2 * args.layers * layer, len(args.exit_layers) * (6 * layer + 4 * logits)
-    pairs = {  # work over work, and the floor of it
-        "step / teacher forward": (1, 0, 1 + heads / (layers + 2 * logits)),
-        "cached step / step": (2, 1, (2 * logits + heads) / (layers + 2 * logits + heads)),
-    }
-    machine = provenance()["hardware"]
-    print(
-        f"{date.today()}, {machine['cpu']} ({machine['cores']} cores), {torch.get_num_threads()} threads, float32, "
-        f"Python {platform.python_version()}, torch {torch.__version__}; `python {' '.join(sys.argv)}`\n"
-    )
-    print("| CPU time | best over best | range over repeats | FLOPs |\n|---|---|---|---|")
-    best = seconds.min(0)
-    for name, (over, under, floor) in pairs.items():
-        ratios = seconds[:, over] / seconds[:, under]
-        print(f"| {name} | {best[over] / best[under]:.3f} | {ratios.min():.3f}-{ratios.max():.3f} | {floor:.3f} |")
-    print(f"\nThe cache takes {bytes_ / lengths.sum():.0f} bytes a token.\n")
-    print("| linear KL, 2048 rows, V 32000 | peak MiB |\n|---|---|")
-    print(f"| chunked (256 rows) | {chunked:.0f} |\n| full logits | {naive:.0f} |\n| ratio | {chunked / naive:.2f} |")
-    dist.destroy_process_group()
+def steps(args: argparse.Namespace, rank: int, world: int, port: int, found: Any) -> None:
+    """One process of a run: tokens/s of the whole step, all processes', by the clock."""
+    torch.set_num_threads(1)
+    device = f"cuda:{rank}" if args.device.startswith("cuda") else args.device
+    if device.startswith("cuda"):
+        torch.cuda.set_device(rank)
+    with group(device, rank, world, port):
+        bench = Bench(argparse.Namespace(**{**vars(args), "device": device}), args.exit_layers[:1])
+        bench.step(1)
+        seconds = []
+        for _ in range(args.repeats):
+            dist.barrier()
+            started = time.perf_counter()
+            bench.step(1)
+            bench._wait()
+            dist.barrier()
+            seconds.append(time.perf_counter() - started)
+        found.put(bench.tokens / float(np.median(seconds)))
+        dist.barrier()
 
 
 if __name__ == "__main__":

@@ -111,28 +111,77 @@ def ends_of(*sources: Any) -> list[int]:
     return []
 
 
-def fingerprint_of_files(backbone: Backbone) -> str:
+class WeightFiles:
+    """Which safetensors file of a checkpoint holds which tensor: those that from_pretrained would read, and no others.
+
+    Files of a Hub id are fetched when first asked for; the locks of its cache let one process of a node do it.
+    Raises UserError for a checkpoint without safetensors files, a missing file, a tensor that the index does not know.
+    """
+
+    def __init__(self, backbone: Backbone):
+        self.backbone = backbone
+        self.files: dict[str, str] = {}
+        """Tensor -> file, by the index; empty where all are in one file, which has none."""
+        self.paths: dict[str, str] = {}
+        """File -> path, of those asked for."""
+        self.single = self._find("model.safetensors")
+        if self.single is None:
+            index = self._find("model.safetensors.index.json")
+            if index is None:
+                raise self._error(
+                    "it has no safetensors files, and others are not read; transformers converts it once: "
+                    "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+                )
+            with _explained(backbone):
+                self.files = json.loads(Path(index).read_text())["weight_map"]
+
+    def path(self, tensor: str) -> str:
+        """Of the file that should hold `tensor`."""
+        if self.single is not None:
+            return self.single
+        if tensor not in self.files:
+            raise self._error(f"the index of its files has no tensor {tensor}: give a complete, unquantised checkpoint")
+        file = self.files[tensor]
+        if file not in self.paths:
+            found = self._find(file)
+            if found is None:
+                raise self._error(f"{file} is missing, where its index has {tensor}: fetch it again")
+            self.paths[file] = found
+        return self.paths[file]
+
+    def _find(self, file: str) -> str | None:
+        with _explained(self.backbone):
+            return cached_file(
+                source_of(self.backbone),
+                file,
+                revision=self.backbone.revision,
+                _raise_exceptions_for_missing_entries=False,
+            )
+
+    def _error(self, text: str) -> UserError:
+        return UserError(f"backbone.name_or_path={self.backbone.name_or_path}: {text}")
+
+
+def fingerprint_of_files(backbone: Backbone, files: WeightFiles | None = None) -> str:
     """The backbone's fingerprint from a few rows of its safetensors files, without loading it."""
-    config = load_config(backbone)
-    where = {"revision": backbone.revision}
-    with _explained(backbone), contextlib.ExitStack() as opened:
-        source = source_of(backbone)
-        index = cached_file(
-            source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **where
-        )
-        places = json.loads(Path(index).read_text())["weight_map"] if index else {}
-        files: dict[str, Any] = {}
+    config, files = load_config(backbone), files or WeightFiles(backbone)
+    with contextlib.ExitStack() as stack:
+        opened: dict[str, Any] = {}
 
         def weight(name: str) -> Any:
-            if name == "lm_head.weight" and config.tie_word_embeddings:
-                name = "model.embed_tokens.weight"
-            file = places.get(name, "model.safetensors")
-            if file not in files:
-                path = cached_file(source, file, **where)
-                files[file] = opened.enter_context(safe_open(path, framework="pt"))
-            return _Rows(files[file].get_slice(name))
+            name = tensor_name(name, config)
+            path = files.path(name)
+            if path not in opened:
+                opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+            return _Rows(opened[path].get_slice(name))
 
         return fingerprint_of(config, weight)
+
+
+def tensor_name(parameter: str, config: Any) -> str:
+    """A parameter's name in the checkpoint: tied embeddings are there once."""
+    tied = parameter == "lm_head.weight" and config.tie_word_embeddings
+    return "model.embed_tokens.weight" if tied else parameter
 
 
 class _Rows:

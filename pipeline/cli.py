@@ -1,7 +1,8 @@
 """The command line: exit-heads VERB --config FILE key=value ...
 
-Takes words, runs stages, gives exit codes: 0 done, 2 the user must change something, 3 the gate refused the
-head. Anything else is a bug and shows its traceback. Knows nothing of what happens inside a stage.
+Takes words, runs stages, gives exit codes: 0 done, 2 the user must change something, 3 the gate refused the head, 75
+another process of the stage is gone. Anything else is a bug and shows its traceback. Knows nothing of what happens
+inside a stage.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 from .config import Config, help_text, load
-from .errors import GateError, UserError
+from .errors import GateError, LostError, UserError
 from .rundir import STAGES, RunDir
 
 VERBS = {
@@ -76,6 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
             looks.add_argument(
                 "--show", type=int, metavar="N", help="print N documents as distill will learn from them"
             )
+        if verb == "run":
+            sub.add_argument(
+                "--show-config", nargs="*", metavar="KEY", help="print the values of these keys, or all; run nothing"
+            )
         sub.add_argument("words", nargs="*", metavar="key=value", help="wins over the file")
     return parser
 
@@ -93,9 +98,11 @@ def main(argv: list[str] | None = None) -> int:
         config = load(args.config, args.words)
         if args.verb == "generate" and (args.status or args.verify or args.show is not None):
             look(config, args.status, args.verify, args.show)
+        elif args.verb == "run" and args.show_config is not None:
+            show_config(config, args.show_config)
         else:
             run_verb(args.verb, config, args.redo)
-    except (UserError, GateError) as error:
+    except (UserError, GateError, LostError) as error:
         print(f"exit-heads {args.verb}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -110,6 +117,11 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
     if redo is not None and redo not in chosen:
         raise UserError(
             f"--redo {redo}: exit-heads {verb} does not run that stage. Use `exit-heads {redo} --redo {redo}`."
+        )
+    if verb == "run" and (together := int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("WORLD_SIZE", 1)))) > 1:
+        raise UserError(
+            f"srun or torchrun started {together} processes, and each would run every stage. Start the stages one by "
+            "one: slurm/distill.sh does; only distill (and generate, which shares its work) are for several processes."
         )
     stages = {name: _stage(name) for name in chosen}
     for stage in stages.values():  # before --redo removes anything, and before an early stage works for an hour
@@ -130,6 +142,17 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
 def stages_of(config: Config) -> tuple[str, ...]:
     """What the verb `run` runs: a teacher that is online needs no cache."""
     return tuple(name for name in STAGES if name != "cache" or config.distill.teacher == "cached")
+
+
+def show_config(config: Config, keys: list[str]) -> None:
+    """One value a line; without keys, all as YAML."""
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.structured(config)
+    for key in keys:
+        if OmegaConf.select(tree, key, default="missing") == "missing":
+            raise UserError(f"--show-config {key}: there is no such key; without any it prints all")
+    print("\n".join(str(OmegaConf.select(tree, key)) for key in keys) if keys else OmegaConf.to_yaml(tree).rstrip())
 
 
 def look(config: Config, status: bool, verify: bool, show: int | None) -> None:

@@ -1,4 +1,5 @@
-"""The two ways a run may end on purpose: the user must change something (2), the gate said no (3).
+"""The ways a run may end on purpose: the user must change something (2), the gate said no (3), another process is gone
+(75, which sysexits.h has for "try again").
 
 Anything else that is raised is a bug and shows its traceback. Knows nothing of who raises or who catches.
 """
@@ -14,3 +15,9 @@ class GateError(Exception):
     """A head that must not be published: the message names every line of the gate that failed. Exit code 3."""
 
     exit_code = 3
+
+
+class LostError(Exception):
+    """Another process of this stage is gone without a word, or its node is: the message names it. Exit code 75."""
+
+    exit_code = 75

@@ -49,11 +49,11 @@ SUBTREES = {
     "publish": ("backbone", "publish"),
 }
 
-# What each stage writes: removed by --redo.
+# What each stage writes: removed by --redo. Logs stay: what happened, happened.
 OUTPUTS = {
     "generate": ("responses",),
     "cache": ("cache",),
-    "distill": ("heads", "checkpoints", "metrics.jsonl", "logs", "wandb"),
+    "distill": ("heads", "checkpoints", "metrics.jsonl", "wandb"),
     "evaluate": ("eval", "report"),
     "publish": ("hub",),
 }
@@ -61,6 +61,9 @@ OUTPUTS = {
 
 CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
 """What the user can do something about; any other OSError inside a write is a bug and shows its traceback."""
+
+RESTARTED = 180.0
+"""Seconds that a job which Slurm started again waits for what its first start may seem to hold."""
 
 TEMPORARY = ".tmp-"
 """How names begin that are not final; what a killed process leaves under them is no part of anything."""
@@ -156,7 +159,7 @@ class RunDir:
         """Raises UserError while another process is at this stage of this folder; a dead one holds nothing."""
         lock = FileLock(self.path / "stages" / f".{stage}.lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=_patience())
         except Timeout:
             raise UserError(
                 f"{self.path}: another process is at stage {stage} of it. Wait for that, or give another run.name."
@@ -199,6 +202,12 @@ class RunDir:
 
     def _write_mark(self, stage: str, mark: dict[str, Any]) -> None:
         atomic_write(self._mark(stage), json.dumps(mark, indent=1) + "\n")
+
+
+def _patience() -> float:
+    """Seconds to wait for a lock. A job that Slurm started again may come before the file system has noticed that its
+    first node is dead: NFS keeps the locks of a client for a while."""
+    return RESTARTED if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0.0
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

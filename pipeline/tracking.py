@@ -5,13 +5,15 @@ logs its tables and pictures to the same W&B run. Online with a key, offline wit
 every file inside the run folder, no host or folder name in what is logged. Knows nothing of what the numbers mean.
 """
 
+import contextlib
 import hashlib
 import json
 import netrc
 import os
+import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -34,13 +36,18 @@ class Tracker:
         self.wandb: Any = None
 
     def start(self, step: int) -> None:
-        """Open both; lines of steps after `step` are dropped, as a resumed run makes them again."""
+        """Open both; lines of steps after `step` are dropped, as a resumed run makes them again.
+
+        W&B writes a step only when the next one begins: what a killed start has logged in vain is logged once more.
+        """
         if not self.enabled:
             return
-        if self.path.exists():
-            atomic_write(self.path, "".join(_lines_up_to(self.path, step)))
+        kept = _lines_up_to(self.path, step) if self.path.exists() else []
+        atomic_write(self.path, "".join(kept))
         self.file = self.path.open("a")
         self.wandb = start_wandb(self.run, "distill")
+        for figures in _lacking(self.wandb, kept, self.run / "wandb"):
+            self._mirror(figures.pop("step"), figures)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """One line {"step": step, ...}, on disk at once."""
@@ -48,8 +55,20 @@ class Tracker:
             return
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
         self.file.flush()
-        if self.wandb is not None:
+        self._mirror(step, figures)
+
+    def _mirror(self, step: int, figures: dict[str, float]) -> None:
+        if self.wandb is None:
+            return
+        try:
             self.wandb.log(figures, step=step)
+        except Exception as error:  # its own process is gone: a signal to all of a job ends that one at once
+            warn("distill", f"W&B failed ({type(error).__name__}); the run folder has every figure")
+            self.wandb = None
+            import wandb
+
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # else no later run of this process would reach a new one
 
     def finish(self, failed: bool = False) -> None:
         """Close both. Called more than once it does nothing."""
@@ -135,6 +154,41 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # half a line of a killed process
     return kept
+
+
+def _lacking(wandb_run: Any, lines: list[str], folder: Path) -> list[dict[str, Any]]:
+    """The figures of those lines of metrics.jsonl whose steps W&B does not have, neither its server nor its files."""
+    if wandb_run is None or not lines:
+        return []
+    figures = [json.loads(line) for line in lines]
+    if not wandb_run.offline:
+        return [each for each in figures if each["step"] >= wandb_run.step]
+    written = {step for file in folder.rglob("run-*.wandb") for step in _steps_in(file)}
+    return [each for each in figures if each["step"] not in written]
+
+
+def _steps_in(file: Path) -> Iterator[int]:
+    """Steps of a .wandb file: a header of 7 bytes, then records in blocks of 32 KiB, as in a log of LevelDB.
+
+    What is behind the last whole record was being written when the process was killed.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left  # too little for a header: the rest of the block is padding
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        part = data[at + 7 : at + 7 + length]
+        if kind == 0 or len(part) < length:
+            return
+        at += 7 + length
+        record = part if kind in (1, 2) else record + part  # whole, first; middle, last
+        if kind in (1, 4):
+            for item in Record.FromString(record).history.item:
+                if "_step" in (item.key, *item.nested_key):
+                    yield int(item.value_json)
 
 
 def start_wandb(run: RunDir, stage: str) -> Any:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import torture
+from distilling import WORDS, head_bytes, lines, prepare, write_responses
 from helpers import tiny_backbone
 from safetensors.torch import load_file
-from test_distill import WORDS, head_bytes, lines, prepare, write_responses
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError

@@ -1,4 +1,4 @@
-"""LinearKL and the validation figures against the same formulas written plainly."""
+"""The loss of distillation and the validation figures against the same formulas written plainly."""
 
 import math
 
@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.training.losses import LinearKL, acceptance_lengths, draft_statistics, plain_kl
+from pipeline.config import load
+from pipeline.errors import UserError
+from pipeline.training.losses import LinearDistillation, acceptance_lengths, draft_statistics, plain_loss
+from pipeline.training.terms import TERMS, parse
 
 R, D, V = 13, 6, 29
 
@@ -20,14 +23,22 @@ def weight() -> torch.Tensor:
     return torch.randn(V, D, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
 
 
+LOSSES = [
+    *({name: 1.0} for name in TERMS), {"kl": 0.3}, {"kl": 1.0, "ce": 0.1}, {"ce": 2.0, "kl": 0.5},
+    {"kl": 1.0, "tvd": 0.5}, {"tvd": 0.5, "overlap": 2.0}, {name: 0.3 + i for i, name in enumerate(TERMS)},
+]  # fmt: skip
+LOSS = pytest.mark.parametrize("terms", LOSSES, ids=lambda terms: "+".join(f"{w:g}*{n}" for n, w in terms.items()))
+
+
+@LOSS
 @pytest.mark.parametrize("chunk", [1, 5, 13, 100])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_loss_and_gradient_equal_autograd_through_full_logits(weight, chunk, temperature):
+def test_loss_and_gradient_equal_autograd_through_full_logits(weight, terms, chunk, temperature):
     teacher, scale, outer = hidden(0), 0.37, torch.tensor([1.0, -2.0], dtype=torch.float64)
     ours = [hidden(1).requires_grad_(), hidden(2).requires_grad_()]
     plain = [h.detach().clone().requires_grad_() for h in ours]
-    losses = LinearKL.apply(weight, teacher, scale, temperature, chunk, None, *ours)
-    expected = plain_kl(weight, teacher, scale, temperature, plain)
+    losses = LinearDistillation.apply(weight, teacher, terms, scale, temperature, chunk, None, *ours)
+    expected = plain_loss(weight, teacher, terms, scale, temperature, plain)
     (losses * outer).sum().backward()
     (expected * outer).sum().backward()
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-14)
@@ -35,62 +46,154 @@ def test_loss_and_gradient_equal_autograd_through_full_logits(weight, chunk, tem
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-13)
 
 
-def test_gradient_is_the_derivative_of_the_loss(weight):
+@pytest.mark.parametrize("terms", [t for t in LOSSES if "tvd++" not in t], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_gradient_is_the_derivative_of_the_loss(weight, terms, temperature):
     def losses(*students):
-        return LinearKL.apply(weight, hidden(0, 3), 0.5, 1.5, 2, None, *students)
+        return LinearDistillation.apply(weight, hidden(0, 3), terms, 0.5, temperature, 2, None, *students)
 
     assert torch.autograd.gradcheck(losses, (hidden(1, 3).requires_grad_(), hidden(2, 3).requires_grad_()))
 
 
-def test_a_head_that_equals_the_teacher_has_no_loss_and_no_gradient(weight):
-    student = hidden(0).requires_grad_()
-    loss = LinearKL.apply(weight, hidden(0), 1.0, 1.0, 4, None, student).sum()
+def test_tvd_plus_plus_is_the_policy_gradient_of_normalised_rewards_by_hand():
+    """Three tokens, one row: p = (.5, .3, .2), q = (.2, .2, .6). Tokens 0 and 1 are rewarded, m = .4."""
+    p, q = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64), torch.tensor([[0.2, 0.2, 0.6]], dtype=torch.float64)
+    student = q.log().requires_grad_()  # with W = 1 the hidden states are the logits
+    loss = LinearDistillation.apply(torch.eye(3).double(), p.log(), {"tvd++": 1.0}, 1.0, 1.0, 4, None, student).sum()
     loss.backward()
-    assert loss.item() == 0 and student.grad.abs().max() == 0
+    assert loss.item() == pytest.approx(0.4)
+    expected = torch.tensor([[0.2 * -0.6, 0.2 * -0.6, 0.6 * 0.4]]).double() / math.sqrt(0.4 * 0.6)
+    torch.testing.assert_close(student.grad, expected)
 
 
-def test_heads_together_give_the_bits_of_heads_alone(weight):
+@pytest.mark.parametrize("name", TERMS)
+def test_gradients_have_the_lengths_that_the_table_of_the_terms_gives(weight, name):
+    p_logits = hidden(0) @ weight.t()
+    q_logits = (p_logits + 0.5 * hidden(1) @ weight.t()).requires_grad_()  # with W = 1 hidden states are logits
+    eye = torch.eye(V, dtype=torch.float64)
+    LinearDistillation.apply(eye, p_logits, {name: 1.0}, 1.0, 1.0, 4, None, q_logits).sum().backward()
+    p, q = p_logits.softmax(-1), q_logits.detach().softmax(-1)
+    overlap, m = torch.minimum(p, q).sum(-1), (q * (p > q)).sum(-1)
+    length = {
+        "kl": 2 * (1 - overlap), "ce": 2 * (1 - q.gather(-1, p.argmax(-1, keepdim=True))[:, 0]),
+        "tvd": 2 * m * (1 - m), "tvd++": 2 * (m * (1 - m)).sqrt(), "overlap": 2 * m * (1 - m) / overlap,
+    }  # fmt: skip
+    torch.testing.assert_close(q_logits.grad.abs().sum(-1), length[name])
+    assert (m <= overlap).all()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_gradients_keep_their_size_when_the_temperature_rises(weight, name):
+    def size(temperature: float) -> float:
+        student = hidden(1).requires_grad_()
+        LinearDistillation.apply(weight, hidden(0), {name: 1.0}, 1.0, temperature, 4, None, student).sum().backward()
+        return student.grad.norm().item()
+
+    assert size(200.0) == pytest.approx(size(100.0), rel=0.05)
+
+
+@pytest.mark.parametrize("terms", [{name: 1.0} for name in TERMS if name != "ce"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_head_that_equals_the_teacher_has_no_loss_and_no_gradient(weight, terms, dtype):
+    student = hidden(0, dtype=dtype).requires_grad_()
+    loss = LinearDistillation.apply(weight.to(dtype), hidden(0, dtype=dtype), terms, 1.0, 1.0, 4, None, student).sum()
+    loss.backward()
+    assert abs(loss.item()) < 20 * torch.finfo(dtype).eps and student.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("terms", [{name: 1.0} for name in TERMS], ids=str)
+def test_a_head_that_is_all_but_sure_of_another_token_leaves_numbers(terms):
+    """Logits 300 apart: in float32 the overlap is 0, and some probabilities are too."""
+    weight, teacher = torch.eye(4), torch.tensor([[300.0, 0, 0, 0]])
+    student = torch.tensor([[0.0, 300, 0, 0]], requires_grad=True)
+    loss = LinearDistillation.apply(weight, teacher, terms, 1.0, 1.0, 4, None, student).sum()
+    loss.backward()
+    assert loss.isfinite() and student.grad.isfinite().all() and student.grad.abs().sum() <= 2
+
+
+@LOSS
+def test_heads_together_give_the_bits_of_heads_alone(weight, terms):
     weight, teacher = weight.float(), hidden(0, dtype=torch.float32)
     together = [hidden(s, dtype=torch.float32).requires_grad_() for s in (1, 2, 3)]
-    LinearKL.apply(weight, teacher, 0.1, 1.0, 5, None, *together).sum().backward()
+    LinearDistillation.apply(weight, teacher, terms, 0.1, 1.0, 5, None, *together).sum().backward()
     for student in together:
         alone = student.detach().clone().requires_grad_()
-        LinearKL.apply(weight, teacher, 0.1, 1.0, 5, None, alone).sum().backward()
+        LinearDistillation.apply(weight, teacher, terms, 0.1, 1.0, 5, None, alone).sum().backward()
         assert torch.equal(alone.grad, student.grad)
 
 
-def test_no_rows_is_no_loss(weight):
+@LOSS
+def test_no_rows_is_no_loss(weight, terms):
     student = hidden(1, 0).requires_grad_()
-    loss = LinearKL.apply(weight, hidden(0, 0), 1.0, 1.0, 5, None, student).sum()
+    loss = LinearDistillation.apply(weight, hidden(0, 0), terms, 1.0, 1.0, 5, None, student).sum()
     loss.backward()
     assert loss.item() == 0 and student.grad.shape == (0, D)
 
 
-def test_bfloat16_weights_take_float32_heads(weight):
+@LOSS
+def test_bfloat16_weights_take_float32_heads(weight, terms):
     student = hidden(1, dtype=torch.float32).requires_grad_()
     plain = hidden(1).requires_grad_()
-    LinearKL.apply(weight.bfloat16(), hidden(0).bfloat16(), 1.0, 1.0, 5, None, student).sum().backward()
-    plain_kl(weight, hidden(0), 1.0, 1.0, [plain]).sum().backward()
+    weight, teacher = weight.bfloat16(), hidden(0).bfloat16()
+    LinearDistillation.apply(weight, teacher, terms, 1.0, 1.0, 5, None, student).sum().backward()
+    plain_loss(weight.double(), teacher.double(), terms, 1.0, 1.0, [plain]).sum().backward()
     assert student.grad.dtype == torch.float32
-    assert (student.grad - plain.grad).norm() < 0.05 * plain.grad.norm()
+    # A rounded logit changes kl by little, but p > q may turn into p < q.
+    assert (student.grad - plain.grad).norm() < (0.01 if terms.keys() <= {"kl", "ce"} else 0.1) * plain.grad.norm()
 
 
-def test_no_tensor_is_larger_than_a_chunk_of_logits(weight):
-    largest = 0
+@LOSS
+def test_nothing_but_four_or_five_buffers_is_as_large_as_a_chunk_of_logits(weight, terms):
+    rows, chunk = 40, 8
+    large: set[int] = set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
             out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                largest = max(largest, out.numel())
+            if isinstance(out, torch.Tensor) and out.numel() >= chunk * V and out.shape != (rows, D):
+                assert out.numel() == chunk * V
+                large.add(out.data_ptr())  # the buffers live on, so whatever is made beside them lies elsewhere
             return out
 
-    rows, chunk = 40, 4
     student = hidden(1, rows).requires_grad_()
     with Watch():
-        LinearKL.apply(weight, hidden(0, rows), 1.0, 1.0, chunk, None, student).sum().backward()
-    assert largest == max(chunk * V, rows * D)
+        LinearDistillation.apply(weight, hidden(0, rows), terms, 1.0, 1.0, chunk, None, student).sum().backward()
+    assert len(large) == (4 if len(terms) == 1 else 5)
+
+
+# ---- what distill.loss says
+
+
+def test_terms_are_names_with_weights():
+    assert parse(["kl"]) == {"kl": 1.0}
+    assert parse(["tvd++", "0.1*ce", " 2 * kl "]) == {"tvd++": 1.0, "ce": 0.1, "kl": 2.0}
+    assert parse(load(None, ["distill.loss=[kl, 0.1*tvd++]"]).distill.loss) == {"kl": 1.0, "tvd++": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["kll"], r"no term 'kll'\. Did you mean kl\?"),
+        (["tvd+"], r"Did you mean tvd(\+\+)?\?"),
+        (["kl*0.5"], r"no term '0\.5'\. Write NAME or WEIGHT\*NAME\."),
+        ([""], "no term ''"),
+        (["kl", "0*ce"], "weight of ce must be a number above 0, and is '0'"),
+        (["-1*kl"], "weight of kl"),
+        (["nan*kl"], "weight of kl"),
+        (["inf*kl"], "weight of kl"),
+        (["a*kl"], "weight of kl must be a number above 0, and is 'a'"),
+        (["*kl"], "weight of kl"),
+        (["kl", "0.5*kl"], "kl is there twice"),
+        ([], "a loss needs a term"),
+    ],
+)
+def test_what_is_no_loss_is_told(words, said):
+    with pytest.raises(UserError, match=said) as caught:
+        parse(words)
+    assert str(caught.value).startswith(f"distill.loss=[{', '.join(words)}]: ")
+
+
+# ---- how heads are judged
 
 
 def test_statistics_equal_their_definitions(weight):

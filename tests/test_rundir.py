@@ -1,10 +1,13 @@
 """The run folder keeps its promises: whole files or none, done marks that notice a change, --redo that forgets."""
 
+import fcntl
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
+from pipeline import rundir
 from pipeline.config import Config, load
 from pipeline.errors import UserError
 from pipeline.rundir import OUTPUTS, STAGES, SUBTREES, RunDir, atomic_path, atomic_write, sha256_of
@@ -267,6 +270,20 @@ def test_a_stage_is_for_one_process_at_a_time(config):
         with again(config).stage("evaluate", []):
             pass
     assert again(config).plan("distill", []) is False
+
+
+def test_a_job_that_slurm_started_again_waits_for_what_its_first_start_may_hold(config, monkeypatch):
+    run = RunDir(config)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with (run / "stages" / ".distill.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        monkeypatch.setattr(rundir, "RESTARTED", 0.1)
+        with pytest.raises(UserError, match="another process"), run.stage("distill", []):
+            pass
+        monkeypatch.setattr(rundir, "RESTARTED", 60.0)
+        threading.Timer(0.5, held.close).start()
+        with run.stage("distill", []):
+            pass
 
 
 def test_a_shared_stage_is_for_many(config):

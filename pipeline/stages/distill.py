@@ -11,6 +11,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -24,16 +25,28 @@ from ..errors import UserError
 from ..inference.exit_head import ExitHead
 from ..rundir import RunDir, atomic_path
 from ..tracking import Tracker
-from ..training import data
+from ..training import data, terms
 from ..training.cache import Lessons, TeacherCache
-from ..training.callbacks import Checkpoints, Preemption, Recorder, Throughput, newest_readable
+from ..training.callbacks import Checkpoints, Preemption, Recorder, Throughput
+from ..training.checkpoints import WholeFile, newest_intact
 from ..training.launch import Place, find_place, workers
+from ..training.loading import check_checkpoint
 from ..training.module import Distillation
+from ..training.rank_log import RankLog, rank_log
+from ..training.sharding import check_mesh
+from ..training.watch import Progress, together
+
+
+def check(config: Config) -> None:
+    """What can be known before anything is loaded. Raises UserError for a loss that does not exist."""
+    terms.parse(config.distill.loss)
 
 
 def run(run: RunDir) -> None:
-    """Train the heads of distill.exit_layers. Raises UserError for what the user must change, SystemExit with
-    128 + the signal's number (KeyboardInterrupt for Ctrl-C) when a signal stopped it after saving."""
+    """Train the heads of distill.exit_layers. Raises UserError for what the user must change, LostError if another
+    process is gone, SystemExit when a signal stopped it after saving (KeyboardInterrupt for Ctrl-C): on the first
+    process with 128 + the signal's number, on the others with 0, so that none is killed for what ended well."""
+    check(run.config)
     inputs = [run / "responses" / "manifest.json"]
     if run.config.distill.teacher == "cached":
         inputs.append(run / "cache" / "manifest.json")
@@ -46,11 +59,15 @@ def run(run: RunDir) -> None:
     num_layers = backbones.load_config(run.config.backbone).num_hidden_layers
     backbones.check_exit_layers(run.config.distill.exit_layers, num_layers)
     device = backbones.device_of(run.config.machine.device)
+    check_mesh(run.config.machine)
     manifest, train, validation, counts = read(run, place)
+    fingerprint = manifest["backbone"]["fingerprint"]
     lessons = open_lessons(run, manifest["backbone"], train, validation)
+    check_checkpoint(run.config.backbone, fingerprint, run.config.distill.exit_layers, run.config.distill.init)
     mark: AbstractContextManager = run.stage("distill", inputs) if place.rank == 0 else contextlib.nullcontext({})
-    with mark as summary, quiet(), workers(place, run / "config.yaml", run.config.machine.processes_per_node):
-        module, throughput = fit(run, place, device, manifest["backbone"]["fingerprint"], train, validation, lessons)
+    helpers = workers(place, run / "config.yaml", run.config.machine.processes_per_node)
+    with mark as summary, rank_log(run / "logs", place) as log, quiet(), helpers:
+        module, throughput = fit(run, place, device, log, fingerprint, train, validation, lessons)
         if place.rank == 0:
             save_heads(run, module, num_layers, manifest["backbone"])
             summary |= {"responses": counts} | describe(module, throughput)
@@ -95,37 +112,45 @@ def fit(
     run: RunDir,
     place: Place,
     device: torch.device,
+    log: RankLog,
     fingerprint: str,
     train: data.Packed,
     validation: data.Packed,
     lessons: Lessons | None,
 ) -> tuple[Distillation, Throughput]:
-    """Train from the newest checkpoint, or from the start, to distill.max_steps."""
+    """Train from the newest checkpoint, or from the start, to distill.max_steps or until no head learns any more."""
     d = run.config.distill
     set_threads(run.config)
     (run / "checkpoints").mkdir(exist_ok=True)
     throughput = Throughput()
-    checkpoints = Checkpoints(run / "checkpoints", d.checkpoint_every, d.max_steps)
+    checkpoints = Checkpoints(run / "checkpoints", d.checkpoint_every)
     preemption = Preemption(checkpoints)
     recorder = Recorder(Tracker(run, place.rank == 0), throughput, d.validate_every, d.max_steps, place.rank == 0)
     module = Distillation(run.config, fingerprint, train, validation, lessons)
-    trainer = build_trainer(run, place, device, [throughput, recorder, checkpoints, preemption])
-    resumed = newest_readable(run / "checkpoints")
-    if resumed and place.rank == 0:
-        print(f"distill: going on from {resumed}")
     try:
-        trainer.fit(module, ckpt_path=resumed, weights_only=True)
+        with together(place, device, run.config.machine.timeout, log) as watch:
+            resumed = agree_on_checkpoint(run / "checkpoints", place)
+            checkpoints.kept += [resumed] if resumed else []
+            callbacks = [throughput, recorder, checkpoints, preemption, Progress(watch)]
+            trainer = build_trainer(run, place, device, callbacks)
+            trainer.fit(module, ckpt_path=resumed, weights_only=True)
     except SystemExit as error:  # how Lightning ends on Ctrl-C, after switching it off
         if isinstance(error.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
         raise
-    finally:
-        if dist.is_initialized():  # else a later fit in this process would meet the old group
-            dist.destroy_process_group()
     if preemption.received:
         stop(preemption, place)
     return module, throughput
+
+
+def agree_on_checkpoint(folder: Path, place: Place) -> Path | None:
+    """What to go on from. Process 0 looks: the others may see another moment of a shared disk, and need not read it."""
+    chosen = [newest_intact(folder) if place.rank == 0 else None]
+    dist.broadcast_object_list(chosen)
+    if chosen[0] and place.rank == 0:
+        print(f"distill: going on from {chosen[0]}")
+    return chosen[0]
 
 
 def build_trainer(run: RunDir, place: Place, device: torch.device, callbacks: list[Any]) -> lightning.Trainer:
@@ -141,7 +166,7 @@ def build_trainer(run: RunDir, place: Place, device: torch.device, callbacks: li
         strategy=ModelParallelStrategy(
             data_parallel_size=place.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
         ),
-        plugins=[place.environment],
+        plugins=[place.environment, WholeFile()],
         precision="32-true",  # heads are float32; the backbone has its own dtype
         max_steps=d.max_steps,
         max_epochs=1,
@@ -163,7 +188,7 @@ def stop(preemption: Preemption, place: Place) -> None:
         print(f"distill: {signal.Signals(number).name}: saved {preemption.saved}; the same command goes on from there")
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise SystemExit(0 if place.rank else 128 + number)
 
 
 def save_heads(run: RunDir, module: Distillation, num_layers: int, backbone: dict[str, Any]) -> None:
@@ -188,7 +213,7 @@ def set_threads(config: Config) -> None:
     machine = config.machine
     if machine.threads > 0:
         torch.set_num_threads(machine.threads)
-    elif machine.processes_per_node > 1:  # torch's choice would give every process every core
+    elif machine.processes_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # torch's choice: every core to each
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // machine.processes_per_node))
 
 

@@ -4,7 +4,6 @@ Takes hooks of the Trainer, writes metrics and checkpoints. The order of the cal
 end: measure, log, validate, show, save, stop. Knows nothing of losses or how weights are sharded.
 """
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from tqdm import tqdm
 
-from ..tracking import Tracker, warn
+from ..tracking import Tracker
 from .module import Distillation
 
 WARM_UP_STEPS = 2  # left out of the averages: first touches of memory, kernel choice
@@ -76,22 +75,28 @@ class Recorder(Callback):
         self.lengths: dict[str, str] = {}
 
     def on_train_start(self, trainer: Trainer, module: Distillation) -> None:  # type: ignore[override]
-        self.tracker.start(trainer.global_step)
+        done = trainer.global_step
+        self.tracker.start(done if module.validated_step >= 0 else -1)  # else step 0 is validated and logged again
         if self.shown:
-            done = trainer.global_step
             self.bar = tqdm(total=self.max_steps, initial=done, desc="distill", unit="step", disable=None)
         if module.validated_step < 0:
             self._validate(module, 0)
+        if not module.learning:  # killed between its last checkpoint and its heads
+            trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
         self.tracker.log(step, module.train_figures() | self.throughput.last)
         if step % self.validate_every == 0 or step == self.max_steps:
+            learning = module.learning
             self._validate(module, step)
+            self._tell_who_stopped(module, step, set(learning) - set(module.learning))
         if self.bar is not None:
-            losses = zip(module.names, module.step_losses_H.tolist(), strict=True)
-            self.bar.set_postfix({n: f"{loss:.3f} -> {self.lengths.get(n, '?')}" for n, loss in losses}, refresh=False)
+            losses = {n: f"{loss:.3f} -> {self.lengths.get(n, '?')}" for n, loss in module.losses.items()}
+            self.bar.set_postfix(losses, refresh=False)
             self.bar.update(1)
+        if not module.learning:
+            trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, module: Distillation) -> None:  # type: ignore[override]
         self._close()
@@ -102,11 +107,19 @@ class Recorder(Callback):
     def _validate(self, module: Distillation, step: int) -> None:
         figures = module.validate(step)
         self.tracker.log(step, figures)
-        self.lengths = {n: f"{figures[f'val/{n}/expected_acceptance_length']:.2f}" for n in module.names}
+        lengths = {n: figures.get(f"val/{n}/expected_acceptance_length") for n in module.names}
+        self.lengths = {n: f"{length:.2f}" for n, length in lengths.items() if length is not None}
         if self.bar is not None and self.bar.disable:  # no terminal: a line instead of a bar
-            heads = ", ".join(f"{n} {figures[f'val/{n}/loss']:.3f} -> {self.lengths[n]}" for n in module.names)
+            heads = ", ".join(f"{n} {figures[f'val/{n}/loss']:.3f} -> {length}" for n, length in self.lengths.items())
             what = "held-out loss -> expected acceptance length"
             print(f"distill: step {step}/{self.max_steps}, {what}: {heads}", flush=True)
+
+    def _tell_who_stopped(self, module: Distillation, step: int, stopped: set[str]) -> None:
+        if not self.shown or not stopped or step == self.max_steps:
+            return
+        bests = ", ".join(f"{n} (best at step {module.best[n]['step']})" for n in sorted(stopped))
+        rest = f"{', '.join(module.learning)} still learning" if module.learning else "no head learns any more: the end"
+        tqdm.write(f"distill: step {step}/{self.max_steps}, stopped: {bests}; {rest}")
 
     def _close(self, failed: bool = False) -> None:
         if self.bar is not None:
@@ -117,40 +130,28 @@ class Recorder(Callback):
 class Checkpoints(Callback):
     """Saves every `every` steps and at the end: heads, optimizer, random generators, best weights, step.
 
-    One file, written under another name and renamed; the last two are kept.
+    The last two are kept, and nothing else: neither a damaged one that was passed over nor one of later steps, which
+    are now done anew.
     """
 
-    def __init__(self, folder: Path, every: int, max_steps: int, keep: int = 2):
-        self.folder, self.every, self.max_steps, self.keep = folder, every, max_steps, keep
+    def __init__(self, folder: Path, every: int, keep: int = 2):
+        self.folder, self.every, self.keep = folder, every, keep
+        self.kept: list[Path] = []
+        """Oldest first; whoever resumes puts in what from."""
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step % self.every == 0 or trainer.global_step == self.max_steps:
+    def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
+        if trainer.global_step % self.every == 0 or module.finished:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> Path:
         """All processes must call it, at the same step."""
         path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
-        temporary = self.folder / f".tmp-{path.name}"
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(path)
+        self.kept = [*(p for p in self.kept if p != path), path][-self.keep :]
         if trainer.is_global_zero:
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())  # else a power cut could leave the name without the bytes
-            os.replace(temporary, path)
-            for old in sorted(self.folder.glob("step-*.ckpt"))[: -self.keep]:
-                old.unlink()
+            for other in set(self.folder.glob("step-*.ckpt")) - set(self.kept):
+                other.unlink()
         return path
-
-
-def newest_readable(folder: Path) -> Path | None:
-    """The checkpoint to go on from. One that cannot be read is left out with a warning."""
-    for path in sorted(folder.glob("step-*.ckpt"), reverse=True):
-        try:
-            torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a broken file
-            warn("distill", f"{path} cannot be read ({type(error).__name__}); trying the one before")
-        else:
-            return path
-    return None
 
 
 class Preemption(Callback):
@@ -172,11 +173,11 @@ class Preemption(Callback):
         except ValueError:
             pass  # not the main thread, as in some notebooks: no signals arrive here
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
         flag = torch.tensor([self._flag], device=module.device)
         if trainer.world_size > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
-        if not (received := int(flag.item())) or trainer.global_step >= self.checkpoints.max_steps:
+        if not (received := int(flag.item())) or module.finished:
             return
         self.received = received
         self.saved = self.checkpoints.save(trainer)

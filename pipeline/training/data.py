@@ -164,6 +164,8 @@ class Packed(Dataset):
         """True at the positions whose next-token distribution is learned."""
         self.lengths_S = lengths_S
         """Tokens that are not padding."""
+        self.rows_S = mask_ST.sum(1)
+        """Positions that are learned."""
         self.first = first
         """Number of the first sequence among all that are packed, the training set's and then the validation set's."""
 
@@ -180,7 +182,6 @@ class Packed(Dataset):
             "positions_BT": self.positions_ST[chosen_B].long(),
             "mask_BT": self.mask_ST[chosen_B] & real_B[:, None],
             "sequences_B": chosen_B + self.first,
-            "tokens": (self.lengths_S[chosen_B] * real_B).sum(),
         }
 
 
@@ -284,8 +285,12 @@ class StepBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         share = self.sequences_per_step // self.world_size
         for step in range(self.start_step, self.total_steps):
-            first = step * self.sequences_per_step + self.rank * share
-            yield [self._at(place) for place in range(first, first + share)]
+            yield self.of_all_ranks(step)[self.rank * share : (self.rank + 1) * share]
+
+    def of_all_ranks(self, step: int) -> list[int]:
+        """The sequences of a step over all processes: any of them can count its rows without asking the others."""
+        first = step * self.sequences_per_step
+        return [self._at(place) for place in range(first, first + self.sequences_per_step)]
 
     def _at(self, place: int) -> int:
         epoch, within = divmod(place, self.num_sequences)
@@ -295,10 +300,15 @@ class StepBatches(Sampler[list[int]]):
         return int(self._order[within])
 
 
-def validation_batches(num_sequences: int, sequences_per_step: int, rank: int, world_size: int) -> list[list[int]]:
-    """Every sequence once, in order, over all ranks. Each rank gets as many batches, filled up with -1, because
-    every forward pass of a sharded model is a meeting of all ranks."""
-    share = max(1, sequences_per_step // world_size)
-    batches = -(-num_sequences // (share * world_size))
-    places = [b * share * world_size + rank * share for b in range(batches)]
-    return [[i if i < num_sequences else -1 for i in range(p, p + share)] for p in places]
+def validation_batches(num_sequences: int, size: int, rank: int, world_size: int) -> list[list[int]]:
+    """Every sequence once, in order, in batches of `size` over all ranks. Each rank gets as many, filled up with -1,
+    because every forward pass of a sharded model is a meeting of all ranks."""
+    batches = -(-num_sequences // (size * world_size))
+    places = [(b * world_size + rank) * size for b in range(batches)]
+    return [[i if i < num_sequences else -1 for i in range(p, p + size)] for p in places]
+
+
+def passes(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """The batch in parts of `size` sequences; the last has what is left. Ranks with equal batches get as many."""
+    for start in range(0, len(batch["ids_BT"]), size):
+        yield {name: value_B[start : start + size] for name, value_B in batch.items()}

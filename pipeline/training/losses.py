@@ -1,4 +1,4 @@
-"""What an exit head is trained on and judged by: KL(teacher || head) from hidden states, and draft acceptance.
+"""What an exit head is trained on and judged by: the loss from hidden states, and draft acceptance.
 
 Takes final hidden states of teacher and heads and the shared LM head, gives losses with exact gradients and
 figures per position, a chunk of logits at a time. Knows nothing of models, packing or processes.
@@ -7,27 +7,31 @@ Letters: H heads, R rows (positions that predict a response token), C rows of on
 V vocabulary. p is the teacher's distribution, q a head's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .terms import TERMS
 
-class LinearKL(torch.autograd.Function):
-    """Forward KL of every head, straight from hidden states, without [R, V] logits.
 
-        loss_h = scale * T^2 * sum_r KL(p_r || q_hr),  p = softmax(W t / T),  q = softmax(W s / T)
-        d loss_h / d s_hr = scale * T * W^T (q_hr - p_r)
+class LinearDistillation(torch.autograd.Function):
+    """The loss of every head, straight from hidden states, without [R, V] logits.
+
+        p = softmax(W t / T),  q = softmax(W s / T)
+        loss_h = scale * sum_terms weight * T^power * sum_r term(p_r, q_hr)
+        d loss_h / d s_hr = scale * sum_terms weight * T^(power - 1) * W^T (dterm/dz)_hr
 
     W is frozen, so this gradient is the only one: it is computed in the forward pass, next to the logits that it
-    needs, and neither logits nor W are saved. The teacher's logits of a chunk are computed once for all heads.
-    T^2 keeps the gradient's size when T changes (Hinton et al. 2015, section 2). No double backward.
+    needs, and neither logits nor W are saved. The teacher's logits of a chunk are computed once for all heads, which
+    share nothing else. No double backward.
 
-    LinearKL.apply(weight_VD, teacher_RD, scale, temperature, chunk, clock, *students_RD) -> losses_H
-    in float32 (float64 if W is). `clock` is a context manager entered around the teacher's matmul, or None.
-    Peak memory: 4 * chunk * V logits, and one [R, D] gradient per head.
+    LinearDistillation.apply(weight_VD, teacher_RD, terms, scale, temperature, chunk, clock, *students_RD) -> losses_H
+    in float32 (float64 if W is). `terms` are name -> weight (terms.py); `clock` is a context manager entered around the
+    teacher's matmul, or None. Peak memory: 4 * chunk * V logits, 5 if there are several terms, and one [R, D] gradient
+    per head.
     """
 
     @staticmethod
@@ -35,6 +39,7 @@ class LinearKL(torch.autograd.Function):
         ctx: Any,
         weight_VD: Tensor,
         teacher_RD: Tensor,
+        terms: dict[str, float],
         scale: float,
         temperature: float,
         chunk: int,
@@ -42,9 +47,11 @@ class LinearKL(torch.autograd.Function):
         *students_RD: Tensor,
     ) -> Tensor:
         total_H = torch.zeros(len(students_RD), dtype=torch.float64, device=weight_VD.device)
-        needed = ctx.needs_input_grad[6:]
+        needed = ctx.needs_input_grad[7:]
         grads = [torch.empty_like(s) if need else None for s, need in zip(students_RD, needed, strict=True)]
-        logits = _Logits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4)
+        mix = [(t.function, terms[n] * temperature ** (t.power - 1)) for n, t in TERMS.items() if n in terms]
+        logits = _Logits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4 if len(mix) == 1 else 5)
+        unit = scale * mix[0][1]
         for start in range(0, len(teacher_RD), chunk):
             rows = slice(start, start + chunk)
             with clock or nullcontext():
@@ -52,19 +59,37 @@ class LinearKL(torch.autograd.Function):
             p_CV = torch.exp(log_p_CV, out=logits.rows(1, len(log_p_CV)))
             for h, student_RD in enumerate(students_RD):
                 log_q_CV = logits.log_softmax(2, student_RD[rows], temperature)
-                ratio_CV = torch.sub(log_p_CV, log_q_CV, out=logits.rows(3, len(log_q_CV)))
-                total_H[h] += torch.dot(p_CV.view(-1), ratio_CV.view(-1))
+                q_CV = torch.exp(log_q_CV, out=logits.rows(3, len(log_q_CV)))
+                loss, grad_CV = _mixed(mix, log_p_CV, p_CV, log_q_CV, q_CV, logits.rows(-1, len(log_q_CV)))
+                total_H[h] += loss
                 if (grad_RD := grads[h]) is not None:
-                    difference_CV = log_q_CV.exp_().sub_(p_CV).to(weight_VD.dtype)
-                    grad_RD[rows] = (difference_CV @ weight_VD).mul_(scale * temperature)
+                    grad_RD[rows] = (grad_CV.to(weight_VD.dtype) @ weight_VD).mul_(unit)
         ctx.save_for_backward(*grads)
-        return (total_H * (scale * temperature**2)).to(logits.dtype)
+        return (total_H * (unit * temperature)).to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         out_H = grad_outputs[0]
         scaled = [None if g is None else g * out_H[h].to(g.dtype) for h, g in enumerate(ctx.saved_tensors)]
-        return None, None, None, None, None, None, *scaled
+        return None, None, None, None, None, None, None, *scaled
+
+
+def _mixed(
+    mix: Sequence[tuple[Callable, float]],
+    log_p_CV: Tensor,
+    p_CV: Tensor,
+    log_q_CV: Tensor,
+    q_CV: Tensor,
+    spare_CV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(loss, dloss/dz) of a chunk, in units of the first term's weight. Overwrites log_q, and of a mix the spare."""
+    (first, unit), *others = mix
+    grad_CV = spare_CV if others else log_q_CV
+    loss = first(log_p_CV, p_CV, log_q_CV, q_CV, grad_CV)
+    for term, weight in others:
+        loss = loss + weight / unit * term(log_p_CV, p_CV, log_q_CV, q_CV, log_q_CV)
+        grad_CV.add_(log_q_CV, alpha=weight / unit)
+    return loss, grad_CV
 
 
 class _Logits:
@@ -94,16 +119,44 @@ class _Logits:
         return torch.log_softmax(scratch_CV, -1, out=self.rows(index, len(hidden_CD)))
 
 
-def plain_kl(
-    weight_VD: Tensor, teacher_RD: Tensor, scale: float, temperature: float, students_RD: Sequence[Tensor]
+def plain_loss(
+    weight_VD: Tensor,
+    teacher_RD: Tensor,
+    terms: dict[str, float],
+    scale: float,
+    temperature: float,
+    students_RD: Sequence[Tensor],
 ) -> Tensor:
-    """losses_H of LinearKL through full logits and autograd: the oracle of its tests."""
+    """losses_H of LinearDistillation through full logits and autograd: the oracle of its tests."""
     log_p_RV = torch.log_softmax(teacher_RD @ weight_VD.t() / temperature, -1)
     losses = []
     for student_RD in students_RD:
         log_q_RV = torch.log_softmax(student_RD @ weight_VD.t() / temperature, -1)
-        losses.append((log_p_RV.exp() * (log_p_RV - log_q_RV)).sum() * (scale * temperature**2))
+        each = [w * temperature ** TERMS[n].power * _PLAIN[n](log_p_RV, log_q_RV).sum() for n, w in terms.items()]
+        losses.append(scale * sum(each))
     return torch.stack(losses)
+
+
+def _plain_overlap(log_p_RV: Tensor, log_q_RV: Tensor) -> Tensor:
+    return torch.minimum(log_p_RV.exp(), log_q_RV.exp()).sum(-1)
+
+
+def _plain_tvd_plus_plus(log_p_RV: Tensor, log_q_RV: Tensor) -> Tensor:
+    """The value of tvd, and the gradient of the policy's surrogate -sum_v sg[q (r - mean) / std] log q."""
+    q_RV, reward_RV = log_q_RV.detach().exp(), (log_p_RV > log_q_RV).to(log_q_RV.dtype)
+    mean_R1 = (q_RV * reward_RV).sum(-1, keepdim=True)
+    std_R1 = (q_RV * (reward_RV - mean_R1) ** 2).sum(-1, keepdim=True).sqrt()
+    surrogate_R = -(q_RV * (reward_RV - mean_R1) / std_R1 * log_q_RV).sum(-1)
+    return 1 - _plain_overlap(log_p_RV, log_q_RV).detach() + surrogate_R - surrogate_R.detach()
+
+
+_PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": lambda log_p_RV, log_q_RV: (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(-1),
+    "ce": lambda log_p_RV, log_q_RV: torch.nn.functional.nll_loss(log_q_RV, log_p_RV.argmax(-1), reduction="none"),
+    "tvd": lambda log_p_RV, log_q_RV: (log_p_RV.exp() - log_q_RV.exp()).abs().sum(-1) / 2,
+    "tvd++": _plain_tvd_plus_plus,
+    "overlap": lambda log_p_RV, log_q_RV: -_plain_overlap(log_p_RV, log_q_RV).log(),
+}
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ V vocabulary, H heads.
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,10 +23,13 @@ from torch.utils.data import DataLoader
 
 from ..config import Config
 from .cache import Lessons
-from .data import Packed, StepBatches, validation_batches
-from .losses import LinearKL, acceptance_lengths, draft_statistics
-from .sharding import full_weights, load_sharded_backbone, number, shard_engine
+from .data import Packed, StepBatches, passes, validation_batches
+from .loading import load_sharded_backbone
+from .losses import LinearDistillation, acceptance_lengths, draft_statistics
+from .sharding import make_mesh, shard_engine
 from .teacher import Taught, Teacher, last_layer_arguments
+from .terms import parse
+from .units import gradient_square, resharded, scale_gradient, whole_weights
 
 FIGURES = ("loss", "overlap", "match", "expected_acceptance_length", "greedy_acceptance_length")
 
@@ -69,6 +72,7 @@ class Engine(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict({f"exit-{n}": head for n, head in zip(exit_layers, heads, strict=True)})
+        self.terms = parse(config.distill.loss)
         self.temperature, self.chunk = config.distill.temperature, config.distill.loss_chunk
         self.teacher_clock = Stopwatch(next(heads[0].parameters()).device)
         # Of a cached teacher no layer is needed.
@@ -82,9 +86,11 @@ class Engine(nn.Module):
         scale: float = 1.0,
         statistics: bool = False,
         taught: Taught | None = None,
+        heads: Sequence[str] | None = None,
     ) -> Any:
         """losses_H of the masked rows, each summed and times `scale`; or their `draft_statistics` and places.
 
+        H are the `heads` named, default all; the others are not run at all.
         `taught`: what the teacher says of these sequences, kept from an earlier pass; without it the teacher runs.
         """
         with torch.no_grad(), self.teacher_clock:
@@ -96,15 +102,16 @@ class Engine(nn.Module):
         final_BTD, hidden = taught
         index_R = mask_BT.flatten().nonzero().squeeze(1)
         teacher_RD = final_BTD.flatten(0, 1)[index_R]
-        students_RD = [self._draft(head, hidden[n], arguments, index_R) for n, head in self._numbered()]
+        students_RD = [self._draft(head, hidden[n], arguments, index_R) for n, head in self._numbered(heads)]
         lm_head = self.backbone.lm_head
         lm_head.unshard()  # type: ignore[operator]  # once, for teacher and every head, and freed before backward
         try:
             if statistics:
                 return draft_statistics(lm_head.weight, teacher_RD, students_RD, self.chunk), index_R
-            return LinearKL.apply(
-                lm_head.weight, teacher_RD, scale, self.temperature, self.chunk, self.teacher_clock, *students_RD
-            )
+            return LinearDistillation.apply(
+                lm_head.weight, teacher_RD, self.terms, scale, self.temperature, self.chunk, self.teacher_clock,
+                *students_RD,
+            )  # fmt: skip
         finally:
             lm_head.reshard()  # type: ignore[operator]
 
@@ -113,13 +120,13 @@ class Engine(nn.Module):
         self.backbone.eval()
         return self
 
-    def _numbered(self) -> Iterator[tuple[int, nn.Module]]:
-        for name, head in self.heads.items():
-            yield int(name.removeprefix("exit-")), head
+    def _numbered(self, names: Sequence[str] | None) -> Iterator[tuple[int, nn.Module]]:
+        for name in self.heads if names is None else names:
+            yield int(name.removeprefix("exit-")), self.heads[name]
 
     def _draft(self, head: nn.Module, hidden_BTD: Tensor, arguments: dict[str, Any], index_R: Tensor) -> Tensor:
-        """The head's final hidden states of the rows that count: [R, D], float32."""
-        out = head(hidden_BTD.float(), **arguments)
+        """The head's final hidden states of the rows that count: [R, D], in the backbone's dtype."""
+        out = head(hidden_BTD, **arguments)
         out_BTD = out[0] if isinstance(out, tuple) else out
         # Normalising only these rows, after the layer, leaves out most of the work when prompts are long.
         return self.backbone.model.norm(out_BTD.flatten(0, 1)[index_R])  # type: ignore[operator,union-attr]
@@ -136,8 +143,8 @@ def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int) 
 class Distillation(lightning.LightningModule):
     """Distils a frozen backbone into its exit heads.
 
-    Heads share the teacher's pass and nothing else: each has its own loss, gradient clipping and best step, so that
-    training several gives what training each alone gives.
+    Heads share the teacher's pass and nothing else: each has its own loss, gradient clipping, best step and end, so
+    that training several gives what training each alone gives.
     """
 
     strict_loading = False  # checkpoints hold the heads only
@@ -146,24 +153,39 @@ class Distillation(lightning.LightningModule):
         self, config: Config, fingerprint: str, train: Packed, validation: Packed, lessons: Lessons | None = None
     ):
         super().__init__()
+        self.automatic_optimization = False  # a Lightning batch is an optimizer step, of one pass or several
         self.config, self.fingerprint = config, fingerprint
         self.packed_train, self.packed_validation = train, validation
         self.lessons = lessons
         """With distill.teacher=cached: what the teacher says of any sequence."""
         self.names = [f"exit-{n}" for n in config.distill.exit_layers]
         self.engine: Engine | None = None
-        self.step_losses_H = torch.zeros(len(self.names))
-        """Mean KL of each head over the rows of the last step, all processes, nats."""
+        self.losses: dict[str, float] = {}
+        """Mean loss of each head that learns over the rows of the last step, all processes."""
+        self.grad_norms: dict[str, float] = {}
+        """Of each head that learns at the last step, before clipping."""
         self.step_rows = self.step_tokens = 0
         """Rows and tokens of the last step, all processes."""
-        self.grad_norms: dict[str, float] = {}
-        """Of each head at the last step, before clipping."""
         self.best: dict[str, dict[str, Any]] = {}
-        """Of each head: step, figures and whole weights of its best validation."""
+        """Of each head: step and figures of its best validation, how many it has `waited` since for a better one,
+        and, on process 0 only, its whole weights then."""
         self.first: dict[str, dict[str, float]] = {}
         """Figures of each head before training."""
         self.validated_step = -1
         self._restore: dict[str, Any] | None = None
+
+    @property
+    def learning(self) -> list[str]:
+        """The heads that have not stopped: those whose last longer acceptance is less than `patience` validations ago.
+
+        The same on every process, as the figures are.
+        """
+        patience = self.config.distill.patience
+        return [n for n in self.names if not patience or n not in self.best or self.best[n]["waited"] < patience]
+
+    @property
+    def finished(self) -> bool:
+        return self.global_step >= self.config.distill.max_steps or not self.learning
 
     # ---- assembly
 
@@ -175,9 +197,16 @@ class Distillation(lightning.LightningModule):
         if self.engine is not None:
             return
         c = self.config
-        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        mesh = make_mesh(self.device.type, self.trainer.world_size, c.machine.shard_degree)
         backbone, heads = load_sharded_backbone(
-            c.backbone, self.device, mesh, self.fingerprint, len(c.distill.exit_layers)
+            c.backbone,
+            self.device,
+            mesh,
+            self.fingerprint,
+            c.distill.exit_layers,
+            c.distill.init,
+            c.seed,
+            layers=c.distill.teacher == "online",
         )
         self.engine = Engine(backbone, c.distill.exit_layers, heads, c)
         shard_engine(self.engine, heads, mesh)
@@ -186,95 +215,118 @@ class Distillation(lightning.LightningModule):
         assert self.engine is not None
         d = self.config.distill
         groups = [{"params": list(head.parameters())} for head in self.engine.heads.values()]
-        optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             groups, lr=d.learning_rate, betas=(0.9, 0.95), weight_decay=d.weight_decay, foreach=True
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_at(step, 1.0, d.warmup_steps, d.max_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> DataLoader:
         d = self.config.distill
-        batches = StepBatches(
+        self.batches = StepBatches(
             len(self.packed_train), d.sequences_per_step, d.max_steps, self.config.seed,
             self.global_rank, self.trainer.world_size, start_step=self.global_step,
         )  # fmt: skip
-        return DataLoader(self.packed_train, sampler=batches, batch_size=None, num_workers=0)
+        return DataLoader(self.packed_train, sampler=self.batches, batch_size=None, num_workers=0)
 
     # ---- the step
 
-    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], _: int) -> None:
+        """Passes of at most distill.sequences_per_pass sequences, whose gradients add up, then one optimizer step."""
         assert self.engine is not None
-        counts = self._sum(torch.stack([batch["mask_BT"].sum(), batch["tokens"]]))
-        self.step_rows, self.step_tokens = (int(n) for n in counts.tolist())
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        names, world = self.learning, self.trainer.world_size
+        sequences = self.batches.of_all_ranks(self.global_step)
+        self.step_rows = int(self.packed_train.rows_S[sequences].sum())
+        self.step_tokens = int(self.packed_train.lengths_S[sequences].sum())
         # FSDP averages gradients over processes, which may hold unequal numbers of rows.
-        scale = self.trainer.world_size / self.step_rows
-        inputs = (batch["ids_BT"], batch["positions_BT"], batch["mask_BT"])
-        losses_H = self.engine(*inputs, scale, taught=self._taught(batch))
-        self.step_losses_H = self._sum(losses_H.detach().clone()) / self.trainer.world_size
-        return losses_H.sum()
+        scale = world / self.step_rows
+        losses_H = torch.zeros(len(names), dtype=torch.float64, device=self.device)
+        with resharded(self.engine):
+            for part in passes(batch, self._sequences_per_pass()):
+                inputs = (part["ids_BT"], part["positions_BT"], part["mask_BT"])
+                part_H = self.engine(*inputs, scale, taught=self._taught(part), heads=names)
+                self.manual_backward(part_H.sum())
+                losses_H += part_H.detach().double() / world
+        self._clip(names, losses_H)
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.global_step)
+        optimizer.step()
+
+    def _clip(self, names: list[str], losses_H: Tensor) -> None:
+        """Clips each head's gradient by itself; losses and norms of all heads are one sum over the processes."""
+        heads = [self.engine.heads[name] for name in names]  # type: ignore[union-attr]
+        squares_H = torch.stack([gradient_square(head) for head in heads])
+        losses, squares = self._sum(torch.stack([losses_H, squares_H])).tolist()
+        self.losses = dict(zip(names, losses, strict=True))
+        self.grad_norms = {name: math.sqrt(square) for name, square in zip(names, squares, strict=True)}
+        for head, norm in zip(heads, self.grad_norms.values(), strict=True):
+            # As torch.nn.utils.clip_grad_norm_ does, which would ask the other processes once for each head.
+            scale_gradient(head, min(1.0, self.config.distill.clip_norm / (norm + 1e-6)))
+
+    def learning_rate(self, step: int) -> float:
+        d = self.config.distill
+        return learning_rate_at(step, d.learning_rate, d.warmup_steps, d.max_steps)
+
+    def _sequences_per_pass(self) -> int:
+        """Of this process."""
+        d = self.config.distill
+        share = d.sequences_per_step // self.trainer.world_size
+        return min(share, d.sequences_per_pass or share)
 
     def _taught(self, batch: dict[str, Tensor]) -> Taught | None:
         return None if self.lessons is None else self.lessons(batch["sequences_B"].tolist(), self.device)
 
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        assert self.engine is not None
-        for name, head in self.engine.heads.items():
-            norm = torch.nn.utils.clip_grad_norm_(head.parameters(), self.config.distill.clip_norm)
-            self.grad_norms[name] = number(norm)
-
     def train_figures(self) -> dict[str, float]:
         """What the last step is logged with."""
-        d = self.config.distill
-        figures = dict(zip((f"train/{n}/loss" for n in self.names), self.step_losses_H.tolist(), strict=True))
+        figures = {f"train/{name}/loss": loss for name, loss in self.losses.items()}
         figures |= {f"train/{name}/grad_norm": norm for name, norm in self.grad_norms.items()}
-        rate = learning_rate_at(self.global_step - 1, d.learning_rate, d.warmup_steps, d.max_steps)
-        return figures | {"learning_rate": rate}
+        return figures | {"learning_rate": self.learning_rate(self.global_step - 1)}
 
     # ---- validation: a pure function of the weights, outside Lightning's loop, which would shift it after a resume
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Figures of every head on the held-out responses; keeps the weights of heads that were never better."""
+        """Figures on the held-out responses of every head that learns; keeps the weights of those never better."""
         assert self.engine is not None
-        packed, world = self.packed_validation, self.trainer.world_size
-        sums = torch.zeros(len(FIGURES), len(self.names), dtype=torch.float64, device=self.device)
-        rows = torch.zeros((), dtype=torch.float64, device=self.device)
+        packed, names = self.packed_validation, self.learning
+        sums = torch.zeros(len(FIGURES), len(names), dtype=torch.float64, device=self.device)
+        batches = validation_batches(len(packed), self._sequences_per_pass(), self.global_rank, self.trainer.world_size)
         with self._evaluating():
-            for indices in validation_batches(
-                len(packed), self.config.distill.sequences_per_step, self.global_rank, world
-            ):
+            for indices in batches:
                 batch = {name: value.to(self.device) for name, value in packed[indices].items()}
                 inputs = (batch["ids_BT"], batch["positions_BT"], batch["mask_BT"])
-                found, index_R = self.engine(*inputs, statistics=True, taught=self._taught(batch))
+                found, index_R = self.engine(*inputs, statistics=True, taught=self._taught(batch), heads=names)
                 found["expected_acceptance_length"] = acceptance_lengths(found["overlap"], index_R)
                 found["greedy_acceptance_length"] = acceptance_lengths(found["match"], index_R)
                 sums += torch.stack([found[name].double().sum(-1) for name in FIGURES])
-                rows += len(index_R)
-        means = (self._sum(sums) / self._sum(rows)).cpu()
+        means = (self._sum(sums) / packed.rows_S.sum().item()).cpu()
         logged: dict[str, float] = {}
-        for h, name in enumerate(self.names):
+        for h, name in enumerate(names):
             figures = {figure: means[f, h].item() for f, figure in enumerate(FIGURES)}
             logged |= {f"val/{name}/{figure}": value for figure, value in figures.items()}
-            self._keep_if_best(name, step, figures)
+            self._compare_with_best(name, step, figures)
         self.validated_step = step
         return logged
 
-    def _keep_if_best(self, name: str, step: int, figures: dict[str, float]) -> None:
+    def _compare_with_best(self, name: str, step: int, figures: dict[str, float]) -> None:
         assert self.engine is not None
         self.first.setdefault(name, figures)
         key = "expected_acceptance_length"
-        if name not in self.best or figures[key] > self.best[name]["figures"][key]:
-            self.best[name] = {"step": step, "figures": figures, "weights": full_weights(self.engine.heads[name])}
+        if name in self.best and not figures[key] > self.best[name]["figures"][key]:
+            self.best[name]["waited"] += 1
+            return
+        weights = whole_weights(self.engine.heads[name])
+        self.best[name] = {"step": step, "figures": figures, "weights": weights, "waited": 0}
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         assert self.engine is not None
         self.engine.eval()
-        yield
-        self.engine.train()
-        self.engine.teacher_clock.take()  # not part of any step
+        try:
+            with resharded(self.engine):
+                yield
+        finally:
+            self.engine.train()
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Over all processes."""
@@ -301,8 +353,10 @@ class Distillation(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.first, self.validated_step = checkpoint["first"], checkpoint["validated_step"]
-        for name, best in checkpoint["best"].items():  # the file is mapped, and will be removed
-            self.best[name] = best | {"weights": {n: w.clone() for n, w in best["weights"].items()}}
+        for name, best in checkpoint["best"].items():
+            kept = best["weights"] if self.global_rank == 0 else {}
+            # Cloned, as the file is only mapped into memory, and will be removed.
+            self.best[name] = best | {"weights": {n: w.clone() for n, w in kept.items()}}
         states = checkpoint["random"]
         self._restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
 

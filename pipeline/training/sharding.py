@@ -1,71 +1,65 @@
-"""Where the weights lie: the mesh, the sharded frozen backbone, the exit heads, and the one FSDP2 root.
+"""Where the weights lie: the device mesh, the units of backbone and heads, and the one FSDP2 root.
 
-Takes a config and a device mesh, gives modules ready to train on one process or many. Knows nothing of data,
-losses or the Trainer.
+Takes modules, on the meta device or filled, and cuts them over the processes of a mesh. Knows nothing of checkpoints,
+data, losses or the Trainer.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from .. import backbones
-from ..config import Backbone
+from ..config import Machine
 from ..errors import UserError
-from ..inference.exit_head import fingerprint, new_exit_layer
 
 
-def load_sharded_backbone(
-    backbone: Backbone, device: torch.device, mesh: DeviceMesh, expected_fingerprint: str, num_heads: int
-) -> tuple[nn.Module, list[nn.Module]]:
-    """The frozen backbone, one FSDP2 unit a layer, and `num_heads` copies of its last layer in float32, not sharded.
-
-    Every process loads the whole model on its device before it is cut: right for backbones that fit one device.
-    Raises UserError if the backbone is not the one that `expected_fingerprint` was taken of.
-    """
-    model = backbones.load_model(backbone, device)
-    found = fingerprint(model)
-    if found != expected_fingerprint:
+def check_mesh(machine: Machine) -> None:
+    """Raises UserError unless the processes can be divided into groups of machine.shard_degree."""
+    world = machine.nodes * machine.processes_per_node
+    if machine.shard_degree and world % machine.shard_degree:
         raise UserError(
-            f"backbone.name_or_path={backbone.name_or_path}: its fingerprint is {found[:12]}, the responses come from "
-            f"{expected_fingerprint[:12]}: give the backbone that made them, or make them anew (--redo generate)"
+            f"machine.shard_degree={machine.shard_degree}: does not divide the {world} processes (machine.nodes x "
+            f"machine.processes_per_node); take those of a node, {machine.processes_per_node}, or 0 for all"
         )
-    heads = [new_exit_layer(model).to(device) for _ in range(num_heads)]
-    _untie(model)
-    # Without reshard_after_forward a forward pass under no_grad would leave every layer whole on every process.
+
+
+def make_mesh(device_type: str, world_size: int, shard_degree: int) -> DeviceMesh:
+    """1-D over all processes if shard_degree is 0 or all of them; else copies of the model, each over shard_degree
+    neighbours (HSDP). As no backbone weight has a gradient, only the heads' are summed over the copies."""
+    if shard_degree in (0, world_size):
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    shape = (world_size // shard_degree, shard_degree)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard_backbone(model: Any, mesh: DeviceMesh) -> None:
+    """One unit for the embedding, each decoder layer and the LM head; the final norm is left to the root."""
     for unit in (model.model.embed_tokens, *model.model.layers, model.lm_head):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    return model, heads
+        if unit is not None:
+            # Without reshard_after_forward a forward pass under no_grad would leave every layer whole everywhere.
+            fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+
+
+def shard_head(head: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """One unit that computes in `dtype`; weights, gradients and their sums over processes stay float32."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    fully_shard(head, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
 
 def shard_engine(engine: nn.Module, heads: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Make each head a unit and `engine` the root: its forward must be the whole step."""
-    for head in heads:
-        fully_shard(head, mesh=mesh, reshard_after_forward=False)
+    """Make `engine`, which holds all units, the root: its forward must be the whole step."""
     fully_shard(engine, mesh=mesh)
     for head in heads:
         # Else its backward would gather the last backbone layer, which ran before it, for nothing.
         head.set_modules_to_backward_prefetch([head])  # type: ignore[operator]
 
 
-def full_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> whole tensor on the CPU, a copy. All processes must call it."""
-    return {name: _full(parameter.detach()).cpu().clone() for name, parameter in module.named_parameters()}
-
-
-def number(value: Any) -> float:
-    """A float from a tensor that may be sharded. All processes must call it."""
-    return float(_full(value))
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _untie(model: nn.Module) -> None:
-    """Give the LM head its own copy of tied embeddings: two FSDP2 units cannot share a parameter."""
-    if model.lm_head.weight is model.model.embed_tokens.weight:
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+def own_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """This process's rows of a tensor that may be sharded, in place, and where in the whole tensor they begin."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), 0
+    (chunk,) = parameter.__create_chunk_list__()
+    return parameter.detach().to_local(), chunk.offsets[0]

@@ -32,7 +32,7 @@ class Teacher:
         layers[-1].register_forward_pre_hook(self._keep_arguments, with_kwargs=True)
 
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[Taught, dict[str, Any]]:
-        """What is taught, and the last layer's keyword arguments as a float32 layer can take them."""
+        """What is taught, and the last layer's keyword arguments."""
         with torch.no_grad():
             final_BTD = self.backbone.model(  # type: ignore[operator,union-attr]
                 input_ids=ids_BT, position_ids=positions_BT, use_cache=False
@@ -58,7 +58,7 @@ class Teacher:
         return args, kwargs | {"attention_mask": masks[id(mask)][1]}
 
     def _keep_arguments(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._seen["arguments"] = {name: _float32(value) for name, value in kwargs.items()}
+        self._seen["arguments"] = kwargs
 
 
 def last_layer_arguments(backbone: Any, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:
@@ -73,12 +73,4 @@ def last_layer_arguments(backbone: Any, hidden_BTD: Tensor, positions_BT: Tensor
         config=config, inputs_embeds=hidden_BTD, attention_mask=None, past_key_values=None, position_ids=positions_BT
     )
     angles = backbone.model.rotary_emb(hidden_BTD, positions_BT)
-    arguments = {"attention_mask": mask, "position_ids": positions_BT, "position_embeddings": angles}
-    return {name: _float32(value) for name, value in arguments.items()}
-
-
-def _float32(value: Any) -> Any:
-    """What a float32 layer can take of what a bfloat16 layer got."""
-    if isinstance(value, tuple):
-        return tuple(_float32(v) for v in value)
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return {"attention_mask": mask, "position_ids": positions_BT, "position_embeddings": angles}

@@ -1,0 +1,177 @@
+"""The processes of distill meet before torch.distributed starts, so that one that does not come is named.
+
+Takes the place of this process and a time limit, gives a store that all of them reach, who they are, and
+torch.distributed started on that store. Knows nothing of training.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, TCPStore
+
+from ..errors import UserError
+from .launch import Place
+
+LOOK = 0.2
+"""Seconds between two looks at who has come."""
+READ = 10.0
+"""Seconds that rank 0 stays for the others to read that not all have come."""
+LATER = 30.0
+"""Seconds by which torch's own time limit lies behind ours: then the line that names the ranks comes first."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process, as it introduces itself."""
+
+    rank: int
+    node: str
+    pid: int
+    device: str
+    threads: int
+    versions: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.node}, process {self.pid})"
+
+
+def meet(place: Place, device: torch.device, timeout: float) -> tuple[TCPStore, list[Member]]:
+    """Wait for all processes, at most `timeout` seconds behind rank 0: (the store they share, who they are by rank).
+
+    Raises UserError, the same on every process that came, if some did not come, or came with other versions.
+    """
+    limit = f"machine.timeout={timeout:g}"
+    try:
+        store = connect(place, timeout, host=place.hosts and place.rank == 0)
+    except DistError as error:
+        if place.rank == 0:
+            raise UserError(
+                f"MASTER_PORT={place.port}: rank 0 cannot listen there on {place.node}, take another: {_first(error)}"
+            ) from None
+        raise UserError(
+            f"{limit}: rank 0 did not come to {place.address}:{place.port} within {timeout:g} s; this is rank "
+            f"{place.rank} of {place.world_size} on {place.node}. Look for what rank 0 printed; raise machine.timeout "
+            "if nodes start slowly, set MASTER_ADDR if it is another address"
+        ) from None
+    ours = PrefixStore(f"meeting {place.attempt}", store)
+    ours.set(f"member {place.rank}", json.dumps(asdict(_introduce(place, device))))
+    try:
+        if place.rank == 0:
+            ours.set("verdict", _wait_for_all(ours, place.world_size, timeout) or "complete")
+        ours.set_timeout(timedelta(seconds=timeout + LATER))
+        verdict = ours.get("verdict").decode()
+    except DistError as error:
+        raise UserError(f"rank 0 at {place.address} went away while the processes met: {_first(error)}") from None
+    if verdict != "complete":
+        _leave_after_all_have_read(ours, place)
+        raise UserError(f"{limit}: {verdict}")
+    return store, [_member(ours, rank) for rank in range(place.world_size)]
+
+
+def connect(place: Place, timeout: float, host: bool = False) -> TCPStore:
+    """A connection of its own to the store of rank 0. Raises DistError after `timeout` seconds without."""
+    limit = timedelta(seconds=timeout)
+    return TCPStore(place.address, place.port, is_master=host, timeout=limit, wait_for_workers=False)
+
+
+def start_group(store: TCPStore, place: Place, device: torch.device, timeout: float) -> None:
+    """torch.distributed, NCCL on GPUs and gloo on CPUs, whose operations wait `timeout` seconds and some more."""
+    cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=PrefixStore(f"group {place.attempt}", store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=timeout + LATER),
+        device_id=_own(device, place) if cuda else None,
+    )
+
+
+def described(members: list[Member]) -> list[str]:
+    """One line a node: who is there, on what, with which versions."""
+    return [
+        f"{node}: {ranks_of(member.rank for member in there)}, {', '.join(_runs(member.device for member in there))}, "
+        f"{there[0].threads} CPU thread{'s' * (there[0].threads > 1)} each, {there[0].versions}"
+        for node, there in _by_node(members)
+    ]
+
+
+def ranks_of(ranks: Iterable[int]) -> str:
+    """[0, 1, 2, 5] as "ranks 0-2, 5"."""
+    ordered = sorted(ranks)
+    runs = [[r for _, r in group] for _, group in groupby(enumerate(ordered), lambda pair: pair[1] - pair[0])]
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"rank{'s' * (len(ordered) > 1)} {text}"
+
+
+def _introduce(place: Place, device: torch.device) -> Member:
+    versions = [f"torch {torch.__version__}", f"lightning {version('lightning')}"]
+    name = "CPU"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(_own(device, place))
+        versions.append(f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}")  # type: ignore[attr-defined]
+    return Member(place.rank, place.node, os.getpid(), name, torch.get_num_threads(), ", ".join(versions))
+
+
+def _own(device: torch.device, place: Place) -> torch.device:
+    """The device of this process: as Lightning has it, the GPU with the number that the process has on its node."""
+    return device if device.index is not None else torch.device(device.type, place.local_rank)
+
+
+def _wait_for_all(store: PrefixStore, world_size: int, timeout: float) -> str | None:
+    """What is wrong, or None. On rank 0."""
+    absent = set(range(world_size))
+    deadline = time.monotonic() + timeout
+    while absent := {rank for rank in absent if not store.check([f"member {rank}"])}:
+        if time.monotonic() > deadline:
+            there = [_member(store, rank) for rank in range(world_size) if rank not in absent]
+            names = "; ".join(f"{node}: {ranks_of(m.rank for m in here)}" for node, here in _by_node(there))
+            return (
+                f"{ranks_of(absent)} of {world_size} did not come within {timeout:g} s; there are {names}. Look for "
+                "what the missing ones printed; raise machine.timeout if nodes start slowly"
+            )
+        time.sleep(LOOK)
+    members = [_member(store, rank) for rank in range(world_size)]
+    if len({member.versions for member in members}) > 1:
+        ordered = sorted(members, key=lambda member: member.versions)
+        groups = groupby(ordered, lambda member: member.versions)
+        found = "; ".join(f"{ranks_of(m.rank for m in group)}: {versions}" for versions, group in groups)
+        return f"all ranks need the same versions, found {found}. Give all nodes one environment"
+    return None
+
+
+def _leave_after_all_have_read(store: PrefixStore, place: Place) -> None:
+    """The store dies with rank 0."""
+    store.add("read", 1)
+    if place.rank:
+        return
+    there = sum(store.check([f"member {rank}"]) for rank in range(place.world_size))
+    deadline = time.monotonic() + READ
+    while store.add("read", 0) < there and time.monotonic() < deadline:
+        time.sleep(LOOK)
+
+
+def _member(store: PrefixStore, rank: int) -> Member:
+    return Member(**json.loads(store.get(f"member {rank}")))
+
+
+def _by_node(members: list[Member]) -> list[tuple[str, list[Member]]]:
+    nodes = list(dict.fromkeys(member.node for member in members))
+    return [(node, [member for member in members if member.node == node]) for node in nodes]
+
+
+def _runs(names: Iterable[str]) -> list[str]:
+    counts = [(name, len(list(group))) for name, group in groupby(names)]
+    return [f"{count} x {name}" if count > 1 else name for name, count in counts]
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,95 @@
+"""metrics.jsonl and its mirror in W&B, offline: nothing is lost when the process, or W&B's own, is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load
+from pipeline.rundir import RunDir
+from pipeline.tracking import Tracker
+
+KILLED = """
+import os, signal, sys
+from pipeline.config import load
+from pipeline.rundir import RunDir
+from pipeline.tracking import Tracker
+tracker = Tracker(RunDir(load(None, sys.argv[1:])), True)
+tracker.start(-1)
+for step in range(5):
+    tracker.log(step, {"loss": 1 / (step + 1)})
+    tracker.log(step, {"val": float(step)})
+children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+for process in [*map(int, children), os.getpid()]:
+    os.kill(process, signal.SIGKILL)
+"""
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    return [f"run.dir={tmp_path}", "run.name=run", "wandb.mode=offline"]
+
+
+def segments(run: RunDir) -> list[list[dict]]:
+    """What W&B's own reader finds in its files, each in the order of its records; [run id, rows...]."""
+    found = []
+    for folder in sorted((run / "wandb").rglob("offline-run-*")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        found.append([json.loads(line) for line in lines])
+    return found
+
+
+def rows(segment: list[dict]) -> dict[int, dict[str, float]]:
+    """Step -> figures."""
+    items = [record["history"]["item"] for record in segment if "history" in record]
+    return {item["_step"]: {k: v for k, v in item.items() if not k.startswith("_")} for item in items}
+
+
+def lines(run: RunDir) -> dict[int, dict[str, float]]:
+    found: dict[int, dict[str, float]] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        figures = json.loads(line)
+        found.setdefault(figures.pop("step"), {}).update(figures)
+    return found
+
+
+def test_what_a_killed_start_logged_in_vain_is_logged_once_more(words: list[str]) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = RunDir(load(None, words))
+    before = [rows(segment) for segment in segments(run)]
+    assert len(before) == 1 and 4 not in before[0], "W&B writes a step when the next begins"
+    tracker = Tracker(run, True)
+    tracker.start(3)  # as if the last checkpoint were of step 3
+    for step in (4, 5):
+        tracker.log(step, {"loss": 1 / (step + 1), "val": float(step)})
+    tracker.finish()
+    first, second = map(rows, segments(run))
+    assert lines(run) == {step: {"loss": 1 / (step + 1), "val": float(step)} for step in range(6)}
+    assert first | second == lines(run)
+    assert not set(first) & set(second), "nor is anything there twice"
+
+
+def test_training_goes_on_when_the_process_of_wandb_is_killed(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    run = RunDir(load(None, words))
+    tracker = Tracker(run, True)
+    tracker.start(-1)
+    tracker.log(0, {"loss": 1.0})
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
+            os.kill(int(child), signal.SIGTERM)
+            os.waitid(os.P_PID, int(child), os.WEXITED | os.WNOWAIT)
+    for step in range(1, 50):
+        tracker.log(step, {"loss": 1.0})
+    tracker.finish()
+    assert list(lines(run)) == list(range(50))
+    assert capsys.readouterr().err.count("W&B failed") == 1
+    tracker.start(49)
+    tracker.finish()
+    first, second = map(rows, segments(run))
+    assert first | second == lines(run) and len(second) > len(first)
