@@ -13,7 +13,7 @@ so the floor of step / teacher is 1 + H (6 P + 4 V D) / (2 L P + 2 V D). Parts, 
 
     step       teacher forward (logits included) and step; on a CPU by CPU time, as other work then counts less
     heads      steps with 1, 2, ... of the exit layers: what another head costs
-    cached     steps whose hidden states come from memory, as from the cache, over steps that run the backbone
+    cached     steps that read their hidden states from a cache on disk over steps that run the backbone; bytes a token
     memory     peak memory of the chunked linear loss over that of full logits (2048 rows, V 32000), a process each
     processes  tokens/s of two FSDP processes over those of one: the same step, split (by the clock)
 """
@@ -24,10 +24,12 @@ import os
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.config import Config
 from pipeline.inference.exit_head import new_exit_layer
 from pipeline.rundir import provenance
+from pipeline.training.cache import Lessons, TeacherCache, head_of
+from pipeline.training.data import Packed
 from pipeline.training.launch import find_free_network_port
 from pipeline.training.losses import LinearDistillation
 from pipeline.training.module import Engine
@@ -106,10 +110,14 @@ def one_process(args: argparse.Namespace) -> None:
             print(f"| {n} | {ratio(seconds, i, 0)} | {bench.flops(n) / bench.flops(1):.3f} |")
         print()
     if "cached" in args.part:
-        taught = bench.taught()
-        seconds = bench.in_turn([lambda: bench.step(1), lambda: bench.step(1, taught)])
-        print("| cached step / online step | range | FLOPs |\n|---|---|---|")
-        print(f"| {ratio(seconds, 1, 0)} | {1 - bench.backbone_flops / bench.flops(1):.3f} |\n")
+        with tempfile.TemporaryDirectory() as folder:
+            lessons, numbers = bench.keep(Path(folder)), list(range(args.sequences))
+            cached = lambda: bench.step(1, lessons(numbers, bench.device))  # noqa: E731
+            seconds = bench.in_turn([lambda: bench.step(1), cached])
+            bytes_ = sum(path.stat().st_size for path in Path(folder).glob("shard-*"))
+        print("| cached step / online step | range | FLOPs | bytes a token |\n|---|---|---|---|")
+        floor = 1 - bench.backbone_flops / bench.flops(1)
+        print(f"| {ratio(seconds, 1, 0)} | {floor:.3f} | {bytes_ / bench.tokens:.0f} |\n")
 
 
 class Bench:
@@ -157,9 +165,20 @@ class Bench:
             losses_H = self.engine(*self.inputs, 1 / self.tokens, taught=taught, heads=self.names[:heads])
             losses_H.sum().backward()
 
-    def taught(self) -> Any:
-        """What a cache would hold of these sequences."""
-        return self._pass()[0]
+    def keep(self, folder: Path) -> Lessons:
+        """The first exit layer's cache of these sequences, as `exit-heads cache` would make it."""
+        (final_BTD, hidden), _ = self._pass()
+        n, lengths = self.args.exit_layers[0], torch.full((self.args.sequences,), self.args.length)
+        config = Config()
+        config.distill.exit_layers, config.distill.sequence_length = [n], self.args.length
+        config.backbone.dtype = self.args.dtype
+        sequences = Packed(*(tensor.cpu().contiguous() for tensor in self.inputs), lengths)
+        cache = TeacherCache(folder)
+        head = head_of(config, {}, self.args.hidden, sequences)
+        cache.begin(head | {"sequences_per_shard": len(sequences)})
+        states = {"final": final_BTD, f"hidden.{n}": hidden[n]}
+        cache.put(*cache.names(), {name: state_BTD.flatten(0, 1).cpu() for name, state_BTD in states.items()}, {})
+        return Lessons(cache, sequences, [n])
 
     def _pass(self) -> Any:
         assert self.engine.teacher is not None

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from .. import backbones
 from ..config import Config
-from ..errors import UserError
 from ..rundir import RunDir
 from ..shards import made
 from ..training import data
 from ..training.cache import TeacherCache, check_room, head_of, size
+from ..training.loading import check_checkpoint
 from ..training.teacher import Teacher
 
 TOKENS_PER_PASS = 4096
@@ -40,7 +40,8 @@ def run(run: RunDir) -> None:
     architecture = backbones.load_config(config.backbone)
     backbones.check_exit_layers(config.distill.exit_layers, architecture.num_hidden_layers)
     manifest, train, validation, _ = data.read_packed(run / "responses", config.distill)
-    fingerprint = check_backbone(config, manifest["backbone"]["fingerprint"])
+    fingerprint = manifest["backbone"]["fingerprint"]
+    check_checkpoint(config.backbone, fingerprint, config.distill.exit_layers, config.distill.init)
     sequences = data.joined(train, validation)
     head = cache.manifest() or head_of(config, manifest["backbone"], architecture.hidden_size, sequences)
     print(f"cache: {check_room(cache.folder, head)}")
@@ -53,17 +54,6 @@ def run(run: RunDir) -> None:
         summary |= {"tokens": head["packing"]["tokens"], "bytes": bytes_, "tokens_per_second": speed}
     at = f" at {speed:.0f} tokens/s in this process" if speed else ""
     print(f"cache: what the backbone says of {summary['tokens']} tokens, {size(bytes_)}{at}")
-
-
-def check_backbone(config: Config, expected: str) -> str:
-    """The fingerprint of the weights. Raises UserError if the responses come from others."""
-    found = backbones.fingerprint_of_files(config.backbone)
-    if found != expected:
-        raise UserError(
-            f"backbone.name_or_path={config.backbone.name_or_path}: its fingerprint is {found[:12]}, the responses "
-            f"come from {expected[:12]}: give the backbone that made them, or make them anew (--redo generate)"
-        )
-    return found
 
 
 class Worker:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -144,7 +143,7 @@ def size(count: float) -> str:
 
 
 class Lessons:
-    """What the teacher says of any sequences, read when it is asked for. Host memory does not grow with the cache."""
+    """What the teacher says of any sequences, read when it is asked for. Memory does not grow with the cache."""
 
     def __init__(self, cache: TeacherCache, sequences: Packed, exit_layers: list[int]):
         manifest = cache.manifest()
@@ -157,15 +156,10 @@ class Lessons:
         first_S = torch.arange(len(sequences)) // self.per_shard * self.per_shard
         self.starts_S = (before_S - before_S[first_S]).tolist()
         """Row of each sequence's first token in its shard."""
-        self._open: dict[int, Any] = {}
 
     def check(self, rank: int, world_size: int) -> None:
-        """Raises UserError, in every process, if a shard is not what was written. Each reads a share of them whole."""
-        damaged = self.cache.damaged(self.names[rank::world_size])
-        found: list[Any] = [damaged] * world_size
-        if world_size > 1:
-            dist.all_gather_object(found, damaged)
-        if names := sorted({name for part in found for name in part}):
+        """Raises UserError if a shard of this process's share is not what was written: every byte of it is read."""
+        if names := self.cache.damaged(self.names[rank::world_size]):
             raise UserError(
                 f"{self.cache.folder}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}: not what was written "
                 f"({len(names)} in all). Remove it and run `exit-heads cache` again: it makes anew what is missing."
@@ -179,13 +173,11 @@ class Lessons:
         found = {name: torch.zeros(shape, dtype=self.dtype) for name in names}
         for b, s in enumerate(numbers):
             start, length = self.starts_S[s], self.lengths_S[s]
-            for name, state_BTD in found.items():
-                state_BTD[b, :length] = self._file(s // self.per_shard).get_slice(name)[start : start + length]
+            path = self.cache.folder / self.names[s // self.per_shard]
+            with safe_open(
+                path, framework="pt"
+            ) as file:  # mapped no longer than this, or all that was read would count
+                for name, state_BTD in found.items():
+                    state_BTD[b, :length] = file.get_slice(name)[start : start + length]
         final_BTD, *hidden = (state_BTD.to(device) for state_BTD in found.values())
         return final_BTD, dict(zip(self.exit_layers, hidden, strict=True))
-
-    def _file(self, index: int) -> Any:
-        """A shard, mapped once: no descriptor stays open, and what was read is the system's to keep or to drop."""
-        if index not in self._open:
-            self._open[index] = safe_open(self.cache.folder / self.names[index], framework="pt")
-        return self._open[index]

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from ..config import Config
 from .cache import Lessons
 from .data import Packed, StepBatches, passes, validation_batches
-from .loading import load_sharded_backbone
+from .loading import load_sharded_backbone, together
 from .losses import LinearDistillation, acceptance_lengths, draft_statistics
 from .sharding import make_mesh, shard_engine
 from .teacher import Taught, Teacher, last_layer_arguments
@@ -191,7 +191,8 @@ class Distillation(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.lessons is not None:
-            self.lessons.check(self.global_rank, self.trainer.world_size)
+            with together():
+                self.lessons.check(self.global_rank, self.trainer.world_size)
 
     def configure_model(self) -> None:
         if self.engine is not None:
