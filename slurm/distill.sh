@@ -77,8 +77,12 @@ progress() {
         -type f ! -name '.*' ! -name metrics.jsonl -printf '%p %s\n' | sort | cksum
 }
 
-# stage NAME FOLDER WORDS...: with the resources of this job. It ends with 138 when a signal before the time limit has
-# stopped it, with 75 when another process vanished; then this very job starts again and goes on.
+# Whether this job has to make room for another one. Slurm puts such a job back into the queue when its grace is over,
+# but one whose processes have saved and ended before that would count as failed.
+preempted() { scontrol show job -o "$1" | grep -q ' PreemptTime=[0-9]'; }
+
+# stage NAME FOLDER WORDS...: with the resources of this job. It ends with 138 when USR1 before the time limit has stopped
+# it, with 143 when TERM has, with 75 when another process vanished; then this very job starts again and goes on.
 stage() {
     local name=$1 folder=$2 code=0 starts=$((${SLURM_RESTART_COUNT:-0} + 1)) flags before job=$SLURM_JOB_ID words
     shift 2
@@ -87,13 +91,14 @@ stage() {
     say "$(date '+%F %T') $name: job $job, start $starts, on $SLURM_JOB_NODELIST"
     before=$(progress "$folder")
     split "$EH_SRUN"
-    # --wait=0: the others may end while rank 0 still writes. --kill-on-bad-exit: none waits for one that failed.
-    flags=(--wait=0 --kill-on-bad-exit=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" "${words[@]}")
+    # Rank 0 has so many seconds to write when the others have ended; and they wait no longer for one that never began.
+    # Not --kill-on-bad-exit: of a stage that saved and ended, it would make one that was killed.
+    flags=(--wait=600 --kill-on-bad-exit=0 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" "${words[@]}")
     [ "${SLURM_NTASKS:-1}" = 1 ] || flags+=(--label)
     split "$EH_RUN"
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONUNBUFFERED=1 \
         srun "${flags[@]}" "${words[@]}" exit-heads "$name" "$@" || code=$?
-    if [ "$code" = 138 ] || [ "$code" = 75 ]; then
+    if [ "$code" = 138 ] || [ "$code" = 75 ] || { [ "$code" = 143 ] && preempted "$job"; }; then
         if [ "$starts" -gt 3 ] && [ "$(progress "$folder")" = "$before" ]; then
             say "$name ended with $code and got no further than the start before; is its time limit too short?"
         elif scontrol requeue "$job"; then

@@ -40,6 +40,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 KillWait=10
 MinJobAge=3600
 SlurmctldTimeout=30
@@ -53,7 +55,8 @@ SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 GresTypes=gpu
 NodeName=127.0.0.[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs=8 RealMemory=64000 Gres=gpu:h100:{gpus}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -66,7 +69,10 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Two nodes of 8 CPUs; `with Cluster(folder) as cluster`. Raises RuntimeError if it does not come up."""
+    """Two nodes of 8 CPUs; jobs of the partition urgent preempt those of main. `with Cluster(folder) as cluster`.
+
+    Raises RuntimeError if a daemon ends, AssertionError if the nodes do not come up.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -171,13 +177,13 @@ class Cluster:
         self._run("slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        self.until(self._idle, 60, "two idle nodes")
+        self.until(self._idle, 120, "two idle nodes")
 
     def _idle(self) -> bool:
         for name, daemon in self.daemons.items():
             if daemon.poll() is not None:
                 raise RuntimeError(f"{name} ended: {(self.folder / f'{name}.out').read_text()[-2000:]}")
-        return self.call("sinfo", "-h", "-N", "-o", "%T", check=False).split() == ["idle"] * len(NODES)
+        return self.call("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split() == ["idle"] * len(NODES)
 
     def _munge(self) -> None:
         key = self.folder / "munge.key"
@@ -224,7 +230,7 @@ def _find(name: str) -> str | None:
 
 def _free_ports(count: int) -> int:
     """The first of `count` neighbouring ports that nobody listens on."""
-    for base in range(26817 + os.getpid() % 2000 * count, 32000, count):
+    for base in range(20000 + os.getpid() % 3000 * count, 32000, count):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for port in range(base, base + count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))

@@ -27,6 +27,9 @@ from pipeline.training.module import Engine
 from pipeline.training.sharding import shard_engine
 
 
+PASSES = "distill.sequences_per_pass=1"  # two a step
+
+
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> Path:
     return tiny_backbone(tmp_path_factory.mktemp("backbone"), sharpness=4.0)
@@ -34,7 +37,7 @@ def backbone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, backbone) -> RunDir:
-    run = prepare(tmp_path_factory.mktemp("undisturbed"), backbone)
+    run = prepare(tmp_path_factory.mktemp("undisturbed"), backbone, PASSES)
     distill.run(run)
     return run
 
@@ -115,7 +118,7 @@ def test_the_last_possible_exit_layer_starts_as_the_backbone_itself(tmp_path, ba
 
 def test_heads_trained_together_equal_heads_trained_alone(tmp_path, undisturbed, backbone):
     for exit_layer in (1, 2):
-        run = prepare(tmp_path / str(exit_layer), backbone, f"distill.exit_layers=[{exit_layer}]")
+        run = prepare(tmp_path / str(exit_layer), backbone, PASSES, f"distill.exit_layers=[{exit_layer}]")
         distill.run(run)
         assert head_bytes(run, f"exit-{exit_layer}") == head_bytes(undisturbed, f"exit-{exit_layer}")
 

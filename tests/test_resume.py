@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from distilling import assert_same, finish, gone, lines, prepare, start
+from distilling import assert_same, end_of, finish, gone, lines, prepare, start
 from helpers import tiny_backbone
 
+from pipeline.errors import UserError
 from pipeline.rundir import RunDir
 from pipeline.stages import distill
-from pipeline.training.checkpoints import damage_of, newest_intact
+from pipeline.training.callbacks import Checkpoints
+from pipeline.training.checkpoints import WholeFile, damage_of, newest_intact
 from pipeline.training.module import Distillation
 
 PASSES = "distill.sequences_per_pass=1"  # two a step
@@ -35,7 +38,7 @@ def undisturbed(tmp_path_factory, backbone) -> RunDir:
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, undisturbed, backbone):
     """Killed between the two passes of a step."""
     run = prepare(tmp_path, backbone, PASSES)
-    assert [process.wait(300) for process in start(run, "die,first,7,between")] == [-9]
+    assert list(map(end_of, start(run, "die,first,7,between"))) == [-9]
     assert newest_intact(run / "checkpoints").name == "step-00000006.ckpt" and not (run / "heads").exists()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "tra')  # what a kill may leave
@@ -159,6 +162,41 @@ def test_a_flipped_byte_anywhere_is_noticed_or_changes_nothing(tmp_path):
     assert noticed > 400
 
 
+def test_the_last_two_checkpoints_are_kept_and_none_of_an_abandoned_future(tmp_path):
+    """Two damaged ones were passed over; training began anew."""
+
+    class Trainer:
+        is_global_zero = True
+        global_step = 0
+
+        def save_checkpoint(self, path: Path) -> None:
+            path.touch()
+
+    trainer, checkpoints = Trainer(), Checkpoints(tmp_path, every=3)
+    for step in (6, 9):
+        (tmp_path / f"step-0000000{step}.ckpt").touch()
+    kept = []
+    for trainer.global_step in (3, 5, 6):
+        checkpoints.save(trainer)
+        kept.append([int(name[5:13]) for name in names(tmp_path)])
+    assert kept == [[3], [3, 5], [5, 6]]
+
+
+def test_a_full_disk_leaves_the_checkpoints_that_are_there(tmp_path):
+    """No file may grow beyond 100 kB, which is how a full disk looks to a writer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        WholeFile().save_checkpoint({"weights": torch.zeros(1000)}, tmp_path / "step-1.ckpt")
+        with pytest.raises(UserError, match=r"cannot write .*step-2\.ckpt: File too large"):
+            WholeFile().save_checkpoint({"weights": torch.zeros(100_000)}, tmp_path / "step-2.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert names(tmp_path) == ["step-1.ckpt"] and newest_intact(tmp_path) == tmp_path / "step-1.ckpt"
+
+
 # ---- more than one process
 
 
@@ -188,7 +226,7 @@ def test_killed_ten_times_two_processes_end_with_the_same_bits(tmp_path, backbon
             f"die,{rng.choice(['first', 'other', 'all'])},{step},{rng.choice(['before', 'between', 'after', 'saving'])}"
         )
         (process,) = start(run, manner)
-        assert process.wait(timeout=300) != 0, f"{manner}: not killed\n{log.read_text()}"
+        assert end_of(process) != 0, f"{manner}: not killed\n{log.read_text()}"
         others = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("started ")]
         deadline = time.monotonic() + 60
         while not all(map(gone, others)):
@@ -203,8 +241,7 @@ def test_killed_ten_times_two_processes_end_with_the_same_bits(tmp_path, backbon
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_another_number_of_processes_goes_on_to_the_same_losses(tmp_path, backbone, two, before, after):
     run = prepare(tmp_path, backbone, *TORTURE, f"machine.processes_per_node={before}")
-    (process,) = start(run, "die,first,13,before")
-    assert process.wait(timeout=300) == -9
+    assert list(map(end_of, start(run, "die,first,13,before"))) == [-9]
     assert newest_intact(run / "checkpoints").name == "step-00000012.ckpt"
     run = prepare(tmp_path, backbone, *TORTURE, f"machine.processes_per_node={after}")
     finish(start(run), run)

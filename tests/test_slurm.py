@@ -249,8 +249,8 @@ def test_a_refused_job_is_told_and_takes_the_chain_with_it(cluster: Cluster, tin
 @pytest.mark.timeout(1800)
 def test_after_a_signal_and_a_dead_node_the_published_head_is_the_same_to_the_last_bit(cluster, tmp_path) -> None:
     """The pocket backbone, sharded over two nodes. An undisturbed run of two processes on one machine, without Slurm;
-    then the same on Slurm, where a task of generate is told that its time is over, then distill is, and then the node
-    of rank 1 loses its power. All that was to be learned was learned, once, and W&B has it."""
+    then the same on Slurm: a task of generate is told that its time is over, then distill is, then distill has to make
+    room for a more urgent job, then the node of rank 1 loses its power. All was learned, once, and W&B has it."""
     words = [
         "--config", str(ROOT / "configs" / "pocket.yaml"), f"run.dir={tmp_path}", "wandb.mode=offline",
         "generate.num_prompts=80", "generate.shard_size=4", "generate.max_new_tokens=48", "distill.teacher=online",
@@ -274,16 +274,21 @@ def test_after_a_signal_and_a_dead_node_the_published_head_is_the_same_to_the_la
         return json.loads(file.read_text().splitlines()[-1])["step"] if file.exists() and file.read_text() else -1
 
     distill = chain["distill"]
-    cluster.until(lambda: step() >= 9, 600, "step 9")
+    cluster.until(lambda: step() >= 5, 600, "step 5")
     cluster.call("scancel", "--signal=USR1", distill)
     cluster.until(lambda: cluster.job(distill)["Restarts"] == "1", 300, "distill to be put back into the queue")
     saved = max(int(file.stem.split("-")[1]) for file in (disturbed / "checkpoints").glob("step-*.ckpt"))
-    assert saved >= 9 and f"SIGUSR1: saved {disturbed}/checkpoints/step-{saved:08d}.ckpt" in chain.log("distill")
+    assert saved >= 5 and f"SIGUSR1: saved {disturbed}/checkpoints/step-{saved:08d}.ckpt" in chain.log("distill")
     assert "ended with 138" in chain.log("distill")
 
-    cluster.until(lambda: step() >= saved + 10, 600, "ten more steps")
+    cluster.until(lambda: step() >= saved + 6, 600, "six more steps")
+    cluster.call("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.until(lambda: cluster.job(distill)["Restarts"] == "2", 300, "distill to make room")
+    assert "SIGTERM: saved" in chain.log("distill") and "ended with 143" in chain.log("distill")
+
+    cluster.until(lambda: step() >= saved + 15, 600, "more steps")
     cluster.kill_node(NODES[1])
-    cluster.until(lambda: cluster.job(distill)["Restarts"] == "2", 300, "distill to be put back into the queue again")
+    cluster.until(lambda: cluster.job(distill)["Restarts"] == "3", 300, "Slurm to see that the node is dead")
     assert "rank 1 (127.0.0.2, process" in chain.log("distill") and "gone without a word" in chain.log("distill")
     cluster.start_node(NODES[1])
     assert chain.states() == {stage: {"COMPLETED"} for stage in STAGES}, chain.log("distill")
@@ -295,14 +300,14 @@ def test_after_a_signal_and_a_dead_node_the_published_head_is_the_same_to_the_la
     learned = [strip_times(lines(run)) for run in (disturbed, calm)]
     assert learned[0] == learned[1] and list(learned[0]) == list(range(41))
 
-    found = segments(disturbed)  # three starts of distill, and the report of evaluate
-    assert len(found) == 4 and len({record["run"]["runId"] for s in found for record in s if "run" in record}) == 1
+    found = segments(disturbed)  # four starts of distill, and the report of evaluate
+    assert len(found) == 5 and len({record["run"]["runId"] for s in found for record in s if "run" in record}) == 1
     logged: dict[int, dict[str, float]] = {}
-    for segment in found[:3]:
+    for segment in found[:4]:
         logged |= rows(segment)
     assert logged == lines(disturbed)
     log = (disturbed / "logs" / "distill-rank-00001.log").read_text()
-    assert [int(n) for n in re.findall(rf"start {distill}\.(\d)", log)] == [0, 1, 2]
+    assert [int(n) for n in re.findall(rf"start {distill}\.(\d)", log)] == [0, 1, 2, 3]
 
 
 def strip_times(found: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:

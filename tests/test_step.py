@@ -36,8 +36,9 @@ def backbone(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain_losses(tmp_path_factory, backbone) -> dict[str, list[float]]:
-    """Of each head: no FSDP, no Lightning, no packing, full logits; one document at a time, one head at a time."""
+def plain_losses(tmp_path_factory, backbone) -> dict[str, list[tuple[float, float]]]:
+    """(loss, gradient norm) of each step of each head: no FSDP, no Lightning, no packing, full logits; one document at
+    a time, one head at a time."""
     run = prepare(tmp_path_factory.mktemp("plain"), backbone, *EXACT)
     d = run.config.distill
     documents, _ = data.read_documents(run / "responses", data.read_manifest(run / "responses"), d.truncated, 0.5)
@@ -47,11 +48,11 @@ def plain_losses(tmp_path_factory, backbone) -> dict[str, list[float]]:
     return {f"exit-{n}": _train_plainly(model, n, packed, run) for n in d.exit_layers}
 
 
-def _train_plainly(model: Any, exit_layer: int, packed: data.Packed, run: RunDir) -> list[float]:
+def _train_plainly(model: Any, exit_layer: int, packed: data.Packed, run: RunDir) -> list[tuple[float, float]]:
     d = run.config.distill
     head = new_exit_layer(model)
     optimizer = torch.optim.AdamW(head.parameters(), betas=(0.9, 0.95), weight_decay=d.weight_decay)
-    losses = []
+    found = []
     for step, batch in enumerate(data.StepBatches(len(packed), d.sequences_per_step, STEPS, 0)):
         total, rows = torch.zeros(()), 0
         for tokens, start_, end in unpack(packed, batch):
@@ -63,21 +64,23 @@ def _train_plainly(model: Any, exit_layer: int, packed: data.Packed, run: RunDir
             )
             total = total + torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
             rows += end - start_
-        losses.append(total.item() / rows)
         optimizer.zero_grad()
         (total / rows).backward()
         norm = torch.nn.utils.clip_grad_norm_(head.parameters(), d.clip_norm)
         assert norm > d.clip_norm
+        found.append((total.item() / rows, norm.item()))
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, d.learning_rate, d.warmup_steps, STEPS)
         optimizer.step()
-    assert losses[-1] < 0.6 * losses[0]
-    return losses
+    assert found[-1][0] < 0.6 * found[0][0]
+    return found
 
 
-def assert_losses_equal(run: RunDir, plain: dict[str, list[float]]) -> None:
-    for name, losses in plain.items():
-        logged = [line[f"train/{name}/loss"] for line in lines(run) if "learning_rate" in line]
-        assert logged == pytest.approx(losses, rel=1e-6)
+def assert_losses_equal(run: RunDir, plain: dict[str, list[tuple[float, float]]]) -> None:
+    steps = [line for line in lines(run) if "learning_rate" in line]
+    for name, found in plain.items():
+        losses, norms = zip(*found, strict=True)
+        assert [step[f"train/{name}/loss"] for step in steps] == pytest.approx(losses, rel=1e-6)
+        assert [step[f"train/{name}/grad_norm"] for step in steps] == pytest.approx(norms, rel=5e-6)
 
 
 @pytest.mark.parametrize("words", [[], [ONE_BY_ONE], ["distill.sequences_per_pass=3"]], ids=["whole", "1", "3"])
@@ -221,7 +224,7 @@ def test_heads_trained_together_by_two_processes_equal_heads_trained_alone(tmp_p
         assert head_bytes(run, name) == head_bytes(two[0], name)
 
 
-STOPS = "distill.max_steps=30 distill.validate_every=1 distill.patience=2".split()
+STOPS = "distill.max_steps=30 distill.validate_every=1 distill.patience=2 distill.weight_decay=0.1".split()
 
 
 @pytest.fixture(scope="module")
