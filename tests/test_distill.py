@@ -26,7 +26,6 @@ from pipeline.training.loading import load_sharded_backbone
 from pipeline.training.module import Engine
 from pipeline.training.sharding import shard_engine
 
-
 PASSES = "distill.sequences_per_pass=1"  # two a step
 
 
