@@ -192,7 +192,7 @@ def _fill(parameter: Tensor, source: Any) -> None:
     """
     own, first = own_rows(parameter)
     last, step = first + len(own), max(1, PIECE // math.prod(parameter.shape[1:]))
-    for start in range(first, last, step):
+    for start in range(first - first % step, last, step):
         stop = min(start + step, len(parameter))
         rows = slice(max(start, first), min(stop, last))
         own[rows.start - first : rows.stop - first] = source[start:stop][rows.start - start : rows.stop - start]
