@@ -96,13 +96,15 @@ stage() {
     flags=(--wait=600 --kill-on-bad-exit=0 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" "${words[@]}")
     [ "${SLURM_NTASKS:-1}" = 1 ] || flags+=(--label)
     split "$EH_RUN"
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONUNBUFFERED=1 \
+    export PYTHONUNBUFFERED=1 TQDM_MININTERVAL="${TQDM_MININTERVAL:-60}" # seconds: a log is no terminal
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} \
         srun "${flags[@]}" "${words[@]}" exit-heads "$name" "$@" || code=$?
     if [ "$code" = 138 ] || [ "$code" = 75 ] || { [ "$code" = 143 ] && preempted "$job"; }; then
         if [ "$starts" -gt 3 ] && [ "$(progress "$folder")" = "$before" ]; then
             say "$name ended with $code and got no further than the start before; is its time limit too short?"
-        elif scontrol requeue "$job"; then
-            say "$(date '+%F %T') $name ended with $code; job $job will start again and go on"
+        else
+            say "$(date '+%F %T') $name ended with $code; job $job starts again and goes on"
+            scontrol requeue "$job" || say "job $job could not be put back into the queue"
         fi
     fi
     exit "$code"
