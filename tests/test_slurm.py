@@ -17,8 +17,12 @@ from omegaconf import OmegaConf
 from slurm_cluster import NODES, Cluster
 from test_tracking import lines, rows, segments
 
+from pipeline import rundir
 from pipeline.config import to_dict
-from pipeline.rundir import STAGES, RunDir
+from pipeline.rundir import RunDir
+
+STAGES = tuple(name for name in rundir.STAGES if name != "cache")
+"""Of a teacher that is online."""
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "slurm" / "distill.sh"
