@@ -177,7 +177,9 @@ class Bench:
         head = head_of(config, {}, self.args.hidden, sequences)
         cache.begin(head | {"sequences_per_shard": len(sequences)})
         states = {"final": final_BTD, f"hidden.{n}": hidden[n]}
-        cache.put(*cache.names(), {name: state_BTD.flatten(0, 1).cpu() for name, state_BTD in states.items()}, {})
+        cache.put(
+            *cache.names(), {name: state_BTD.flatten(0, 1).cpu() for name, state_BTD in states.items()}, {}, cache.of()
+        )
         return Lessons(cache, sequences, [n])
 
     def _pass(self) -> Any:

@@ -310,7 +310,7 @@ def test_another_cache_under_finished_heads_is_noticed(tmp_path, backbone):
     tensors = load_file(run / "cache" / "shard-00000.safetensors")
     here = TeacherCache(run / "cache")
     here.forget("shard-00000.safetensors")  # and made again where sums are rounded in another way
-    here.put("shard-00000.safetensors", {name: t + 1e-6 for name, t in tensors.items()}, {})
+    here.put("shard-00000.safetensors", {name: t + 1e-6 for name, t in tensors.items()}, {}, here.of())
     cache.run(run)
     with pytest.raises(UserError, match=r"cache/manifest\.json was .*--redo distill"):
         distill.run(run)
@@ -379,3 +379,21 @@ def test_a_shard_of_another_cache_is_not_taken(tmp_path, run, backbone, alone):
     shutil.copy(other / "cache" / name, run / "cache" / name)  # of a process that was at work before a --redo
     cache.run(run)
     assert files(run / "cache") == files(alone)
+
+
+def test_who_is_at_work_while_the_cache_is_begun_anew_puts_nothing(tmp_path, backbone, monkeypatch):
+    run, other = cached(tmp_path, backbone), cached(tmp_path, backbone, "distill.exit_layers=[2]")
+    plain, shards = cache.Worker.shard, {}
+
+    def shard(self, *args):
+        monkeypatch.setattr(cache.Worker, "shard", plain)
+        tensors = plain(self, *args)
+        other.redo("cache")
+        cache.run(other)
+        shards.update(files(other / "cache"))
+        return tensors
+
+    monkeypatch.setattr(cache.Worker, "shard", shard)
+    with pytest.raises(UserError, match="begun anew by another process"):
+        cache.run(run)
+    assert shards and files(run / "cache") == shards

@@ -6,8 +6,8 @@ Knows nothing of exit heads but after which layers they sit.
 """
 
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,6 +23,10 @@ from ..training.teacher import Teacher
 
 TOKENS_PER_PASS = 4096
 """Padding included. Enough for a GPU to be busy; no key, as it may decide the last bits of what is kept."""
+
+
+Report = Callable[[int], None]
+"""Told after every pass: tokens that are new."""
 
 
 def run(run: RunDir) -> None:
@@ -73,7 +77,7 @@ class Worker:
         manifest = self.cache.manifest()
         assert manifest is not None
         self.teacher = Teacher(self.backbone, manifest["exit_layers"])
-        self.per_shard = manifest["sequences_per_shard"]
+        self.per_shard, self.of = manifest["sequences_per_shard"], self.cache.of()
         self.cache.compare(self.by)
         started, tokens = time.time(), 0
         bar = tqdm(total=manifest["packing"]["tokens"], desc="cache", unit="token", unit_scale=True)
@@ -89,11 +93,11 @@ class Worker:
                 bar.update(entry["tokens"])
         return round(tokens / (time.time() - started), 1) if tokens else 0.0
 
-    def _make(self, report: Any, index: int, name: str) -> None:
+    def _make(self, report: Report, index: int, name: str) -> None:
         started = time.time()
-        self.cache.put(name, self.shard(index, report), made(started, self.by))
+        self.cache.put(name, self.shard(index, report), made(started, self.by), self.of)
 
-    def shard(self, index: int, report: Any) -> dict[str, torch.Tensor]:
+    def shard(self, index: int, report: Report) -> dict[str, torch.Tensor]:
         """Tensor name -> [P, D] on the host: a pure function of weights, sequences and the shard's number."""
         first = index * self.per_shard
         last = min(first + self.per_shard, len(self.sequences))

@@ -76,15 +76,18 @@ class TeacherCache(Shards):
     def facts(self, path: Path) -> dict[str, Any]:
         try:
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("of") != self._of():
-                    raise ValueError(f"{path}: of another cache")  # of a process that is at work since before --redo
+                if (file.metadata() or {}).get("of") != self.of():
+                    raise ValueError(f"{path}: of another cache")
                 return {"tokens": file.get_slice("final").get_shape()[0]}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def put(self, name: str, tensors: dict[str, Tensor], made: dict[str, Any]) -> None:
-        """Write a shard, put it in place unless another process has, enter what is there then."""
-        whole = save(tensors, {"of": self._of()})  # not save_file: its error for a full disk is none that says so
+    def put(self, name: str, tensors: dict[str, Tensor], made: dict[str, Any], of: str) -> None:
+        """Write a shard, put it in place unless another process has, enter what is there then. `of`: what `of()` was
+        when the work began. Raises UserError if the cache has been begun anew since."""
+        if of != self.of():
+            raise UserError(f"{self.folder}: begun anew by another process since this one began: run it again.")
+        whole = save(tensors, {"of": of})  # not save_file: its error for a full disk is none that says so
         self.place(name, lambda path: path.write_bytes(whole), made)
 
     def check_layers(self, exit_layers: list[int]) -> None:
@@ -109,7 +112,7 @@ class TeacherCache(Shards):
         if differ := [f"{what} was {was[:12]}, is {now[:12]}" for what, (was, now) in pairs.items() if was != now]:
             raise UserError(f"{self.folder} is of something else: {'; '.join(differ)}. {REMEDY}")
 
-    def _of(self) -> str:
+    def of(self) -> str:
         """Which cache a shard is of: a hash of all that the manifest says of it before there are shards."""
         manifest = self.manifest() or {}
         head = {key: value for key, value in manifest.items() if key not in ("complete", "shards")}
@@ -120,7 +123,7 @@ def check_room(folder: Path, head: dict[str, Any]) -> str:
     """What the cache will take and what is free, in a line. Raises UserError if it does not fit on the disk."""
     tokens, per_token = head["packing"]["tokens"], head["bytes_per_token"]
     there = sum(path.stat().st_size for path in folder.glob("shard-*"))
-    need, free = tokens * per_token - there, shutil.disk_usage(folder.parent).free
+    need, free = tokens * per_token - there, shutil.disk_usage(folder if folder.exists() else folder.parent).free
     line = (
         f"{tokens} tokens x {per_token} bytes ({1 + len(head['exit_layers'])} hidden states of {head['hidden_size']} "
         f"numbers, {head['dtype']}): {size(tokens * per_token)}"
@@ -174,9 +177,8 @@ class Lessons:
         for b, s in enumerate(numbers):
             start, length = self.starts_S[s], self.lengths_S[s]
             path = self.cache.folder / self.names[s // self.per_shard]
-            with safe_open(
-                path, framework="pt"
-            ) as file:  # mapped no longer than this, or all that was read would count
+            # Mapped no longer than this: what was ever read through a mapping counts as this process's memory.
+            with safe_open(path, framework="pt") as file:
                 for name, state_BTD in found.items():
                     state_BTD[b, :length] = file.get_slice(name)[start : start + length]
         final_BTD, *hidden = (state_BTD.to(device) for state_BTD in found.values())
