@@ -73,8 +73,8 @@ class Layout:
         if machine.shard_degree and processes % machine.shard_degree:
             raise UserError(
                 f"machine.shard_degree={machine.shard_degree}: does not divide the {processes} processes "
-                f"(machine.nodes x machine.processes_per_node); the processes of a node, "
-                f"{machine.processes_per_node}, do, and so does 0: all"
+                "(machine.nodes x machine.processes_per_node); take those of a node, "
+                f"{machine.processes_per_node}, or 0 for all"
             )
         return cls(processes, machine.processes_per_node, machine.shard_degree or processes)
 
