@@ -6,6 +6,7 @@ needed. Knows nothing of the pipeline.
 """
 
 import contextlib
+import ctypes
 import os
 import pwd
 import re
@@ -16,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 DAEMONS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun")
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -135,9 +137,7 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         with (self.folder / f"{node}.out").open("a") as out:
-            self.daemons[node] = subprocess.Popen(
-                [_find("slurmd"), "-N", node, "-D"], env=self.environment, stdout=out, stderr=out
-            )
+            self.daemons[node] = _daemon([_find("slurmd"), "-N", node, "-D"], self.environment, out)
 
     def _stepds(self, node: str) -> list[int]:
         """Process ids of the job steps on a node: they leave their daemon when they start."""
@@ -206,7 +206,7 @@ class Cluster:
 
     def _run(self, name: str, *words: str) -> None:
         with (self.folder / f"{name}.out").open("w") as out:
-            self.daemons[name] = subprocess.Popen([_find(name), *words], env=self.environment, stdout=out, stderr=out)
+            self.daemons[name] = _daemon([_find(name), *words], self.environment, out)
 
     def _stop(self) -> None:
         if "slurmctld" in self.daemons:
@@ -221,6 +221,15 @@ class Cluster:
                 self.daemons[name].kill()
                 self.daemons[name].wait()
         self.daemons.clear()
+
+
+def _daemon(command: list[str], environment: dict[str, str], out: TextIO) -> subprocess.Popen:
+    """It dies with this process, even where this one is killed and cannot stop it."""
+    return subprocess.Popen(command, env=environment, stdout=out, stderr=out, preexec_fn=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _find(name: str) -> str | None:
