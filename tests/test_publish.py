@@ -9,15 +9,29 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import make_run, plant_heads
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList, TextStreamer
 
 import pipeline.inference
+from pipeline import head_folder
 from pipeline.errors import GateError
+from pipeline.inference.controllers import Fixed
 from pipeline.stages import evaluate, publish
 from pipeline.stages.publish import gate
 
 CODE = Path(pipeline.inference.__file__).parent
 PROMPT = "prompt number 9"
+
+
+class Counting(Fixed):
+    """fixed:K that keeps how many drafts each round accepted."""
+
+    def __init__(self, k: int):
+        super().__init__(k)
+        self.accepted: list[int] = []
+
+    def observe(self, round) -> None:
+        self.accepted.append(round.accepted)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +62,7 @@ def test_folder_holds_the_code_byte_for_byte(run) -> None:
     }
     names = {p.name for p in CODE.glob("*.py")}
     assert {p.name for p in (hub / "custom_generate").iterdir()} == names
-    for name in names - {"origin.py"}:
+    for name in names:
         assert (hub / "custom_generate" / name).read_bytes() == (CODE / name).read_bytes()
     assert json.loads((hub / "config.json").read_text())["controller"] in ("fixed:2", "thompson")
 
@@ -60,6 +74,34 @@ def test_card_says_what_and_how_much_and_leaks_nothing(run) -> None:
     assert "custom_generate=" in card.split("##")[0], "the use comes first"
     for text in (card, json.dumps(results), (run / "hub" / "2" / "config.json").read_text()):
         assert str(run.path.parent) not in text and "/tmp" not in text
+
+
+def test_a_folder_works_wherever_it_is_moved_to(served, tmp_path, monkeypatch) -> None:
+    """And two of them, of equal code, in one process: each takes its own weights."""
+    model, inputs, hub = served
+    other = tmp_path / "elsewhere"
+    shutil.copytree(hub, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: torch.zeros_like(w) for name, w in weights.items()}, other / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    kwargs = {"max_new_tokens": 24, "do_sample": False, "trust_remote_code": True}
+    rounds = []
+    for folder in (hub, "elsewhere"):
+        counting = Counting(2)
+        model.generate(**inputs, **kwargs, custom_generate=folder, controller=counting)
+        rounds.append(counting.accepted)
+    assert rounds[0] != rounds[1], "the same head was used twice"
+
+
+def test_origin_names_a_hub_id_and_its_tag(tmp_path) -> None:
+    (tmp_path / "custom_generate").mkdir()
+    written = tmp_path / "custom_generate" / "origin.py"
+    head_folder.write_origin(tmp_path, None, None)
+    assert written.read_bytes() == (CODE / "origin.py").read_bytes(), "as write_code leaves it"
+    head_folder.write_origin(tmp_path, "org/head", "v1")
+    names: dict = {}
+    exec(written.read_text(), names)
+    assert (names["HEAD"], names["REVISION"]) == ("org/head", "v1")
 
 
 def test_greedy_through_transformers_is_plain_greedy(served) -> None:

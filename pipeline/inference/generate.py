@@ -1,12 +1,13 @@
 """The entry point of transformers' `generate(custom_generate=...)`: prompts in, ids out, drafted by the exit head.
 
 Takes what `generate` takes, and `controller=` (`thompson`, `fixed:3`, `none`, ...), `exit_head=` (a folder or a
-Hub id; default: the head this file was published with) and `cuda_graphs=True` (fewer launches on a GPU). Sampling,
-logits processors, stopping criteria and streamers work as ever; several rows are decoded one after the other. Knows
-nothing of how heads are trained.
+Hub id; default: the head this file was published with), `revision=` (of a Hub id) and `cuda_graphs=True` (fewer
+launches on a GPU). Sampling, logits processors, stopping criteria and streamers work as ever; several rows are decoded
+one after the other. Knows nothing of how heads are trained.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def generate(
     model,
     exit_head: str | None = None,
     controller: str | Controller | None = None,
+    revision: str | None = None,
     cuda_graphs: bool = False,
     **kwargs,
 ):
@@ -44,7 +46,10 @@ def generate(
     for anything but ids.
     """
     kwargs.pop("use_model_defaults", None)
-    backbone, config, controllers = _engine(model, exit_head or HEAD, None if exit_head else REVISION, cuda_graphs)
+    source = exit_head or HEAD or _named_by_caller()
+    if exit_head is None and revision is None:
+        revision = REVISION
+    backbone, config, controllers = _engine(model, source, revision, cuda_graphs)
     if controller is None or isinstance(controller, str):
         name = controller or config.get("controller", "thompson")
         make_controller(name)  # a wrong name is refused before anything is computed
@@ -87,6 +92,17 @@ def generate(
         return torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], 1)
 
     return GenerationMixin.generate(model, inputs, custom_generate=loop, **kwargs)
+
+
+def _named_by_caller() -> str | None:
+    """The folder (or Hub id) that the user gave as custom_generate=.
+
+    transformers runs a copy of this file from a cache of its own and does not pass on what it was copied from, so the
+    name is read where it stands: in the `GenerationMixin.generate` that called ours. A published folder therefore
+    holds no path and works wherever it is moved to.
+    """
+    name = sys._getframe(2).f_locals.get("custom_generate")
+    return name if isinstance(name, str) else None
 
 
 def _engine(

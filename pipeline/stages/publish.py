@@ -9,11 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .. import card
+from .. import card, head_folder
 from ..errors import GateError
 from ..rundir import RunDir, atomic_path
-
-CODE = Path(__file__).parent.parent / "inference"
 
 
 def run(run: RunDir) -> None:
@@ -33,7 +31,7 @@ def run(run: RunDir) -> None:
         n = results["best"]["exit_layer"]
         target = run / "hub" / str(n)
         with atomic_path(target) as folder:
-            write_folder(folder, target, run, results, failed)
+            write_folder(folder, run, results, failed)
         summary["folder"] = target.relative_to(run.path).as_posix()
         summary["gate"] = {"passed": not failed, "reasons": failed}
 
@@ -75,21 +73,14 @@ def states(results: dict[str, Any], exit_layer: int) -> dict[str, Any]:
     return {"greedy" if t == 0 else "sampled": state for t, state in sorted(learned, key=lambda x: -abs(x[0] - 1))}
 
 
-def write_folder(folder: Path, target: Path, run: RunDir, results: dict[str, Any], failed: list[str]) -> None:
-    """Everything of hub/<N>/ into `folder`, which will be renamed to `target`."""
+def write_folder(folder: Path, run: RunDir, results: dict[str, Any], failed: list[str]) -> None:
+    """Everything of hub/<N>/."""
     best = results["best"]
     shutil.copytree(run / "heads" / f"exit-{best['exit_layer']}", folder)
     config = json.loads((folder / "config.json").read_text()) | {"controller": best["controller"]}
     config["states"] = states(results, best["exit_layer"])
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    code = folder / "custom_generate"
-    code.mkdir()
-    for file in sorted(CODE.glob("*.py")):
-        shutil.copyfile(file, code / file.name)
-    (code / "origin.py").write_text(
-        '"""Where the published head lies: a Hub id and its tag, or a folder. Written anew by every publish."""\n\n'
-        f"HEAD: str | None = {json.dumps(str(target.resolve()))}\nREVISION: str | None = None\n"
-    )
+    head_folder.write_code(folder)
     kept = [h for h in results["heads"] if h["exit_layer"] == best["exit_layer"]]
     published = results | {"heads": kept, "gate": {"passed": not failed, "reasons": failed}}
     (folder / "results.json").write_text(json.dumps(published, indent=1) + "\n")
