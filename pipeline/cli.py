@@ -27,18 +27,25 @@ VERBS = {
     ),
     "evaluate": (
         "Is it lossless, and how much faster? Autoregressive decoding against every head and controller, interleaved.",
-        "Writes eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/.",
+        "Writes eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/. With --head it measures a head "
+        "that was published, on the backbone that it names, in a run folder named after it.",
         ["seed", "run", "machine", "backbone", "prompts", "evaluate", "wandb"],
     ),
     "publish": (
         "Gate the best head, then write the folder that transformers loads with custom_generate.",
-        "Writes hub/<N>/. Exit code 3 if the gate refuses the head.",
+        "Writes hub/<N>/ and, with publish.target=hub, pushes it: one commit and one tag, private unless --public. Exit "
+        "code 3 if the gate refuses the head.",
         ["run", "backbone", "publish"],
     ),
     "run": (
         "All stages in order, skipping what is done: generate, distill, evaluate, publish.",
         "Ends with the table of results and the one line that uses the head.",
         ["seed", "run", "machine", "backbone", "prompts", "generate", "distill", "evaluate", "publish", "wandb"],
+    ),
+    "heads": (
+        "The runs in run.dir, and what each of them gives: backbone, exit layer, speedup, lossless or not, published where.",
+        "Writes nothing; runs that are half done are listed too.",
+        ["run"],
     ),
 }
 
@@ -49,6 +56,7 @@ much faster it is, and publish them.
   exit-heads run --config configs/pocket.yaml              everything, on the built-in tiny backbone
   exit-heads distill --config my.yaml distill.max_steps=500     one stage, one key changed
   exit-heads evaluate --help                               every key that a stage reads
+  exit-heads heads                                         what the runs here give
 """
 
 
@@ -60,9 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
         keys = "keys (key=default), given as key=value or in the YAML file:\n" + help_text(sections)
         sub = verbs.add_parser(verb, help=does, description=f"{does}\n{writes}", epilog=keys, formatter_class=raw)
         sub.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
-        sub.add_argument(
-            "--redo", choices=STAGES, metavar="STAGE", help="make this stage anew (with run: and all after it)"
-        )
+        if verb == "run" or verb in STAGES:
+            sub.add_argument(
+                "--redo", choices=STAGES, metavar="STAGE", help="make this stage anew (with run: and all after it)"
+            )
         if verb == "generate":
             looks = sub.add_mutually_exclusive_group()
             looks.add_argument("--status", action="store_true", help="print progress, who works, rate and time left")
@@ -70,6 +79,16 @@ def build_parser() -> argparse.ArgumentParser:
             looks.add_argument(
                 "--show", type=int, metavar="N", help="print N documents as distill will learn from them"
             )
+        if verb == "evaluate":
+            sub.add_argument(
+                "--head", dest="asked", action="append", type="evaluate.head={}".format,
+                help="measure this published head: org/name, org/name@revision or a folder",
+            )  # fmt: skip
+        if verb in ("publish", "run"):
+            sub.add_argument(
+                "--public", dest="asked", action="append_const", const="publish.public=true",
+                help="let everyone read the repo that is pushed to",
+            )  # fmt: skip
         sub.add_argument("words", nargs="*", metavar="key=value", help="wins over the file")
     return parser
 
@@ -79,15 +98,19 @@ def main(argv: list[str] | None = None) -> int:
     args, more = parser.parse_known_args(argv)  # argparse gives up on words after an option that follows words
     if options := [word for word in more if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(options)} (keys are given as key=value, without dashes)")
-    args.words += more
+    args.words += more + (getattr(args, "asked", None) or [])
     # The workers of torch and the tokenizer must not fight for cores; a waiting thread must not spin.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         config = load(args.config, args.words)
-        if args.verb == "generate" and (args.status or args.verify or args.show is not None):
+        if args.verb == "heads":
+            list_heads(config)
+        elif args.verb == "generate" and (args.status or args.verify or args.show is not None):
             look(config, args.status, args.verify, args.show)
         else:
+            if config.evaluate.head is not None:
+                config = config_for(args.verb, config.evaluate.head, args.config, args.words)
             run_verb(args.verb, config, args.redo)
     except (UserError, GateError) as error:
         print(f"exit-heads {args.verb}: {error}", file=sys.stderr)
@@ -119,6 +142,28 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
         from .report import closing_table
 
         closing_table(run)
+
+
+def config_for(verb: str, head: str, file: str | None, words: list[str]) -> Config:
+    """The config by which a published head is measured.
+
+    Its run folder is named after the head, whatever the file says: the file's run has heads of its own. Its backbone is
+    the head's unless file or words name one.
+    """
+    if verb != "evaluate":
+        raise UserError(f"evaluate.head={head}: only `exit-heads evaluate` measures published heads")
+    from . import hub
+
+    return load(file, [f"run.name={hub.run_name_of(head)}", *words], hub.defaults_of(hub.pull(head), head))
+
+
+def list_heads(config: Config) -> None:
+    """Print what the runs in run.dir give; nothing is changed."""
+    from . import overview
+
+    if not Path(config.run.dir).is_dir():
+        raise UserError(f"run.dir={config.run.dir}: no such folder; give the one that holds the run folders")
+    overview.show(Path(config.run.dir))
 
 
 def look(config: Config, status: bool, verify: bool, show: int | None) -> None:

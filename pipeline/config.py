@@ -6,6 +6,7 @@ it and says what would be right. Knows nothing of stages; `help_text` is what `e
 
 import difflib
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -188,6 +189,9 @@ class Evaluate:
         ["generate", "generate:static", "early_exit", "prompt_lookup"],
         "what transformers offers, measured beside at temperature 0; early_exit at each exit layer; [] for none",
     )
+    head: str | None = option(
+        None, "measure this published head (--head) instead of the run's own: org/name, org/name@revision or a folder"
+    )
     states: str | None = option(
         None, "eval/results.json of an earlier evaluation of the same heads: start from what thompson had learned there"
     )
@@ -198,7 +202,12 @@ class Evaluate:
 @dataclass
 class Publish:
     repo_id: str | None = option(None, "org/name the head will live under; written into the card")
-    target: str = option("folder", "folder: write hub/<N>/ and stop there")
+    target: str = option(
+        "folder",
+        "folder: write hub/<N>/ and stop there; hub: push it to publish.repo_id too, with the token of HF_TOKEN or of "
+        "`hf auth login`",
+    )
+    public: bool = option(False, "target hub: a repo that everyone can read (--public); default: a private one")
     min_speedup: float = option(1.0, "the gate: the best controller's 95 % interval must lie above this")
     force: bool = option(False, "publish a head that the gate refused; the card then says why it was refused")
 
@@ -224,9 +233,12 @@ class Config:
     wandb: Wandb = field(default_factory=Wandb)
 
 
-def load(path: str | Path | None, words: list[str]) -> Config:
-    """The Config of `--config path word ...`. Raises UserError for anything that is not right in it."""
-    merged = OmegaConf.structured(Config())
+def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | None = None) -> Config:
+    """The Config of `--config path word ...`. Raises UserError for anything that is not right in it.
+
+    `instead` holds defaults, by section and key, that take the place of the dataclasses' own.
+    """
+    merged = OmegaConf.merge(OmegaConf.structured(Config()), instead or {})
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"--config {path}: no such file. Start from one in configs/.")
@@ -323,6 +335,13 @@ def _differ(value: list[Any]) -> bool:
     return len(set(value)) == len(value)
 
 
+def is_repo_id(name: str) -> bool:
+    """Is this how repos on the Hub are named, organisation or user first?"""
+    part = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+    forbidden = "--" in name or ".." in name or name.endswith(".git")
+    return re.fullmatch(f"{part}/{part}", name, re.ASCII) is not None and not forbidden
+
+
 def _is_server(url: str) -> bool:
     try:
         parts = urlsplit(url)
@@ -401,7 +420,11 @@ _RULES: dict[str, tuple[Any, str]] = {
     ),
     "evaluate.repeats": _POSITIVE,
     "evaluate.threads": _NOT_NEGATIVE,
-    "publish.target": _one_of("folder"),
+    "publish.repo_id": (
+        (lambda name: name is None or is_repo_id(name)),
+        "org/name is needed: letters, digits, - _ and . in both",
+    ),
+    "publish.target": _one_of("folder", "hub"),
     "wandb.mode": _one_of("auto", "online", "offline", "disabled"),
 }
 
@@ -413,6 +436,8 @@ def _check(config: Config) -> None:
             value = getattr(value, part)
         if not right(value):
             raise UserError(f"{key}={value}: {remedy}")
+    if config.publish.target == "hub" and config.publish.repo_id is None:
+        raise UserError("publish.target=hub: publish.repo_id=null; name the repo, as publish.repo_id=org/name")
     _check_prompts("prompts", config.prompts)
     _check_prompts("evaluate.prompts", config.evaluate.prompts)
 

@@ -41,14 +41,19 @@ SUBTREES = {
     "distill": ("seed", "backbone", "distill"),
     "evaluate": ("seed", "backbone", "prompts", "evaluate"),
     "publish": ("backbone", "publish"),
+    "push": (),
 }
+
+# Keys of these that say where a finished folder goes: it stays done.
+NEVER_STALE = ("publish.target", "publish.public")
 
 # What each stage writes: removed by --redo.
 OUTPUTS = {
     "generate": ("responses",),
     "distill": ("heads", "checkpoints", "metrics.jsonl", "logs", "wandb"),
     "evaluate": ("eval", "report"),
-    "publish": ("hub",),
+    "publish": ("hub", "stages/push.json"),
+    "push": (),
 }
 
 
@@ -104,6 +109,10 @@ class RunDir:
                 f"Give another run.name to keep it, or --redo {stage} to make it anew."
             )
         return mark["state"] != "done"
+
+    def is_done(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None) -> bool:
+        """True if the stage was done with this config and these inputs. Others are no mistake: it may be done again."""
+        return self._read_mark(stage) == {"state": "done", **self._now(stage, inputs, outside)}
 
     @contextlib.contextmanager
     def stage(
@@ -195,6 +204,8 @@ class RunDir:
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    if key in NEVER_STALE:
+        return []
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
         return [d for n in names for d in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)]

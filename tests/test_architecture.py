@@ -20,14 +20,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
 PARTS = {"backbones", "training", "inference", "engines", "responses", "inspection", "prompts", "turns", "metrics",
-         "losslessness", "report", "card", "tracking", "pocket", "rivals", "measuring", "head_folder"}  # fmt: skip
+         "losslessness", "report", "card", "tracking", "pocket", "rivals", "measuring", "head_folder", "hub"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"stages", "report", "inspection"} | FOUNDATION,
+    "cli": {"stages", "report", "inspection", "hub", "overview"} | FOUNDATION,
     "stages": PARTS | FOUNDATION,
     "card": {"report", "plots", "backbones", "config", "errors"},
     "head_folder": {"rundir"},
+    "hub": {"head_folder"} | FOUNDATION,
+    "overview": {"errors"},
     "report": {"plots", "losslessness"} | FOUNDATION,
     "plots": set(),
     "simulation": {"losslessness", "inference"},

@@ -1,6 +1,6 @@
 """Is it lossless, and how much faster? Every head and controller against autoregressive decoding.
 
-Takes heads/exit-*/ and held-out prompts, gives eval/generations.parquet, eval/rounds.parquet, eval/rivals.parquet,
+Takes heads/exit-*/, or one published head, and held-out prompts; gives eval/generations.parquet, eval/rounds.parquet, eval/rivals.parquet,
 eval/results.json and report/. Knows nothing of how the heads were trained.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .. import backbones, inspection, losslessness, prompts, report, rivals, tracking, turns
+from .. import backbones, hub, inspection, losslessness, prompts, report, rivals, tracking, turns
 from ..config import Config
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
@@ -27,20 +27,22 @@ SCHEMA = 1
 
 
 def run(run: RunDir) -> None:
-    """Measure all heads of the run. Raises UserError for wrong controllers, prompts or heads."""
+    """Measure all heads of the run, or the published one. Raises UserError for wrong controllers, prompts or heads."""
     check(run.config)
     config = run.config.evaluate
-    folders = sorted((run / "heads").glob("exit-*"), key=lambda p: int(p.name.split("-")[1]))
-    if not folders:
-        raise UserError(f"{run / 'heads'} holds no exit head: run distill first, or `exit-heads run`.")
+    folders, inputs = _heads(run)
     settings = prompts.evaluation_settings(run.config)
     source = prompts.source_record(settings, "evaluate")
     outside = prompts.pins(source)
+    if config.head is not None:
+        outside["head"] = sha256_of(folders[0] / "model.safetensors")
     if config.states is not None:
         outside["states"] = sha256_of(Path(config.states))
-    if not run.plan("evaluate", folders, outside):
+    if not run.plan("evaluate", inputs, outside):
         print("evaluate: done already")
         return
+    if config.head is not None:
+        _check_fingerprint(folders[0], run.config)
     device = backbones.device_of(run.config.machine.device)
     tokenizer = backbones.load_tokenizer(run.config.backbone)
     model = backbones.load_model(run.config.backbone, device, run.config.machine.device_map)
@@ -50,10 +52,11 @@ def run(run: RunDir) -> None:
     states = _states(config.states, heads)
     ends = frozenset(backbones.ends_of(model.generation_config, tokenizer))
     encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
-    with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
+    with run.stage("evaluate", inputs, outside) as summary, _threads(config.threads):
         measured = measure(model, engines, encoded, ends, config, run.config.seed, states)
         generations, rounds, others = measured.tables()
         results = _results(run, model, engines, encoded, source, generations, rounds, measured)
+        results |= _identity(run.config, folders[0])
         for entry in results["heads"]:
             entry["head_sha256"] = heads[entry["exit_layer"]]
         results["rivals"] = beside(others, generations)
@@ -67,6 +70,36 @@ def run(run: RunDir) -> None:
             atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
         report.write(results, run / "report")
     tracking.mirror_report(run, report.summary(results), report.blocks(results), run / "report")
+
+
+def _heads(run: RunDir) -> tuple[list[Path], list[Path]]:
+    """Folders of the heads to measure, and those of them that lie in the run folder."""
+    own = sorted((run / "heads").glob("exit-*"), key=lambda p: int(p.name.split("-")[1]))
+    head = run.config.evaluate.head
+    if head is None:
+        if not own:
+            raise UserError(f"{run / 'heads'} holds no exit head: run distill first, or `exit-heads run`.")
+        return own, own
+    if own:
+        raise UserError(
+            f"evaluate.head={head}: {run.path} has heads of its own; give another run.name, "
+            f"such as run.name={hub.run_name_of(head)}"
+        )
+    return [hub.pull(head)], []
+
+
+def _check_fingerprint(folder: Path, config: Config) -> None:
+    """Of a published head, before a backbone is loaded that it may not belong to."""
+    found = backbones.fingerprint_of_files(config.backbone)
+    try:
+        belongs = ExitHead.load(folder).backbone
+    except ValueError as error:
+        raise UserError(f"evaluate.head={config.evaluate.head}: {error}") from None
+    if belongs["fingerprint"] != found:
+        raise UserError(
+            f"backbone.name_or_path={config.backbone.name_or_path}: not the backbone of {config.evaluate.head}, which "
+            f"belongs to {belongs['name']} (fingerprint {belongs['fingerprint'][:12]}, not {found[:12]})"
+        )
 
 
 def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, SplitBackbone]:
@@ -148,11 +181,8 @@ def _results(
         for name, figures in entry["controllers"].items()
     ]
     _, _, entry, name = min(ranked, key=lambda r: r[:2])
-    head = ExitHead.load(run / "heads" / f"exit-{entry['exit_layer']}")
     return {
         "schema": SCHEMA,
-        "backbone": head.backbone,
-        "num_layers": head.num_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": run.config.backbone.dtype,
         "device": str(next(iter(engines.values())).device),
@@ -176,6 +206,13 @@ def _results(
             **{k: entry["controllers"][name][k] for k in ("speedup", "speedup_ci95", "acceptance_length")},
         },
     }
+
+
+def _identity(config: Config, folder: Path) -> dict[str, Any]:
+    """The backbone, which is the same for all heads measured, and for a published head where it came from."""
+    head = ExitHead.load(folder)
+    published = {} if config.evaluate.head is None else {"published_head": hub.source_of(config.evaluate.head, folder)}
+    return {"backbone": head.backbone, "num_layers": head.num_layers, **published}
 
 
 def check(config: Config) -> None:

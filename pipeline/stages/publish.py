@@ -9,31 +9,45 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .. import card, head_folder
+from .. import card, head_folder, hub
+from ..config import Config
 from ..errors import GateError
 from ..rundir import RunDir, atomic_path
 
 
 def run(run: RunDir) -> None:
-    """Write hub/<N>/ for the best exit layer. Raises GateError when the gate refuses it."""
+    """Write hub/<N>/ for the best exit layer and push it where that is asked for. Raises GateError when refused."""
+    folder = write(run)
+    if run.config.publish.target == "hub":
+        hub.publish(run, folder, str(run.config.publish.repo_id))
+
+
+def check(config: Config) -> None:
+    """What can be known before anything is loaded. Raises UserError where nothing could be pushed."""
+    hub.check(config)
+
+
+def write(run: RunDir) -> Path:
+    """hub/<N>/, unless it is done already."""
     results_file = run / "eval" / "results.json"
     inputs = [results_file, run / "heads"]
-    if not run.plan("publish", inputs):
-        print("publish: done already")
-        return
+    done = not run.plan("publish", inputs)
     results = json.loads(results_file.read_text())
+    target = run / "hub" / str(results["best"]["exit_layer"])
+    if done:
+        print("publish: done already")
+        return target
     failed = gate(results, run.config.publish.min_speedup)
     if failed and not run.config.publish.force:
         lines = "\n".join(f"  - {reason}" for reason in failed)
         raise GateError(f"the gate refused exit layer {results['best']['exit_layer']}:\n{lines}\n"
                         "publish.force=true writes it all the same and says so on the card.")  # fmt: skip
     with run.stage("publish", inputs) as summary:
-        n = results["best"]["exit_layer"]
-        target = run / "hub" / str(n)
         with atomic_path(target) as folder:
             write_folder(folder, run, results, failed)
         summary["folder"] = target.relative_to(run.path).as_posix()
         summary["gate"] = {"passed": not failed, "reasons": failed}
+    return target
 
 
 def gate(results: dict[str, Any], min_speedup: float) -> list[str]:
