@@ -27,14 +27,14 @@ VERBS = {
     ),
     "evaluate": (
         "Is it lossless, and how much faster? Autoregressive decoding against every head and controller, interleaved.",
-        "Writes eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/. With --head it measures a head "
-        "that was published, on the backbone that it names, in a run folder named after it.",
+        "Writes eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/. With --head: of a head that "
+        "is published, on the backbone that it names, in a run folder named after it.",
         ["seed", "run", "machine", "backbone", "prompts", "evaluate", "wandb"],
     ),
     "publish": (
         "Gate the best head, then write the folder that transformers loads with custom_generate.",
-        "Writes hub/<N>/ and, with publish.target=hub, pushes it: one commit and one tag, private unless --public. Exit "
-        "code 3 if the gate refuses the head.",
+        "Writes hub/<N>/ and, with publish.target=hub, pushes it: one commit and one tag, private unless --public. "
+        "Exit code 3 if the gate refuses the head.",
         ["run", "backbone", "publish"],
     ),
     "run": (
@@ -43,7 +43,7 @@ VERBS = {
         ["seed", "run", "machine", "backbone", "prompts", "generate", "distill", "evaluate", "publish", "wandb"],
     ),
     "heads": (
-        "The runs in run.dir, and what each of them gives: backbone, exit layer, speedup, lossless or not, published where.",
+        "The runs in run.dir and what each of them gives: backbone, exit layer, speedup, lossless, published where.",
         "Writes nothing; runs that are half done are listed too.",
         ["run"],
     ),

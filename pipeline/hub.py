@@ -1,4 +1,4 @@
-"""The Hub, or whatever speaks its protocol at HF_ENDPOINT: published folders go up whole or not at all, heads come down.
+"""The Hub, or what speaks its protocol at HF_ENDPOINT: published folders go up whole or not at all, heads come down.
 
 Takes a folder and a repo id, gives one commit of it and one tag; takes org/name[@revision] or a folder, gives a folder
 that holds a head. The token is the environment's or the client's own; it is written nowhere and shown nowhere. Knows
@@ -98,7 +98,6 @@ def push(folder: Path, repo_id: str, name: str, *, public: bool = False) -> dict
 
 def _push(api: HfApi, folder: Path, repo_id: str, tag: str, public: bool) -> dict[str, Any]:
     """One attempt. Each looks first at what is there, so that what an earlier one reached is not done twice."""
-    api.whoami()  # of a token that is no good the Hub says elsewhere that there is no such repo
     private = _repository(api, repo_id, public)
     refs = api.list_repo_refs(repo_id)
     tags = {ref.name: ref.target_commit for ref in refs.tags}
@@ -118,7 +117,7 @@ def _push(api: HfApi, folder: Path, repo_id: str, tag: str, public: bool) -> dic
 
 
 def _repository(api: HfApi, repo_id: str, public: bool) -> bool:
-    """Is the repo private? Made if it is not there."""
+    """Is the repo private? Made if it is not there; of a token that is no good the Hub may say that too."""
     try:
         return bool(api.repo_info(repo_id).private)
     except RepositoryNotFoundError:
@@ -142,7 +141,7 @@ def _commit(api: HfApi, folder: Path, repo_id: str, tag: str, main: str, ours: b
 
 
 def _contents(folder: Path, repo_id: str, tag: str) -> dict[str, Path | bytes]:
-    """Path in the repo -> what will stand there. Only the pushed origin.py knows the repo; the folder stays as it is."""
+    """Path in the repo -> what will stand there. Only the pushed origin.py names the repo; the folder's own stays."""
     files: dict[str, Path | bytes] = dict(_files(folder))
     if ORIGIN in files:
         with tempfile.TemporaryDirectory() as aside:
@@ -200,7 +199,9 @@ def defaults_of(folder: Path, head: str) -> dict[str, Any]:
         backbone = json.loads((folder / "config.json").read_text())["backbone"]
         name, revision = backbone["name"], backbone["revision"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"evaluate.head={head}: {folder} holds no exit head; a published one has a config.json") from None
+        raise UserError(
+            f"evaluate.head={head}: {folder} holds no exit head; a published one has a config.json"
+        ) from None
     return {"backbone": {"name_or_path": name, "revision": revision}} if is_repo_id(name) else {}
 
 
@@ -254,7 +255,7 @@ def _patiently(what: str, attempt: Callable[[], T]) -> T:
 
 
 def _reason(error: BaseException) -> BaseException:
-    """What happened, out of what the client wraps it in; a RuntimeError is how it ends an upload that it tried six times.
+    """What happened, out of what the client wraps it in; with a RuntimeError it ends an upload that it tried six times.
 
     Raises the error again if it has nothing to do with the connection.
     """

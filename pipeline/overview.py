@@ -1,7 +1,7 @@
 """What the run folders of one place give: a row for each exit head, and for each run that has none yet.
 
-Takes the folder that holds them, prints a table. Reads marks, records and results and loads no model, so that it answers
-at once. Knows nothing of how any of them came about.
+Takes the folder that holds them, prints a table. Reads marks, records and results and loads no model, so that it
+answers at once. Knows nothing of how any of them came about.
 """
 
 import json
@@ -43,7 +43,7 @@ def rows(run: Path) -> list[dict[str, str]]:
         heads = _measured(run) if _is_done(marks["evaluate"]) else _trained(run)
         published = _published(run)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        return [blank | {"state": f"cannot be read: {type(error).__name__}"}]
+        return [blank | {"state": f"cannot be read: {error!r}"[:60]}]
     return [
         blank | figures | {"exit layer": str(n), "published": published.get(n, NOTHING)} for n, figures in heads.items()
     ] or [blank]
@@ -93,13 +93,19 @@ def _measured(run: Path) -> dict[int, dict[str, str]]:
 
 def _published(run: Path) -> dict[int, str]:
     """Exit layer -> the repo and tag it was last pushed as, else its folder."""
-    places = {int(p.name): str(p) for p in run.glob("hub/*") if p.name.isdigit()}
-    for record in _read(run / "run.json") or []:
-        for name in record["inputs"] if record["stage"] == "push" else []:
-            parent, _, n = name.rpartition("/")
-            if parent == "hub" and int(n) in places:
-                places[int(n)] = f"{record['pushed']['repo_id']}@{record['pushed']['tag']}"
+    places = {}
+    for folder in run.glob("hub/*"):
+        if folder.name.isdigit():
+            repo = pushed(run, folder)
+            places[int(folder.name)] = f"{repo['repo_id']}@{repo['tag']}" if repo else str(folder)
     return places
+
+
+def pushed(run: Path, folder: Path) -> dict[str, str] | None:
+    """The newest record of a push of this folder of the run: repo_id, tag, commit. None if it was never pushed."""
+    name = folder.relative_to(run).as_posix()
+    records = [r for r in _read(run / "run.json") or [] if r["stage"] == "push" and name in r["inputs"]]
+    return records[-1]["pushed"] if records else None
 
 
 def _is_done(mark: Any) -> bool:

@@ -1,8 +1,8 @@
 """A Hub on this machine for tests: repos, commits and tags behind the routes that the real client calls.
 
-Takes a folder for its files, gives a URL for HF_ENDPOINT; contents lie under their sha256, commits under their sha1, and
-everything that a client sent is in the folder to be looked at. Cuts connections and answers with errors where a test asks
-for it. Speaks the protocol that huggingface_hub 2.4 was seen to speak, Xet left out. Knows nothing of exit heads.
+Takes a folder for its files, gives a URL for HF_ENDPOINT; contents lie under their sha256, commits under their sha1,
+and all that was pushed is in the folder to be looked at. Cuts connections and answers with errors where a test asks for
+it. Speaks the protocol that huggingface_hub 2.4 was seen to speak, Xet left out. Knows nothing of exit heads.
 """
 
 import base64
@@ -110,7 +110,7 @@ class LoopbackHub:
         file.with_suffix(".new").rename(file)
 
     def commit(self, name: str) -> dict[str, Any]:
-        """{"parent", "title", "files": {path: {"object", "size", "lfs"}}}"""
+        """{"parent", "saw" (the client's idea of the parent), "title", "files": {path: {"object", "size", "lfs"}}}"""
         return json.loads((self.folder / "commits" / name).read_text())
 
     def save_commit(self, commit: dict[str, Any]) -> str:
@@ -244,13 +244,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return found
 
-    # ---- routes: accounts and repos
-
-    def whoami(self) -> Any:
-        account = self._account()
-        if account is None:
-            raise Refusal(401, "", "Invalid username or password.")
-        return {"type": "user", "name": account.name, "orgs": [{"name": o} for o in account.writes_to]}
+    # ---- routes: repos
 
     def create(self) -> Any:
         asked = json.loads(self.body)
@@ -295,7 +289,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _entry(self, path: str, file: dict[str, Any]) -> dict[str, Any]:
         entry = {"type": "file", "path": path, "size": file["size"], "oid": git_id(self.hub.content(file["object"]))}
-        return entry | ({"lfs": {"oid": file["object"], "size": file["size"], "pointerSize": 134}} if file["lfs"] else {})
+        return entry | (
+            {"lfs": {"oid": file["object"], "size": file["size"], "pointerSize": 134}} if file["lfs"] else {}
+        )
 
     def tag(self, repo: str, revision: str) -> Any:
         asked = json.loads(self.body)
@@ -360,7 +356,8 @@ class Handler(BaseHTTPRequestHandler):
             files = dict(self.hub.commit(parent)["files"])
             for line in lines:
                 self._apply(line["key"], line["value"], files)
-            commit = {"parent": parent, "title": header["summary"], "repo": repo, "files": files}
+            saw = header.get("parentCommit")
+            commit = {"parent": parent, "saw": saw, "title": header["summary"], "repo": repo, "files": files}
             found["branches"][branch] = made = self.hub.save_commit(commit)
             self.hub.save_repo(repo, found)
         return {"commitOid": made, "commitUrl": f"{self.hub.url}/{repo}/commit/{made}"}
@@ -399,7 +396,6 @@ class Handler(BaseHTTPRequestHandler):
 
 API = f"/api/models/{REPO}"
 ROUTES: dict[str, Callable[..., Any]] = {
-    "GET /api/whoami-v2": Handler.whoami,
     "POST /api/repos/create": Handler.create,
     "POST /api/validate-yaml": Handler.validate,
     f"PUT {API}/settings": Handler.settings,

@@ -45,7 +45,8 @@ class Client:
         self.said = ""
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", CLIENT], env=environment, cwd=home.parent, stdin=-1, stdout=-1, stderr=errors, text=True
+                [sys.executable, "-c", CLIENT],
+                env=environment, cwd=home.parent, stdin=-1, stdout=-1, stderr=errors, text=True,
             )  # fmt: skip
 
     def call(self, token: str | None = "hf_of_ada", **words) -> dict | str:
@@ -123,8 +124,13 @@ def test_a_push_is_one_commit_and_one_tag_of_the_whole_folder(hub, client, repo,
     before = contents(folder)
     made = client.push(folder, repo)
     assert re.fullmatch(r"run-one-[0-9a-f]{12}", made["tag"]) and made["new"]
-    assert hub.repo(repo) == {"private": True, "branches": {"main": made["commit"]}, "tags": {made["tag"]: made["commit"]}}
+    assert hub.repo(repo) == {
+        "private": True,
+        "branches": {"main": made["commit"]},
+        "tags": {made["tag"]: made["commit"]},
+    }
     assert [c["title"] for c in hub.history(repo)] == [f"Publish {made['tag']}", "initial commit"]
+    assert hub.history(repo)[0]["saw"] == hub.history(repo)[0]["parent"], "behind what was looked at and nothing else"
     there = hub.files(repo, made["tag"])
     origin = there.pop("custom_generate/origin.py").decode()
     names: dict = {}
@@ -157,9 +163,13 @@ def test_a_file_that_is_gone_from_the_folder_goes_from_the_repo(hub, client, rep
     assert hub.history(repo)[0]["parent"] is not None and len(hub.history(repo)) == 3
 
 
-FAULTS = [("PUT /large/", "during"), ("PUT /large/", "after"), ("POST .*/commit/", "during"),
-          ("POST .*/commit/", "after"), ("POST .*/commit/", "503"), ("POST .*/tag/", "during"), ("POST .*/tag/", "after"),
-          ("POST /api/repos/create", "after"), ("GET .*/refs", "during")]  # fmt: skip
+FAULTS = [
+    *(("PUT /large/", what) for what in ("during", "after")),
+    *(("POST .*/commit/", what) for what in ("during", "after", "503", "412")),
+    *(("POST .*/tag/", what) for what in ("during", "after")),
+    ("POST /api/repos/create", "after"),
+    ("GET .*/refs", "during"),
+]
 
 
 @pytest.mark.parametrize(("route", "what"), FAULTS)

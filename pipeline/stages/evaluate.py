@@ -1,7 +1,7 @@
 """Is it lossless, and how much faster? Every head and controller against autoregressive decoding.
 
-Takes heads/exit-*/, or one published head, and held-out prompts; gives eval/generations.parquet, eval/rounds.parquet, eval/rivals.parquet,
-eval/results.json and report/. Knows nothing of how the heads were trained.
+Takes heads/exit-*/, or one published head, and held-out prompts; gives eval/generations.parquet, eval/rounds.parquet,
+eval/rivals.parquet, eval/results.json and report/. Knows nothing of how the heads were trained.
 """
 
 import json
