@@ -185,8 +185,9 @@ class Evaluate:
         "who decides how many tokens to draft: thompson, fixed:K, confidence:T, entropy:T, beta, calibration",
     )
     rivals: list[str] = option(
-        ["generate", "generate:static", "early_exit", "prompt_lookup"],
-        "what transformers offers, measured beside at temperature 0; early_exit at each exit layer; [] for none",
+        ["generate", "generate:static", "early_exit", "assistant_model:2", "prompt_lookup"],
+        "what transformers offers, measured beside at temperature 0; early_exit (the layers below N alone) and "
+        "assistant_model:K (the head as a draft model, K drafts a round) at each exit layer; [] for none",
     )
     states: str | None = option(
         None, "eval/results.json of an earlier evaluation of the same heads: start from what thompson had learned there"

@@ -20,7 +20,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
 PARTS = {"backbones", "training", "inference", "engines", "responses", "inspection", "prompts", "turns", "metrics",
-         "losslessness", "report", "card", "tracking", "pocket", "rivals", "measuring", "head_folder"}  # fmt: skip
+         "losslessness", "report", "card", "tracking", "pocket", "rivals", "measuring", "head_folder",
+         "draft_model"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -28,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "stages": PARTS | FOUNDATION,
     "card": {"report", "plots", "backbones", "config", "errors"},
     "head_folder": {"rundir"},
+    "draft_model": {"backbones", "rivals", "inference", "config"},
     "report": {"plots", "losslessness"} | FOUNDATION,
     "plots": set(),
     "simulation": {"losslessness", "inference"},

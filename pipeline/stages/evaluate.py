@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .. import backbones, inspection, losslessness, prompts, report, rivals, tracking, turns
+from .. import backbones, draft_model, inspection, losslessness, prompts, report, rivals, tracking, turns
 from ..config import Config
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
@@ -46,12 +46,13 @@ def run(run: RunDir) -> None:
     model = backbones.load_model(run.config.backbone, device, run.config.machine.device_map)
     with _threads(config.threads):  # kernels are timed as they will run
         engines = _engines(folders, model, run.config.machine.cuda_graphs)
+    drafts = _drafts(folders, model, config.rivals)
     heads = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, heads)
     ends = frozenset(backbones.ends_of(model.generation_config, tokenizer))
     encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
     with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
-        measured = measure(model, engines, encoded, ends, config, run.config.seed, states)
+        measured = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
         generations, rounds, others = measured.tables()
         results = _results(run, model, engines, encoded, source, generations, rounds, measured)
         for entry in results["heads"]:
@@ -80,6 +81,14 @@ def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, Sp
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
     return engines
+
+
+def _drafts(folders: list[Path], model: Any, names: list[str]) -> dict[int, Any]:
+    """A draft model of each head, if one of the rivals takes it."""
+    if not any(name.startswith("assistant_model") for name in names):
+        return {}
+    heads = map(ExitHead.load, folders)
+    return {head.exit_layer: draft_model.in_memory(model, head) for head in heads}
 
 
 def _states(path: str | None, heads: dict[int, str]) -> dict[Method, dict[str, Any]]:
