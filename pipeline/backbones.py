@@ -106,14 +106,21 @@ def ends_of(*sources: Any) -> list[int]:
     return []
 
 
+def file_of(backbone: Backbone, name: str) -> Path | None:
+    """A file of the checkpoint, from its folder or the Hub; None if it has none of that name."""
+    where = {"revision": backbone.revision, "_raise_exceptions_for_missing_entries": False}
+    found = cached_file(source_of(backbone), name, **where)
+    return Path(found) if found else None
+
+
 class WeightFiles:
     """The tensors of a checkpoint in its safetensors files, by name; none is read before it is asked for."""
 
     def __init__(self, backbone: Backbone):
-        self._where = (source_of(backbone), {"revision": backbone.revision})
+        self._backbone = backbone
         self._opened: dict[str, Any] = {}
-        index = self._path("model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-        self._files = json.loads(Path(index).read_text())["weight_map"] if index else {}
+        index = file_of(backbone, "model.safetensors.index.json")
+        self._files = json.loads(index.read_text())["weight_map"] if index else {}
         if not index:
             self._files = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
 
@@ -132,12 +139,9 @@ class WeightFiles:
 
     def _open(self, file: str) -> Any:
         if file not in self._opened:
-            self._opened[file] = safe_open(self._path(file), framework="pt")
+            path = cached_file(source_of(self._backbone), file, revision=self._backbone.revision)
+            self._opened[file] = safe_open(path, framework="pt")
         return self._opened[file]
-
-    def _path(self, file: str, **options: Any) -> str:
-        source, where = self._where
-        return cached_file(source, file, **where, **options)
 
 
 def open_weights(backbone: Backbone) -> WeightFiles:

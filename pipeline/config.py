@@ -200,6 +200,10 @@ class Evaluate:
 class Publish:
     repo_id: str | None = option(None, "org/name the head will live under; written into the card")
     target: str = option("folder", "folder: write hub/<N>/ and stop there")
+    exit_layer: int | None = option(None, "exit layer of the head to publish; default: that of the best")
+    licence: str | None = option(
+        None, "licence on the card, as the Hub names it, such as apache-2.0; default: what the backbone's card says"
+    )
     min_speedup: float = option(1.0, "the gate: the best controller's 95 % interval must lie above this")
     force: bool = option(False, "publish a head that the gate refused; the card then says why it was refused")
 
@@ -259,6 +263,19 @@ def load(path: str | Path | None, words: list[str]) -> Config:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as they go to YAML, JSON and checkpoints."""
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def without_folders(value: Any) -> Any:
+    """The config as it may be published: of a path on this machine only its last part."""
+    if isinstance(value, dict):
+        return {key: without_folders(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [without_folders(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    here = path.is_absolute() or value.startswith("~") or ("/" in value and path.exists())  # a Hub id is not
+    return path.name if here else value
 
 
 def _merge(base: Any, new: Any, where: str) -> Any:
@@ -402,6 +419,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     ),
     "evaluate.repeats": _POSITIVE,
     "evaluate.threads": _NOT_NEGATIVE,
+    "publish.exit_layer": ((lambda n: n is None or n >= 1), "an exit layer N >= 1, or null for the best"),
     "publish.target": _one_of("folder"),
     "wandb.mode": _one_of("auto", "online", "offline", "disabled"),
 }

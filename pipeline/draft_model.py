@@ -16,9 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.utils import cached_file
 
-from .backbones import WeightFiles, load_config, open_weights, source_of
+from .backbones import WeightFiles, file_of, load_config, open_weights
 from .config import Backbone
 from .inference.exit_head import ExitHead
 from .rivals import assisted
@@ -68,7 +67,7 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
     settings = _json_of(backbone, "generation_config.json") or GenerationConfig.from_model_config(config).to_diff_dict()
     _write_json(folder / "generation_config.json", settings | assisted(num_drafts))
     for name in TOKENIZER_FILES:  # as they are: other engines read older forms than transformers writes today
-        if path := _path(backbone, name):
+        if path := file_of(backbone, name):
             shutil.copyfile(path, folder / name)
 
 
@@ -136,16 +135,10 @@ def _shards(names: Iterable[str], bytes_of: Callable[[str], int]) -> list[list[s
     return shards
 
 
-def _path(backbone: Backbone, name: str) -> str | None:
-    return cached_file(
-        source_of(backbone), name, revision=backbone.revision, _raise_exceptions_for_missing_entries=False
-    )
-
-
 def _json_of(backbone: Backbone, name: str) -> dict[str, Any]:
     """A file of the backbone; {} if it has none of that name."""
-    path = _path(backbone, name)
-    return json.loads(Path(path).read_text()) if path else {}
+    path = file_of(backbone, name)
+    return json.loads(path.read_text()) if path else {}
 
 
 def _write_json(path: Path, fields: dict[str, Any]) -> None:

@@ -20,15 +20,23 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
 PARTS = {"backbones", "training", "inference", "engines", "responses", "inspection", "prompts", "turns", "metrics",
-         "losslessness", "report", "card", "tracking", "pocket", "rivals", "measuring", "head_folder",
-         "draft_model"}  # fmt: skip
+         "losslessness", "report", "tracking", "pocket", "rivals", "measuring", "draft_model",
+         "publishing"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
     "cli": {"stages", "report", "inspection"} | FOUNDATION,
     "stages": PARTS | FOUNDATION,
-    "card": {"report", "plots", "backbones", "config", "errors"},
-    "head_folder": {"rundir"},
+    "publishing": {"gate", "head_folder", "draft_model", "parity", "card", "draft_card", "inference"} | FOUNDATION,
+    "card": {"report", "plots", "pedigree", "backbones", "rundir"},
+    "draft_card": {"card", "gate", "backbones", "rundir"},
+    "gate": {"metrics", "errors"},
+    "parity": {"losslessness", "metrics", "backbones", "inference", "config", "rundir"},
+    "fresh_process": set(),
+    "head_folder": {"pedigree", "speculation_profile", "backbones", "rundir"},
+    "modeling_exit_head": set(),
+    "speculation_profile": {"metrics"},
+    "pedigree": {"backbones", "config", "rundir"},
     "draft_model": {"backbones", "rivals", "inference", "config"},
     "report": {"plots", "losslessness"} | FOUNDATION,
     "plots": set(),

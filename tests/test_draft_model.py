@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_backbone
+from helpers import make_run, plant_heads, tiny_backbone
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import draft_model
+from pipeline import draft_model, gate, parity
 from pipeline.backbones import load_model
 from pipeline.config import Backbone
 from pipeline.inference.backbone import SplitBackbone
@@ -23,6 +24,7 @@ from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
 from pipeline.inference.sampling import Sampler
 from pipeline.losslessness import teacher_forced
 from pipeline.rivals import Rival, decode
+from pipeline.stages import draft, evaluate
 
 N, DRAFTS, NEW = 2, 3, 60
 THETA = {"rope_type": "default", "rope_theta": 500000.0}
@@ -216,3 +218,49 @@ def test_as_a_rival_it_decodes_the_same_text_in_the_simulated_rounds(llama) -> N
         assert tokens == autoregressive(engine, Request(ids, NEW), Sampler()).tokens
         found.append(len(calls))
     assert found == llama.simulated()
+
+
+# ---- the stage
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Evaluated with two fixed lengths, and exported: a head that is the last layer behind all others, always right."""
+    run = make_run(tmp_path_factory.mktemp("export"), "publish.min_speedup=0.01",
+                   "evaluate.controllers=[fixed:1,fixed:3]")  # fmt: skip
+    plant_heads(run, 3)
+    evaluate.run(run)
+    draft.run(run)
+    return run
+
+
+def test_the_stage_gives_a_whole_folder_that_was_tried(run) -> None:
+    """In a process of its own, the rounds behind the first token are to the last one those that were evaluated."""
+    folder = run / "hub" / "3-draft"
+    results = json.loads((folder / "results.json").read_text())
+    k = gate.best_fixed(results)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings["num_assistant_tokens"] == k and k in (1, 3)
+    found = results["gate"]["parity"]
+    assert results["gate"]["passed"] and found["identical"] == found["prompts"] == 4
+    assert found["tokens_per_round"] == pytest.approx(found["evaluated"], abs=1e-12)
+    assert not (run / "hub" / "3").exists(), "the head is published by itself"
+
+
+def test_its_card_has_a_line_for_every_engine_with_the_best_length(run) -> None:
+    text = (run / "hub" / "3-draft" / "README.md").read_text()
+    k = gate.best_fixed(json.loads((run / "hub" / "3-draft" / "results.json").read_text()))
+    for line in ("assistant_model=draft", f'"num_speculative_tokens": {k}', f"--speculative-num-steps {k}",
+                 f"max_draft_len={k}", f"--spec-draft-n-max {k}"):  # fmt: skip
+        assert line in text, line
+    assert "**It holds weights of tiny-llama.**" in text and text.count("tested") >= 5
+    assert "| 1 | 0 |" in text and "| 3 | 1 |" in text, "acceptance of every length that was measured"
+    assert ModelCard.load(run / "hub" / "3-draft" / "README.md").data.tags[0] == "speculative-decoding"
+
+
+def test_a_wrong_export_is_refused(run, tmp_path) -> None:
+    """Two layers swapped: the same texts in other rounds."""
+    results = json.loads((run / "hub" / "3-draft" / "results.json").read_text())
+    swapped = changed(run / "hub" / "3-draft", tmp_path / "swapped", swap=True)
+    figures, failed = parity.check(run, results, swapped, "draft", gate.best_fixed(results))
+    assert figures["identical"] == 4 and ["tokens a round" in line for line in failed] == [True]

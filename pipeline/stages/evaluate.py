@@ -1,7 +1,7 @@
 """Is it lossless, and how much faster? Every head and controller against autoregressive decoding.
 
-Takes heads/exit-*/ and held-out prompts, gives eval/generations.parquet, eval/rounds.parquet, eval/rivals.parquet,
-eval/results.json and report/. Knows nothing of how the heads were trained.
+Takes heads/exit-*/ and held-out prompts, gives eval/prompts.parquet, eval/generations.parquet, eval/rounds.parquet,
+eval/rivals.parquet, eval/results.json and report/. Knows nothing of how the heads were trained.
 """
 
 import json
@@ -14,16 +14,15 @@ import torch
 from .. import backbones, draft_model, inspection, losslessness, prompts, report, rivals, tracking, turns
 from ..config import Config
 from ..errors import UserError
+from ..inference import canary
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller
 from ..inference.decoding import Request, autoregressive
 from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
 from ..measuring import Measured, Method, measure
-from ..metrics import LOOP, beside, summarise
+from ..metrics import LOOP, SCHEMA, beside, best, summarise
 from ..rundir import RunDir, atomic_path, atomic_write, sha256_of
-
-SCHEMA = 1
 
 
 def run(run: RunDir) -> None:
@@ -55,6 +54,7 @@ def run(run: RunDir) -> None:
         measured = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
         generations, rounds, others = measured.tables()
         results = _results(run, model, engines, encoded, source, generations, rounds, measured)
+        results |= {"ends": sorted(ends), "canary": canary.record(next(iter(engines.values())))}
         for entry in results["heads"]:
             entry["head_sha256"] = heads[entry["exit_layer"]]
         results["rivals"] = beside(others, generations)
@@ -62,6 +62,8 @@ def run(run: RunDir) -> None:
         summary["best"] = results["best"]
         with atomic_path(run / "eval") as folder:
             folder.mkdir()
+            asked = [{"prompt": prompt.id, "task": prompt.task, "ids": ids} for prompt, ids in encoded]
+            pd.DataFrame(asked).to_parquet(folder / "prompts.parquet")
             generations.to_parquet(folder / "generations.parquet")
             rounds.to_parquet(folder / "rounds.parquet")
             others.to_parquet(folder / "rivals.parquet")
@@ -151,13 +153,8 @@ def _results(
         "greedy": losslessness.greedy(next(iter(engines.values())), ids, generations),
         "sampling": losslessness.sampling(engines, ids, generations, sampler_of, run.config.seed),
     }
-    ranked = [
-        (entry["temperature"] != config.temperatures[0], -figures["speedup"], entry, name)
-        for entry in heads
-        for name, figures in entry["controllers"].items()
-    ]
-    _, _, entry, name = min(ranked, key=lambda r: r[:2])
-    head = ExitHead.load(run / "heads" / f"exit-{entry['exit_layer']}")
+    fastest = best(heads, config.temperatures[0])
+    head = ExitHead.load(run / "heads" / f"exit-{fastest['exit_layer']}")
     return {
         "schema": SCHEMA,
         "backbone": head.backbone,
@@ -178,12 +175,7 @@ def _results(
         "lossless": lossless,
         "heads": heads,
         "loop_ngram": LOOP,
-        "best": {
-            "exit_layer": entry["exit_layer"],
-            "controller": name,
-            "temperature": entry["temperature"],
-            **{k: entry["controllers"][name][k] for k in ("speedup", "speedup_ci95", "acceptance_length")},
-        },
+        "best": fastest,
     }
 
 
