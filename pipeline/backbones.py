@@ -6,6 +6,7 @@ UserError. Knows nothing of what the stages do with them.
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,27 +106,59 @@ def ends_of(*sources: Any) -> list[int]:
     return []
 
 
+def file_of(backbone: Backbone, name: str) -> Path | None:
+    """A file of the checkpoint, from its folder or the Hub; None if it has none of that name."""
+    where = {"revision": backbone.revision, "_raise_exceptions_for_missing_entries": False}
+    found = cached_file(source_of(backbone), name, **where)
+    return Path(found) if found else None
+
+
+class WeightFiles:
+    """The tensors of a checkpoint in its safetensors files, by name; none is read before it is asked for."""
+
+    def __init__(self, backbone: Backbone):
+        self._backbone = backbone
+        self._opened: dict[str, Any] = {}
+        index = file_of(backbone, "model.safetensors.index.json")
+        self._files = json.loads(index.read_text())["weight_map"] if index else {}
+        if not index:
+            self._files = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def rows(self, name: str) -> "_Rows":
+        """What `fingerprint_of` takes: the tensor's shape, and its rows when they are asked for."""
+        return _Rows(self._open(self._files[name]).get_slice(name))
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._open(self._files[name]).get_tensor(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.rows(name)[0:0].dtype
+
+    def _open(self, file: str) -> Any:
+        if file not in self._opened:
+            path = cached_file(source_of(self._backbone), file, revision=self._backbone.revision)
+            self._opened[file] = safe_open(path, framework="pt")
+        return self._opened[file]
+
+
+def open_weights(backbone: Backbone) -> WeightFiles:
+    """Raises UserError for a checkpoint without safetensors files."""
+    with _explained(backbone):
+        return WeightFiles(backbone)
+
+
 def fingerprint_of_files(backbone: Backbone) -> str:
     """The backbone's fingerprint from a few rows of its safetensors files, without loading it."""
-    config = load_config(backbone)
-    where = {"revision": backbone.revision}
-    with _explained(backbone), contextlib.ExitStack() as opened:
-        source = source_of(backbone)
-        index = cached_file(
-            source, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **where
-        )
-        places = json.loads(Path(index).read_text())["weight_map"] if index else {}
-        files: dict[str, Any] = {}
+    config, files = load_config(backbone), open_weights(backbone)
 
-        def weight(name: str) -> Any:
-            if name == "lm_head.weight" and config.tie_word_embeddings:
-                name = "model.embed_tokens.weight"
-            file = places.get(name, "model.safetensors")
-            if file not in files:
-                path = cached_file(source, file, **where)
-                files[file] = opened.enter_context(safe_open(path, framework="pt"))
-            return _Rows(files[file].get_slice(name))
+    def weight(name: str) -> _Rows:
+        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        return files.rows("model.embed_tokens.weight" if tied else name)
 
+    with _explained(backbone):
         return fingerprint_of(config, weight)
 
 

@@ -32,10 +32,11 @@ VERBS = {
         ["seed", "run", "machine", "backbone", "prompts", "evaluate", "wandb"],
     ),
     "publish": (
-        "Gate the best head, then write the folder that transformers loads with custom_generate.",
-        "Writes hub/<N>/ and, with publish.target=hub, pushes it: one commit and one tag, private unless --public. "
-        "Exit code 3 if the gate refuses the head.",
-        ["run", "backbone", "publish"],
+        "Gate the best head, then write the folder that transformers loads with custom_generate, or a draft model.",
+        "Writes hub/<N>/; with --as draft hub/<N>-draft/, a checkpoint for engines that take a draft model. With "
+        "publish.target=hub pushes it: one commit and one tag, private unless --public. Exit code 3 if the gate "
+        "refuses the head.",
+        ["run", "machine", "backbone", "publish"],
     ),
     "run": (
         "All stages in order, skipping what is done: generate, distill, evaluate, publish.",
@@ -68,9 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
         keys = "keys (key=default), given as key=value or in the YAML file:\n" + help_text(sections)
         sub = verbs.add_parser(verb, help=does, description=f"{does}\n{writes}", epilog=keys, formatter_class=raw)
         sub.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
+        stages = (*STAGES, "draft") if verb == "publish" else STAGES
         if verb == "run" or verb in STAGES:
             sub.add_argument(
-                "--redo", choices=STAGES, metavar="STAGE", help="make this stage anew (with run: and all after it)"
+                "--redo", choices=stages, metavar="STAGE", help="make this stage anew (with run: and all after it)"
+            )
+        if verb == "publish":
+            sub.add_argument(
+                "--as", dest="form", choices=("head", "draft"), default="head",
+                help="head (default), or draft: layers, head, norm and LM head as a checkpoint (--redo draft)"
+            )  # fmt: skip
+            sub.add_argument(
+                "--force", dest="asked", action="append_const", const="publish.force=true", help="publish.force=true"
             )
         if verb == "generate":
             looks = sub.add_mutually_exclusive_group()
@@ -111,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             if config.evaluate.head is not None:
                 config = config_for(args.verb, config.evaluate.head, args.config, args.words)
-            run_verb(args.verb, config, args.redo)
+            stage = "draft" if getattr(args, "form", "head") == "draft" else args.verb
+            run_verb(stage, config, args.redo)
     except (UserError, GateError) as error:
         print(f"exit-heads {args.verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -125,9 +136,8 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
     """Run one stage, or all; `redo` removes a stage (with `run`, the later ones too) first."""
     chosen = STAGES if verb == "run" else (verb,)
     if redo is not None and redo not in chosen:
-        raise UserError(
-            f"--redo {redo}: exit-heads {verb} does not run that stage. Use `exit-heads {redo} --redo {redo}`."
-        )
+        use = "publish --as draft" if redo == "draft" else redo
+        raise UserError(f"--redo {redo}: that stage is not run here. Use `exit-heads {use} --redo {redo}`.")
     stages = {name: _stage(name) for name in chosen}
     for stage in stages.values():  # before --redo removes anything, and before an early stage works for an hour
         if hasattr(stage, "check"):

@@ -186,8 +186,9 @@ class Evaluate:
         "who decides how many tokens to draft: thompson, fixed:K, confidence:T, entropy:T, beta, calibration",
     )
     rivals: list[str] = option(
-        ["generate", "generate:static", "early_exit", "prompt_lookup"],
-        "what transformers offers, measured beside at temperature 0; early_exit at each exit layer; [] for none",
+        ["generate", "generate:static", "early_exit", "assistant_model:2", "prompt_lookup"],
+        "what transformers offers, measured beside at temperature 0; early_exit (the layers below N alone) and "
+        "assistant_model:K (the head as a draft model, K drafts a round) at each exit layer; [] for none",
     )
     head: str | None = option(
         None, "measure this published head (--head) instead of the run's own: org/name, org/name@revision or a folder"
@@ -208,6 +209,10 @@ class Publish:
         "`hf auth login`",
     )
     public: bool = option(False, "target hub: a repo that everyone can read (--public); default: a private one")
+    exit_layer: int | None = option(None, "exit layer of the head to publish; default: that of the best")
+    licence: str | None = option(
+        None, "licence on the card, as the Hub names it, such as apache-2.0; default: what the backbone's card says"
+    )
     min_speedup: float = option(1.0, "the gate: the best controller's 95 % interval must lie above this")
     force: bool = option(False, "publish a head that the gate refused; the card then says why it was refused")
 
@@ -270,6 +275,19 @@ def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | No
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as they go to YAML, JSON and checkpoints."""
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def without_folders(value: Any) -> Any:
+    """The config as it may be published: of a path on this machine only its last part."""
+    if isinstance(value, dict):
+        return {key: without_folders(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [without_folders(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    here = path.is_absolute() or value.startswith("~") or ("/" in value and path.exists())  # a Hub id is not
+    return path.name if here else value
 
 
 def _merge(base: Any, new: Any, where: str) -> Any:
@@ -425,6 +443,7 @@ _RULES: dict[str, tuple[Any, str]] = {
         "org/name is needed: letters, digits, - _ and . in both",
     ),
     "publish.target": _one_of("folder", "hub"),
+    "publish.exit_layer": ((lambda n: n is None or n >= 1), "an exit layer N >= 1, or null for the best"),
     "wandb.mode": _one_of("auto", "online", "offline", "disabled"),
 }
 

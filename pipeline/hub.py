@@ -67,18 +67,22 @@ def check(config: Config) -> None:
             raise UserError("publish.target=hub: HF_HUB_OFFLINE is set; unset it, or use publish.target=folder")
 
 
-def publish(run: RunDir, folder: Path, repo_id: str) -> None:
-    """Push a finished folder of the run, unless the run's own record says that this very folder was pushed there.
+def publish(run: RunDir, folder: Path, suffix: str) -> None:
+    """Push a finished folder of the run if publish.target says so, to publish.repo_id with `suffix`.
 
-    The record is a mark of its own: after a failure the same command pushes again, and the folder stays as it is.
+    Not if the run's own record says that this very folder was pushed there. The record is a mark of its own: after a
+    failure the same command pushes again, and the folder stays as it is.
     """
-    public = run.config.publish.public
-    where = {"endpoint": _host(), "repo_id": repo_id, "public": public}
-    if run.is_done("push", [folder], where):
+    settings = run.config.publish
+    if settings.target != "hub":
+        return
+    repo_id, mark = f"{settings.repo_id}{suffix}", f"push{suffix}"
+    where = {"endpoint": _host(), "repo_id": repo_id, "public": settings.public}
+    if run.is_done(mark, [folder], where):
         print(f"push: done already, {repo_id} has it")
         return
-    with run.stage("push", [folder], where) as summary:
-        summary["pushed"] = pushed = push(folder, repo_id, run.config.run.name, public=public)
+    with run.stage(mark, [folder], where) as summary:
+        summary["pushed"] = pushed = push(folder, repo_id, run.config.run.name, public=settings.public)
     verb = "pushed as" if pushed["new"] else "nothing changed, nothing pushed: it is there as"
     print(f"push: {verb} {repo_id}@{pushed['tag']}, commit {pushed['commit'][:12]}")
 

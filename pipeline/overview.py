@@ -104,7 +104,7 @@ def _published(run: Path) -> dict[int, str]:
 def pushed(run: Path, folder: Path) -> dict[str, str] | None:
     """The newest record of a push of this folder of the run: repo_id, tag, commit. None if it was never pushed."""
     name = folder.relative_to(run).as_posix()
-    records = [r for r in _read(run / "run.json") or [] if r["stage"] == "push" and name in r["inputs"]]
+    records = [r for r in _read(run / "run.json") or [] if "pushed" in r and name in r["inputs"]]
     return records[-1]["pushed"] if records else None
 
 

@@ -79,7 +79,7 @@ def test_errors_leave_nothing_half_written(tmp_path, capsys) -> None:
         assert "distill.exit_layers" in capsys.readouterr().err
     assert not (run / "heads").exists()
     assert main(["publish", "--config", file]) == 2
-    assert "results.json is missing" in capsys.readouterr().err
+    assert "eval is missing" in capsys.readouterr().err
 
 
 def cli(*words: str) -> list[str]:

@@ -37,28 +37,35 @@ class ExitHead:
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors into an existing or new folder."""
         folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: w.detach().to("cpu").contiguous() for name, w in sorted(self.weights.items())}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config = {
             "model_type": "exit_head",
             "schema": SCHEMA,
             "exit_layer": self.exit_layer,
             "num_layers": self.num_layers,
             "backbone": self.backbone,
+            "sha256": _sha256(folder / "model.safetensors"),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tensors = {name: w.detach().to("cpu").contiguous() for name, w in sorted(self.weights.items())}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
     def load(cls, folder: Path) -> "ExitHead":
-        """Raises ValueError if the folder holds no exit head of a schema this code knows."""
+        """Raises ValueError if the folder holds no exit head of a schema this code knows, or not the weights saved."""
         try:
             config = json.loads((Path(folder) / "config.json").read_text())
+            found = _sha256(Path(folder) / "model.safetensors")
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder}: no exit head here: {error}") from None
         if config.get("model_type") != "exit_head" or config.get("schema") != SCHEMA:
             raise ValueError(
                 f"{folder}: model_type={config.get('model_type')}, schema={config.get('schema')}: "
                 f"not an exit head of schema {SCHEMA}"
+            )
+        if found != config.get("sha256", found):
+            raise ValueError(
+                f"{folder}/model.safetensors: its sha256 is {found[:12]}, config.json says {config['sha256'][:12]}: "
+                "changed or cut short since it was saved; get it anew"
             )
         with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -72,6 +79,11 @@ class ExitHead:
                 f"this exit head belongs to {self.backbone['name']} (fingerprint {self.backbone['fingerprint'][:12]}), "
                 f"the backbone given has fingerprint {found[:12]}: load the backbone it was trained for"
             )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_family(model_type: str) -> None:

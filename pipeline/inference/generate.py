@@ -8,6 +8,7 @@ one after the other. Knows nothing of how heads are trained.
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
+from .canary import differing
 from .controllers import make_controller
 from .decoding import Request, self_speculative
 from .exit_head import ExitHead
@@ -23,6 +25,11 @@ from .origin import HEAD, REVISION
 from .rounds import Controller
 from .sampling import Sampler
 from .thompson import Thompson
+
+
+class AnotherBackbone(UserWarning):
+    """The backbone has the fingerprint of the one that was measured, and decides otherwise."""
+
 
 # Handled by the decoder itself, which must know them before it drafts.
 OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
@@ -117,7 +124,20 @@ def _engine(
         paths = [Path(cached_file(source, name, revision=revision)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
         known[key] = SplitBackbone(model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda"), config, {}
+        _warn_of_another(model, config)
     return known[key]
+
+
+def _warn_of_another(model, config: dict[str, Any]) -> None:
+    differ, count = differing(model, config["canary"]) if config.get("canary") else (0, 0)
+    if differ:
+        warnings.warn(
+            f"this is not quite the {config['backbone']['name']} that the exit head was trained for: it decides "
+            f"otherwise at {differ} of {count} places (fine-tuned since?). The text is its own all the same, but "
+            "fewer drafts may be accepted than the card says",
+            AnotherBackbone,
+            stacklevel=2,
+        )
 
 
 def _new_controller(name: str, greedy: bool, config: dict[str, Any]) -> Controller:
