@@ -48,14 +48,14 @@ def root() -> Path:
 def pocket_run(tmp_path_factory) -> Path:
     """The run folder of a small demo: the pocket backbone, its answers, heads trained for a moment, published by force.
 
-    About 45 s on one core; for slow tests that look at or use what a whole run leaves.
+    Half a minute on one core; for slow tests that look at or use what a whole run leaves.
     """
     folder = tmp_path_factory.mktemp("pocket")
     words = [
         "--config", str(ROOT / "configs" / "pocket.yaml"), f"run.dir={folder}", "wandb.mode=disabled",
-        "generate.num_prompts=48", "generate.shard_size=24", "generate.max_new_tokens=32", "distill.max_steps=40",
-        "distill.validate_every=10", "distill.checkpoint_every=40", "evaluate.num_prompts=4",
-        "evaluate.max_new_tokens=32", "publish.force=true",
+        "generate.num_prompts=24", "generate.shard_size=12", "generate.max_new_tokens=24", "distill.exit_layers=[2]",
+        "distill.max_steps=20", "distill.validate_every=5", "distill.checkpoint_every=20", "evaluate.num_prompts=3",
+        "evaluate.max_new_tokens=24", "publish.force=true",
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     made = subprocess.run(

@@ -60,6 +60,25 @@ def test_another_head_under_that_name_is_noticed(place, tmp_path, capsys) -> Non
     assert "head was" in capsys.readouterr().err
 
 
+def test_weights_that_are_no_head_are_named(place, tmp_path, capsys) -> None:
+    head = tmp_path / "head"
+    shutil.copytree(place / "runs" / "t" / "hub" / "2", head)
+    weights = load_file(head / "model.safetensors")
+    file = head / "model.safetensors"
+    words = [f"run.dir={tmp_path / 'runs'}", "run.name=tampered"]
+    whole = file.read_bytes()
+    damaged = {
+        "cannot be read": lambda: file.write_bytes(whole[: len(whole) // 2]),
+        "not those of a layer": lambda: save_file({"self_attn.q_proj.weight": next(iter(weights.values()))}, file),
+        "No such file": file.unlink,
+    }
+    for message, damage in damaged.items():
+        damage()
+        assert measure(place, head, *words) == 2
+        assert message in capsys.readouterr().err
+    assert not list((tmp_path / "runs").rglob("*.json"))
+
+
 def test_the_wrong_backbone_is_named_before_it_is_loaded(place, tmp_path, capsys) -> None:
     other = tiny_backbone(tmp_path, seed=1)
     head = place / "runs" / "t" / "hub" / "2"

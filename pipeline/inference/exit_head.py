@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -67,8 +67,11 @@ class ExitHead:
                 f"{folder}/model.safetensors: its sha256 is {found[:12]}, config.json says {config['sha256'][:12]}: "
                 "changed or cut short since it was saved; get it anew"
             )
-        with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder}: model.safetensors cannot be read: {error}") from None
         return cls(config["exit_layer"], config["num_layers"], config["backbone"], weights)
 
     def check_fits(self, model: nn.Module) -> None:

@@ -40,8 +40,6 @@ def run(run: RunDir) -> None:
     if not run.plan("evaluate", inputs, outside):
         print("evaluate: done already")
         return
-    if config.head is not None:
-        _check_fingerprint(folders[0], run.config)
     device = backbones.device_of(run.config.machine.device)
     tokenizer = backbones.load_tokenizer(run.config.backbone)
     model = backbones.load_model(run.config.backbone, device, run.config.machine.device_map)
@@ -88,21 +86,23 @@ def _heads(run: RunDir) -> tuple[list[Path], list[Path]]:
             f"evaluate.head={head}: {run.path} has heads of its own; give another run.name, "
             f"such as run.name={hub.run_name_of(head)}"
         )
-    return [hub.pull(head)], []
+    return [_published(head, run.config)], []
 
 
-def _check_fingerprint(folder: Path, config: Config) -> None:
-    """Of a published head, before a backbone is loaded that it may not belong to."""
-    found = backbones.fingerprint_of_files(config.backbone)
+def _published(head: str, config: Config) -> Path:
+    """Its folder, found to hold a head of this backbone before the backbone is loaded."""
+    folder = hub.pull(head)
     try:
         belongs = ExitHead.load(folder).backbone
     except ValueError as error:
-        raise UserError(f"evaluate.head={config.evaluate.head}: {error}") from None
+        raise UserError(f"evaluate.head={head}: {error}") from None
+    found = backbones.fingerprint_of_files(config.backbone)
     if belongs["fingerprint"] != found:
         raise UserError(
-            f"backbone.name_or_path={config.backbone.name_or_path}: not the backbone of {config.evaluate.head}, which "
-            f"belongs to {belongs['name']} (fingerprint {belongs['fingerprint'][:12]}, not {found[:12]})"
+            f"backbone.name_or_path={config.backbone.name_or_path}: not the backbone of {head}, which belongs to "
+            f"{belongs['name']} (fingerprint {belongs['fingerprint'][:12]}, not {found[:12]})"
         )
+    return folder
 
 
 def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, SplitBackbone]:
