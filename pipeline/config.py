@@ -7,6 +7,7 @@ it and says what would be right. Knows nothing of stages; `help_text` is what `e
 import difflib
 import json
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -189,8 +190,12 @@ class Evaluate:
         "who decides how many tokens to draft: thompson, fixed:K, confidence:T, entropy:T, beta, calibration",
     )
     rivals: list[str] = option(
-        ["generate", "generate:static", "early_exit", "prompt_lookup"],
-        "what transformers offers, measured beside at temperature 0; early_exit at each exit layer; [] for none",
+        ["generate", "generate:static", "early_exit", "assistant_model:2", "prompt_lookup"],
+        "what transformers offers, measured beside at temperature 0; early_exit (the layers below N alone) and "
+        "assistant_model:K (the head as a draft model, K drafts a round) at each exit layer; [] for none",
+    )
+    head: str | None = option(
+        None, "measure this published head (--head) instead of the run's own: org/name, org/name@revision or a folder"
     )
     states: str | None = option(
         None, "eval/results.json of an earlier evaluation of the same heads: start from what thompson had learned there"
@@ -219,7 +224,16 @@ class Plan:
 @dataclass
 class Publish:
     repo_id: str | None = option(None, "org/name the head will live under; written into the card")
-    target: str = option("folder", "folder: write hub/<N>/ and stop there")
+    target: str = option(
+        "folder",
+        "folder: write hub/<N>/ and stop there; hub: push it to publish.repo_id too, with the token of HF_TOKEN or of "
+        "`hf auth login`",
+    )
+    public: bool = option(False, "target hub: a repo that everyone can read (--public); default: a private one")
+    exit_layer: int | None = option(None, "exit layer of the head to publish; default: that of the best")
+    licence: str | None = option(
+        None, "licence on the card, as the Hub names it, such as apache-2.0; default: what the backbone's card says"
+    )
     min_speedup: float = option(1.0, "the gate: the best controller's 95 % interval must lie above this")
     force: bool = option(False, "publish a head that the gate refused; the card then says why it was refused")
 
@@ -246,9 +260,12 @@ class Config:
     wandb: Wandb = field(default_factory=Wandb)
 
 
-def load(path: str | Path | None, words: list[str]) -> Config:
-    """The Config of `--config path word ...`. Raises UserError for anything that is not right in it."""
-    merged = OmegaConf.structured(Config())
+def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | None = None) -> Config:
+    """The Config of `--config path word ...`. Raises UserError for anything that is not right in it.
+
+    `instead` holds defaults, by section and key, that take the place of the dataclasses' own.
+    """
+    merged = OmegaConf.merge(OmegaConf.structured(Config()), instead or {})
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"--config {path}: no such file. Start from one in configs/.")
@@ -292,6 +309,19 @@ def variations(word: str) -> list[str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as they go to YAML, JSON and checkpoints."""
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def without_folders(value: Any) -> Any:
+    """The config as it may be published: of a path on this machine only its last part."""
+    if isinstance(value, dict):
+        return {key: without_folders(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [without_folders(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    here = path.is_absolute() or value.startswith("~") or ("/" in value and path.exists())  # a Hub id is not
+    return path.name if here else value
 
 
 def _merge(base: Any, new: Any, where: str) -> Any:
@@ -355,6 +385,13 @@ def _are_temperatures(value: list[float]) -> bool:
 
 def _differ(value: list[Any]) -> bool:
     return len(set(value)) == len(value)
+
+
+def is_repo_id(name: str) -> bool:
+    """Is this how repos on the Hub are named, organisation or user first?"""
+    part = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+    forbidden = "--" in name or ".." in name or name.endswith(".git")
+    return re.fullmatch(f"{part}/{part}", name, re.ASCII) is not None and not forbidden
 
 
 def _is_server(url: str) -> bool:
@@ -438,7 +475,12 @@ _RULES: dict[str, tuple[Any, str]] = {
     "plan.mfu": ((lambda value: 0 < value <= 1), "a share above 0, at most 1"),
     "plan.node_bandwidth": ((lambda value: value is None or 0 < value < math.inf), "null or a number above 0"),
     "plan.acceptance": ((lambda rates: all(0 <= a <= 1 for a in rates)), "a list of shares from 0 to 1"),
-    "publish.target": _one_of("folder"),
+    "publish.repo_id": (
+        (lambda name: name is None or is_repo_id(name)),
+        "org/name is needed: letters, digits, - _ and . in both",
+    ),
+    "publish.target": _one_of("folder", "hub"),
+    "publish.exit_layer": ((lambda n: n is None or n >= 1), "an exit layer N >= 1, or null for the best"),
     "wandb.mode": _one_of("auto", "online", "offline", "disabled"),
 }
 
@@ -450,6 +492,8 @@ def _check(config: Config) -> None:
             value = getattr(value, part)
         if not right(value):
             raise UserError(f"{key}={value}: {remedy}")
+    if config.publish.target == "hub" and config.publish.repo_id is None:
+        raise UserError("publish.target=hub: publish.repo_id=null; name the repo, as publish.repo_id=org/name")
     _check_prompts("prompts", config.prompts)
     _check_prompts("evaluate.prompts", config.evaluate.prompts)
 

@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from .config import Config, to_dict
-from .errors import UserError
+from .errors import GateError, UserError
 
 STAGES = ("generate", "cache", "distill", "evaluate", "publish")
 
@@ -47,15 +47,24 @@ SUBTREES = {
     "distill": ("seed", "backbone", "distill"),
     "evaluate": ("seed", "backbone", "prompts", "evaluate"),
     "publish": ("backbone", "publish"),
+    "draft": ("backbone", "publish"),
+    "push": (),
+    "push-draft": (),
 }
 
-# What each stage writes: removed by --redo. Logs stay: what happened, happened.
+# Keys of these that say where a finished folder goes: it stays done.
+NEVER_STALE = ("publish.target", "publish.public")
+
+# What each stage writes, as patterns: removed by --redo. Logs stay: what happened, happened.
 OUTPUTS = {
     "generate": ("responses",),
     "cache": ("cache",),
     "distill": ("heads", "checkpoints", "metrics.jsonl", "wandb"),
     "evaluate": ("eval", "report"),
-    "publish": ("hub",),
+    "publish": ("hub/*[0-9]", "stages/push.json"),
+    "draft": ("hub/*-draft", "stages/push-draft.json"),
+    "push": (),
+    "push-draft": (),
 }
 
 
@@ -115,6 +124,10 @@ class RunDir:
             )
         return mark["state"] != "done"
 
+    def is_done(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None) -> bool:
+        """True if the stage was done with this config and these inputs. Others are no mistake: it may be done again."""
+        return self._read_mark(stage) == {"state": "done", **self._now(stage, inputs, outside)}
+
     @contextlib.contextmanager
     def stage(
         self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None, *, shared: bool = False
@@ -123,7 +136,8 @@ class RunDir:
 
         `shared`: other processes may be at the same stage now, so what lies under temporary names stays.
 
-        A UserError before anything was written takes a new mark back: what the user then changes needs no --redo.
+        A UserError or GateError before anything was written takes a new mark back: what the user then changes needs
+        no --redo.
         Once there is work to go on from, the mark stays, or that work could be mixed with another config's.
         """
         with contextlib.nullcontext() if shared else self._alone(stage):
@@ -144,7 +158,7 @@ class RunDir:
         summary: dict[str, Any] = {}
         try:
             yield summary
-        except UserError:
+        except (UserError, GateError):
             if fresh and not self._has_output(stage):
                 self._mark(stage).unlink()
             raise
@@ -170,21 +184,24 @@ class RunDir:
             lock.release()
 
     def _has_output(self, stage: str) -> bool:
-        outputs = [self.path / name for name in OUTPUTS[stage]]
-        return any(p.is_file() or (p.is_dir() and any(f.is_file() for f in p.rglob("*"))) for p in outputs)
+        return any(p.is_file() or any(f.is_file() for f in p.rglob("*")) for p in self._outputs(stage))
+
+    def _outputs(self, stage: str) -> list[Path]:
+        return [path for pattern in OUTPUTS[stage] for path in self.path.glob(pattern)]
 
     def redo(self, stage: str) -> None:
         """Forget the stage and remove what it wrote."""
-        for name in OUTPUTS[stage]:
-            target = self.path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        for target in self._outputs(stage):
+            _remove(target)
         self._mark(stage).unlink(missing_ok=True)
 
     def _sweep(self, stage: str) -> None:
         """Remove what a killed run of this stage left under temporary names."""
-        for name in OUTPUTS[stage]:
-            left = [*self.path.glob(f"{TEMPORARY}{name}-*"), *(self.path / name).rglob(f"{TEMPORARY}*")]
-            for path in left:
+        for folder, _, name in (pattern.rpartition("/") for pattern in OUTPUTS[stage]):
+            for path in (self.path / folder).glob(f"{TEMPORARY}{name}-*"):
+                _remove(path)
+        for target in self._outputs(stage):
+            for path in target.rglob(f"{TEMPORARY}*"):
                 _remove(path)
 
     def _now(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None) -> dict[str, Any]:
@@ -211,6 +228,8 @@ def _patience() -> float:
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    if key in NEVER_STALE:
+        return []
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
         return [d for n in names for d in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)]

@@ -74,6 +74,21 @@ def test_a_mixture_from_a_file_or_a_word(tmp_path: Path) -> None:
     assert load(again, []) == from_file
 
 
+def test_other_defaults_lose_to_file_and_words(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("backbone:\n  revision: of the file\n")
+    instead = {"backbone": {"name_or_path": "org/model", "revision": "of the head"}, "run": {"name": "head"}}
+    config = load(file, ["run.name=word"], instead)
+    assert (config.run.name, config.backbone.revision, config.backbone.name_or_path) == (
+        "word", "of the file", "org/model"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["org/head", "a/b", "Org_1/my-head.v2", "o/" + "x" * 96])
+def test_names_of_repos(name: str) -> None:
+    assert load(None, [f"publish.repo_id={name}"]).publish.repo_id == name
+
+
 def test_two_configs_share_no_list() -> None:
     first = load(None, [])
     first.distill.exit_layers.append(99)
@@ -150,7 +165,13 @@ WRONG = [
     (["plan.mfu=0"], ["plan.mfu=0", "above 0"]),
     (["plan.acceptance=[1.5]"], ["plan.acceptance=[1.5]", "from 0 to 1"]),
     (["plan.node_bandwidth=0"], ["plan.node_bandwidth=0", "above 0"]),
-    (["publish.target=ftp"], ["publish.target", "folder"]),
+    (["publish.target=ftp"], ["publish.target", "folder or hub"]),
+    (["publish.target=hub"], ["publish.target=hub", "publish.repo_id=org/name"]),
+    (["publish.repo_id=head"], ["publish.repo_id=head", "org/name"]),
+    (["publish.repo_id=org/-head"], ["publish.repo_id", "org/name"]),
+    (["publish.repo_id=org/a--b"], ["publish.repo_id", "org/name"]),
+    (["publish.repo_id=a/b/c"], ["publish.repo_id", "org/name"]),
+    (["publish.repo_id=org/kopf.git"], ["publish.repo_id", "org/name"]),
     (["wandb.mode=cloud"], ["wandb.mode", "offline"]),
     (["run.name=a/b"], ["run.name"]),
     (["run.name=.."], ["run.name"]),

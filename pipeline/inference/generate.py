@@ -1,12 +1,14 @@
 """The entry point of transformers' `generate(custom_generate=...)`: prompts in, ids out, drafted by the exit head.
 
 Takes what `generate` takes, and `controller=` (`thompson`, `fixed:3`, `none`, ...), `exit_head=` (a folder or a
-Hub id; default: the head this file was published with) and `cuda_graphs=True` (fewer launches on a GPU). Sampling,
-logits processors, stopping criteria and streamers work as ever; several rows are decoded one after the other. Knows
-nothing of how heads are trained.
+Hub id; default: the head this file was published with), `revision=` (of a Hub id) and `cuda_graphs=True` (fewer
+launches on a GPU). Sampling, logits processors, stopping criteria and streamers work as ever; several rows are decoded
+one after the other. Knows nothing of how heads are trained.
 """
 
 import json
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
+from .canary import differing
 from .controllers import make_controller
 from .decoding import Request, self_speculative
 from .exit_head import ExitHead
@@ -22,6 +25,11 @@ from .origin import HEAD, REVISION
 from .rounds import Controller
 from .sampling import Sampler
 from .thompson import Thompson
+
+
+class AnotherBackbone(UserWarning):
+    """The backbone has the fingerprint of the one that was measured, and decides otherwise."""
+
 
 # Handled by the decoder itself, which must know them before it drafts.
 OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
@@ -33,6 +41,7 @@ def generate(
     model,
     exit_head: str | None = None,
     controller: str | Controller | None = None,
+    revision: str | None = None,
     cuda_graphs: bool = False,
     **kwargs,
 ):
@@ -44,7 +53,10 @@ def generate(
     for anything but ids.
     """
     kwargs.pop("use_model_defaults", None)
-    backbone, config, controllers = _engine(model, exit_head or HEAD, None if exit_head else REVISION, cuda_graphs)
+    source = exit_head or HEAD or _named_by_caller()
+    if exit_head is None and revision is None:
+        revision = REVISION
+    backbone, config, controllers = _engine(model, source, revision, cuda_graphs)
     if controller is None or isinstance(controller, str):
         name = controller or config.get("controller", "thompson")
         make_controller(name)  # a wrong name is refused before anything is computed
@@ -89,6 +101,17 @@ def generate(
     return GenerationMixin.generate(model, inputs, custom_generate=loop, **kwargs)
 
 
+def _named_by_caller() -> str | None:
+    """The folder (or Hub id) that the user gave as custom_generate=.
+
+    transformers runs a copy of this file from a cache of its own and does not pass on what it was copied from, so the
+    name is read where it stands: in the `GenerationMixin.generate` that called ours. A published folder therefore
+    holds no path and works wherever it is moved to.
+    """
+    name = sys._getframe(2).f_locals.get("custom_generate")
+    return name if isinstance(name, str) else None
+
+
 def _engine(
     model, source: str | None, revision: str | None, cuda_graphs: bool
 ) -> tuple[SplitBackbone, dict[str, Any], dict]:
@@ -101,7 +124,20 @@ def _engine(
         paths = [Path(cached_file(source, name, revision=revision)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
         known[key] = SplitBackbone(model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda"), config, {}
+        _warn_of_another(model, config)
     return known[key]
+
+
+def _warn_of_another(model, config: dict[str, Any]) -> None:
+    differ, count = differing(model, config["canary"]) if config.get("canary") else (0, 0)
+    if differ:
+        warnings.warn(
+            f"this is not quite the {config['backbone']['name']} that the exit head was trained for: it decides "
+            f"otherwise at {differ} of {count} places (fine-tuned since?). The text is its own all the same, but "
+            "fewer drafts may be accepted than the card says",
+            AnotherBackbone,
+            stacklevel=2,
+        )
 
 
 def _new_controller(name: str, greedy: bool, config: dict[str, Any]) -> Controller:
