@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.inference.backbone import SplitBackbone
-from pipeline.inference.canary import differing
+from pipeline.inference.canary import distance
 from pipeline.stages import evaluate
 
 PICTURES = ("speedup", "time", "acceptance", "drafted", "learned")
@@ -61,7 +61,7 @@ def test_tables_agree(run) -> None:
 
 
 def test_what_publish_compares_with_is_kept(run) -> None:
-    """The ids of every prompt, what ends a text, and a canary whose every entry the backbone itself confirms."""
+    """The ids of every prompt, what ends a text, and a canary that the backbone itself passes."""
     results = json.loads((run / "eval" / "results.json").read_text())
     prompts = pd.read_parquet(run / "eval" / "prompts.parquet")
     generations = pd.read_parquet(run / "eval" / "generations.parquet")
@@ -71,8 +71,7 @@ def test_what_publish_compares_with_is_kept(run) -> None:
     ids = torch.tensor([prompts.set_index("prompt").ids[row.prompt].tolist()])
     out = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=256)
     assert out[0, ids.shape[1] :].tolist() == row.tokens.tolist()
-    differ, count = differing(model, results["canary"])
-    assert differ == 0 < count
+    assert distance(model, results["canary"]) < 1e-4
 
 
 def test_intervals_of_acceptance_length_hold_it(run) -> None:

@@ -31,7 +31,7 @@ from transformers import (
 import pipeline.inference
 from pipeline import card, head_folder, pedigree
 from pipeline.config import load
-from pipeline.inference.canary import differing
+from pipeline.inference.canary import TOLERANCE, distance
 from pipeline.inference.controllers import Fixed
 from pipeline.inference.exit_head import ExitHead, new_exit_layer
 from pipeline.rundir import RunDir, sha256_of
@@ -314,11 +314,12 @@ def test_a_backbone_fine_tuned_since_is_told_once(served, run) -> None:
     """In a layer that the fingerprint does not sample: the text is its own, and there is one warning."""
     model, inputs, hub = served
     canary = json.loads((run / "hub" / "2" / "config.json").read_text())["canary"]
-    assert differing(model, canary)[0] == 0 < differing(model, canary)[1]
+    assert distance(model, canary) < 1e-4 < TOLERANCE
+    assert distance(AutoModelForCausalLM.from_pretrained(model.name_or_path, dtype=torch.bfloat16), canary) < TOLERANCE
     tuned = AutoModelForCausalLM.from_pretrained(model.name_or_path)
     with torch.no_grad():
         weight = tuned.model.layers[1].mlp.down_proj.weight
-        weight.add_(0.5 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        weight.add_(0.2 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
     kwargs = {"max_new_tokens": 16, "do_sample": False}
     plain = tuned.generate(**inputs, **kwargs)
     with warnings.catch_warnings(record=True) as caught:
@@ -328,7 +329,7 @@ def test_a_backbone_fine_tuned_since_is_told_once(served, run) -> None:
             assert torch.equal(drafted, plain)
         model.generate(**inputs, **kwargs, custom_generate=hub, trust_remote_code=True)
     told = [str(w.message) for w in caught if w.category.__name__ == "AnotherBackbone"]
-    assert len(told) == 1 and re.search(r"it decides otherwise at \d+ of \d+ places", told[0])
+    assert len(told) == 1 and "log-probabilities differ by" in told[0]
 
 
 def test_changed_weights_are_refused(served, tmp_path) -> None:

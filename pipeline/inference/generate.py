@@ -17,7 +17,7 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
-from .canary import differing
+from .canary import TOLERANCE, distance
 from .controllers import make_controller
 from .decoding import Request, self_speculative
 from .exit_head import ExitHead
@@ -28,7 +28,7 @@ from .thompson import Thompson
 
 
 class AnotherBackbone(UserWarning):
-    """The backbone has the fingerprint of the one that was measured, and decides otherwise."""
+    """The backbone has the fingerprint of the one that was measured, and other probabilities."""
 
 
 # Handled by the decoder itself, which must know them before it drafts.
@@ -129,12 +129,12 @@ def _engine(
 
 
 def _warn_of_another(model, config: dict[str, Any]) -> None:
-    differ, count = differing(model, config["canary"]) if config.get("canary") else (0, 0)
-    if differ:
+    moved = distance(model, config["canary"]) if config.get("canary") else 0.0
+    if moved > TOLERANCE:
         warnings.warn(
-            f"this is not quite the {config['backbone']['name']} that the exit head was trained for: it decides "
-            f"otherwise at {differ} of {count} places (fine-tuned since?). The text is its own all the same, but "
-            "fewer drafts may be accepted than the card says",
+            f"this is not quite the {config['backbone']['name']} that the exit head was trained for (fine-tuned since?): "
+            f"log-probabilities differ by {moved:.2g} nats. The text is this backbone's own all the same, but fewer "
+            "drafts may be accepted than the card says",
             AnotherBackbone,
             stacklevel=2,
         )
