@@ -45,8 +45,8 @@ def undisturbed(tmp_path_factory, backbone) -> RunDir:
 
 
 @pytest.fixture
-def mesh(tmp_path):
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+def mesh():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 

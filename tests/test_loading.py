@@ -62,8 +62,8 @@ def pieces(monkeypatch) -> None:
 
 
 @pytest.fixture
-def mesh(tmp_path) -> Iterator[DeviceMesh]:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     yield make_mesh("cpu", 1, 0)
     dist.destroy_process_group()
 
@@ -127,7 +127,7 @@ def test_one_process_loads_what_transformers_loads(tmp_path, mesh, pieces, famil
 @pytest.mark.gpu
 def test_a_gpu_is_filled_as_a_cpu_is(tmp_path, pieces) -> None:
     folder = checkpoint(tmp_path, "qwen3", tied=True)
-    dist.init_process_group("nccl", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore())
     try:
         backbone, mesh = Backbone(str(folder), dtype="bfloat16"), make_mesh("cuda", 1, 0)
         expected = fingerprint_of_files(backbone)
@@ -197,7 +197,6 @@ def prepare_company(folder: Path, mesh: DeviceMesh) -> None:
 
 def test_two_processes_load_draw_and_fail_alike(tmp_path, mesh, pieces) -> None:
     prepare_company(tmp_path, mesh)
-    (tmp_path / "store").unlink()
     spawn(load_in_company, 2, tmp_path, 0)
 
 
@@ -205,7 +204,6 @@ def test_two_processes_load_draw_and_fail_alike(tmp_path, mesh, pieces) -> None:
 @pytest.mark.parametrize("shard_degree", [0, 1, 2])
 def test_four_processes_hold_quarters_wholes_or_halves(tmp_path, mesh, pieces, shard_degree) -> None:
     prepare_company(tmp_path, mesh)
-    (tmp_path / "store").unlink()
     spawn(load_in_company, 4, tmp_path, shard_degree)
 
 
