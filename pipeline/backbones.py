@@ -172,7 +172,7 @@ class WeightFiles:
         return self.paths[file]
 
     def rows(self, tensor: str) -> "Rows":
-        """Its shape, and rows of it when they are asked for. The file is mapped no longer than what this gives lives."""
+        """Its shape and dtype, and rows of it when they are asked for. The file stays mapped as long as this lives."""
         path = self.path(tensor)
         with _explained(self.backbone), safe_open(path, framework="pt") as file:
             return Rows(file.get_slice(tensor))

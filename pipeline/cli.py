@@ -214,6 +214,8 @@ def plan(args: argparse.Namespace, config: Config) -> None:
     combinations = list(itertools.product(*map(variations, args.vary)))
     configs = [load(args.config, [*args.words, *words]) for words in combinations] if args.vary else [config]
     _stage("plan").show(configs, [word.partition("=")[0] for word in args.vary], args.json)
+
+
 def config_for(verb: str, head: str, file: str | None, words: list[str]) -> Config:
     """The config by which a published head is measured.
 

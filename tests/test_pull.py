@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import overview
 from pipeline.cli import main
 from pipeline.config import to_dict
-from pipeline.rundir import atomic_write
+from pipeline.rundir import atomic_write, sha256_of
 from pipeline.stages import evaluate, publish
 
 
@@ -30,6 +30,13 @@ def place(tmp_path_factory) -> Path:
 
 def measure(place: Path, head: Path, *words: str) -> int:
     return main(["evaluate", "--config", str(place / "config.yaml"), "--head", str(head), *words])
+
+
+def sign(head: Path) -> None:
+    """As if its weights had been saved so."""
+    config = json.loads((head / "config.json").read_text())
+    config["sha256"] = sha256_of(head / "model.safetensors")
+    (head / "config.json").write_text(json.dumps(config))
 
 
 def test_it_is_measured_as_it_was(place, capsys) -> None:
@@ -56,6 +63,7 @@ def test_another_head_under_that_name_is_noticed(place, tmp_path, capsys) -> Non
     assert (tmp_path / "runs" / "again" / "eval").is_dir(), "a name given wins"
     weights = load_file(head / "model.safetensors")
     save_file({name: w + 1 for name, w in weights.items()}, head / "model.safetensors")
+    sign(head)
     assert measure(place, head, *words) == 2
     assert "head was" in capsys.readouterr().err
 
@@ -68,8 +76,9 @@ def test_weights_that_are_no_head_are_named(place, tmp_path, capsys) -> None:
     words = [f"run.dir={tmp_path / 'runs'}", "run.name=tampered"]
     whole = file.read_bytes()
     damaged = {
-        "cannot be read": lambda: file.write_bytes(whole[: len(whole) // 2]),
-        "not those of a layer": lambda: save_file({"self_attn.q_proj.weight": next(iter(weights.values()))}, file),
+        "changed or cut short": lambda: file.write_bytes(whole[: len(whole) // 2]),
+        "cannot be read": lambda: sign(head),
+        "not those of a layer": lambda: (save_file({"q_proj.weight": next(iter(weights.values()))}, file), sign(head)),
         "No such file": file.unlink,
     }
     for message, damage in damaged.items():

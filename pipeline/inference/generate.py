@@ -132,7 +132,7 @@ def _warn_of_another(model, config: dict[str, Any]) -> None:
     moved = distance(model, config["canary"]) if config.get("canary") else 0.0
     if moved > TOLERANCE:
         warnings.warn(
-            f"this is not quite the {config['backbone']['name']} that the exit head was trained for (fine-tuned since?): "
+            f"this is not quite the {config['backbone']['name']} that the exit head was trained for (fine-tuned?): "
             f"log-probabilities differ by {moved:.2g} nats. The text is this backbone's own all the same, but fewer "
             "drafts may be accepted than the card says",
             AnotherBackbone,
