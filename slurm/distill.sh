@@ -28,7 +28,7 @@ one_gpu=${EH_GPUS:+${EH_GPUS%"${EH_GPUS##*:}"}1}
 : "${EH_GENERATE_GPUS=$one_gpu}" # of each task; more with machine.device_map=auto
 : "${EH_CACHE_GPUS=$one_gpu}"
 : "${EH_EVALUATE_GPUS=$one_gpu}"
-: "${EH_PUBLISH_GPUS=}"
+: "${EH_PUBLISH_GPUS=$EH_EVALUATE_GPUS}" # it tries the folder on the backbone
 : "${EH_PROCESSES=${EH_GPUS##*:}}" # of each node of distill; default without GPUs: machine.processes_per_node
 : "${EH_CPUS=4}"         # stage; of each process
 : "${EH_MEM=}"           # stage; of each node, such as 200G, or 0 for all of it. Default: what the cluster gives

@@ -91,7 +91,8 @@ def test_knobs_reach_the_stages_they_are_for(tmp_path: Path) -> None:
     assert (distill["nodes"], distill["ntasks-per-node"], distill["gpus-per-node"]) == ("4", "8", "h100:8")
     assert distill[""][-2:] == ["machine.nodes=4", "machine.processes_per_node=8"]
     assert (generate["mem"], distill["mem"], publish["mem"]) == ("64G", "0", "64G")
-    assert evaluate["partition"] == "short" and "partition" not in distill and "gpus-per-node" not in publish
+    assert evaluate["partition"] == "short" and "partition" not in distill
+    assert evaluate["gpus-per-node"] == publish["gpus-per-node"] == "h100:1"
     assert all(
         s["account"] == "me" and s["exclude"] == "n3" and s["comment"] == "two words" for s in (generate, publish)
     )
