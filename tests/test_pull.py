@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import make_run, plant_heads, tiny_backbone
+from loopback_hub import LoopbackHub
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +17,8 @@ from pipeline.cli import main
 from pipeline.config import to_dict
 from pipeline.rundir import atomic_write, sha256_of
 from pipeline.stages import evaluate, publish
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +127,52 @@ def test_a_folder_without_a_head(place, tmp_path, capsys) -> None:
     assert "holds no exit head" in capsys.readouterr().err
     assert measure(place, "nowhere") == 2
     assert "evaluate.head=nowhere: neither a folder here nor org/name" in capsys.readouterr().err
+
+
+# ---- used by those who may see it
+
+PUSH = """
+import sys
+from pathlib import Path
+from pipeline import hub
+print(hub.push(Path(sys.argv[1]), "org/private", "t")["tag"])
+"""
+USE = """
+import sys
+from huggingface_hub import get_token, snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert get_token() is None
+backbone, token, cache = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(backbone)
+inputs = AutoTokenizer.from_pretrained(backbone)("prompt number 9", return_tensors="pt")
+greedy = {"max_new_tokens": 16, "do_sample": False}
+plain = model.generate(**inputs, **greedy).tolist()
+def same(head, **where):
+    found = model.generate(**inputs, **greedy, custom_generate=head, trust_remote_code=True, **where)
+    model._exit_heads.clear()  # to be loaded again
+    return found.tolist() == plain
+assert same("org/private", token=token, cache_dir=cache)
+assert same("org/private", cache_dir=cache, local_files_only=True)
+snapshot_download("org/private", local_dir="head", token=token)
+assert same("head"), "without a token: the folder's own weights"
+print("same")
+"""
+
+
+def test_a_private_head_takes_a_token_and_a_downloaded_one_none(place, tmp_path) -> None:
+    def child(code: str, token: str | None, *words: object) -> str:
+        environment = hub.environment(tmp_path / "home", token) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, *map(str, words)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.strip()
+
+    with LoopbackHub(tmp_path / "hub") as hub:
+        tag = child(PUSH, "hf_of_ada", place / "runs" / "t" / "hub" / "2")
+        assert hub.repo("org/private")["private"]
+        assert child(USE, None, place / "tiny-llama", "hf_of_ada", tmp_path / "cache") == "same"
+    assert tag in (tmp_path / "head" / "custom_generate" / "origin.py").read_text()
+    assert list((tmp_path / "cache").rglob("model.safetensors")) and not list((tmp_path / "home").rglob("*.safetensors"))
 
 
 # ---- the overview
