@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError
 
-
+# Of the keys below, for what is told to others.
 PATHS = ("dir", "exit_head", "states", "pilot", "chat_template")
 """Keys whose values are files or folders, or a single word."""
 PATHS_OR_IDS = ("name_or_path", "path", "head", "server_model")

@@ -173,9 +173,13 @@ class RunDir:
             raise
         record |= {"seconds": round(time.time() - started, 1), **summary}
         with FileLock(self.path / "stages" / ".run.json.lock"):
-            records = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else []
-            atomic_write(self.path / "run.json", json.dumps([*records, record], indent=1) + "\n")
+            atomic_write(self.path / "run.json", json.dumps([*self.records(), record], indent=1) + "\n")
         self._write_mark(stage, {"state": "done", **now})
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of every stage run that ended well, the newest last."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.exists() else []
 
     @contextlib.contextmanager
     def _alone(self, stage: str) -> Iterator[None]:

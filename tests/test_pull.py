@@ -12,10 +12,10 @@ from loopback_hub import LoopbackHub
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from pipeline import overview
+from pipeline import overview, pedigree, report
 from pipeline.cli import main
-from pipeline.config import to_dict
-from pipeline.rundir import atomic_write, sha256_of
+from pipeline.config import load, to_dict
+from pipeline.rundir import RunDir, atomic_write, sha256_of
 from pipeline.stages import evaluate, publish
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,7 +172,19 @@ def test_a_private_head_takes_a_token_and_a_downloaded_one_none(place, tmp_path)
         assert hub.repo("org/private")["private"]
         assert child(USE, None, place / "tiny-llama", "hf_of_ada", tmp_path / "cache") == "same"
     assert tag in (tmp_path / "head" / "custom_generate" / "origin.py").read_text()
-    assert list((tmp_path / "cache").rglob("model.safetensors")) and not list((tmp_path / "home").rglob("*.safetensors"))
+    assert list((tmp_path / "cache").rglob("model.safetensors"))
+    assert not list((tmp_path / "home").rglob("*.safetensors")), "cache_dir= holds for the weights too"
+
+
+# ---- what it learned from
+
+
+def test_a_dataset_is_named_once_and_as_the_hub_names_it(tmp_path) -> None:
+    names = ["org/data", "a.jsonl", "org/data#2", "pocket/distill.jsonl", "a.jsonl#2", "org/more"]
+    run = RunDir(load(None, [f"run.dir={tmp_path}"]))
+    manifest = {"prompts": {"sources": [{"name": name, "licence": "mit"} for name in names]}}
+    atomic_write(run / "responses" / "manifest.json", json.dumps(manifest))
+    assert pedigree.datasets(run) == ["org/data", "org/more"]
 
 
 # ---- the overview
@@ -205,6 +217,9 @@ def test_heads_lists_runs_that_are_half_done(tmp_path, capsys) -> None:
     assert row["state"] == "nothing begun"
     with run.stage("generate", []):
         assert overview.rows(run.path)[0]["state"] == "generate begun"
+    with run.stage("generate", []), run.stage("cache", []):
+        pass
+    assert overview.rows(run.path)[0]["state"] == "cached"
     plant_heads(run, 3, 2)
     with pytest.raises(ZeroDivisionError), run.stage("distill", []):
         raise ZeroDivisionError
@@ -219,15 +234,35 @@ def test_heads_lists_runs_that_are_half_done(tmp_path, capsys) -> None:
     assert main(["heads", f"run.dir={tmp_path / 'runs'}"]) == 0 and "cannot be read" in capsys.readouterr().out
 
 
-def test_heads_says_where_a_head_was_pushed_to(place, tmp_path) -> None:
+@pytest.fixture
+def pushed_run(place, tmp_path) -> RunDir:
+    """A copy of the run that says it was pushed twice, the second time as org/head@t-new."""
     shutil.copytree(place / "runs" / "t", tmp_path / "t")
-    records = json.loads((tmp_path / "t" / "run.json").read_text())
+    run = RunDir(load(place / "config.yaml", [f"run.dir={tmp_path}"]))
     for tag in ("t-old", "t-new"):
-        pushed = {"repo_id": "org/head", "tag": tag}
-        records.append({"stage": "push", "inputs": {"hub/2": "sha", "repo_id": "org/head"}, "pushed": pushed})
-    (tmp_path / "t" / "run.json").write_text(json.dumps(records))
-    (row,) = overview.rows(tmp_path / "t")
+        with run.stage("push", [run / "hub" / "2"], {"repo_id": "org/head", "tag": tag}) as summary:
+            summary["pushed"] = {"repo_id": "org/head", "tag": tag}
+    return run
+
+
+def test_heads_says_where_a_head_was_pushed_to(place, pushed_run) -> None:
+    (row,) = overview.rows(pushed_run.path)
     assert row["published"] == "org/head@t-new"
+    pushed_run.redo("publish")
+    with pushed_run.stage("publish", []):
+        shutil.copytree(place / "runs" / "t" / "hub" / "2", pushed_run / "hub" / "2")
+    (row,) = overview.rows(pushed_run.path)
+    assert row["published"] == str(pushed_run / "hub" / "2"), "made anew, and not pushed since"
+
+
+def test_the_closing_table_names_what_was_published(pushed_run, capsys) -> None:
+    """Not the best head, where another was asked for; its repo only if it is there."""
+    report.closing_table(pushed_run)
+    assert 'custom_generate="org/head"' in capsys.readouterr().out
+    with pushed_run.stage("publish", []) as summary:
+        summary["folder"] = "hub/3"
+    report.closing_table(pushed_run)
+    assert f'custom_generate="{pushed_run / "hub" / "3"}"' in capsys.readouterr().out
 
 
 def test_heads_of_an_empty_place(tmp_path, capsys) -> None:
