@@ -168,9 +168,9 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
     """Run one stage, or all; `redo` removes a stage (with `run`, the later ones too) first."""
     chosen = stages_of(config) if verb == "run" else (verb,)
     if redo is not None and redo not in chosen:
-        use = "publish --as draft" if redo == "draft" else redo
+        said, use = ("publish --as draft" if name == "draft" else name for name in (verb, redo))
         raise UserError(
-            f"--redo {redo}: exit-heads {verb} does not run that stage. Use `exit-heads {use} --redo {redo}`."
+            f"--redo {redo}: exit-heads {said} does not run that stage. Use `exit-heads {use} --redo {redo}`."
         )
     if verb == "run" and (together := int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("WORLD_SIZE", 1)))) > 1:
         raise UserError(

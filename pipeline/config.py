@@ -19,6 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError
 
+# Of the keys below, for what is told to others.
+PATHS = ("dir", "exit_head", "states", "pilot", "chat_template")
+"""Keys whose values are files or folders, or a single word."""
+PATHS_OR_IDS = ("name_or_path", "path", "head", "server_model")
+"""Keys whose values are that too, or ids on the Hub."""
+PROMPT_FILES = (".jsonl", ".json", ".parquet", ".txt")
+"""What ends in one of these is a file of prompts, also where it looks like an id."""
+
 
 def option(default: Any, text: str) -> Any:
     """A dataclass field with its default and the sentence that --help shows."""
@@ -311,17 +319,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
 
 
-def without_folders(value: Any) -> Any:
-    """The config as it may be published: of a path on this machine only its last part."""
+def without_folders(value: Any, key: str = "") -> Any:
+    """The config as it may be published: of a path on this machine only its last part, ids on the Hub whole.
+
+    Told by the key and by the form of the value: what is named need not be there, and the current folder may be any.
+    Only a folder of two parts, such as models/llama, looks like an id, and stays whole where it is not there.
+    """
     if isinstance(value, dict):
-        return {key: without_folders(v) for key, v in value.items()}
+        return {k: without_folders(v, k) for k, v in value.items()}
     if isinstance(value, list):
-        return [without_folders(v) for v in value]
+        return [without_folders(v, key) for v in value]
     if not isinstance(value, str):
         return value
     path = Path(value)
-    here = path.is_absolute() or value.startswith("~") or ("/" in value and path.exists())  # a Hub id is not
-    return path.name if here else value
+    is_id = is_repo_id(value.partition("@")[0]) and path.suffix not in PROMPT_FILES and not path.exists()
+    is_path = key in PATHS or (key in PATHS_OR_IDS and not is_id) or path.is_absolute() or value.startswith("~")
+    return path.name if is_path else value
 
 
 def _merge(base: Any, new: Any, where: str) -> Any:
@@ -480,6 +493,10 @@ _RULES: dict[str, tuple[Any, str]] = {
         "org/name is needed: letters, digits, - _ and . in both",
     ),
     "publish.target": _one_of("folder", "hub"),
+    "publish.licence": (
+        (lambda name: name is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) is not None),
+        "as the Hub names it, such as apache-2.0 (https://huggingface.co/docs/hub/repositories-licenses), or other",
+    ),
     "publish.exit_layer": ((lambda n: n is None or n >= 1), "an exit layer N >= 1, or null for the best"),
     "wandb.mode": _one_of("auto", "online", "offline", "disabled"),
 }
@@ -492,6 +509,11 @@ def _check(config: Config) -> None:
             value = getattr(value, part)
         if not right(value):
             raise UserError(f"{key}={value}: {remedy}")
+    if config.publish.target == "folder" and config.publish.public:
+        raise UserError(
+            "publish.public=true (--public): publish.target=folder pushes nothing that could be public; give "
+            "publish.target=hub too"
+        )
     if config.publish.target == "hub" and config.publish.repo_id is None:
         raise UserError("publish.target=hub: publish.repo_id=null; name the repo, as publish.repo_id=org/name")
     _check_prompts("prompts", config.prompts)

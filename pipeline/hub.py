@@ -20,8 +20,9 @@ import httpx2
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
+    BadRequestError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
+    HFValidationError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -37,18 +38,17 @@ from .rundir import RunDir, sha256_of
 ORIGIN = "custom_generate/origin.py"
 TO_MEASURE = ["config.json", "model.safetensors"]
 """What of a published head is downloaded; its code is not."""
-HUBS_OWN = {".gitattributes"}
-"""Files that the Hub itself puts into a repo."""
+OF_A_NEW_REPO = {".gitattributes", "README.md"}
+"""Files that the Hub puts into a repo, and whoever made it on its site may have; the first is not ours to remove."""
 
 WAITS = (1.0, 2.0, 4.0)  # seconds before another attempt
 PASSING = {408, 412, 429, 500, 502, 503, 504}
 """Answers that may be others the next time; 412: main has moved since it was looked at."""
 CUT_OR_REFUSED = (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,  # nothing came down and nothing lies in the cache; its cause says why
+    OSError,  # HfHubHTTPError is one, and whatever Xet's own client raises
     httpx2.TransportError,
-    ConnectionError,  # from Xet's own client
     json.JSONDecodeError,  # no Hub answers there
+    HFValidationError,
 )
 TIMEOUT = httpx2.Timeout(600.0, connect=20.0)  # seconds; the client itself waits for ever
 
@@ -71,7 +71,7 @@ def publish(run: RunDir, folder: Path, suffix: str) -> None:
     """Push a finished folder of the run if publish.target says so, to publish.repo_id with `suffix`.
 
     Not if the run's own record says that this very folder was pushed there. The record is a mark of its own: after a
-    failure the same command pushes again, and the folder stays as it is.
+    failure the same command pushes again, and the folder stays as it is. Raises UserError if it did not.
     """
     settings = run.config.publish
     if settings.target != "hub":
@@ -81,10 +81,25 @@ def publish(run: RunDir, folder: Path, suffix: str) -> None:
     if run.is_done(mark, [folder], where):
         print(f"push: done already, {repo_id} has it")
         return
+    _check_unchanged(run, folder)
     with run.stage(mark, [folder], where) as summary:
         summary["pushed"] = pushed = push(folder, repo_id, run.config.run.name, public=settings.public)
     verb = "pushed as" if pushed["new"] else "nothing changed, nothing pushed: it is there as"
     print(f"push: {verb} {repo_id}@{pushed['tag']}, commit {pushed['commit'][:12]}")
+
+
+def _check_unchanged(run: RunDir, folder: Path) -> None:
+    """Raises UserError unless the folder is what the stage recorded that wrote it; older records say nothing of it."""
+    name = folder.relative_to(run.path).as_posix()
+    record: dict[str, Any] = next((r for r in reversed(run.records()) if r.get("folder") == name), {})
+    digest = digest_of(folder)
+    if record.get("sha256", digest) != digest:
+        made = (run / "stages" / f"{record['stage']}.json").stat().st_mtime
+        newer = [path for path, file in _files(folder).items() if file.stat().st_mtime > made]
+        raise UserError(
+            f"{folder}: was changed since it was made and measured ({', '.join(newer) or 'files are gone'}); make it "
+            f"anew with --redo {record['stage']}"
+        )
 
 
 def push(folder: Path, repo_id: str, name: str, *, public: bool = False) -> dict[str, Any]:
@@ -93,11 +108,21 @@ def push(folder: Path, repo_id: str, name: str, *, public: bool = False) -> dict
     A new repo is private unless `public`, and a private one becomes public by it. What stood in the repo's main branch
     and is not in the folder is removed from it. Gives repo_id, tag, commit, and whether they are new.
 
-    Raises UserError for whatever is wrong with token, rights, names, the connection or what the repo holds.
+    Raises UserError for whatever is wrong with the card, token, rights, names, the connection or what the repo holds.
     """
+    _check_card(folder)
     api = HfApi(token=_token())
     tag = tag_of(folder, name)
     return _patiently(f"publish.repo_id={repo_id}", lambda: _push(api, folder, repo_id, tag, public))
+
+
+def _check_card(folder: Path) -> None:
+    """Raises UserError for a card that says nothing to the Hub, or of which there are no results."""
+    card, results = folder / "README.md", folder / "results.json"
+    if not card.is_file() or not re.match(r"---\n.+?\n---\n", card.read_text(), re.S):
+        raise UserError(f"{card}: no model card (front matter between two lines of ---); make it anew, with --redo")
+    if not results.is_file():
+        raise UserError(f"{card}: a card without results, {results.name} is missing; make it anew, with --redo")
 
 
 def _push(api: HfApi, folder: Path, repo_id: str, tag: str, public: bool) -> dict[str, Any]:
@@ -113,8 +138,11 @@ def _push(api: HfApi, folder: Path, repo_id: str, tag: str, public: bool) -> dic
                 "make it private in its settings on the Hub, or give another name"
             )
         main = next(ref.target_commit for ref in refs.branches if ref.name == "main")
-        tags[tag] = _commit(api, folder, repo_id, tag, main, ours=any(map(_is_tag, tags)))
-        api.create_tag(repo_id, tag=tag, revision=tags[tag])
+        ours = any(map(_is_tag, tags)) or _is_our_commit(api.list_repo_commits(repo_id, revision=main)[0].title)
+        tags[tag] = commit = _commit(api, folder, repo_id, tag, main, ours)
+        # Tried again for itself: a tag that is found there then is the one that was just made.
+        what = f"publish.repo_id={repo_id}"
+        _patiently(what, lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
     if private and public:
         api.update_repo_settings(repo_id, private=False)
     return {"repo_id": repo_id, "tag": tag, "commit": tags[tag], "new": new}
@@ -131,17 +159,23 @@ def _repository(api: HfApi, repo_id: str, public: bool) -> bool:
 
 def _commit(api: HfApi, folder: Path, repo_id: str, tag: str, main: str, ours: bool) -> str:
     """The commit that holds the folder and nothing else: a new one behind `main`, or `main` if it does already."""
-    files = _contents(folder, repo_id, tag)
-    others = set(api.list_repo_files(repo_id, revision=main)) - HUBS_OWN - files.keys()
-    if others and not ours:
+    files, there = _contents(folder, repo_id, tag), set(api.list_repo_files(repo_id, revision=main))
+    if not ours and (others := there - OF_A_NEW_REPO):
         raise UserError(
             f"publish.repo_id={repo_id}: holds something else ({', '.join(sorted(others)[:3])}) and was never "
             "published to from here; give the name of a new repo"
         )
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
-    operations += [CommitOperationDelete(path) for path in sorted(others)]
-    # One request that names every file; the client's upload_folder may make several commits of a folder.
-    return api.create_commit(repo_id, operations, commit_message=f"Publish {tag}", parent_commit=main).oid
+    operations += [CommitOperationDelete(path) for path in sorted(there - {".gitattributes"} - files.keys())]
+    try:  # one request that names every file; the client's upload_folder may make several commits of a folder
+        return api.create_commit(repo_id, operations, commit_message=f"Publish {tag}", parent_commit=main).oid
+    except ValueError as error:  # the client asks first what the Hub thinks of the card
+        if not isinstance(error.__cause__, BadRequestError):
+            raise
+        raise UserError(
+            f"publish.repo_id={repo_id}: {_host()} does not take the card: {' '.join(str(error).split())}. Set what it "
+            "names (publish.licence, prompts.path) and --redo publish"
+        ) from None
 
 
 def _contents(folder: Path, repo_id: str, tag: str) -> dict[str, Path | bytes]:
@@ -157,20 +191,35 @@ def _contents(folder: Path, repo_id: str, tag: str) -> dict[str, Path | bytes]:
 
 def tag_of(folder: Path, name: str) -> str:
     """The run's name and a hash of what the folder holds: equal folders have equal tags, in every repo."""
+    plain = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-") or "run"
+    return f"{plain}-{digest_of(folder)[:12]}"
+
+
+def digest_of(folder: Path) -> str:
+    """64 hex digits of the names and contents of all that is pushed: no hidden files, no __pycache__."""
     digest = hashlib.sha256()
     for path, file in _files(folder).items():
         digest.update(f"{path} {sha256_of(file)}\n".encode())
-    plain = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-") or "run"
-    return f"{plain}-{digest.hexdigest()[:12]}"
+    return digest.hexdigest()
 
 
 def _is_tag(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9_-]+-[0-9a-f]{12}", name) is not None
 
 
+def _is_our_commit(title: str) -> bool:
+    """Of a push that was cut before its tag."""
+    return title.startswith("Publish ") and _is_tag(title.removeprefix("Publish "))
+
+
 def _files(folder: Path) -> dict[str, Path]:
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    return {p.relative_to(folder).as_posix(): p for p in found}
+    """Path in the folder -> file. What Jupyter, Python and others leave beside is none of it."""
+    found = {p.relative_to(folder): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        path.as_posix(): file
+        for path, file in found.items()
+        if not any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+    }
 
 
 # ---- down
@@ -261,17 +310,20 @@ def _patiently(what: str, attempt: Callable[[], T]) -> T:
 def _reason(error: BaseException) -> BaseException:
     """What happened, out of what the client wraps it in; with a RuntimeError it ends an upload that it tried six times.
 
-    Raises the error again if it has nothing to do with the connection.
+    Raises the error again if it has nothing to do with the connection, as one of this machine's files, which has an
+    errno.
     """
-    if isinstance(error, RuntimeError) and not isinstance(error.__cause__, CUT_OR_REFUSED):
+    reason = error.__cause__ if isinstance(error.__cause__, CUT_OR_REFUSED) else error
+    of_files = isinstance(reason, OSError) and reason.errno is not None and not isinstance(reason, ConnectionError)
+    if of_files or not isinstance(reason, CUT_OR_REFUSED):
         raise error
-    return error.__cause__ if isinstance(error.__cause__, CUT_OR_REFUSED) else error
+    return reason
 
 
 def _passes(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING
-    return not isinstance(error, OfflineModeIsEnabled | json.JSONDecodeError)
+    return not isinstance(error, OfflineModeIsEnabled | json.JSONDecodeError | HFValidationError | PermissionError)
 
 
 def _told(error: BaseException) -> str:
@@ -279,6 +331,10 @@ def _told(error: BaseException) -> str:
     host = _host()
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it"
+    if isinstance(error, HFValidationError):
+        return str(error)
+    if isinstance(error, PermissionError):  # XetAuthenticationError
+        return f"the storage of {host} does not take the token (HF_TOKEN, `hf auth login`): {type(error).__name__}"
     if isinstance(error, json.JSONDecodeError):
         return f"{host} does not answer as a Hub does; see HF_ENDPOINT"
     if isinstance(error, RevisionNotFoundError):
@@ -286,8 +342,10 @@ def _told(error: BaseException) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return f"no such repo on {host}, or a private one that the token (HF_TOKEN, `hf auth login`) may not see"
     if not isinstance(error, HfHubHTTPError):
+        status_of_xet = re.search(r"\((\d{3} [A-Za-z ]+)\)", str(error))
+        found = status_of_xet[1] if status_of_xet else type(error).__name__
         return (
-            f"{host} cannot be reached, or cuts the connection ({type(error).__name__}); the same command goes on. "
+            f"{host} cannot be reached, or cuts the connection ({found}); the same command goes on. "
             "See HF_ENDPOINT, and for a Hub without Xet storage set HF_HUB_DISABLE_XET=1"
         )
     status = error.response.status_code

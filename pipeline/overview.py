@@ -14,7 +14,8 @@ from rich.table import Table
 
 COLUMNS = ("run", "state", "backbone", "exit layer", "controller", "speedup (95%)", "acceptance length", "lossless",
            "published")  # fmt: skip
-DONE = {"generate": "answered", "distill": "distilled", "evaluate": "evaluated", "publish": "published"}
+DONE = {"generate": "answered", "cache": "cached", "distill": "distilled", "evaluate": "evaluated",
+        "publish": "published"}  # fmt: skip
 NOTHING = "-"
 WIDTH = 500  # columns at most, and only those that are needed: a line that is cut says less than one that wraps
 
@@ -102,9 +103,14 @@ def _published(run: Path) -> dict[int, str]:
 
 
 def pushed(run: Path, folder: Path) -> dict[str, str] | None:
-    """The newest record of a push of this folder of the run: repo_id, tag, commit. None if it was never pushed."""
-    name = folder.relative_to(run).as_posix()
-    records = [r for r in _read(run / "run.json") or [] if "pushed" in r and name in r["inputs"]]
+    """The push of this folder of the run: repo_id, tag, commit. None if what lies there now was never pushed.
+
+    The mark of a push goes when the folder is made anew; the records of earlier ones stay.
+    """
+    name, mark = folder.relative_to(run).as_posix(), _read(run / "stages" / "push.json")
+    if not _is_done(mark) or name not in mark["inputs"]:
+        return None
+    records = [r for r in _read(run / "run.json") or [] if "pushed" in r and r["inputs"] == mark["inputs"]]
     return records[-1]["pushed"] if records else None
 
 

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from .backbones import file_of, public_name
-from .config import Backbone, Config, without_folders
+from .config import Backbone, Config, is_repo_id, without_folders
 from .rundir import RunDir
 
 MADE_BY = ("generate", "distill", "evaluate")
@@ -36,15 +36,13 @@ def config_of(run: RunDir) -> dict[str, Any]:
 
 def records_of(run: RunDir) -> list[dict[str, Any]]:
     """One record a stage, the newest: when, with which code, versions and hardware, from inputs of which sha256."""
-    path = run / "run.json"
-    newest = {r["stage"]: r for r in (json.loads(path.read_text()) if path.exists() else [])}
+    newest = {r["stage"]: r for r in run.records()}
     return [{key: newest[stage][key] for key in TOLD if key in newest[stage]} for stage in MADE_BY if stage in newest]
 
 
 def trained(run: RunDir, exit_layer: int) -> dict[str, Any] | None:
     """What distill said of this head when it was done, and of its responses; None if it was distilled elsewhere."""
-    path = run / "run.json"
-    records = [r for r in (json.loads(path.read_text()) if path.exists() else []) if r["stage"] == "distill"]
+    records = [r for r in run.records() if r["stage"] == "distill"]
     head = records[-1].get("heads", {}).get(f"exit-{exit_layer}") if records else None
     return head and head | {"config": records[-1]["config"]["distill"], "tokens": records[-1].get("train_tokens")}
 
@@ -62,6 +60,12 @@ def prompt_licences(run: RunDir) -> dict[str, str | None]:
         return {}
     record = manifest["prompts"]
     return {source["name"]: source.get("licence") for source in record.get("sources", [record])}
+
+
+def datasets(run: RunDir) -> list[str]:
+    """The sources of prompts that are datasets on the Hub, by their ids; of one that is used twice, once."""
+    ids = (source.partition("#")[0] for source in prompt_licences(run))  # origins.Origin.name numbers namesakes
+    return list(dict.fromkeys(name for name in ids if is_repo_id(name) and not name.startswith("pocket/")))
 
 
 def licence(config: Config) -> dict[str, str]:

@@ -497,7 +497,7 @@ def closing_table(run: RunDir) -> None:
         f"best: exit layer {best['exit_layer']}, controller {best['controller']}: speedup {best['speedup']:.2f} "
         f"(95 % interval {low:.2f}-{high:.2f}), acceptance length {best['acceptance_length']:.2f}"
     )
-    folder = run / "hub" / str(best["exit_layer"])
+    folder = run / next(r["folder"] for r in reversed(run.records()) if r["stage"] == "publish")
     pushed = overview.pushed(run.path, folder)
     hub = pushed["repo_id"] if pushed else folder
     console.print(f"run folder: {run.path}   report: {run / 'report' / 'index.html'}   published: {hub}")

@@ -55,14 +55,17 @@ SUBTREES = {
 # Keys of these that say where a finished folder goes: it stays done.
 NEVER_STALE = ("publish.target", "publish.public")
 
+NUMBERS = ("[0-9]", "[0-9][0-9]", "[0-9][0-9][0-9]")
+"""Patterns of an exit layer, to its last sign: --redo of a head must not touch a draft model, which lies beside it."""
+
 # What each stage writes, as patterns: removed by --redo. Logs stay: what happened, happened.
 OUTPUTS = {
     "generate": ("responses",),
     "cache": ("cache",),
     "distill": ("heads", "checkpoints", "metrics.jsonl", "wandb"),
     "evaluate": ("eval", "report"),
-    "publish": ("hub/*[0-9]", "stages/push.json"),
-    "draft": ("hub/*-draft", "stages/push-draft.json"),
+    "publish": (*(f"hub/{n}" for n in NUMBERS), "stages/push.json"),
+    "draft": (*(f"hub/{n}-draft" for n in NUMBERS), "stages/push-draft.json"),
     "push": (),
     "push-draft": (),
 }
@@ -81,6 +84,12 @@ TEMPORARY = ".tmp-"
 def who() -> str:
     """How names end that are not final: several processes, on several machines, may write to one folder."""
     return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def temporary_of(path: Path) -> Path:
+    """The neighbour that this process writes to first. No host has an @ in its name: where that of `path` ends is
+    certain."""
+    return path.parent / f"{TEMPORARY}{path.name}@{who()}"
 
 
 class RunDir:
@@ -164,9 +173,13 @@ class RunDir:
             raise
         record |= {"seconds": round(time.time() - started, 1), **summary}
         with FileLock(self.path / "stages" / ".run.json.lock"):
-            records = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else []
-            atomic_write(self.path / "run.json", json.dumps([*records, record], indent=1) + "\n")
+            atomic_write(self.path / "run.json", json.dumps([*self.records(), record], indent=1) + "\n")
         self._write_mark(stage, {"state": "done", **now})
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of every stage run that ended well, the newest last."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.exists() else []
 
     @contextlib.contextmanager
     def _alone(self, stage: str) -> Iterator[None]:
@@ -198,7 +211,7 @@ class RunDir:
     def _sweep(self, stage: str) -> None:
         """Remove what a killed run of this stage left under temporary names."""
         for folder, _, name in (pattern.rpartition("/") for pattern in OUTPUTS[stage]):
-            for path in (self.path / folder).glob(f"{TEMPORARY}{name}-*"):
+            for path in (self.path / folder).glob(f"{TEMPORARY}{name}@*"):
                 _remove(path)
         for target in self._outputs(stage):
             for path in target.rglob(f"{TEMPORARY}*"):
@@ -248,7 +261,7 @@ def atomic_path(path: Path, *, once: bool = False) -> Iterator[Path]:
     `once`: a file that is there already stays (`place_once`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{who()}"
+    temporary = temporary_of(path)
     _remove(temporary)
     try:
         yield temporary

@@ -152,6 +152,17 @@ def git_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def wrong_in(front: dict[str, Any]) -> list[str]:
+    """What the Hub would not take of a card. Its list of licences is longer than would fit here: by their form."""
+    licence, errors = str(front.get("license", "other")), []
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        errors.append(f'"license" must be one of [apache-2.0, mit, ..., other], not "{licence}"')
+    for i, name in enumerate(front.get("datasets", [])):
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            errors.append(f'"datasets[{i}]" with value "{name}" is not valid. Use a dataset id')
+    return errors
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request: who asks, the route, the answer."""
 
@@ -280,6 +291,15 @@ class Handler(BaseHTTPRequestHandler):
             for kind, ref in (("branches", "heads"), ("tags", "tags"))
         }
 
+    def commits(self, repo: str, revision: str) -> Any:
+        found, at = [], self._commit_of(self._readable(repo), revision)
+        while at:
+            commit = self.hub.commit(at)
+            date = "2026-01-01T00:00:00.000Z"
+            found.append({"id": at, "title": commit["title"], "message": "", "authors": [], "date": date})
+            at = commit["parent"]
+        return found
+
     def tree(self, repo: str, revision: str, path: str | None = None) -> Any:
         files = self.hub.commit(self._commit_of(self._readable(repo), revision))["files"]
         inside = {p: f for p, f in files.items() if not path or p.startswith(f"{path}/")}
@@ -308,10 +328,12 @@ class Handler(BaseHTTPRequestHandler):
     def validate(self) -> Any:
         front = re.match(r"---\n(.*?)\n---", json.loads(self.body)["content"], re.S)
         try:
-            errors = [] if front and isinstance(yaml.safe_load(front[1]), dict) else [{"message": "no metadata"}]
+            fields = yaml.safe_load(front[1]) if front else None
+            errors = wrong_in(fields) if isinstance(fields, dict) else ["no metadata"]
         except yaml.YAMLError as error:
-            errors = [{"message": str(error)}]
-        return (400 if errors else 200), {}, json.dumps({"errors": errors, "warnings": []}).encode()
+            errors = [str(error)]
+        told = {"errors": [{"message": error} for error in errors], "warnings": []}
+        return (400 if errors else 200), {}, json.dumps(told).encode()
 
     def preupload(self, repo: str, revision: str) -> Any:
         files = self.hub.commit(self._commit_of(self._writable(repo), revision))["files"]
@@ -402,6 +424,7 @@ ROUTES: dict[str, Callable[..., Any]] = {
     f"GET {API}": Handler.info,
     f"GET {API}/revision/(?P<revision>[^/]+)": Handler.info,
     f"GET {API}/refs": Handler.refs,
+    f"GET {API}/commits/(?P<revision>[^/]+)": Handler.commits,
     rf"GET {API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?": Handler.tree,
     f"POST {API}/tag/(?P<revision>[^/]+)": Handler.tag,
     f"POST {API}/preupload/(?P<revision>[^/]+)": Handler.preupload,

@@ -112,6 +112,14 @@ def test_redo_of_a_stage_that_the_verb_does_not_run(tmp_path: Path, capsys: pyte
     assert not ran
 
 
+def test_redo_of_a_draft_model_is_called_as_it_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["publish", "--as", "draft", "--redo", "publish", f"run.dir={tmp_path}"]) == 2
+    err = capsys.readouterr().err
+    assert "exit-heads publish --as draft does not run that stage" in err and "exit-heads publish --redo" in err
+    assert call(["publish", "--redo", "draft", f"run.dir={tmp_path}"]) == 2
+    assert "exit-heads publish --as draft --redo draft" in capsys.readouterr().err and not ran
+
+
 def test_redo_of_a_stage_that_never_ran_runs_it(tmp_path: Path) -> None:
     assert call(["distill", "--redo", "distill", f"run.dir={tmp_path}"]) == 0
     assert ran == ["distill"]
@@ -144,7 +152,8 @@ def test_options_stand_anywhere(order: list[int], tmp_path: Path) -> None:
 
 
 def test_public_is_a_word_for_a_key(tmp_path: Path) -> None:
-    assert call(["publish", f"run.dir={tmp_path}", "--public", "seed=3"]) == 0
+    to_hub = ["publish.target=hub", "publish.repo_id=org/head"]
+    assert call(["publish", f"run.dir={tmp_path}", *to_hub, "--public", "seed=3"]) == 0
     text = (tmp_path / "pocket" / "config.yaml").read_text()
     assert "public: true" in text and "seed: 3" in text
 

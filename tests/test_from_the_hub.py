@@ -149,6 +149,42 @@ for head in heads:
     print("same", head)
 """
 
+PROMPTS = ["def add(a, b):\n", "class Stack:\n", "import os\n", "for i in range(10):\n", "def read(path):\n"]
+
+# Every way writes the same tokens, in turns; what their seconds are is printed and not asserted.
+IN_TURNS = """
+import json, sys, time
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+backbone, head, draft, prompts = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(backbone)
+model, draft = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (backbone, draft))
+ours = {"custom_generate": head, "trust_remote_code": True}
+ways = {"generate": {}, "assistant_model": {"assistant_model": draft}, "controller none": ours | {"controller": "none"},
+        "head": ours}
+seconds, tokens = dict.fromkeys(ways, 0.0), 0
+for turn in range(4):
+    for prompt in json.loads(prompts):
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        texts = {}
+        for name, way in ways.items():
+            start = time.perf_counter()
+            texts[name] = model.generate(**inputs, max_new_tokens=96, do_sample=False, **way).tolist()
+            seconds[name] += (time.perf_counter() - start) * (turn > 0)  # the first loads and warms up
+        assert all(text == texts["generate"] for text in texts.values()), (prompt, texts)
+        tokens += (len(texts["generate"][0]) - inputs["input_ids"].shape[1]) * (turn > 0)
+for name, s in seconds.items():
+    print(f"{name}: {tokens / s:.0f} tokens/s, {seconds['generate'] / s:.2f} of generate")
+"""
+
+# What can be imported there, by the names of the distributions.
+INSTALLED = """
+import json
+from importlib.metadata import distributions, packages_distributions
+print(json.dumps([sorted({d.name for d in distributions()}), sorted(packages_distributions())]))
+"""
+
 
 def required(*names: str) -> dict[str, Distribution]:
     """These distributions and all that they require here, by name."""
@@ -179,6 +215,14 @@ def fresh_python(tmp_path_factory) -> Path:
     return folder / "bin" / "python"
 
 
+def test_the_fresh_environment_has_nothing_else(fresh_python, tmp_path) -> None:
+    done = subprocess.run([str(fresh_python), "-c", INSTALLED], cwd=tmp_path, env={}, capture_output=True, text=True)
+    names, modules = json.loads(done.stdout)
+    assert {re.sub("[-_.]+", "-", name).lower() for name in names} == required("torch", "transformers").keys()
+    assert {"torch", "transformers"} <= set(modules)
+    assert not {"pipeline", "lightning", "wandb", "datasets", "accelerate", "omegaconf", "pytest"} & set(modules)
+
+
 def test_a_fresh_environment_uses_the_head_from_the_hub_and_from_a_folder(
     hub, run, pushed, fresh_python, tmp_path
 ) -> None:
@@ -189,6 +233,18 @@ def test_a_fresh_environment_uses_the_head_from_the_hub_and_from_a_folder(
     assert done.stdout.splitlines() == [f"same {REPO}", f"same {folder}"], done.stderr[-3000:]
     downloaded = next((tmp_path / "home").rglob("origin.py")).read_text()
     assert f'"{REPO}"' in downloaded and f'"{pushed["tag"]}"' in downloaded
+
+
+def test_head_and_draft_model_from_the_hub_write_the_text_of_generate(hub, run, pushed, fresh_python, tmp_path) -> None:
+    """In turns with `generate` and the decoder without drafts. pytest -rP shows how fast each of them was."""
+    said = cli(hub, run, "publish", "--as", "draft", *TO_HUB)
+    assert f"push: pushed as {REPO}-draft@" in said and hub.repo(f"{REPO}-draft")["private"]
+    clean = {k: v for k, v in hub.environment(tmp_path / "home").items() if k != "PYTHONPATH"}
+    words = [str(fresh_python), "-c", IN_TURNS, str(pocket.BACKBONE), REPO, f"{REPO}-draft", json.dumps(PROMPTS)]
+    done = subprocess.run(words, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 4, done.stderr[-3000:]
+    assert list((tmp_path / "home").glob("hub/models--*-draft/snapshots/*/model.safetensors")), "it came from the Hub"
+    print(done.stdout)
 
 
 def test_a_private_head_is_for_those_who_may_see_it(hub, run, pushed, fresh_python, tmp_path) -> None:

@@ -4,12 +4,20 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hf_xet import XetAuthenticationError
+from huggingface_hub.errors import HFValidationError
 from loopback_hub import ACCOUNTS, Fault, LoopbackHub
+
+from pipeline import hub as published
+from pipeline.config import load
+from pipeline.errors import UserError
+from pipeline.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,6 +117,7 @@ def folder(tmp_path) -> Path:
     folder = tmp_path / "published"
     (folder / "custom_generate").mkdir(parents=True)
     (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# Exit head\n")
+    (folder / "results.json").write_text('{"schema": 1}')
     (folder / "config.json").write_text('{"model_type": "exit_head", "backbone": {"name": "tiny", "revision": null}}')
     (folder / "model.safetensors").write_bytes(os.urandom(1 << 20))
     (folder / "custom_generate" / "generate.py").write_text("from .origin import HEAD\n")
@@ -178,6 +187,7 @@ def test_a_cut_connection_is_tried_again(hub, client, repo, folder, route, what)
     hub.faults.append(Fault(route, what))
     made = client.push(folder, repo)
     assert hub.faults[0].times == 0, "nothing was cut"
+    assert made["new"], "whatever a later attempt found there, this push brought it"
     assert len(hub.history(repo)) == 2 and hub.repo(repo)["tags"] == {made["tag"]: made["commit"]}
 
 
@@ -228,7 +238,7 @@ ELSEWHERE = {
     "no URL": ({"HF_ENDPOINT": "localhost:9"}, ["HF_ENDPOINT", "https://"]),
     "offline": ({"HF_HUB_OFFLINE": "1"}, ["HF_HUB_OFFLINE"]),
     "no Hub": ({"HF_ENDPOINT": "URL/nowhere"}, ["answered 404"]),
-    "a Hub without Xet": ({"HF_HUB_DISABLE_XET": "0"}, ["set HF_HUB_DISABLE_XET=1"]),
+    "a Hub without Xet": ({"HF_HUB_DISABLE_XET": "0"}, ["404 Not Found", "set HF_HUB_DISABLE_XET=1"]),
 }
 
 
@@ -246,14 +256,101 @@ def test_a_hub_that_cannot_be_had(hub, folder, repo, tmp_path, settings, named) 
         assert message.startswith("UserError") and all(part in message for part in named)
 
 
-def test_a_repo_that_holds_something_else_is_left_alone(hub, client, repo, folder, tmp_path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "tokenizer.json").write_text("{}")
-    made = client.push(other, repo)
-    hub.save_repo(repo, hub.repo(repo) | {"tags": {"v1": made["commit"]}})  # as someone else would have made it
-    assert "holds something else (tokenizer.json)" in client.refusal(folder, repo)
-    assert len(hub.history(repo)) == 2
+@pytest.mark.parametrize(
+    "error", [XetAuthenticationError("no"), HFValidationError("no name"), PermissionError(13, "no")]
+)
+def test_errors_of_the_clients_are_messages_and_those_of_files_are_not(error) -> None:
+    def attempt() -> None:
+        raise error
+
+    expected = PermissionError if error.args[0] == 13 else UserError
+    with pytest.raises(expected, match="no"):
+        published._patiently("publish.repo_id=org/head", attempt)
+
+
+def somebody_elses(hub: LoopbackHub, repo: str, title: str, tag: str | None, *names: str) -> None:
+    files = {name: {"object": hub.store(b"theirs"), "size": 6, "lfs": False} for name in (".gitattributes", *names)}
+    commit = hub.save_commit({"parent": None, "title": title, "repo": repo, "files": files})
+    hub.save_repo(repo, {"private": True, "branches": {"main": commit}, "tags": {tag: commit} if tag else {}})
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("tag", [None, "v1"])
+def test_a_repo_that_holds_something_else_is_left_alone(hub, client, repo, folder, tag, name) -> None:
+    """Also if it is called as what would be pushed."""
+    somebody_elses(hub, repo, "Publish v1", tag, "README.md", name)
+    assert f"holds something else ({name})" in client.refusal(folder, repo)
+    assert len(hub.history(repo)) == 1
+
+
+def test_a_repo_that_was_only_made_may_be_pushed_to(hub, client, repo, folder) -> None:
+    somebody_elses(hub, repo, "initial commit", None, "README.md")
+    made = client.push(folder, repo)
+    assert hub.files(repo, made["tag"])["README.md"] == (folder / "README.md").read_bytes()
+
+
+def test_a_push_that_was_cut_before_its_tag_was_ours(hub, client, repo, folder) -> None:
+    (folder / "old.json").write_text("{}")
+    hub.faults.append(Fault("POST .*/tag/", "during", times=99))
+    client.refusal(folder, repo)
+    assert hub.repo(repo)["tags"] == {} and len(hub.history(repo)) == 2
+    hub.faults.clear()
+    (folder / "old.json").unlink()
+    made = client.push(folder, repo)
+    assert hub.files(repo, made["tag"]).keys() == contents(folder).keys() | {".gitattributes"}
+
+
+# ---- what must not be pushed
+
+CARDS = {
+    "a licence that the Hub does not know": ("license: Apache 2.0", ['"license" must be one of', "publish.licence"]),
+    "a dataset that has no such name": ("datasets: [org/data#2]", ['"datasets[0]" with value "org/data#2"']),
+}
+
+
+@pytest.mark.parametrize(("front", "named"), CARDS.values(), ids=CARDS.keys())
+def test_a_card_that_the_hub_does_not_take(hub, client, repo, folder, front, named) -> None:
+    (folder / "README.md").write_text(f"---\n{front}\n---\n# Exit head\n")
+    message = client.refusal(folder, repo)
+    assert message.startswith("UserError") and all(part in message for part in ["does not take the card", *named])
+    assert len(hub.history(repo)) == 1, "nothing was committed"
+
+
+def test_a_card_without_results(hub, client, repo, folder) -> None:
+    (folder / "results.json").unlink()
+    assert "a card without results" in client.refusal(folder, repo)
+    (folder / "results.json").write_text("{}")
+    for text in ("# Exit head\n", "---\nlicense: mit\n"):
+        (folder / "README.md").write_text(text)
+        assert "no model card" in client.refusal(folder, repo)
+    assert hub.repo(repo) is None
+
+
+def test_what_tools_leave_in_the_folder_is_not_pushed(hub, client, repo, folder) -> None:
+    made = client.push(folder, repo)
+    for name in (".ipynb_checkpoints/README-checkpoint.md", ".DS_Store", "custom_generate/__pycache__/x.pyc"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("beside")
+    assert client.push(folder, repo) == made | {"new": False}
+
+
+def test_a_folder_that_was_changed_since_it_was_made(folder, tmp_path, monkeypatch) -> None:
+    """Refused before the Hub is asked, which here says that it is offline."""
+    monkeypatch.setenv("HF_TOKEN", "hf_of_ada")
+    run = RunDir(load(None, [f"run.dir={tmp_path}", "publish.target=hub", "publish.repo_id=org/head"]))
+    made = Path(shutil.copytree(folder, run / "hub" / "2"))
+    with run.stage("publish", []) as summary:
+        summary |= {"folder": "hub/2", "sha256": published.digest_of(made)}
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        published.publish(run, made, "")
+    weights = made / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"hub/2: was changed .*\(model\.safetensors\).* --redo publish"):
+        published.publish(run, made, "")
+    shutil.copy2(folder / "model.safetensors", weights)
+    (made / "config.json").unlink()
+    with pytest.raises(UserError, match="files are gone"):
+        published.publish(run, made, "")
 
 
 def test_pull_brings_what_is_measured_and_no_code(hub, client, repo, folder) -> None:

@@ -2,18 +2,23 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import make_run, plant_heads, tiny_backbone
+from loopback_hub import LoopbackHub
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from pipeline import overview
+from pipeline import overview, pedigree, report
 from pipeline.cli import main
-from pipeline.config import to_dict
-from pipeline.rundir import atomic_write, sha256_of
+from pipeline.config import load, to_dict
+from pipeline.rundir import RunDir, atomic_write, sha256_of
 from pipeline.stages import evaluate, publish
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +129,64 @@ def test_a_folder_without_a_head(place, tmp_path, capsys) -> None:
     assert "evaluate.head=nowhere: neither a folder here nor org/name" in capsys.readouterr().err
 
 
+# ---- used by those who may see it
+
+PUSH = """
+import sys
+from pathlib import Path
+from pipeline import hub
+print(hub.push(Path(sys.argv[1]), "org/private", "t")["tag"])
+"""
+USE = """
+import sys
+from huggingface_hub import get_token, snapshot_download
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert get_token() is None
+backbone, token, cache = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(backbone)
+inputs = AutoTokenizer.from_pretrained(backbone)("prompt number 9", return_tensors="pt")
+greedy = {"max_new_tokens": 16, "do_sample": False}
+plain = model.generate(**inputs, **greedy).tolist()
+def same(head, **where):
+    found = model.generate(**inputs, **greedy, custom_generate=head, trust_remote_code=True, **where)
+    model._exit_heads.clear()  # to be loaded again
+    return found.tolist() == plain
+assert same("org/private", token=token, cache_dir=cache)
+assert same("org/private", cache_dir=cache, local_files_only=True)
+snapshot_download("org/private", local_dir="head", token=token)
+assert same("head"), "without a token: the folder's own weights"
+print("same")
+"""
+
+
+def test_a_private_head_takes_a_token_and_a_downloaded_one_none(place, tmp_path) -> None:
+    def child(code: str, token: str | None, *words: object) -> str:
+        environment = hub.environment(tmp_path / "home", token) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, *map(str, words)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.strip()
+
+    with LoopbackHub(tmp_path / "hub") as hub:
+        tag = child(PUSH, "hf_of_ada", place / "runs" / "t" / "hub" / "2")
+        assert hub.repo("org/private")["private"]
+        assert child(USE, None, place / "tiny-llama", "hf_of_ada", tmp_path / "cache") == "same"
+    assert tag in (tmp_path / "head" / "custom_generate" / "origin.py").read_text()
+    assert list((tmp_path / "cache").rglob("model.safetensors"))
+    assert not list((tmp_path / "home").rglob("*.safetensors")), "cache_dir= holds for the weights too"
+
+
+# ---- what it learned from
+
+
+def test_a_dataset_is_named_once_and_as_the_hub_names_it(tmp_path) -> None:
+    names = ["org/data", "a.jsonl", "org/data#2", "pocket/distill.jsonl", "a.jsonl#2", "org/more"]
+    run = RunDir(load(None, [f"run.dir={tmp_path}"]))
+    manifest = {"prompts": {"sources": [{"name": name, "licence": "mit"} for name in names]}}
+    atomic_write(run / "responses" / "manifest.json", json.dumps(manifest))
+    assert pedigree.datasets(run) == ["org/data", "org/more"]
+
+
 # ---- the overview
 
 
@@ -154,6 +217,9 @@ def test_heads_lists_runs_that_are_half_done(tmp_path, capsys) -> None:
     assert row["state"] == "nothing begun"
     with run.stage("generate", []):
         assert overview.rows(run.path)[0]["state"] == "generate begun"
+    with run.stage("generate", []), run.stage("cache", []):
+        pass
+    assert overview.rows(run.path)[0]["state"] == "cached"
     plant_heads(run, 3, 2)
     with pytest.raises(ZeroDivisionError), run.stage("distill", []):
         raise ZeroDivisionError
@@ -168,15 +234,35 @@ def test_heads_lists_runs_that_are_half_done(tmp_path, capsys) -> None:
     assert main(["heads", f"run.dir={tmp_path / 'runs'}"]) == 0 and "cannot be read" in capsys.readouterr().out
 
 
-def test_heads_says_where_a_head_was_pushed_to(place, tmp_path) -> None:
+@pytest.fixture
+def pushed_run(place, tmp_path) -> RunDir:
+    """A copy of the run that says it was pushed twice, the second time as org/head@t-new."""
     shutil.copytree(place / "runs" / "t", tmp_path / "t")
-    records = json.loads((tmp_path / "t" / "run.json").read_text())
+    run = RunDir(load(place / "config.yaml", [f"run.dir={tmp_path}"]))
     for tag in ("t-old", "t-new"):
-        pushed = {"repo_id": "org/head", "tag": tag}
-        records.append({"stage": "push", "inputs": {"hub/2": "sha", "repo_id": "org/head"}, "pushed": pushed})
-    (tmp_path / "t" / "run.json").write_text(json.dumps(records))
-    (row,) = overview.rows(tmp_path / "t")
+        with run.stage("push", [run / "hub" / "2"], {"repo_id": "org/head", "tag": tag}) as summary:
+            summary["pushed"] = {"repo_id": "org/head", "tag": tag}
+    return run
+
+
+def test_heads_says_where_a_head_was_pushed_to(place, pushed_run) -> None:
+    (row,) = overview.rows(pushed_run.path)
     assert row["published"] == "org/head@t-new"
+    pushed_run.redo("publish")
+    with pushed_run.stage("publish", []):
+        shutil.copytree(place / "runs" / "t" / "hub" / "2", pushed_run / "hub" / "2")
+    (row,) = overview.rows(pushed_run.path)
+    assert row["published"] == str(pushed_run / "hub" / "2"), "made anew, and not pushed since"
+
+
+def test_the_closing_table_names_what_was_published(pushed_run, capsys) -> None:
+    """Not the best head, where another was asked for; its repo only if it is there."""
+    report.closing_table(pushed_run)
+    assert 'custom_generate="org/head"' in capsys.readouterr().out
+    with pushed_run.stage("publish", []) as summary:
+        summary["folder"] = "hub/3"
+    report.closing_table(pushed_run)
+    assert f'custom_generate="{pushed_run / "hub" / "3"}"' in capsys.readouterr().out
 
 
 def test_heads_of_an_empty_place(tmp_path, capsys) -> None:

@@ -206,9 +206,34 @@ def test_redo_lets_the_config_change(config: Config) -> None:
     assert run_stage(changed, "generate")
 
 
-def test_no_two_stages_write_to_the_same_place() -> None:
-    every = [name for names in OUTPUTS.values() for name in names]
-    assert len(every) == len(set(every)) and SUBTREES.keys() == OUTPUTS.keys() >= set(STAGES)
+# What each stage writes but for marks, by its real names.
+WRITTEN = {
+    "generate": ["responses"],
+    "cache": ["cache"],
+    "distill": ["heads", "checkpoints", "metrics.jsonl", "wandb"],
+    "evaluate": ["eval", "report"],
+    "publish": ["hub/2", "hub/10", "hub/126"],
+    "draft": ["hub/2-draft", "hub/10-draft", "hub/126-draft"],
+    "push": [],
+    "push-draft": [],
+}
+
+
+@pytest.mark.parametrize("host", ["n1", "draft-7", "x-draft"])
+@pytest.mark.parametrize("stage", OUTPUTS)
+def test_a_stage_removes_what_it_wrote_and_nothing_of_the_others(config, monkeypatch, stage: str, host: str) -> None:
+    assert SUBTREES.keys() == OUTPUTS.keys() == WRITTEN.keys() >= set(STAGES)
+    monkeypatch.setattr(rundir.socket, "gethostname", lambda: host)
+    run = RunDir(config)
+    final = {name: [run / place for place in places] for name, places in WRITTEN.items()}
+    half = {name: [rundir.temporary_of(path) for path in paths] for name, paths in final.items()}
+    for path in (p for places in (final, half) for paths in places.values() for p in paths):
+        atomic_write(path / "file", "")
+    for remove, places in ((run._sweep, half), (run.redo, final)):
+        remove(stage)
+        gone = {name for name, paths in places.items() for p in paths if not p.exists()}
+        left = {name for name, paths in places.items() for p in paths if p.exists()}
+        assert gone == ({stage} if WRITTEN[stage] else set()) and left == {n for n in WRITTEN if WRITTEN[n]} - {stage}
 
 
 # ---- provenance
@@ -246,8 +271,8 @@ def test_what_a_killed_run_left_is_no_input_and_is_swept(config: Config) -> None
     run = RunDir(config)
     run_stage(run, "generate")
     whole = sha256_of(run / "responses")
-    (run / "responses" / ".tmp-shard-0.parquet-123").write_text("half")
-    (run / ".tmp-eval-123").mkdir()
+    (run / "responses" / ".tmp-shard-0.parquet@host-123").write_text("half")
+    (run / ".tmp-eval@host-123").mkdir()
     assert sha256_of(run / "responses") == whole
     run.redo("generate")
     run_stage(run, "generate")

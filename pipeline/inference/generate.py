@@ -1,9 +1,10 @@
 """The entry point of transformers' `generate(custom_generate=...)`: prompts in, ids out, drafted by the exit head.
 
 Takes what `generate` takes, and `controller=` (`thompson`, `fixed:3`, `none`, ...), `exit_head=` (a folder or a
-Hub id; default: the head this file was published with), `revision=` (of a Hub id) and `cuda_graphs=True` (fewer
-launches on a GPU). Sampling, logits processors, stopping criteria and streamers work as ever; several rows are decoded
-one after the other. Knows nothing of how heads are trained.
+Hub id; default: the head this file was published with), `revision=`, `token=`, `cache_dir=`, `local_files_only=` (of a
+Hub id, as in `from_pretrained`) and `cuda_graphs=True` (fewer launches on a GPU). Sampling, logits processors, stopping
+criteria and streamers work as ever; several rows are decoded one after the other. Knows nothing of how heads are
+trained.
 """
 
 import json
@@ -34,6 +35,9 @@ class AnotherBackbone(UserWarning):
 # Handled by the decoder itself, which must know them before it drafts.
 OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
+# How files of the Hub are had; transformers gives them to us as it does arguments of generate.
+FETCHING = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
+
 
 def generate(
     inputs=None,
@@ -53,10 +57,11 @@ def generate(
     for anything but ids.
     """
     kwargs.pop("use_model_defaults", None)
-    source = exit_head or HEAD or _named_by_caller()
+    fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
+    source = exit_head or _source(_named_by_caller())
     if exit_head is None and revision is None:
         revision = REVISION
-    backbone, config, controllers = _engine(model, source, revision, cuda_graphs)
+    backbone, config, controllers = _engine(model, source, revision, cuda_graphs, fetching)
     if controller is None or isinstance(controller, str):
         name = controller or config.get("controller", "thompson")
         make_controller(name)  # a wrong name is refused before anything is computed
@@ -101,6 +106,11 @@ def generate(
     return GenerationMixin.generate(model, inputs, custom_generate=loop, **kwargs)
 
 
+def _source(named: str | None) -> str | None:
+    """Where the weights lie: in the folder that the user named if it holds them, else where they were pushed to."""
+    return named if named and (Path(named) / "model.safetensors").is_file() else HEAD or named
+
+
 def _named_by_caller() -> str | None:
     """The folder (or Hub id) that the user gave as custom_generate=.
 
@@ -113,7 +123,7 @@ def _named_by_caller() -> str | None:
 
 
 def _engine(
-    model, source: str | None, revision: str | None, cuda_graphs: bool
+    model, source: str | None, revision: str | None, cuda_graphs: bool, fetching: dict[str, Any]
 ) -> tuple[SplitBackbone, dict[str, Any], dict]:
     """The split backbone, the head's config and its controllers so far; kept on the model, loaded by the first call."""
     if source is None:
@@ -121,7 +131,8 @@ def _engine(
     known = model.__dict__.setdefault("_exit_heads", {})
     key = (source, revision, model.device, model.dtype, cuda_graphs)
     if key not in known:
-        paths = [Path(cached_file(source, name, revision=revision)) for name in ("config.json", "model.safetensors")]
+        where = {"revision": revision, **fetching}
+        paths = [Path(cached_file(source, name, **where)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
         known[key] = SplitBackbone(model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda"), config, {}
         _warn_of_another(model, config)
