@@ -29,7 +29,7 @@ SHARD = 4 * 2**30
 TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                    "vocab.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
 FOLDERS_OF_SAVER = ("name_or_path", "tokenizer_file", "special_tokens_map_file")
-"""Keys of tokenizer_config.json that older versions of transformers fill with paths; nothing reads them."""
+"""Keys of tokenizer_config.json that older versions of transformers filled with paths of the machine they ran on."""
 
 
 # ---- in memory

@@ -15,6 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 
+NO_MEMORY = ("out of memory", "allocate memory")
+"""In messages of a GPU's allocator and driver, and of the machine's own; not all have a class for it."""
+
+
 class Counting:
     """fixed:K that counts its rounds; a controller given as an object, as a user may write one."""
 
@@ -94,8 +98,7 @@ def say(result: dict[str, Any]) -> None:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Of a GPU, whose driver has no class for it, or of the machine."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in str(error)
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 if __name__ == "__main__":
