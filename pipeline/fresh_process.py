@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-
 NO_MEMORY = ("out of memory", "allocate memory")
 """In messages of a GPU's allocator and driver, and of the machine's own; not all have a class for it."""
 

@@ -166,8 +166,22 @@ def check(run, folder, results) -> tuple[dict, list[str]]:
     return parity.check(run, results, folder, "head", 2)
 
 
+class Cycle:
+    """Held by itself alone, as a model may be that a stage before has let go of."""
+
+    def __init__(self, size: int, device: str):
+        self.itself, self.weights = self, torch.zeros(size, device=device)
+
+
 def test_a_whole_folder_gives_what_was_evaluated(run, folder) -> None:
-    figures, failed = check(run, *folder)
+    """And what stages before have let go of is gone."""
+    gc.disable()
+    try:
+        left = weakref.ref(Cycle(1, "cpu"))
+        figures, failed = check(run, *folder)
+        assert left() is None
+    finally:
+        gc.enable()
     assert failed == []
     assert (figures["texts"], figures["identical"]) == (6, 6), "four by fixed:2, the first by the folder's own two"
     assert figures["tokens_per_round"] == pytest.approx(figures["evaluated"], abs=1e-12), "the very same rounds"
@@ -241,23 +255,6 @@ def test_want_of_memory_is_the_machines_fault(run, folder, tmp_path, line, code)
     other = begins_with(folder[0], tmp_path / "other", line)
     with pytest.raises(UserError, match=rf"machine\.device=cpu: no memory here.*return code {code}\)"):
         check(run, other, folder[1])
-
-
-class Cycle:
-    """Held by itself alone, as a model may be that a stage before has let go of."""
-
-    def __init__(self, size: int, device: str):
-        self.itself, self.weights = self, torch.zeros(size, device=device)
-
-
-def test_what_stages_before_let_go_of_is_gone_before_the_child_starts(run, folder) -> None:
-    gc.disable()
-    try:
-        left = weakref.ref(Cycle(1, "cpu"))
-        check(run, *folder)
-        assert left() is None
-    finally:
-        gc.enable()
 
 
 @pytest.mark.gpu
