@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from . import pedigree, plots, report
+from . import gate, pedigree, plots, report
 from .backbones import public_name
 from .rundir import RunDir
 
@@ -34,8 +34,10 @@ FILES = """\
 - `config.json`, `modeling_exit_head.py`: `AutoModel.from_pretrained(..., trust_remote_code=True)` gives that layer as a
   model from hidden state to hidden state.
 - `custom_generate/`: the decoder, byte for byte the one that was measured.
-- `results.json`, `speculation_profile.json`: what was measured; acceptance in the schema of NVIDIA's Model-Optimizer.
+- `results.json`: what was measured.
 - `training_config.yaml`, `provenance.json`: what made it, with which code, versions and hardware."""
+
+PROFILE = "- `speculation_profile.json`: acceptance by draft position, in the schema of NVIDIA's Model-Optimizer."
 
 
 def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
@@ -77,7 +79,7 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
         *trained(run, results),
         *("## Limits", "", LIMITS, ""),
         *licences(run, f"the exit layer was trained with the backbone{_began(run)}"),
-        *("## Files", "", FILES, ""),
+        *("## Files", "", FILES, *([PROFILE] if gate.best_fixed(results) else []), ""),
         f"Made with exit-heads. The method is that of {PAPER}.",
     ]  # fmt: skip
 
@@ -179,7 +181,7 @@ def how_measured(run: RunDir, results: dict[str, Any]) -> list[str]:
         low, high = parity["evaluated_ci95"]
         lines += [
             f"Through this folder, in a process with torch and transformers alone: {parity['identical']} of "
-            f"{parity['prompts']} greedy texts are those that were evaluated, {parity['tokens_per_round']:.2f} "
+            f"{parity['texts']} greedy texts are those that were evaluated, {parity['tokens_per_round']:.2f} "
             f"tokens a round with `{parity['controller']}` (evaluated: {parity['evaluated']:.2f}, "
             f"{low:.2f}-{high:.2f}).",
             "",

@@ -11,6 +11,14 @@ from .backbones import public_name
 from .card import code
 from .rundir import RunDir
 
+LIMITS = """\
+- Measured for one text at a time, with the exit head. Speed with this folder in an engine was not measured; in other
+  hardware, dtypes and batches, neither.
+- It drafts for that one backbone. With another, or one that was fine-tuned since, the text stays right and drafts are
+  accepted less often; no engine warns of it.
+- Engines draft a fixed number of tokens, whatever the text. The exit head's controllers do not travel with it.
+- Equal rounds were found in float32. In bfloat16 near ties may be decided otherwise, in text and in drafts."""
+
 
 def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
     """README.md of hub/<N>-draft/, and its pictures."""
@@ -20,7 +28,8 @@ def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
 
 def render(run: RunDir, results: dict[str, Any]) -> list[str]:
     """Its lines."""
-    n, name, k = results["best"]["exit_layer"], public_name(run.config.backbone), gate.best_fixed(results) or 0
+    n, name, k = results["best"]["exit_layer"], public_name(run.config.backbone), gate.best_fixed(results)
+    assert k is not None  # without it nothing is exported
     repo = f"{run.config.publish.repo_id}-draft" if run.config.publish.repo_id else card.HERE
     return [
         *card.front_matter(run, ["draft-model", "early-exit"], "finetune"),
@@ -43,6 +52,7 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
         *card.acceptance(results),
         *card.how_measured(run, results),
         *card.trained(run, results),
+        *("## Limits", "", LIMITS, ""),
         *card.licences(run, f"this folder holds layers, embedding and LM head of {name}"),
         f"Made with exit-heads. The method is that of {card.PAPER}.",
     ]  # fmt: skip
@@ -74,7 +84,15 @@ def _engines(name: str, repo: str, k: int) -> list[str]:
         *code("python",
               f'draft = AutoModelForCausalLM.from_pretrained("{repo}", dtype=model.dtype, device_map=model.device)',
               "model.generate(**inputs, assistant_model=draft)"),
-        "**vLLM** (not tested). Draft and backbone need the same tensor parallel size.",
+        "**OpenVINO GenAI** (tested, 2026.4.1, on a CPU in float32). Both models are converted first.",
+        "",
+        *code("bash", "optimum-cli export openvino --model path/to/this/folder --task text-generation-with-past \\",
+              "  --weight-format fp32 draft-ov"),
+        *code("python", 'draft = genai.draft_model("draft-ov", "CPU")',
+              'pipe = genai.LLMPipeline("backbone-ov", "CPU", scheduler_config=genai.SchedulerConfig(), '
+              "draft_model=draft)",
+              f"config = genai.GenerationConfig(max_new_tokens=128, num_assistant_tokens={k})"),
+        "**vLLM** (tested, 0.32.0, on a CPU in float32). Draft and backbone need the same tensor parallel size.",
         "",
         *code("bash", f"vllm serve {name} --speculative-config '{config}'"),
         "**SGLang** (not tested).",

@@ -19,14 +19,17 @@ from transformers import GenerationConfig
 
 from .backbones import WeightFiles, file_of, load_config
 from .config import Backbone
+from .head_folder import write_json
 from .inference.exit_head import ExitHead
 from .rivals import assisted
 
 SHARD = 4 * 2**30
 """Bytes of a safetensors file at most, and so what is held in memory at once."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                   "vocab.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
+FOLDERS_OF_SAVER = ("name_or_path", "tokenizer_file", "special_tokens_map_file")
+"""Keys of tokenizer_config.json that older versions of transformers filled with paths of the machine they ran on."""
 
 
 # ---- in memory
@@ -63,9 +66,12 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
     fields = _json_of(backbone, "config.json") | _cut(config, head.exit_layer) | _rope(config.rope_parameters)
     fields |= {"dtype": dtype, "torch_dtype": dtype}
     fields.pop("_name_or_path", None)  # may be a folder of whoever saved the checkpoint
-    _write_json(folder / "config.json", fields)
+    write_json(folder / "config.json", fields)
     settings = _json_of(backbone, "generation_config.json") or GenerationConfig.from_model_config(config).to_diff_dict()
-    _write_json(folder / "generation_config.json", settings | assisted(num_drafts))
+    write_json(folder / "generation_config.json", settings | assisted(num_drafts))
+    if tokenizer := _json_of(backbone, "tokenizer_config.json"):
+        told = {key: value for key, value in tokenizer.items() if key not in FOLDERS_OF_SAVER}
+        write_json(folder / "tokenizer_config.json", told)
     for name in TOKENIZER_FILES:  # as they are: other engines read older forms than transformers writes today
         if path := file_of(backbone, name):
             shutil.copyfile(path, folder / name)
@@ -119,7 +125,7 @@ def _write_weights(folder: Path, files: WeightFiles, head: ExitHead) -> None:
         places |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(bytes_of, names))}, "weight_map": places}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _shards(names: Iterable[str], bytes_of: Callable[[str], int]) -> list[list[str]]:
@@ -139,7 +145,3 @@ def _json_of(backbone: Backbone, name: str) -> dict[str, Any]:
     """A file of the backbone; {} if it has none of that name."""
     path = file_of(backbone, name)
     return json.loads(path.read_text()) if path else {}
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n")

@@ -2,7 +2,8 @@
 
 Run by its path and never imported, as `python -P fresh_process.py`: it must work without the package it lies in. Takes
 one JSON object on stdin (backbone, folder, its form, prompts as ids), gives one as the last line of stdout: of each
-prompt the new tokens and the rounds they took, and what the folder warned of. Knows nothing of what is right.
+prompt the new tokens and the rounds they took, of the first one also the tokens with controllers of the folder's own,
+and what the folder warned of; or the class of the error that ended it. Knows nothing of what is right.
 """
 
 import json
@@ -12,6 +13,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
+
+NO_MEMORY = ("out of memory", "allocate memory")
+"""In messages of a GPU's allocator and driver, and of the machine's own; not all have a class for it."""
 
 
 class Counting:
@@ -37,13 +41,11 @@ def load(source: str, job: dict[str, Any], **where: Any) -> Any:
     return model if device_map else model.to(job["device"])
 
 
-def with_head(model: Any, folder: str, k: int) -> Any:
-    """ids -> (ids and what follows, rounds), through custom_generate."""
+def with_head(model: Any, folder: str) -> Any:
+    """(ids, controller) -> ids and what follows, through custom_generate."""
 
-    def decode(ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, int]:
-        counting = Counting(k)
-        out = model.generate(ids, custom_generate=folder, trust_remote_code=True, controller=counting, **options)
-        return out, counting.rounds
+    def decode(ids: torch.Tensor, controller: Any, **options: Any) -> torch.Tensor:
+        return model.generate(ids, custom_generate=folder, trust_remote_code=True, controller=controller, **options)
 
     return decode
 
@@ -51,12 +53,11 @@ def with_head(model: Any, folder: str, k: int) -> Any:
 def with_draft(model: Any, draft: Any) -> Any:
     """The same, through assistant_model; a round is a call of the backbone. How many to draft, the folder says."""
 
-    def decode(ids: torch.Tensor, **options: Any) -> tuple[torch.Tensor, int]:
-        calls: list[None] = []
-        hook = model.register_forward_hook(lambda *_: calls.append(None))
+    def decode(ids: torch.Tensor, counting: Counting, **options: Any) -> torch.Tensor:
+        hook = model.register_forward_hook(lambda *_: counting.observe(None))
         out = model.generate(ids, assistant_model=draft, **options)
         hook.remove()
-        return out, len(calls)
+        return out
 
     return decode
 
@@ -67,25 +68,41 @@ def main() -> None:
     where = {"revision": job["revision"], "trust_remote_code": job["trust_remote_code"]}
     model = load(job["backbone"], job, **where)
     model.generation_config = GenerationConfig()  # the checkpoint's own may hold a penalty; evaluate uses none
-    if job["form"] == "head":
-        decode = with_head(model, job["folder"], job["k"])
-    else:
-        decode = with_draft(model, load(job["folder"], job))
+    folder = job["folder"]
+    decode = with_head(model, folder) if job["form"] == "head" else with_draft(model, load(folder, job))
     ends = job["ends"]
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": ends[0] if ends else 0}
     if ends:
         options["eos_token_id"] = ends
-    texts = []
+
+    def continued(prompt: dict[str, Any], controller: Any) -> list[int]:
+        ids = torch.tensor([prompt["ids"]], device=model.device)
+        more = {"max_new_tokens": prompt["max_new_tokens"], "attention_mask": torch.ones_like(ids)}
+        return decode(ids, controller, **options, **more)[0, ids.shape[1] :].tolist()
+
+    texts, own = [], {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for prompt in job["prompts"]:
-            ids = torch.tensor([prompt["ids"]], device=model.device)
-            options |= {"max_new_tokens": prompt["max_new_tokens"], "attention_mask": torch.ones_like(ids)}
-            out, rounds = decode(ids, **options)
-            texts.append({"tokens": out[0, ids.shape[1] :].tolist(), "rounds": rounds})
+            counting = Counting(job["k"])
+            texts.append({"tokens": continued(prompt, counting), "rounds": counting.rounds})
+        for name, controller in job["own"].items():
+            own[name] = continued(job["prompts"][0], controller)
     told = [str(w.message) for w in caught if w.category.__name__ == "AnotherBackbone"]
-    print("\n" + json.dumps({"texts": texts, "warnings": told}))
+    say({"texts": texts, "own": own, "warnings": told})
+
+
+def say(result: dict[str, Any]) -> None:
+    print("\n" + json.dumps(result))
+
+
+def lacks_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        say({"error": type(error).__name__, "lacks_memory": lacks_memory(error)})
+        raise

@@ -4,21 +4,40 @@ Takes results.json, gives those of one head, and reasons to refuse it. What need
 Knows nothing of how anything was measured.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 from . import metrics
 from .errors import GateError, UserError
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The results of an evaluation. Raises UserError where the file holds none."""
+    try:
+        results = json.loads(path.read_text())
+        found = bool(results["heads"])
+    except (OSError, ValueError, KeyError, TypeError):
+        found = False
+    if not found:
+        raise UserError(f"{path}: holds no results of an exit head; evaluate anew, with --redo evaluate")
+    return results
+
+
 def results_of_one(results: dict[str, Any], exit_layer: int | None) -> dict[str, Any]:
     """The results with one head in them: that of `exit_layer`, or the best.
 
-    Raises UserError for results of another schema, or an exit layer that was not evaluated.
+    Raises UserError for results of another schema or without greedy texts, or an exit layer that was not evaluated.
     """
     if results["schema"] != metrics.SCHEMA:
         raise UserError(
             f"eval/results.json is of schema {results['schema']}, this version knows schema {metrics.SCHEMA}: "
             "evaluate anew, with --redo evaluate"
+        )
+    if results["lossless"]["greedy"] is None:  # sampled texts differ from one decoding to the next: none to compare
+        raise UserError(
+            "evaluate.temperatures: nothing greedy was evaluated, so nothing says that this head is lossless; "
+            "add 0 and evaluate anew, with --redo evaluate"
         )
     measured = sorted({entry["exit_layer"] for entry in results["heads"]})
     if exit_layer is not None and exit_layer not in measured:
@@ -37,9 +56,7 @@ def failures(results: dict[str, Any], min_speedup: float, head_sha256: str) -> l
     greedy, sampling, best = results["lossless"]["greedy"], results["lossless"]["sampling"], results["best"]
     if head_sha256 != results["heads"][0]["head_sha256"]:
         failed.append("weights: these are not those that were evaluated; evaluate them, with --redo evaluate")
-    if greedy is None:
-        failed.append("lossless: nothing greedy was evaluated; add 0 to evaluate.temperatures")
-    elif not greedy["passed"]:
+    if not greedy["passed"]:
         failed.append(
             f"lossless: {greedy['identical']} of {greedy['texts']} greedy texts are identical to autoregressive "
             f"decoding in {results['dtype']}"
@@ -53,7 +70,7 @@ def failures(results: dict[str, Any], min_speedup: float, head_sha256: str) -> l
             f"speedup: the 95 % interval of {best['controller']} begins at {low:.3f}, "
             f"publish.min_speedup={min_speedup} asks for more"
         )
-    if greedy is not None and best_fixed(results) is None:
+    if best_fixed(results) is None:
         failed.append("parity: no fixed:K was evaluated to compare with; add fixed:2 to evaluate.controllers")
     return failed
 

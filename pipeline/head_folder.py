@@ -14,6 +14,7 @@ measured, or of how a folder gets to the Hub.
     results.json              what was measured, and what the gate said
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -24,11 +25,12 @@ import yaml
 
 from . import backbones, pedigree, speculation_profile
 from .backbones import load_config, public_name
-from .rundir import RunDir, atomic_write
+from .rundir import RunDir, atomic_write, sha256_of
 
 HERE = Path(__file__).parent
 CODE = HERE / "inference"
 MODELING = HERE / "modeling_exit_head.py"
+PROFILE = "speculation_profile.json"
 AUTO_MAP = {"AutoConfig": "modeling_exit_head.ExitHeadConfig", "AutoModel": "modeling_exit_head.ExitHeadModel"}
 
 
@@ -87,15 +89,11 @@ def write_code(folder: Path) -> None:
         shutil.copyfile(file, code / file.name)
 
 
-def write_origin(folder: Path, repo_id: str | None, revision: str | None) -> None:
-    """Say in custom_generate/origin.py where the weights of this folder lie: a Hub id and its tag.
-
-    Without a Hub id the code takes the weights from the folder that holds it, as `write_code` leaves it.
-    """
+def write_origin(folder: Path, repo_id: str, revision: str) -> None:
+    """Say in custom_generate/origin.py where the weights lie: a Hub id and its tag, no longer the folder itself."""
     docstring = (CODE / "origin.py").read_text().partition("HEAD")[0]
-    values = (f"{name}: str | None = {'None' if value is None else json.dumps(value)}\n"
-              for name, value in (("HEAD", repo_id), ("REVISION", revision)))  # fmt: skip
-    atomic_write(folder / "custom_generate" / "origin.py", docstring + "".join(values))
+    values = f"HEAD: str | None = {json.dumps(repo_id)}\nREVISION: str | None = {json.dumps(revision)}\n"
+    atomic_write(folder / "custom_generate" / "origin.py", docstring + values)
 
 
 def write_pedigree(folder: Path, run: RunDir) -> None:
@@ -110,7 +108,26 @@ def write_profile(folder: Path, run: RunDir, results: dict[str, Any], rounds: pd
     name = run.config.publish.repo_id or f"{public_name(run.config.backbone)}-exit-{results['best']['exit_layer']}"
     method = "draft_model" if suffix else "exit_head"
     if profile := speculation_profile.build(results, rounds, method, name + suffix):
-        write_json(folder / "speculation_profile.json", profile)
+        write_json(folder / PROFILE, profile)
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Name in the folder -> file, of what is published of it: not what Python or a client left there."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): path
+        for name, path in found.items()
+        if not any(part == "__pycache__" or part.startswith(".") for part in name.parts)
+    }
+
+
+def digest_of(folder: Path) -> str:
+    """sha256, 64 hex digits, over the names and the sha256 of a published folder's files: equal folders, equal digits.
+
+    Of one line a file, `name sha256`, in the order of `files_of`.
+    """
+    lines = (f"{name} {sha256_of(path)}\n" for name, path in files_of(folder).items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,6 +8,7 @@ weights.
 
 import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
 
 class ExitHeadConfig(PretrainedConfig):
@@ -31,12 +32,17 @@ class ExitHeadModel(PreTrainedModel):
 
     def __init__(self, config: ExitHeadConfig):
         super().__init__(config)
-        backbone = AutoModel.from_config(AutoConfig.for_model(**config.backbone_config))
-        self.layer, self.rotary_emb = backbone.layers[0], backbone.rotary_emb
+        layer_config = AutoConfig.for_model(**config.backbone_config)
+        backbone = AutoModel.from_config(layer_config, attn_implementation=config._attn_implementation)
+        self.layer, self.rotary_emb, self.layer_config = backbone.layers[0], backbone.rotary_emb, backbone.config
         self.post_init()
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, D] after layer N of positions 0..T-1 -> [B, T, D] before the final norm."""
         positions_1T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
         rotary = self.rotary_emb(hidden_BTD, positions_1T)
-        return self.layer(hidden_BTD, attention_mask=None, position_ids=positions_1T, position_embeddings=rotary)
+        # None where the attention is causal, or reaches back no further than its window, without a mask
+        mask = create_masks_for_generate(self.layer_config, hidden_BTD, None, None, positions_1T)
+        if isinstance(mask, dict):  # one for each type of layer, and there is one layer
+            (mask,) = mask.values()
+        return self.layer(hidden_BTD, attention_mask=mask, position_ids=positions_1T, position_embeddings=rotary)

@@ -4,8 +4,10 @@ Takes the tables of evaluate and a folder, decodes a few of the same prompts thr
 was found and reasons to refuse. Knows nothing of how the folder was made.
 """
 
+import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ import torch
 from . import losslessness
 from .backbones import device_of, load_model, source_of
 from .config import Config
+from .errors import UserError
 from .inference.backbone import SplitBackbone
 from .inference.exit_head import ExitHead
 from .metrics import interval
@@ -27,6 +30,8 @@ from .rundir import RunDir
 CHILD = Path(__file__).parent / "fresh_process.py"
 PROMPTS = 4
 """Prompts that are decoded again, the first of evaluate's."""
+OWN = {"default": None, "thompson": "thompson"}
+"""How controllers of the folder's own are asked for: the one it names, and thompson, with what it has learned."""
 MARGIN = 1e-9  # an interval over one prompt, or over equal ones, is a point
 
 Form = Literal["head", "draft"]
@@ -36,21 +41,24 @@ def check(run: RunDir, results: dict[str, Any], folder: Path, form: Form, k: int
     """(figures, reasons to refuse): greedy texts of fixed:K through `folder`, against those that evaluate recorded.
 
     In float32 the ids must be equal; in bfloat16 a text may leave the recorded one at a near tie, as in evaluate.
-    Tokens a round must lie within the 95 % interval of evaluate's rounds over the same prompts.
+    Tokens a round must lie within the 95 % interval of evaluate's rounds over the same prompts. The first prompt is
+    also decoded by the controllers of a head's own: the same ids, in whatever rounds.
+
+    Raises UserError where this machine has no memory for it, which says nothing about the folder.
     """
     asked = recorded(run / "eval", results["best"]["exit_layer"], k)
     try:
         said = decode_afresh(run.config, results, folder, form, k, asked)
     except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or ["no word"])[-1]
-        return {}, [f"parity: the folder does not work in a fresh process: {last}"]
+        return {}, [f"parity: the folder does not work in a fresh process: {_reason(run.config, error)}"]
     failed = [f"parity: in a fresh process it was warned: {warning}" for warning in said["warnings"]]
     behind = _behind(form)
     texts = [row["tokens"][:behind] + text["tokens"] for row, text in zip(asked, said["texts"], strict=True)]
-    differ = [(row, text) for row, text in zip(asked, texts, strict=True) if text != row["tokens"]]
+    decoded = [*zip(asked, texts, strict=True), *((asked[0], text) for text in said["own"].values())]
+    differ = [(row, text) for row, text in decoded if text != row["tokens"]]
     if unexplained := _unexplained(run, results, differ):
         failed.append(
-            f"parity: {len(unexplained)} of {len(asked)} texts decoded through the folder in a fresh process are not "
+            f"parity: {len(unexplained)} of {len(decoded)} texts decoded through the folder in a fresh process are not "
             f"those that evaluate recorded: {', '.join(unexplained)}"
         )
     # the first token follows the prompt; the others come in rounds
@@ -62,7 +70,7 @@ def check(run: RunDir, results: dict[str, Any], folder: Path, form: Form, k: int
             f"parity: {length:.3f} tokens a round through the folder in a fresh process; evaluate had {expected:.3f} "
             f"({low:.3f}-{high:.3f}) on the same prompts"
         )
-    figures = {"controller": f"fixed:{k}", "prompts": len(asked), "identical": len(asked) - len(differ),
+    figures = {"controller": f"fixed:{k}", "texts": len(decoded), "identical": len(decoded) - len(differ),
                "tokens_per_round": length, "evaluated": expected, "evaluated_ci95": [low, high]}  # fmt: skip
     return figures, failed
 
@@ -82,7 +90,7 @@ def recorded(folder: Path, exit_layer: int, k: int) -> list[dict[str, Any]]:
 def decode_afresh(
     config: Config, results: dict[str, Any], folder: Path, form: Form, k: int, asked: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What fresh_process.py says. Raises CalledProcessError, with its stderr, where it fails.
+    """What fresh_process.py says. Raises CalledProcessError, with what it said, where it fails.
 
     A draft model is asked behind the first token: then its rounds begin where those of the exit head did.
     """
@@ -102,13 +110,33 @@ def decode_afresh(
         "k": k,
         "ends": results["ends"],
         "prompts": prompts,
+        "own": OWN if form == "head" else {},
     }
+    gc.collect()  # the stages before this one may have left a backbone on the GPU, and the child loads another
+    torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as elsewhere:  # its modules too: nothing of an earlier folder is left in them
         done = subprocess.run(
             [sys.executable, "-P", str(CHILD)], input=json.dumps(job), env=os.environ | {"HF_MODULES_CACHE": elsewhere},
             cwd=elsewhere, text=True, capture_output=True, check=True,
         )  # fmt: skip
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _reason(config: Config, error: subprocess.CalledProcessError) -> str:
+    """Why the child failed, fit to be published: an error's class and a code. What it said in full goes to stderr.
+
+    Raises UserError where it was for want of memory.
+    """
+    print(error.stderr, file=sys.stderr)
+    last = (error.stdout.splitlines() or [""])[-1]
+    said = json.loads(last) if last.startswith('{"error"') else {}
+    if error.returncode == -signal.SIGKILL or said.get("lacks_memory"):
+        raise UserError(
+            f"machine.device={config.machine.device}: no memory here for the backbone in a process of its own, which "
+            f"tries the published folder (it ended with return code {error.returncode}); end what else runs here, or "
+            "run `exit-heads publish` on a machine with more"
+        )
+    return f"{said.get('error', 'no word')}, return code {error.returncode}"
 
 
 def _behind(form: Form) -> int:

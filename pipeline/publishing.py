@@ -4,7 +4,6 @@ Takes a run folder that was evaluated and the form asked for, gives hub/<N>/ (he
 nothing of how anything was measured, or of how a folder gets to the Hub.
 """
 
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -27,7 +26,7 @@ def write(run: RunDir, form: Form) -> Path:
     """
     stage, settings, inputs = STAGES[form], run.config.publish, [run / "eval", run / "heads"]
     done = not run.plan(stage, inputs)
-    results = gate.results_of_one(json.loads((run / "eval" / "results.json").read_text()), settings.exit_layer)
+    results = gate.results_of_one(gate.read(run / "eval" / "results.json"), settings.exit_layer)
     n, k = results["best"]["exit_layer"], gate.best_fixed(results)
     target = run / "hub" / f"{n}{SUFFIXES[form]}"
     if done:
@@ -44,7 +43,8 @@ def write(run: RunDir, form: Form) -> Path:
         if form == "head":
             head_folder.write(folder, run, results)
         else:
-            draft_model.export(folder, run.config.backbone, ExitHead.load(head), k or 0)
+            assert k is not None  # refused above
+            draft_model.export(folder, run.config.backbone, ExitHead.load(head), k)
         head_folder.write_pedigree(folder, run)
         head_folder.write_profile(folder, run, results, rounds, SUFFIXES[form])
         figures, more = parity.check(run, results, folder, form, k) if k else (None, [])
@@ -54,5 +54,6 @@ def write(run: RunDir, form: Form) -> Path:
         results["gate"] = {"passed": not failed, "reasons": failed, "parity": figures}
         head_folder.write_json(folder / "results.json", results)
         (card if form == "head" else draft_card).write(folder, run, results)
-        summary |= {"folder": target.relative_to(run.path).as_posix(), "gate": results["gate"]}
+        summary |= {"folder": target.relative_to(run.path).as_posix(), "sha256": head_folder.digest_of(folder)}
+        summary |= {"gate": results["gate"]}
     return target

@@ -14,6 +14,8 @@ import pandas as pd
 from .metrics import conditional_rates
 
 SCHEMA = "1.0"
+CHAINS = ("draft_model",)
+"""The method of ours that its builder has among those of which one K tells of every smaller one."""
 TOLERANCE = 0.02
 
 
@@ -25,6 +27,7 @@ def build(results: dict[str, Any], rounds: pd.DataFrame, method: str, draft: str
     n = results["best"]["exit_layer"]
     mine = rounds[(rounds.exit_layer == n) & (rounds.temperature == 0) & rounds.controller.str.startswith("fixed:")]
     by_k = {int(name.partition(":")[2]): part for name, part in mine.groupby("controller")}
+    by_k.pop(0, None)  # no drafts at all
     if not by_k:
         return None
     k = max(by_k)
@@ -47,8 +50,8 @@ def build(results: dict[str, Any], rounds: pd.DataFrame, method: str, draft: str
         "marginal_accept_rates": _rounded(marginal),
         "mean_accept_length": round(mean, 6),
         "mean_accept_length_per_request": round(float(lengths.groupby(part.prompt).mean().mean()), 6),
-        # A draft of K+1 tokens begins with that of K, so one measurement tells of every smaller K.
-        "accept_length_model": "chain_analytic",
+        # A draft of K+1 tokens begins with that of K in an exit head too; the builder knows no such method.
+        "accept_length_model": "chain_analytic" if method in CHAINS else "measured_per_k",
         "accept_length_by_k": {str(j): round(1 + float(by_k[j].accepted.mean()), 6) for j in sorted(by_k)},
         "acceptance_length_histogram": {str(x): int(count) for x, count in lengths.value_counts().sort_index().items()},
         "per_category": {

@@ -1,7 +1,9 @@
 """Every line of the gate: results that must not be published, and folders that are not what was evaluated."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -64,8 +66,6 @@ def test_the_gate_names_every_reason() -> None:
     wrong = slow | {"lossless": {"greedy": greedy, "sampling": {"passed": False, "p_value": 1e-9}}}
     assert [r.split(":")[0] for r in gate.failures(wrong, 1.0, "bb")] == ["weights", "lossless", "lossless", "speedup"]
     assert "begins at 0.990" in gate.failures(slow, 1.0, "aa")[0]
-    nothing = a_result(lossless={"greedy": None, "sampling": None})
-    assert ["nothing greedy" in r for r in gate.failures(nothing, 1.0, "aa")] == [True]
     learning = a_result(
         heads=[good["heads"][0] | {"controllers": {"thompson": good["heads"][0]["controllers"]["thompson"]}}]
     )
@@ -92,9 +92,23 @@ def test_one_head_is_chosen_with_its_own_best() -> None:
         gate.results_of_one(both, 4)
     with pytest.raises(UserError, match=r"of schema 1.*--redo evaluate"):
         gate.results_of_one(a_result(schema=1), None)
+    with pytest.raises(UserError, match=r"evaluate\.temperatures: nothing greedy was evaluated.*--redo evaluate"):
+        gate.results_of_one(a_result(lossless={"greedy": None, "sampling": {"passed": True}}), None)
 
 
 # ---- in the run folder
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"schema": 2, "heads": []}'])
+def test_without_results_there_is_no_folder_and_no_card(run, tmp_path, content) -> None:
+    """Not by force either: there is nothing that a card could say."""
+    again = copy_of(run, tmp_path, "publish.force=true")
+    file = again / "eval" / "results.json"
+    file.unlink() if content is None else file.write_text(content)
+    for stage in (publish, draft):
+        with pytest.raises(UserError, match=r"results\.json: holds no results of an exit head; .*--redo evaluate"):
+            stage.run(again)
+    assert not (again / "hub").exists()
 
 
 def test_a_refused_head_is_not_written_unless_forced(run, tmp_path) -> None:
@@ -152,10 +166,24 @@ def check(run, folder, results) -> tuple[dict, list[str]]:
     return parity.check(run, results, folder, "head", 2)
 
 
+class Cycle:
+    """Held by itself alone, as a model may be that a stage before has let go of."""
+
+    def __init__(self, size: int, device: str):
+        self.itself, self.weights = self, torch.zeros(size, device=device)
+
+
 def test_a_whole_folder_gives_what_was_evaluated(run, folder) -> None:
-    figures, failed = check(run, *folder)
+    """And what stages before have let go of is gone."""
+    gc.disable()
+    try:
+        left = weakref.ref(Cycle(1, "cpu"))
+        figures, failed = check(run, *folder)
+        assert left() is None
+    finally:
+        gc.enable()
     assert failed == []
-    assert (figures["prompts"], figures["identical"]) == (4, 4)
+    assert (figures["texts"], figures["identical"]) == (6, 6), "four by fixed:2, the first by the folder's own two"
     assert figures["tokens_per_round"] == pytest.approx(figures["evaluated"], abs=1e-12), "the very same rounds"
 
 
@@ -172,7 +200,7 @@ def test_other_weights_are_told_by_their_rounds(run, folder, tmp_path) -> None:
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"sha256": sha256_of(file)}))
     figures, failed = check(run, other, folder[1])
-    assert figures["identical"] == 4 and len(failed) == 1
+    assert figures["identical"] == 6 and len(failed) == 1
     assert "tokens a round through the folder in a fresh process; evaluate had" in failed[0]
 
 
@@ -184,12 +212,55 @@ def test_other_code_is_told_by_its_text(run, folder, tmp_path) -> None:
     code.write_text(code.read_text().replace("def accept(", "def accept(self, drafts, q, p_logits_MV):\n"
                     "        return 0, int(p_logits_MV[0].argmin())\n\n    def _accept("))  # fmt: skip
     _, failed = check(run, other, folder[1])
-    assert any("of 4 texts decoded through the folder in a fresh process are not those" in line for line in failed)
+    assert any("of 6 texts decoded through the folder in a fresh process are not those" in line for line in failed)
 
 
-def test_a_folder_that_does_not_work_says_why(run, folder, tmp_path) -> None:
-    other = damaged(folder[0], tmp_path / "other")
-    (other / "custom_generate" / "rounds.py").unlink()
-    _, failed = check(run, other, folder[1])
-    assert len(failed) == 1 and failed[0].startswith("parity: the folder does not work in a fresh process: ")
-    assert "rounds" in failed[0]
+def test_the_folders_own_controllers_are_tried(run, folder, tmp_path) -> None:
+    """A default that no decoder knows, or a state that thompson cannot read: fixed:K sees nothing of either."""
+    config = json.loads((folder[0] / "config.json").read_text())
+    for i, wrong in enumerate(({"controller": "fast"}, {"states": {"greedy": {"rounds": "many"}}})):
+        other = damaged(folder[0], tmp_path / str(i))
+        (other / "config.json").write_text(json.dumps(config | wrong))
+        _, failed = check(run, other, folder[1])
+        assert len(failed) == 1 and "does not work in a fresh process" in failed[0], wrong
+
+
+def begins_with(folder: Path, target: Path, line: str) -> Path:
+    """The folder elsewhere, its decoder beginning with another line."""
+    shutil.copytree(folder, target)
+    code = target / "custom_generate" / "rounds.py"
+    code.write_text(f"import os, torch\n{line}\n" + code.read_text())
+    return target
+
+
+def test_a_folder_that_does_not_work_says_why(run, folder, tmp_path, capfd) -> None:
+    """On stderr in full; the reason, which may be published, names no more than the error's class."""
+    wrong = begins_with(folder[0], tmp_path / "wrong", f"raise ValueError('cannot read {tmp_path}')")
+    _, failed = check(run, wrong, folder[1])
+    assert failed == ["parity: the folder does not work in a fresh process: ValueError, return code 1"]
+    assert f"ValueError: cannot read {tmp_path}" in capfd.readouterr().err
+    ended = begins_with(folder[0], tmp_path / "ended", "os._exit(7)")
+    _, failed = check(run, ended, folder[1])
+    assert failed == ["parity: the folder does not work in a fresh process: no word, return code 7"]
+
+
+@pytest.mark.parametrize(
+    "line, code",
+    [
+        ("os.kill(os.getpid(), 9)", -9),  # as the kernel does where a machine's memory ends
+        ("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')", 1),
+    ],
+)
+def test_want_of_memory_is_the_machines_fault(run, folder, tmp_path, line, code) -> None:
+    other = begins_with(folder[0], tmp_path / "other", line)
+    with pytest.raises(UserError, match=rf"machine\.device=cpu: no memory here.*return code {code}\)"):
+        check(run, other, folder[1])
+
+
+@pytest.mark.gpu
+def test_memory_of_the_gpu_is_given_back_before_the_child_starts(run, folder) -> None:
+    """Else it stays with this process, which keeps what it has freed for itself."""
+    Cycle(2**28, "cuda")  # 1 GiB
+    held = torch.cuda.memory_reserved()
+    check(run, *folder)
+    assert torch.cuda.memory_reserved() <= held - 2**30

@@ -4,6 +4,7 @@ What it decodes must be the model's own text. The gate is in test_gate.py, the d
 """
 
 import getpass
+import hashlib
 import json
 import re
 import shutil
@@ -13,10 +14,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import make_run
+from helpers import make_run, tiny_backbone
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -29,11 +31,12 @@ from transformers import (
 )
 
 import pipeline.inference
-from pipeline import card, head_folder, pedigree
+from pipeline import card, head_folder, pedigree, speculation_profile
 from pipeline.config import load
 from pipeline.inference.canary import TOLERANCE, distance
 from pipeline.inference.controllers import Fixed
 from pipeline.inference.exit_head import ExitHead, new_exit_layer
+from pipeline.modeling_exit_head import ExitHeadConfig, ExitHeadModel
 from pipeline.rundir import RunDir, sha256_of
 from pipeline.stages import distill, draft, evaluate, generate, publish
 
@@ -99,8 +102,8 @@ def test_folder_holds_the_code_byte_for_byte(run) -> None:
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in hub.rglob("*") if p.is_file()), "not for its owner alone"
 
 
-def test_nothing_of_this_machine_is_in_what_is_published(run) -> None:
-    """Neither in the head's folder nor in the draft model's: no path, host, user, token or server."""
+def assert_nothing_of_this_machine(run) -> None:
+    """No path, host, user, token or server in any file of hub/."""
     home = str(Path.home())
     words = [*SECRETS.values(), str(run.path), str(run.path.parent.parent), str(Path(head_folder.__file__).parent)]
     for file in (p for p in (run / "hub").rglob("*") if p.is_file()):
@@ -108,7 +111,65 @@ def test_nothing_of_this_machine_is_in_what_is_published(run) -> None:
         found = [word for word in words if word.encode() in content]
         assert not found, f"{file.name} holds {found}"
         assert not re.search(rb"(?<![\w.])%s/" % re.escape(home.encode()), content), f"{file.name} holds {home}"
+
+
+def test_nothing_of_this_machine_is_in_what_is_published(run) -> None:
+    """Neither in the head's folder nor in the draft model's."""
+    assert_nothing_of_this_machine(run)
     assert "secret-host-7" in (run / "run.json").read_text(), "the run folder itself knows: this test can fail"
+
+
+def test_nor_in_what_is_published_by_force(run, tmp_path, monkeypatch, capfd) -> None:
+    """A decoder whose error names the folder, which has the host's name in its own while it is tried."""
+    code = tmp_path / "inference"
+    shutil.copytree(CODE, code, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (code / "generate.py").read_text()
+    broken = text.replace(
+        "    if source is None:\n", "    raise ValueError(f'{source} is broken')\n    if source is None:\n"
+    )
+    assert broken != text
+    (code / "generate.py").write_text(broken)
+    monkeypatch.setattr(head_folder, "CODE", code)
+    monkeypatch.setattr(socket, "gethostname", lambda: SECRETS["host"])
+    forced = copy_of(run, tmp_path, "publish.min_speedup=0.01", "publish.force=true")
+    publish.run(forced)
+    assert_nothing_of_this_machine(forced)
+    line = "parity: the folder does not work in a fresh process: ValueError, return code 1"
+    assert line in (forced / "hub" / "2" / "README.md").read_text()
+    assert ".tmp-2-secret-host-7" in capfd.readouterr().err, "what was kept out of the folder is told to its maker"
+
+
+def copy_of(run, folder: Path, *words: str) -> RunDir:
+    """The run elsewhere, as it was before anything was published."""
+    shutil.copytree(run.path, folder / "runs" / "t")
+    shutil.copytree(run.config.backbone.name_or_path, folder / "tiny-llama")
+    copy = make_run(folder, *words)
+    for stage in ("publish", "draft"):
+        copy.redo(stage)
+    return copy
+
+
+def test_the_record_has_the_sha256_of_the_folder(run) -> None:
+    """Of a line a file, in order; what Python and a client leave there is no part of it."""
+    records = {r["stage"]: r for r in json.loads((run / "run.json").read_text())}
+    for stage, folder in (("publish", run / "hub" / "2"), ("draft", run / "hub" / "2-draft")):
+        assert (run / records[stage]["folder"]) == folder
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not {"__pycache__", ".cache"} & {*p.parts})
+        lines = [f"{p.relative_to(folder).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files]
+        assert records[stage]["sha256"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_the_sha256_of_a_folder_is_that_of_what_is_published(tmp_path) -> None:
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "a.py").write_text("1")
+    (tmp_path / "custom_generate.txt").write_text("2")
+    before = head_folder.digest_of(tmp_path)
+    for junk in ("__pycache__/a.pyc", "custom_generate/__pycache__/a.pyc", ".cache/x/y", ".gitattributes"):
+        (tmp_path / junk).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / junk).write_text("junk")
+    assert head_folder.digest_of(tmp_path) == before and len(before) == 64
+    (tmp_path / "custom_generate" / "a.py").rename(tmp_path / "custom_generate" / "b.py")
+    assert head_folder.digest_of(tmp_path) != before
 
 
 def test_what_made_it_is_told(run) -> None:
@@ -132,6 +193,7 @@ def test_the_profile_is_what_the_rounds_were(run) -> None:
     assert profile["conditional_accept_rates"] == pytest.approx(figures["conditional_rates"], abs=1e-6)
     assert profile["marginal_accept_rates"] == pytest.approx(figures["marginal_rates"], abs=1e-6)
     assert profile["mean_accept_length"] == pytest.approx(figures["acceptance_length"], abs=1e-6)
+    assert profile["accept_length_model"] == "measured_per_k", "as NVIDIA's builder says of a method it does not know"
     assert profile["mean_accept_length"] == pytest.approx(1 + sum(profile["marginal_accept_rates"]), abs=1e-5)
     histogram = {int(x): n for x, n in profile["acceptance_length_histogram"].items()}
     assert sum(histogram.values()) == figures["rounds"]
@@ -139,7 +201,9 @@ def test_the_profile_is_what_the_rounds_were(run) -> None:
     for task, c in profile["per_category"].items():
         assert c["mean_accept_length"] == pytest.approx(figures["tasks"][task]["acceptance_length"], abs=1e-6)
     draft_profile = json.loads((run / "hub" / "2-draft" / "speculation_profile.json").read_text())
-    assert draft_profile | {"method": "", "draft_checkpoint": ""} == profile | {"method": "", "draft_checkpoint": ""}
+    others = {key for key in profile if profile[key] != draft_profile[key]}
+    assert others == {"method", "draft_checkpoint", "accept_length_model"}
+    assert draft_profile["accept_length_model"] == "chain_analytic"
 
 
 def test_the_card_says_what_and_how_much(run) -> None:
@@ -148,7 +212,7 @@ def test_the_card_says_what_and_how_much(run) -> None:
     best = results["best"]
     assert f"**Speedup {best['speedup']:.2f}**" in text and "Lossless: yes" in text
     assert "custom_generate=" in text.split("##")[0], "the use comes first"
-    assert results["backbone"]["fingerprint"] in text and "4 of 4 greedy texts are those that were evaluated" in text
+    assert results["backbone"]["fingerprint"] in text and "6 of 6 greedy texts are those that were evaluated" in text
     low, high = best["acceptance_length_ci95"]
     assert f"{best['acceptance_length']:.2f} ({low:.2f}-{high:.2f})" in text
     assert (
@@ -158,6 +222,17 @@ def test_the_card_says_what_and_how_much(run) -> None:
     )
     for file in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
         assert (run / "hub" / "2" / file).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_names_no_file_that_is_not_there(run) -> None:
+    """Without any fixed:K there is no profile."""
+    results = json.loads((run / "hub" / "2" / "results.json").read_text())
+    assert "speculation_profile.json" in "\n".join(card.render(run, results))
+    for entry in results["heads"]:
+        del entry["controllers"]["fixed:2"]
+    rounds = pd.read_parquet(run / "eval" / "rounds.parquet").query("controller != 'fixed:2'")
+    assert speculation_profile.build(results, rounds, "exit_head", "x") is None
+    assert "speculation_profile.json" not in "\n".join(card.render(run, results))
 
 
 def test_the_hub_reads_the_card(run, tmp_path) -> None:
@@ -202,6 +277,30 @@ def test_automodel_loads_the_layer_and_no_code_is_needed_for_the_weights(run, se
     assert GenerationConfig.from_pretrained(hub).eos_token_id == 256
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "family, fields",
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"] * 2, "use_sliding_window": True,
+                   "sliding_window": 8}),
+    ],
+)  # fmt: skip
+def test_as_a_model_it_attends_as_the_layer_in_the_backbone(tmp_path, family, fields, attention) -> None:
+    """To the last bit: no position sees a later one, nor one beyond the window."""
+    folder = tiny_backbone(tmp_path, family, **fields)
+    model = AutoModel.from_pretrained(folder, attn_implementation=attention)
+    seen: dict = {}
+    model.layers[-1].register_forward_hook(lambda _, args, out: seen.update(before=args[0], after=out))
+    model(torch.arange(30)[None])
+    config = ExitHeadConfig(exit_layer=2, num_layers=4, backbone_config=head_folder.one_layer(model.config))
+    head = ExitHeadModel._from_config(config, attn_implementation=attention).eval()
+    head.layer.load_state_dict(model.layers[-1].state_dict())
+    assert head.layer.self_attn.config._attn_implementation == attention
+    assert torch.equal(head(seen["before"]), seen["after"])
+
+
 # ---- it decodes
 
 
@@ -232,9 +331,8 @@ def replace_weights(folder: Path, change) -> None:
 def test_origin_names_a_hub_id_and_its_tag(tmp_path) -> None:
     (tmp_path / "custom_generate").mkdir()
     written = tmp_path / "custom_generate" / "origin.py"
-    head_folder.write_origin(tmp_path, None, None)
-    assert written.read_bytes() == (CODE / "origin.py").read_bytes(), "as write_code leaves it"
     head_folder.write_origin(tmp_path, "org/head", "v1")
+    assert written.read_text().startswith((CODE / "origin.py").read_text().partition("HEAD")[0])
     names: dict = {}
     exec(written.read_text(), names)
     assert (names["HEAD"], names["REVISION"]) == ("org/head", "v1")
