@@ -16,6 +16,7 @@ of how long they were. Heads that are trained and texts that are decoded stay in
 import argparse
 import itertools
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -36,7 +37,7 @@ from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.metrics import interval
 from pipeline.rundir import RunDir, atomic_write, provenance
-from pipeline.stages import distill, generate
+from pipeline.stages import cache, distill, generate
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "pocket.yaml"
 LOSSES = ["kl", "ce", "tvd", "tvd++", "overlap", "kl,0.1*ce", "kl,tvd"]
@@ -65,7 +66,8 @@ class Sweep:
         self.args = args
         answers = self.run_of("responses", "seed=0")
         generate.run(answers)
-        self.responses = answers / "responses"
+        cache.run(answers)
+        self.given = [answers / "responses", answers / "cache"]
         config = answers.config
         self.model, tokenizer = load_model(config.backbone, torch.device("cpu")), load_tokenizer(config.backbone)
         self.ends = frozenset(ends_of(self.model.generation_config, tokenizer))
@@ -85,8 +87,9 @@ class Sweep:
         """The cell's run folder, with its head."""
         words = (f"seed={cell.seed}", f"distill.loss=[{cell.loss}]", f"distill.init={cell.init}")
         run = self.run_of(cell.name, *words, f"distill.learning_rate={cell.rate}")
-        if not (run / "responses").exists():
-            shutil.copytree(self.responses, run / "responses")
+        for folder in self.given:
+            if not (run / folder.name).exists():
+                shutil.copytree(folder, run / folder.name, copy_function=os.link)
         if not (run / "heads").exists():
             print(f"\n{cell.name}", flush=True)
             distill.run(run)

@@ -172,11 +172,8 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
         raise UserError(
             f"--redo {redo}: exit-heads {said} does not run that stage. Use `exit-heads {use} --redo {redo}`."
         )
-    if verb == "run" and (together := int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("WORLD_SIZE", 1)))) > 1:
-        raise UserError(
-            f"srun or torchrun started {together} processes, and each would run every stage. Start the stages one by "
-            "one: slurm/distill.sh does; only distill (and generate, which shares its work) are for several processes."
-        )
+    if (together := int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("WORLD_SIZE", 1)))) > 1:
+        _check_several(verb, redo, together)
     stages = {name: _stage(name) for name in chosen}
     for stage in stages.values():  # before --redo removes anything, and before an early stage works for an hour
         if hasattr(stage, "check"):
@@ -191,6 +188,21 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
         from .report import closing_table
 
         closing_table(run)
+
+
+def _check_several(verb: str, redo: str | None, together: int) -> None:
+    """Raises UserError for what only one process may do."""
+    if verb == "run":
+        raise UserError(
+            f"srun or torchrun started {together} processes, and each would run every stage. Start the stages one by "
+            "one: slurm/distill.sh does; only distill (and generate, which shares its work) are for several processes."
+        )
+    if redo is not None:
+        raise UserError(
+            f"--redo {redo}: srun or torchrun started {together} processes, and a late one would remove what the others "
+            f"have begun. Run `exit-heads {verb} --redo {redo}` once without them, which removes the stage (and makes it "
+            "anew as far as one machine can), or give another run.name."
+        )
 
 
 def stages_of(config: Config) -> tuple[str, ...]:

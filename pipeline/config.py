@@ -72,6 +72,21 @@ class Machine:
         1800.0, "seconds that distill processes wait for one another before they say who is missing and stop"
     )
 
+    @property
+    def processes(self) -> int:
+        """Of distill, on all nodes."""
+        return self.nodes * self.processes_per_node
+
+    def processes_of_a_copy(self) -> int:
+        """Distill processes that share one copy of the backbone. Raises UserError if they cannot be divided so."""
+        if self.shard_degree and self.processes % self.shard_degree:
+            raise UserError(
+                f"machine.shard_degree={self.shard_degree}: does not divide the {self.processes} processes "
+                "(machine.nodes x machine.processes_per_node); take those of a node, "
+                f"{self.processes_per_node}, or 0 for all"
+            )
+        return self.shard_degree or self.processes
+
 
 @dataclass
 class Backbone:

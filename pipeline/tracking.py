@@ -6,10 +6,10 @@ every file inside the run folder, no host or folder name in what is logged. Know
 """
 
 import contextlib
-import hashlib
 import json
 import netrc
 import os
+import secrets
 import struct
 import sys
 import threading
@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from .config import Wandb, to_dict, without_folders
-from .rundir import RunDir, atomic_write
+from .rundir import RunDir, atomic_path, atomic_write
 
 INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline
 FINISH_TIMEOUT = 120.0  # seconds for the last upload; what is left stays in the run folder, `wandb sync` sends it
@@ -163,8 +163,19 @@ def _lacking(wandb_run: Any, lines: list[str], folder: Path) -> list[dict[str, A
     figures = [json.loads(line) for line in lines]
     if not wandb_run.offline:
         return [each for each in figures if each["step"] >= wandb_run.step]
-    written = {step for file in folder.rglob("run-*.wandb") for step in _steps_in(file)}
+    written = {step for file in folder.rglob("run-*.wandb") for step in _readable_steps(file)}
     return [each for each in figures if each["step"] not in written]
+
+
+def _readable_steps(file: Path) -> list[int]:
+    """Those before the first record that cannot be read; what lies behind it is then logged once more."""
+    steps: list[int] = []
+    try:
+        for step in _steps_in(file):
+            steps.append(step)  # noqa: PERF402 what was read before the error counts
+    except Exception as error:  # protobuf's, the disk's, or of numbers that are none
+        warn("distill", f"W&B's file {file} is damaged ({type(error).__name__}); what it may lack is logged once more")
+    return steps
 
 
 def _steps_in(file: Path) -> Iterator[int]:
@@ -205,7 +216,7 @@ def start_wandb(run: RunDir, stage: str) -> Any:
             project=config.project,
             entity=config.entity,
             name=run.config.run.name,
-            id=wandb_id(run.path),
+            id=wandb_id(run / "wandb"),
             resume="allow" if mode == "online" else None,
             dir=str(run / "wandb"),
             mode=mode,
@@ -261,9 +272,17 @@ def _netrc_login() -> bool:
     return False
 
 
-def wandb_id(path: Path) -> str:
-    """The same for the same run folder, so that a resumed run goes on under its id."""
-    return "exit-heads-" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+def wandb_id(folder: Path) -> str:
+    """The same for all that is logged into this folder, so that a resumed run goes on under its id.
+
+    Random, and kept in the folder, which --redo distill removes: W&B would drop the steps of a training that begins
+    anew under an old id. No hash of the path: in containers that of two users may be the same.
+    """
+    path = folder / "run-id"
+    if not path.exists():
+        with atomic_path(path, once=True) as temporary:
+            temporary.write_text(f"exit-heads-{secrets.token_hex(6)}\n")
+    return path.read_text().strip()
 
 
 def wandb_folders(folder: Path) -> dict[str, str]:

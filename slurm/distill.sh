@@ -25,11 +25,11 @@
 : "${EH_NODES=}"         # of distill; default: machine.nodes of the config
 : "${EH_GPUS=}"          # of each node of distill, such as 8 or h100:8; each gets a process. Default: no GPUs
 one_gpu=${EH_GPUS:+${EH_GPUS%"${EH_GPUS##*:}"}1}
-: "${EH_GENERATE_GPUS=$one_gpu}" # of each task; more with machine.device_map=auto
-: "${EH_CACHE_GPUS=$one_gpu}"
-: "${EH_EVALUATE_GPUS=$one_gpu}"
+: "${EH_GENERATE_GPUS=$one_gpu}" # of each task; more with machine.device_map=auto: exit-heads plan says how many
+: "${EH_EVALUATE_GPUS=$one_gpu}" # likewise
+: "${EH_CACHE_GPUS=$EH_EVALUATE_GPUS}" # of each task
 : "${EH_PUBLISH_GPUS=$EH_EVALUATE_GPUS}" # it tries the folder on the backbone
-: "${EH_PROCESSES=${EH_GPUS##*:}}" # of each node of distill; default without GPUs: machine.processes_per_node
+: "${EH_PROCESSES=}"     # of each node of distill; default: one a GPU, without GPUs machine.processes_per_node
 : "${EH_CPUS=4}"         # stage; of each process
 : "${EH_MEM=}"           # stage; of each node, such as 200G, or 0 for all of it. Default: what the cluster gives
 : "${EH_TIME=04:00:00}"  # stage; generate, cache and distill go on in a new start when it is over
@@ -77,6 +77,15 @@ progress() {
         -type f ! -name '.*' ! -name metrics.jsonl -printf '%p %s\n' | sort | cksum
 }
 
+# stuck FOLDER FILE: the time of this job is over; whether it was so twice before at the very same place. FILE keeps the
+# places. Starts that were cut short by a more urgent job or a lost node are not counted: they say nothing of the time.
+stuck() {
+    local place
+    place=$(progress "$1")
+    echo "$place" >>"$2"
+    [ "$(tail -n 3 "$2" | grep -cxF "$place")" = 3 ]
+}
+
 # Whether this job has to make room for another one. Slurm puts such a job back into the queue when its grace is over,
 # but one whose processes have saved and ended before that would count as failed.
 preempted() { scontrol show job -o "$1" | grep -q ' PreemptTime=[0-9]'; }
@@ -84,12 +93,11 @@ preempted() { scontrol show job -o "$1" | grep -q ' PreemptTime=[0-9]'; }
 # stage NAME FOLDER WORDS...: with the resources of this job. It ends with 138 when USR1 before the time limit has stopped
 # it, with 143 when TERM has, with 75 when another process vanished; then this very job starts again and goes on.
 stage() {
-    local name=$1 folder=$2 code=0 starts=$((${SLURM_RESTART_COUNT:-0} + 1)) flags before job=$SLURM_JOB_ID words
+    local name=$1 folder=$2 code=0 starts=$((${SLURM_RESTART_COUNT:-0} + 1)) flags job=$SLURM_JOB_ID words
     shift 2
     # Not the task's own id: that of the last task is the array's, and would start all of them again.
     [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     say "$(date '+%F %T') $name: job $job, start $starts, on $SLURM_JOB_NODELIST"
-    before=$(progress "$folder")
     split "$EH_SRUN"
     # Rank 0 has so many seconds to write when the others have ended; and they wait no longer for one that never began.
     # Not --kill-on-bad-exit: of a stage that saved and ended, it would make one that was killed.
@@ -99,13 +107,11 @@ stage() {
     export PYTHONUNBUFFERED=1 TQDM_MININTERVAL="${TQDM_MININTERVAL:-60}" # seconds: a log is no terminal
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} \
         srun "${flags[@]}" "${words[@]}" exit-heads "$name" "$@" || code=$?
-    if [ "$code" = 138 ] || [ "$code" = 75 ] || { [ "$code" = 143 ] && preempted "$job"; }; then
-        if [ "$starts" -gt 3 ] && [ "$(progress "$folder")" = "$before" ]; then
-            say "$name ended with $code and got no further than the start before; is its time limit too short?"
-        else
-            say "$(date '+%F %T') $name ended with $code; job $job starts again and goes on"
-            scontrol requeue "$job" || say "job $job could not be put back into the queue"
-        fi
+    if [ "$code" = 138 ] && stuck "$folder" "$folder/logs/.$name-$job.places"; then
+        say "$name was stopped for its time at the same place three times; is its time limit too short?"
+    elif [ "$code" = 138 ] || [ "$code" = 75 ] || { [ "$code" = 143 ] && preempted "$job"; }; then
+        say "$(date '+%F %T') $name ended with $code; job $job starts again and goes on"
+        scontrol requeue "$job" || say "job $job could not be put back into the queue"
     fi
     exit "$code"
 }
@@ -176,7 +182,7 @@ run_here() {
 }
 
 main() {
-    local dry='' here='' word words=() values run_name folder logs nodes processes stages
+    local dry='' here='' word words=() values run_name folder logs nodes gpus processes stages
     while [ $# -gt 0 ]; do
         case $1 in
         --dry-run) dry=1 ;;
@@ -192,18 +198,24 @@ main() {
     done
     # A mistake in the config is found here, not by a job that has waited for its turn.
     values=$(exit_heads run "${words[@]}" --show-config run.dir run.name machine.nodes machine.processes_per_node \
-        distill.teacher) || exit $?
+        machine.device distill.teacher) || exit $?
     mapfile -t values <<<"$values"
     run_name=${values[1]} folder=${values[0]}/${values[1]} logs=${values[0]}/${values[1]}/logs
     stages=(generate cache distill evaluate publish)
-    [ "${values[4]}" = cached ] || stages=(generate distill evaluate publish)
+    [ "${values[5]}" = cached ] || stages=(generate distill evaluate publish)
     if [ -n "$here" ] || { [ -z "$dry" ] && ! command -v sbatch >/dev/null; }; then
         run_here
         return
     fi
     nodes=${EH_NODES:-${values[2]}}
     [ -n "$EH_NODES" ] || [ "${SLURM_JOB_NUM_NODES:-1}" = 1 ] || nodes=$SLURM_JOB_NUM_NODES
-    processes=${EH_PROCESSES:-${values[3]}}
+    gpus=$(knob distill GPUS)
+    processes=${EH_PROCESSES:-${gpus##*:}}
+    if [ -z "$processes" ] && [ "${values[3]}" -gt 1 ] && [ "${values[4]}" != cpu ]; then
+        say "machine.processes_per_node=${values[3]}: a process for each GPU, and no GPUs are asked for. Set" \
+            "EH_GPUS=${values[3]}, or give machine.device=cpu, or EH_PROCESSES where other flags ask for GPUs" && exit 2
+    fi
+    processes=${processes:-${values[3]}}
     words+=("machine.nodes=$nodes" "machine.processes_per_node=$processes")
     [ -n "$dry" ] || mkdir -p "$logs" # Slurm makes no folder for what a job prints
     # What describes the job that submits would be taken for a wish of those that are submitted.

@@ -208,15 +208,24 @@ def ended(pid: int) -> int:
 def test_two_processes_make_one_cache(tmp_path, backbone, alone):
     words, log = words_of(tmp_path, backbone), torture.Log()
     here = TeacherCache(tmp_path / "run" / "cache")
-    with contextlib.ExitStack() as held:  # until both have seen that there is nothing for them: so that both get some
-        for name in files(alone):
-            held.enter_context(here.claims.hold(name))
+    with contextlib.ExitStack() as everything:
+        held = {path.name: contextlib.ExitStack() for path in alone.glob("shard-*")}
+        for name, claim in held.items():
+            everything.enter_context(claim).enter_context(here.claims.hold(name))
         both = [torture.start("none", words, log) for _ in range(2)]
         while str(log).count("waiting for other processes") < 2:
             assert os.waitpid(-1, os.WNOHANG) == (0, 0), str(log)
+        # Each makes one while the other stands still, so that both certainly have a share.
+        for name, works, stands in zip(sorted(held), both, reversed(both), strict=False):
+            os.kill(stands, signal.SIGSTOP)
+            held[name].close()
+            while here.entry(name) is None:
+                assert os.waitpid(works, os.WNOHANG) == (0, 0), str(log)
+            os.kill(stands, signal.SIGCONT)
     assert [ended(pid) for pid in both] == [0, 0], str(log)
     assert files(here.folder) == files(alone)
-    assert {here.entry(name)["made"]["worker"].rpartition("-")[2] for name in here.names()} <= {str(p) for p in both}
+    makers = [here.entry(name)["made"]["worker"].rpartition("-")[2] for name in here.names()]
+    assert makers[:2] == [str(pid) for pid in both] and set(makers) == set(makers[:2])
 
 
 @pytest.mark.slow

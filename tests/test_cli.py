@@ -125,6 +125,21 @@ def test_redo_of_a_stage_that_never_ran_runs_it(tmp_path: Path) -> None:
     assert ran == ["distill"]
 
 
+@pytest.mark.parametrize("several", ["SLURM_STEP_NUM_TASKS", "WORLD_SIZE"])
+def test_redo_is_for_one_process(several: str, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A late one of four would remove what the first has begun."""
+    words = ["distill", f"run.dir={tmp_path}"]
+    call(words)
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    monkeypatch.setenv(several, "4")
+    assert call([*words, "--redo", "distill"]) == 2
+    err = capsys.readouterr().err
+    assert "--redo distill: srun or torchrun started 4 processes" in err and "another run.name" in err
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+    monkeypatch.setenv(several, "1")
+    assert call([*words, "--redo", "distill"]) == 0 and ran == ["distill"] * 2
+
+
 @pytest.mark.parametrize("teacher", ["online", "cached"])
 def test_run_does_all_in_order_and_skips_what_is_done(teacher: str, tmp_path: Path, capsys) -> None:
     words = [f"run.dir={tmp_path}", f"distill.teacher={teacher}"]

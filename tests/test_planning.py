@@ -176,6 +176,17 @@ def test_a_cached_teacher_costs_disk_and_saves_time() -> None:
     assert [stage.name for stage in cached.stages] == ["generate", "cache", "distill", "evaluate"]
 
 
+def test_a_cached_teacher_is_read_by_every_node() -> None:
+    """Four nodes share the 128 sequences of a step; of each token three exit layers' hidden states and the final one."""
+    config = ROOT / "configs/llama2-70b.yaml"
+    online, cached = make(load(config, [])), make(load(config, ["distill.teacher=cached"]))
+    assert online.step.cache_read == 0 and cached.step.cache_read == 128 * 2048 * 4 * 8192 * 2 / 4
+    assert not [row for table in tables.full(online) for row in table.rows if row[0] == "reading the cache"]
+    (row,) = [row for table in tables.full(cached) for row in table.rows if row[0] == "reading the cache"]
+    rate = cached.step.cache_read / cached.step.seconds / 1e9
+    assert row[2].startswith(f"4.00 GiB on each node; at {tables.number(rate)} GB/s another ")
+
+
 def test_what_depends_on_an_unknown_number_of_prompts_is_left_out() -> None:
     p = make(load(ROOT / "configs/llama2-70b.yaml", ["generate.num_prompts=0"]))
     assert [stage.name for stage in p.stages] == ["distill", "evaluate"]

@@ -10,8 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,6 +26,7 @@ from pipeline.planning.architecture import Architecture, facts
 from pipeline.planning.hardware import GPUS, Layout
 from pipeline.stages.plan import architecture_of, make
 from pipeline.training.module import Engine
+from pipeline.training.sharding import make_mesh, shard_backbone, shard_engine, shard_head
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if load(p, []).backbone.name_or_path in facts()]
@@ -96,14 +95,13 @@ def test_only_plan_reads_the_shipped_facts() -> None:
 
 def sharded_bytes(model: Any, config: Config, world: int, rank: int) -> tuple[int, int]:
     """(backbone, one exit head in float32): bytes that a process holds of the real modules, cut on the meta device."""
-    degree = config.machine.shard_degree or world
-    shape, names = ((world,), ("shard",)) if degree == world else ((world // degree, degree), ("replicate", "shard"))
     with processes(world, rank):
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        mesh = make_mesh("cpu", world, config.machine.shard_degree)
         with torch.device("meta"):
-            head = type(model.model.layers[-1])(model.config, layer_idx=0)
-        for unit in (model.model.embed_tokens, *model.model.layers, model.lm_head, head, model):
-            fully_shard(unit, mesh=mesh)
+            head = new_exit_layer(model)
+        shard_backbone(model, mesh)
+        shard_head(head, mesh, model.dtype)
+        shard_engine(model, [head], mesh)
         mine = [[p.to_local() for p in module.parameters()] for module in (model, head)]
         return tuple(sum(p.numel() * p.element_size() for p in ps) for ps in mine)  # type: ignore[return-value]
 
@@ -163,16 +161,12 @@ def small_engine(fields: dict[str, Any], config: Config) -> Engine:
     dtype = getattr(torch, config.backbone.dtype)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype).requires_grad_(False).eval()
     heads = [new_exit_layer(model) for _ in config.distill.exit_layers]
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for unit in (model.model.embed_tokens, *model.model.layers, model.lm_head):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    mesh = make_mesh("cpu", dist.get_world_size(), config.machine.shard_degree)
+    shard_backbone(model, mesh)
     engine = Engine(model, config.distill.exit_layers, heads, config)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for head in heads:
-        fully_shard(head, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-    fully_shard(engine, mesh=mesh)
-    for head in heads:
-        head.set_modules_to_backward_prefetch([head])
+        shard_head(head, mesh, dtype)
+    shard_engine(engine, heads, mesh)
     return engine
 
 

@@ -21,7 +21,7 @@ from pipeline.cli import main
 from pipeline.config import Machine
 from pipeline.errors import LostError, UserError
 from pipeline.training import meeting, watch
-from pipeline.training.launch import Place, find_place
+from pipeline.training.launch import Place, find_place, own_device
 from pipeline.training.meeting import Member, described, meet, ranks_of
 from pipeline.training.rank_log import rank_log
 
@@ -54,6 +54,28 @@ def test_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     again = find_place(Machine(nodes=2, processes_per_node=2))
     assert again.port != place.port and again.attempt != place.attempt, "what is left of the first start is not met"
+
+
+def test_one_process_in_a_shell_of_srun_starts_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in (SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).items():
+        monkeypatch.setenv(key, value)
+    place = find_place(Machine(processes_per_node=8))
+    assert (place.rank, place.world_size, place.starts_others) == (0, 8, True)
+    with pytest.raises(UserError, match="srun started 1"):
+        find_place(Machine(nodes=2, processes_per_node=4))
+
+
+def test_each_process_has_a_gpu_of_its_own_or_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    two, gpu = places(4, nodes=2)[:2], torch.device("cuda")
+    assert own_device(CPU, two[1]) == CPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(own_device(gpu, place)) for place in two] == ["cuda:0", "cuda:1"]
+    assert str(own_device(torch.device("cuda:1"), places(1)[0])) == "cuda:1"
+    with pytest.raises(UserError, match=r"machine\.device=cuda:1: one GPU for 4 processes"):
+        own_device(torch.device("cuda:1"), two[0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"process 1 of n1 has no GPU, it sees 1 .*CUDA_VISIBLE_DEVICES"):
+        own_device(gpu, two[1])
 
 
 def test_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +165,33 @@ def test_other_versions_on_one_node_are_named(monkeypatch: pytest.MonkeyPatch) -
     for error in at_once([lambda p=p: meet(p, CPU, 30) for p in places(4, nodes=2)]):
         assert isinstance(error, UserError) and "ranks 2-3: torch 1.0" in str(error)
         assert f"ranks 0-1: torch {torch.__version__}" in str(error)
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_who_fails_before_the_meeting_tells_those_who_come(who: int) -> None:
+    def come(place: Place) -> object:
+        with meeting.before_meeting(place):
+            if place.rank == who:
+                raise UserError("its disk is not there\nsecond line")
+        return meet(place, CPU, 100)
+
+    started = time.monotonic()
+    found = at_once([lambda p=p: come(p) for p in places(4, nodes=2)])
+    assert time.monotonic() - started < 50, "nobody waited for a time limit"
+    assert str(found.pop(who)) == "its disk is not there\nsecond line"
+    for error in found:
+        assert str(error) == f"rank {who} on n{who // 2 + 1} ended before all had met: its disk is not there"
+
+
+def test_all_who_fail_before_the_meeting_end_at_once() -> None:
+    def fail(place: Place) -> None:
+        with meeting.before_meeting(place):
+            raise UserError(f"no {place.rank}")
+
+    started = time.monotonic()
+    found = at_once([lambda p=p: fail(p) for p in places(4, nodes=2)])
+    assert [str(error) for error in found] == [f"no {rank}" for rank in range(4)]
+    assert time.monotonic() - started < 50
 
 
 def test_a_line_a_node() -> None:

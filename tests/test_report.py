@@ -173,7 +173,7 @@ def test_the_report_is_mirrored_offline(run, results) -> None:
     seen = records(run)
     [log] = [r["history"]["item"] for r in seen if r["type"] == "history"]
     [started] = [r["run"] for r in seen if r["type"] == "run"]
-    assert started["run_id"] == tracking.wandb_id(run.path), "the run of distill, not another"
+    assert started["run_id"] == tracking.wandb_id(run / "wandb"), "the run of distill, not another"
     assert log["_step"] == 8, "behind what distill logged"
     page = report.blocks(results)
     assert {k.split(".")[0] for k, v in log.items() if v == "image-file"} == {

@@ -75,6 +75,29 @@ def test_a_signal_saves_at_the_step_boundary_and_the_run_goes_on(
     assert_same(run, undisturbed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_the_first_validation_stops_behind_the_first_step(
+    tmp_path, undisturbed, backbone, monkeypatch, capsys, number
+):
+    """Where Lightning's own handler of SIGTERM would end the run as if it were done."""
+    run = prepare(tmp_path, backbone, PASSES)
+    plain = Distillation.validate
+
+    def validate(self, step):
+        if step == 0:
+            os.kill(os.getpid(), number)
+        return plain(self, step)
+
+    monkeypatch.setattr(Distillation, "validate", validate)
+    with pytest.raises(SystemExit) as ended:
+        distill.run(run)
+    assert ended.value.code == 128 + number and f"{number.name}: saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert names(run / "checkpoints") == ["step-00000001.ckpt"]
+    distill.run(run)
+    assert_same(run, undisturbed)
+
+
 # ---- damaged checkpoints
 
 

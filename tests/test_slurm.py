@@ -18,14 +18,17 @@ from slurm_cluster import NODES, Cluster
 from test_tracking import lines, rows, segments
 
 from pipeline import rundir
-from pipeline.config import to_dict
+from pipeline.config import load, to_dict
+from pipeline.planning.architecture import facts
 from pipeline.rundir import RunDir
+from pipeline.stages.plan import make
 
 STAGES = tuple(name for name in rundir.STAGES if name != "cache")
 """Of a teacher that is online."""
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "slurm" / "distill.sh"
+LARGE = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if load(p, []).backbone.name_or_path in facts()]
 KNOBS = {"EH_SETUP": ":", "EH_CPUS": "1", "EH_TIME": "30"}
 
 
@@ -59,7 +62,7 @@ def dry(folder: Path, *words: str, **more: str) -> list[list[str]]:
 
 def flags(command: list[str]) -> dict[str, str]:
     """Of sbatch, and what it was given behind them, under ''."""
-    end = command.index(str(SCRIPT))
+    end = command.index("--stage") - 1
     found = dict(word.lstrip("-").partition("=")[::2] for word in command[1:end])
     return found | {"": command[end + 1 :]}
 
@@ -99,10 +102,57 @@ def test_knobs_reach_the_stages_they_are_for(tmp_path: Path) -> None:
 
 
 def test_the_config_says_how_many_nodes_unless_a_knob_does(tmp_path: Path) -> None:
-    words = ["machine.nodes=3", "machine.processes_per_node=2"]
+    words = ["machine.nodes=3", "machine.processes_per_node=2", "machine.device=cpu"]
     assert flags(dry(tmp_path, *words)[1])["nodes"] == "3"
     distill = flags(dry(tmp_path, *words, EH_NODES="5")[1])
     assert distill["nodes"] == "5" and distill["ntasks-per-node"] == "2" and distill[""][-2] == "machine.nodes=5"
+
+
+@pytest.mark.parametrize(
+    ("words", "knobs", "processes"),
+    [
+        ([], {"EH_GPUS": "8"}, "8"),
+        ([], {"EH_DISTILL_GPUS": "h100:8"}, "8"),
+        ([], {"EH_GPUS": "8", "EH_DISTILL_GPUS": "4"}, "4"),
+        ([], {"EH_PROCESSES": "2"}, "2"),
+        ([], {"EH_GPUS": "8", "EH_PROCESSES": "2"}, "2"),
+        (["machine.device=cpu"], {}, "4"),
+    ],
+)
+def test_a_process_for_each_gpu(tmp_path: Path, words: list[str], knobs: dict[str, str], processes: str) -> None:
+    distill = flags(dry(tmp_path, "machine.processes_per_node=4", *words, **knobs)[1])
+    assert distill["ntasks-per-node"] == processes and distill[""][-1] == f"machine.processes_per_node={processes}"
+
+
+def commands_of(config: Path) -> list[str]:
+    """Those for this script that stand in a config's comments, each made one line."""
+    comments = "\n".join(line.lstrip("# ") for line in config.read_text().splitlines() if line.startswith("#"))
+    return re.findall(r"^(?:EH_\S+ )+bash slurm/distill\.sh .*", comments.replace("\\\n", ""), re.M)
+
+
+@pytest.mark.parametrize("config", LARGE, ids=lambda p: p.stem)
+def test_the_command_in_a_large_config_asks_for_what_is_planned(config: Path) -> None:
+    """As it stands there: GPUs of each stage, of the kind and number that exit-heads plan says."""
+    (command,) = commands_of(config)
+    assert f" --config configs/{config.name}" in command
+    done = subprocess.run(["bash", "-c", f"{command} --dry-run"], cwd=ROOT, env=environment(), capture_output=True,
+                          text=True, timeout=100)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    stages = {line[line.index("--stage") + 1]: flags(line) for line in map(shlex.split, done.stdout.splitlines())}
+    p = make(load(config, []))
+    gpus = {name: int(stage["gpus-per-node"]) for name, stage in stages.items()}
+    evaluate = p.gpus_of(p.evaluate)
+    assert gpus == {"generate": p.gpus_of(p.generate), "distill": p.layout.per_node, "evaluate": evaluate,
+                    "publish": evaluate}  # fmt: skip
+    distill = stages["distill"]
+    assert int(distill["nodes"]) * int(distill["ntasks-per-node"]) == p.layout.processes
+
+
+@pytest.mark.parametrize("config", LARGE, ids=lambda p: p.stem)
+def test_a_config_for_gpus_is_refused_without(config: Path, tmp_path: Path) -> None:
+    done = bash(tmp_path, "--dry-run", "--config", str(config))
+    assert done.returncode == 2 and not done.stdout
+    assert re.search(r"machine\.processes_per_node=(\d): .* EH_GPUS=\1, or give machine\.device=cpu", done.stderr)
 
 
 @pytest.mark.parametrize(
@@ -134,6 +184,44 @@ def test_without_slurm_the_stages_run_in_turn_until_one_fails(tmp_path: Path) ->
     done = bash(tmp_path, "--local", *words, PATH=path)
     assert done.returncode == 3 and "stage publish ended with 3" in done.stderr
     assert done.stdout.splitlines() == [f"{stage}|{'|'.join(words)}|" for stage in STAGES[:-1]]
+
+
+# ---- the job of a stage, with an srun that ends as told
+
+
+@pytest.mark.parametrize(
+    ("ends", "again"),
+    [
+        ("138+ 138+ 138+ 75 143 75 75 75", 8),  # a lost node and a more urgent job are never the job's own fault
+        ("138 138 138", 2),
+        ("138 138 138+ 138 138", 4),
+        ("138 75+ 138 138 138", 4),
+        ("75 138 143 138 75 138", 5),
+        ("2", 0),
+        ("137", 0),
+    ],
+)
+def test_a_job_is_given_up_when_its_time_brings_nothing(tmp_path: Path, ends: str, again: int) -> None:
+    """`ends`: of each start the exit code, with + if it had got any further. `again`: how many were started again."""
+    folder, tools, asked = tmp_path / "my run", tmp_path / "bin", tmp_path / "asked"
+    (folder / "logs").mkdir(parents=True)
+    tools.mkdir()
+    programs = {
+        "srun": 'echo said >>"$RUN/logs/distill.log"; [ -z "$FURTHER" ] || mktemp "$RUN/saved-XXXXXX"; exit "$CODE"',
+        "scontrol": f'case $1 in show) echo "JobId=7 PreemptTime=2026" ;; *) echo "$*" >>{asked} ;; esac',
+    }
+    for name, text in programs.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    job = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "RUN": str(folder)}
+    for i, end in enumerate(ends.split()):
+        code = end.rstrip("+")
+        told = {"CODE": code, "FURTHER": end[len(code) :], "SLURM_RESTART_COUNT": str(i)}
+        done = bash(tmp_path, "--stage", "distill", str(folder), "seed=1", **job, **told)
+        assert done.returncode == int(code), done.stderr
+    assert (asked.read_text().splitlines() if asked.exists() else []) == ["requeue 7"] * again
+    given_up = again < len(ends.split()) and code == "138"
+    assert ("is its time limit too short?" in done.stderr) == given_up
 
 
 # ---- a real Slurm
@@ -196,13 +284,15 @@ class TestTiny:
 
     def test_the_whole_pipeline(self, cluster: Cluster, tiny, tmp_path: Path) -> None:
         run, words = tiny
+        words = [*words, "distill.teacher=cached"]
         chain = Chain(cluster, tmp_path, *words, EH_ARRAY="2", EH_NODES="2", EH_GPUS="h100:1")
-        assert list(chain.jobs) == list(STAGES)
-        waits = cluster.job(chain["distill"])["Dependency"]
-        assert waits == f"afterok:{chain['generate']}_*(unfulfilled)"
+        assert list(chain.jobs) == list(rundir.STAGES)
+        for stage, before in (("cache", "generate"), ("distill", "cache")):
+            assert cluster.job(chain[stage])["Dependency"] == f"afterok:{chain[before]}_*(unfulfilled)"
         assert cluster.job(chain["publish"])["Dependency"].startswith(f"afterok:{chain['evaluate']}(")
-        assert chain.states() == {stage: {"COMPLETED"} for stage in STAGES}, chain.log("distill")
-        assert sorted(task["ArrayTaskId"] for task in cluster.tasks(chain["generate"])) == ["0", "1"]
+        assert chain.states() == {stage: {"COMPLETED"} for stage in rundir.STAGES}, chain.log("distill")
+        for stage in ("generate", "cache"):
+            assert sorted(task["ArrayTaskId"] for task in cluster.tasks(chain[stage])) == ["0", "1"]
         distill = cluster.job(chain["distill"])
         assert distill["NumNodes"] == "2" and distill["NumTasks"] == "2" and distill["TresPerNode"] == "gres:gpu:h100:1"
         assert [r["stage"] for r in json.loads((run / "run.json").read_text())][-3:] == list(STAGES[1:])

@@ -113,11 +113,13 @@ def test_losses_of_several_processes_and_nodes_equal_a_plain_training_loop(tmp_p
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory, backbone) -> tuple[RunDir, dict[str, list[str]]]:
-    """A run of two processes with two passes a step, this one of them, and what it did in one step and one validation.
+    return traced_run(tmp_path_factory.mktemp("two"), backbone, "machine.processes_per_node=2")
 
-    After every step and validation it is seen to that nothing is whole.
-    """
-    run = prepare(tmp_path_factory.mktemp("two"), backbone, *EXACT, ONE_BY_ONE, "machine.processes_per_node=2")
+
+def traced_run(folder: Path, backbone: Path, *words: str) -> tuple[RunDir, dict[str, list[str]]]:
+    """A run of several processes, this one of them, with two passes a step, and what it did in one step and one
+    validation. After every step and validation it is seen to that nothing is whole."""
+    run = prepare(folder, backbone, *EXACT, ONE_BY_ONE, *words)
     traces: dict[str, list[str]] = {}
 
     def traced(owner: Any, name: str, step: int) -> None:
@@ -167,6 +169,20 @@ def test_a_pass_gathers_each_unit_once_and_reduces_each_head_once(two):
         "c10d::_allgather_base_": 2 * len(GATHERED),
         "c10d::_reduce_scatter_base_": 2 * len(HEADS),
         "c10d::allreduce_": 2,
+        "c10d::broadcast_": 1,
+    }
+
+
+@pytest.mark.slow
+def test_between_copies_only_the_heads_gradients_are_summed(tmp_path, backbone):
+    """Two copies of the backbone, each over two processes, and a pass a step."""
+    words = "machine.processes_per_node=4", "machine.shard_degree=2"
+    trace = traced_run(tmp_path, backbone, *words)[1]["advance"]
+    assert units_of(trace) == [*GATHERED, *(f"FSDP::post_backward_reduce{head}" for head in HEADS)]
+    assert Counter(name for name in trace if name.startswith("c10d::")) == {
+        "c10d::_allgather_base_": len(GATHERED),
+        "c10d::_reduce_scatter_base_": len(HEADS),
+        "c10d::allreduce_": len(HEADS) + 2,
         "c10d::broadcast_": 1,
     }
 

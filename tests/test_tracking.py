@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,43 @@ def test_what_a_killed_start_logged_in_vain_is_logged_once_more(words: list[str]
     assert lines(run) == {step: {"loss": 1 / (step + 1), "val": float(step)} for step in range(6)}
     assert first | second == lines(run)
     assert not set(first) & set(second), "nor is anything there twice"
+
+
+def logged(run: RunDir, after: int, *steps: int) -> None:
+    """One start, from the checkpoint of step `after`."""
+    tracker = Tracker(run, True)
+    tracker.start(after)
+    for step in steps:
+        tracker.log(step, {"loss": float(step)})
+    tracker.finish()
+
+
+def test_a_file_that_w_and_b_cannot_read_stops_nothing(words: list[str], capsys: pytest.CaptureFixture) -> None:
+    run = RunDir(load(None, words))
+    logged(run, -1, 0, 1, 2)
+    (file,) = (run / "wandb").rglob("run-*.wandb")
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[11:13], "little")  # of the first record; a header of 7 bytes stands before it
+    data[14 : 14 + length] = b"\xff" * length
+    file.write_bytes(data)
+    logged(run, 2, 3)
+    assert f"{file} is damaged (DecodeError)" in capsys.readouterr().err
+    shutil.rmtree(file.parent)
+    (second,) = map(rows, segments(run))
+    assert second == lines(run) and list(second) == [0, 1, 2, 3]
+
+
+def test_a_training_that_begins_anew_is_a_run_of_its_own(words: list[str]) -> None:
+    """W&B would drop its steps under the old id, as it has been further; the path is the same, as in a container."""
+    run, ids = RunDir(load(None, words)), []
+    for _ in range(2):
+        logged(run, -1, 0)
+        logged(run, 0, 1)
+        found = segments(run)
+        assert len(found) == 2
+        ids.append({record["run"]["run_id"] for segment in found for record in segment if "run" in record})
+        run.redo("distill")
+    assert all(len(one) == 1 for one in ids) and ids[0] != ids[1]
 
 
 def test_training_goes_on_when_the_process_of_wandb_is_killed(words: list[str], capsys: pytest.CaptureFixture) -> None:

@@ -69,14 +69,7 @@ class Layout:
     @classmethod
     def of(cls, machine: Machine) -> "Layout":
         """Raises UserError if the processes cannot be divided into groups of machine.shard_degree."""
-        processes = machine.nodes * machine.processes_per_node
-        if machine.shard_degree and processes % machine.shard_degree:
-            raise UserError(
-                f"machine.shard_degree={machine.shard_degree}: does not divide the {processes} processes "
-                "(machine.nodes x machine.processes_per_node); take those of a node, "
-                f"{machine.processes_per_node}, or 0 for all"
-            )
-        return cls(processes, machine.processes_per_node, machine.shard_degree or processes)
+        return cls(machine.processes, machine.processes_per_node, machine.processes_of_a_copy())
 
     @property
     def copies(self) -> int:

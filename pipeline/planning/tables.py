@@ -81,6 +81,9 @@ def _step(p: Plan) -> Table:
         ["step", number(s.seconds), f"{s.bound} is the bound; {s.tokens} tokens, {number(rate)} tokens/s"],
         ["step, if nothing overlaps", number(s.compute + s.network), ""],
     ]
+    if s.cache_read:
+        how = f"{number(s.cache_read / GIB)} GiB on each node; at {number(s.cache_read / s.seconds / 1e9)} GB/s"
+        rows.append(["reading the cache", "?", f"{how} another {number(s.seconds)} s"])
     return Table("A step of distill", ["what", "seconds", "of what"], rows)
 
 

@@ -11,7 +11,7 @@ from ..config import Config
 from .architecture import Architecture
 from .hardware import BANDWIDTH_SHARE, Gpu, Layout
 from .memory import giga, prompt_tokens, sequences_of_pass, weight_bytes
-from .storage import set_tokens
+from .storage import cached_bytes, set_tokens
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,12 @@ class Step:
     """Seconds of arithmetic, on every GPU."""
     network: float
     """Seconds of collectives."""
+    cache_read: float
+    """Bytes of the teacher's cache that every node reads, within the step; 0 of a teacher that is online."""
 
     @property
     def seconds(self) -> float:
-        """When one hides the other completely, as FSDP tries to."""
+        """When one hides the other completely, as FSDP tries to, and reading the cache takes no time."""
         return max(self.compute, self.network)
 
     @property
@@ -96,6 +98,7 @@ def step(a: Architecture, config: Config, layout: Layout, gpu: Gpu) -> Step:
         gathered=passes * (backbone + heads * a.layer * (w + 4)) * (layout.degree - 1) / layout.degree,
         compute=flops / layout.processes / rate(config, gpu),
         network=passes * seconds,
+        cache_read=0 if online else tokens * cached_bytes(a, heads, w) * layout.per_node / layout.processes,
     )
 
 

@@ -10,7 +10,6 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ from ..rundir import RunDir, atomic_path
 from ..tracking import Tracker
 from ..training import data, terms
 from ..training.cache import Lessons, TeacherCache
-from ..training.callbacks import Checkpoints, Preemption, Recorder, Throughput
+from ..training.callbacks import Checkpoints, Preemption, Recorder, Signals, Throughput
 from ..training.checkpoints import WholeFile, newest_intact
-from ..training.launch import Place, find_place, workers
+from ..training.launch import Place, find_place, own_device, workers
 from ..training.loading import check_checkpoint
+from ..training.meeting import before_meeting
 from ..training.module import Distillation
 from ..training.rank_log import RankLog, rank_log
 from ..training.sharding import check_mesh
@@ -55,18 +55,21 @@ def run(run: RunDir) -> None:
         if place.rank == 0:
             print("distill: done already")
         return
-    # Before the stage is marked begun, so that a mistake found here can be corrected without --redo.
-    num_layers = backbones.load_config(run.config.backbone).num_hidden_layers
-    backbones.check_exit_layers(run.config.distill.exit_layers, num_layers)
-    device = backbones.device_of(run.config.machine.device)
-    check_mesh(run.config.machine)
-    manifest, train, validation, counts = read(run, place)
-    fingerprint = manifest["backbone"]["fingerprint"]
-    lessons = open_lessons(run, manifest["backbone"], train, validation)
-    check_checkpoint(run.config.backbone, fingerprint, run.config.distill.exit_layers, run.config.distill.init)
-    mark: AbstractContextManager = run.stage("distill", inputs) if place.rank == 0 else contextlib.nullcontext({})
-    helpers = workers(place, run / "config.yaml", run.config.machine.processes_per_node)
-    with mark as summary, rank_log(run / "logs", place) as log, quiet(), helpers:
+    with contextlib.ExitStack() as stack:
+        with before_meeting(place):
+            # Before the stage is marked begun, so that a mistake found here can be corrected without --redo.
+            num_layers = backbones.load_config(run.config.backbone).num_hidden_layers
+            backbones.check_exit_layers(run.config.distill.exit_layers, num_layers)
+            device = own_device(backbones.device_of(run.config.machine.device), place)
+            check_mesh(run.config.machine)
+            manifest, train, validation, counts = read(run, place)
+            fingerprint = manifest["backbone"]["fingerprint"]
+            lessons = open_lessons(run, manifest["backbone"], train, validation)
+            check_checkpoint(run.config.backbone, fingerprint, run.config.distill.exit_layers, run.config.distill.init)
+            summary = stack.enter_context(run.stage("distill", inputs)) if place.rank == 0 else {}
+        log = stack.enter_context(rank_log(run / "logs", place))
+        stack.enter_context(quiet())
+        stack.enter_context(workers(place, run / "config.yaml", run.config.machine.processes_per_node))
         module, throughput = fit(run, place, device, log, fingerprint, train, validation, lessons)
         if place.rank == 0:
             save_heads(run, module, num_layers, manifest["backbone"])
@@ -124,14 +127,15 @@ def fit(
     (run / "checkpoints").mkdir(exist_ok=True)
     throughput = Throughput()
     checkpoints = Checkpoints(run / "checkpoints", d.checkpoint_every)
-    preemption = Preemption(checkpoints)
+    signals = Signals()
+    preemption = Preemption(checkpoints, signals)
     recorder = Recorder(Tracker(run, place.rank == 0), throughput, d.validate_every, d.max_steps, place.rank == 0)
     module = Distillation(run.config, fingerprint, train, validation, lessons)
     try:
         with together(place, device, run.config.machine.timeout, log) as watch:
             resumed = agree_on_checkpoint(run / "checkpoints", place)
             checkpoints.kept += [resumed] if resumed else []
-            callbacks = [throughput, recorder, checkpoints, preemption, Progress(watch)]
+            callbacks = [signals, throughput, recorder, checkpoints, preemption, Progress(watch)]
             trainer = build_trainer(run, place, device, callbacks)
             trainer.fit(module, ckpt_path=resumed, weights_only=True)
     except SystemExit as error:  # how Lightning ends on Ctrl-C, after switching it off

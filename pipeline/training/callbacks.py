@@ -1,7 +1,8 @@
 """What happens around the steps: speed, logging, validation, checkpoints, preemption, the progress bar.
 
 Takes hooks of the Trainer, writes metrics and checkpoints. The order of the callbacks is the order of a step's
-end: measure, log, validate, show, save, stop. Knows nothing of losses or how weights are sharded.
+end: measure, log, validate, show, save, stop; before all of them come the signals, for the first validation. Knows
+nothing of losses or how weights are sharded.
 """
 
 import signal
@@ -154,16 +155,15 @@ class Checkpoints(Callback):
         return path
 
 
-class Preemption(Callback):
-    """On a signal: finish the step, save, stop. The handler only sets a flag, as a save is a meeting of all
-    processes, which signals reach at different moments. A second Ctrl-C ends the process at once."""
+class Signals(Callback):
+    """From before the first validation a signal sets a flag and nothing else: whatever it asks for is a meeting of all
+    processes, which signals reach at different moments. Lightning's own handler, which this one takes the place of,
+    would talk to the others at once, and end a run that is still validating as if it were done. A second Ctrl-C ends
+    the process."""
 
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-        self.received = 0
-        """The signal that stopped the run, or 0."""
-        self.saved: Path | None = None
-        self._flag = 0
+    def __init__(self) -> None:
+        self.flag = 0
+        """The signal that has come, or 0."""
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
@@ -173,16 +173,6 @@ class Preemption(Callback):
         except ValueError:
             pass  # not the main thread, as in some notebooks: no signals arrive here
 
-    def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
-        flag = torch.tensor([self._flag], device=module.device)
-        if trainer.world_size > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        if not (received := int(flag.item())) or module.finished:
-            return
-        self.received = received
-        self.saved = self.checkpoints.save(trainer)
-        trainer.should_stop = True
-
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         self._restore()
 
@@ -190,11 +180,31 @@ class Preemption(Callback):
         self._restore()
 
     def _handle(self, number: int, _: Any) -> None:
-        if number == signal.SIGINT and self._flag == signal.SIGINT:
+        if number == signal.SIGINT and self.flag == signal.SIGINT:
             raise KeyboardInterrupt
-        self._flag = number
+        self.flag = number
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+
+
+class Preemption(Callback):
+    """Behind a step: if a signal has reached any process, save and stop."""
+
+    def __init__(self, checkpoints: Checkpoints, signals: Signals):
+        self.checkpoints, self.signals = checkpoints, signals
+        self.received = 0
+        """The signal that stopped the run, or 0."""
+        self.saved: Path | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
+        flag = torch.tensor([self.signals.flag], device=module.device)
+        if trainer.world_size > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        if not (received := int(flag.item())) or module.finished:
+            return
+        self.received = received
+        self.saved = self.checkpoints.save(trainer)
+        trainer.should_stop = True

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
@@ -59,7 +60,8 @@ def find_place(machine: Machine) -> Place:
             int(env["MASTER_PORT"]), env.get("TORCHELASTIC_RESTART_COUNT", "0"),
             hosts=env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         )  # fmt: skip
-    if "SLURM_STEP_ID" in env and (world > 1 or started > 1):
+    # One process in a step on one node, such as a shell (srun --pty bash), starts the others as on a laptop.
+    if "SLURM_STEP_ID" in env and (started > 1 or machine.nodes > 1):
         _check(machine, started, "srun")
         return _place_under_srun(world, node)
     if "LOCAL_RANK" in env and "MASTER_ADDR" in env and "MASTER_PORT" in env:
@@ -77,6 +79,27 @@ def started_together() -> int:
     if "TORCHELASTIC_RUN_ID" in env:
         return int(env["WORLD_SIZE"])
     return int(env.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_STEP_ID" in env else 1
+
+
+def own_device(device: torch.device, place: Place) -> torch.device:
+    """The device of this process: of several on a node each has the GPU with its number there.
+
+    Raises UserError if there is no such GPU, or if one GPU is named for all.
+    """
+    if device.type != "cuda":
+        return device
+    if place.world_size > 1 and device.index is not None:
+        raise UserError(
+            f"machine.device={device}: one GPU for {place.world_size} processes; machine.device=cuda is all"
+        )
+    index, there = device.index or place.local_rank, torch.cuda.device_count()
+    if index >= there:
+        raise UserError(
+            f"machine.processes_per_node: process {place.local_rank} of {place.node} has no GPU, it sees {there} "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Ask for as many GPUs as "
+            "processes, and let each see all of its node: no --gpus-per-task, no --gpu-bind"
+        )
+    return torch.device("cuda", index)
 
 
 def _place_under_srun(world: int, node: str) -> Place:

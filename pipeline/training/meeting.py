@@ -7,7 +7,8 @@ torch.distributed started on that store. Knows nothing of training.
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -24,6 +25,8 @@ LOOK = 0.2
 """Seconds between two looks at who has come."""
 READ = 10.0
 """Seconds that rank 0 stays for the others to read that not all have come."""
+DECLINE = 60.0
+"""Seconds in which a process that cannot train tries to tell the others."""
 LATER = 30.0
 """Seconds by which torch's own time limit lies behind ours: then the line that names the ranks comes first."""
 
@@ -45,8 +48,9 @@ class Member:
 
 def meet(place: Place, device: torch.device, timeout: float) -> tuple[TCPStore, list[Member]]:
     """Wait for all processes, at most `timeout` seconds behind rank 0: (the store they share, who they are by rank).
+    `device`: of this process.
 
-    Raises UserError, the same on every process that came, if some did not come, or came with other versions.
+    Raises UserError, the same on every process that came, if some did not come, came with other versions, or declined.
     """
     limit = f"machine.timeout={timeout:g}"
     try:
@@ -72,8 +76,31 @@ def meet(place: Place, device: torch.device, timeout: float) -> tuple[TCPStore, 
         raise UserError(f"rank 0 at {place.address} went away while the processes met: {_first(error)}") from None
     if verdict != "complete":
         _leave_after_all_have_read(ours, place)
-        raise UserError(f"{limit}: {verdict}")
+        raise UserError(verdict)
     return store, [_member(ours, rank) for rank in range(place.world_size)]
+
+
+@contextmanager
+def before_meeting(place: Place) -> Iterator[None]:
+    """What each process does before all meet. If one fails there it tells the others, which need not wait for it."""
+    try:
+        yield
+    except Exception as error:
+        if place.world_size > 1 and not place.starts_others:
+            with suppress(DistError):
+                _decline(place, _first(error))
+        raise
+
+
+def _decline(place: Place, reason: str) -> None:
+    ours = PrefixStore(f"meeting {place.attempt}", connect(place, DECLINE, host=place.hosts and place.rank == 0))
+    text = f"rank {place.rank} on {place.node} ended before all had met: {reason}"
+    if place.rank == 0:
+        ours.set("verdict", text)
+        _until(lambda: ours.add("read", 0) + ours.add("declining", 0) >= place.world_size - 1, DECLINE)
+    else:
+        ours.compare_set("declined", "", text)
+        ours.add("declining", 1)
 
 
 def connect(place: Place, timeout: float, host: bool = False) -> TCPStore:
@@ -85,13 +112,15 @@ def connect(place: Place, timeout: float, host: bool = False) -> TCPStore:
 def start_group(store: TCPStore, place: Place, device: torch.device, timeout: float) -> None:
     """torch.distributed, NCCL on GPUs and gloo on CPUs, whose operations wait `timeout` seconds and some more."""
     cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)  # collectives of objects, and whatever names no device, take the current one
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=PrefixStore(f"group {place.attempt}", store),
         rank=place.rank,
         world_size=place.world_size,
         timeout=timedelta(seconds=timeout + LATER),
-        device_id=_own(device, place) if cuda else None,
+        device_id=device if cuda else None,
     )
 
 
@@ -116,14 +145,9 @@ def _introduce(place: Place, device: torch.device) -> Member:
     versions = [f"torch {torch.__version__}", f"lightning {version('lightning')}"]
     name = "CPU"
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(_own(device, place))
+        name = torch.cuda.get_device_name(device)
         versions.append(f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}")  # type: ignore[attr-defined]
     return Member(place.rank, place.node, os.getpid(), name, torch.get_num_threads(), ", ".join(versions))
-
-
-def _own(device: torch.device, place: Place) -> torch.device:
-    """The device of this process: as Lightning has it, the GPU with the number that the process has on its node."""
-    return device if device.index is not None else torch.device(device.type, place.local_rank)
 
 
 def _wait_for_all(store: PrefixStore, world_size: int, timeout: float) -> str | None:
@@ -131,12 +155,15 @@ def _wait_for_all(store: PrefixStore, world_size: int, timeout: float) -> str | 
     absent = set(range(world_size))
     deadline = time.monotonic() + timeout
     while absent := {rank for rank in absent if not store.check([f"member {rank}"])}:
+        if store.check(["declined"]):
+            return store.get("declined").decode()
         if time.monotonic() > deadline:
             there = [_member(store, rank) for rank in range(world_size) if rank not in absent]
             names = "; ".join(f"{node}: {ranks_of(m.rank for m in here)}" for node, here in _by_node(there))
             return (
-                f"{ranks_of(absent)} of {world_size} did not come within {timeout:g} s; there are {names}. Look for "
-                "what the missing ones printed; raise machine.timeout if nodes start slowly"
+                f"machine.timeout={timeout:g}: {ranks_of(absent)} of {world_size} did not come within {timeout:g} s; "
+                f"there are {names}. Look for what the missing ones printed; raise machine.timeout if nodes start "
+                "slowly"
             )
         time.sleep(LOOK)
     members = [_member(store, rank) for rank in range(world_size)]
@@ -149,13 +176,16 @@ def _wait_for_all(store: PrefixStore, world_size: int, timeout: float) -> str | 
 
 
 def _leave_after_all_have_read(store: PrefixStore, place: Place) -> None:
-    """The store dies with rank 0."""
     store.add("read", 1)
-    if place.rank:
-        return
-    there = sum(store.check([f"member {rank}"]) for rank in range(place.world_size))
-    deadline = time.monotonic() + READ
-    while store.add("read", 0) < there and time.monotonic() < deadline:
+    if place.rank == 0:
+        there = sum(store.check([f"member {rank}"]) for rank in range(place.world_size))
+        _until(lambda: store.add("read", 0) >= there, READ)
+
+
+def _until(ready: Callable[[], bool], timeout: float) -> None:
+    """On rank 0, with which the store dies."""
+    deadline = time.monotonic() + timeout
+    while not ready() and time.monotonic() < deadline:
         time.sleep(LOOK)
 
 

@@ -19,14 +19,15 @@ from .launch import Place
 
 
 class RankLog:
-    """Lines with their time, on disk at once."""
+    """Lines with their time, on disk at once. A disk that is full costs lines, and nothing else."""
 
     def __init__(self, file: TextIO):
         self.file = file
 
     def line(self, text: str) -> None:
         if text.strip():
-            self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            with contextlib.suppress(OSError):
+                self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def stacks(self) -> None:
         """What every thread of this process is doing now."""

@@ -13,17 +13,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..config import Machine
-from ..errors import UserError
 
 
 def check_mesh(machine: Machine) -> None:
     """Raises UserError unless the processes can be divided into groups of machine.shard_degree."""
-    world = machine.nodes * machine.processes_per_node
-    if machine.shard_degree and world % machine.shard_degree:
-        raise UserError(
-            f"machine.shard_degree={machine.shard_degree}: does not divide the {world} processes (machine.nodes x "
-            f"machine.processes_per_node); take those of a node, {machine.processes_per_node}, or 0 for all"
-        )
+    machine.processes_of_a_copy()
 
 
 def make_mesh(device_type: str, world_size: int, shard_degree: int) -> DeviceMesh:

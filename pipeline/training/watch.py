@@ -52,15 +52,20 @@ def together(place: Place, device: torch.device, timeout: float, log: RankLog) -
     log.line(f"all have come; this one is on {me.device} with {me.threads} CPU threads, {me.versions}")
     start_group(store, place, device, timeout)
     watch = Watch(place, members, timeout, log)
+    failed = True
     try:
         watch.start()
         yield watch
+        failed = False
     except Exception as error:
         watch.explain(error)
         raise
     finally:
         watch.stop()
-        dist.destroy_process_group()  # else a later run in this process would meet the old group
+        # Else a later run in this process would meet the old group. NCCL would wait here for what the others will
+        # never send; the end of the process, which is near, aborts it.
+        if not (failed and device.type == "cuda"):
+            dist.destroy_process_group()
 
 
 class Progress(Callback):
@@ -173,7 +178,7 @@ class Watch:
         end: tuple[str, int] | None = None  # why this process must end, and its exit code
         deadline = 0.0
         while not self._left.wait(BEAT):
-            found = None
+            found: tuple[str, int] | None = None
             try:
                 self._show()
                 signs.look()
