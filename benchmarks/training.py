@@ -86,7 +86,10 @@ def main() -> None:
     if "memory" in args.part:
         memory()
     if "processes" in args.part:
-        processes(args)
+        if args.device.startswith("cuda") and torch.cuda.device_count() < 2:
+            print(f"processes: left out: two processes need two GPUs, there is {torch.cuda.device_count()}")
+        else:
+            processes(args)
 
 
 # ---- one process
@@ -273,20 +276,16 @@ def processes(args: argparse.Namespace) -> None:
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(3):
         for world, found in rates.items():
-            port, queue = find_free_network_port(), spawn.Queue()
-            workers = [spawn.Process(target=steps, args=(args, rank, world, port, queue)) for rank in range(world)]
-            for worker in workers:
-                worker.start()
-            found.append(min(queue.get(timeout=3600) for _ in workers))
-            for worker in workers:
-                worker.join()
+            port, queue = find_free_network_port(), spawn.SimpleQueue()
+            torch.multiprocessing.spawn(steps, (args, world, port, queue), world)  # raises as soon as one fails
+            found.append(min(queue.get() for _ in range(world)))
     ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
     print("| processes | tokens/s (median of 3 runs) | over one | range |\n|---|---|---|---|")
     print(f"| 1 | {np.median(rates[1]):.0f} | | |")
     print(f"| 2 | {np.median(rates[2]):.0f} | {np.median(ratios):.2f} | {min(ratios):.2f}-{max(ratios):.2f} |\n")
 
 
-def steps(args: argparse.Namespace, rank: int, world: int, port: int, found: Any) -> None:
+def steps(rank: int, args: argparse.Namespace, world: int, port: int, found: Any) -> None:
     """One process of a run: tokens/s of the whole step, all processes', by the clock."""
     torch.set_num_threads(1)
     device = f"cuda:{rank}" if args.device.startswith("cuda") else args.device

@@ -199,9 +199,9 @@ def _check_several(verb: str, redo: str | None, together: int) -> None:
         )
     if redo is not None:
         raise UserError(
-            f"--redo {redo}: srun or torchrun started {together} processes, and a late one would remove what the others "
-            f"have begun. Run `exit-heads {verb} --redo {redo}` once without them, which removes the stage (and makes it "
-            "anew as far as one machine can), or give another run.name."
+            f"--redo {redo}: srun or torchrun started {together} processes, and a late one would remove what the "
+            f"others have begun. Run `exit-heads {verb} --redo {redo}` once without them, which removes the stage "
+            "(and makes it anew as far as one machine can), or give another run.name."
         )
 
 

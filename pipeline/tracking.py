@@ -172,7 +172,7 @@ def _readable_steps(file: Path) -> list[int]:
     steps: list[int] = []
     try:
         for step in _steps_in(file):
-            steps.append(step)  # noqa: PERF402 what was read before the error counts
+            steps.append(step)
     except Exception as error:  # protobuf's, the disk's, or of numbers that are none
         warn("distill", f"W&B's file {file} is damaged ({type(error).__name__}); what it may lack is logged once more")
     return steps

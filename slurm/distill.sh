@@ -77,8 +77,8 @@ progress() {
         -type f ! -name '.*' ! -name metrics.jsonl -printf '%p %s\n' | sort | cksum
 }
 
-# stuck FOLDER FILE: the time of this job is over; whether it was so twice before at the very same place. FILE keeps the
-# places. Starts that were cut short by a more urgent job or a lost node are not counted: they say nothing of the time.
+# stuck FOLDER FILE: this job was stopped; whether it was so twice before at the very same place. FILE keeps the places.
+# Starts that were cut short by a more urgent job are not counted: they say nothing of this one.
 stuck() {
     local place
     place=$(progress "$1")
@@ -107,8 +107,8 @@ stage() {
     export PYTHONUNBUFFERED=1 TQDM_MININTERVAL="${TQDM_MININTERVAL:-60}" # seconds: a log is no terminal
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} \
         srun "${flags[@]}" "${words[@]}" exit-heads "$name" "$@" || code=$?
-    if [ "$code" = 138 ] && stuck "$folder" "$folder/logs/.$name-$job.places"; then
-        say "$name was stopped for its time at the same place three times; is its time limit too short?"
+    if { [ "$code" = 138 ] || [ "$code" = 75 ]; } && stuck "$folder" "$folder/logs/.$name-$job.places"; then
+        say "$name was stopped at the same place three times, last with $code; is its time limit (138) or memory (75) too small?"
     elif [ "$code" = 138 ] || [ "$code" = 75 ] || { [ "$code" = 143 ] && preempted "$job"; }; then
         say "$(date '+%F %T') $name ended with $code; job $job starts again and goes on"
         scontrol requeue "$job" || say "job $job could not be put back into the queue"

@@ -177,7 +177,7 @@ def test_a_cached_teacher_costs_disk_and_saves_time() -> None:
 
 
 def test_a_cached_teacher_is_read_by_every_node() -> None:
-    """Four nodes share the 128 sequences of a step; of each token three exit layers' hidden states and the final one."""
+    """Four nodes share the 128 sequences of a step; of each token four hidden states, the final one among them."""
     config = ROOT / "configs/llama2-70b.yaml"
     online, cached = make(load(config, [])), make(load(config, ["distill.teacher=cached"]))
     assert online.step.cache_read == 0 and cached.step.cache_read == 128 * 2048 * 4 * 8192 * 2 / 4
