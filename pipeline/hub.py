@@ -174,7 +174,7 @@ def _commit(api: HfApi, folder: Path, repo_id: str, tag: str, main: str, ours: b
             raise
         raise UserError(
             f"publish.repo_id={repo_id}: {_host()} does not take the card: {' '.join(str(error).split())}. Set what it "
-            "names (publish.licence, prompts.path) and --redo publish"
+            "names (publish.licence, prompts.path) and make the folder anew, with --redo"
         ) from None
 
 
@@ -310,14 +310,18 @@ def _patiently(what: str, attempt: Callable[[], T]) -> T:
 def _reason(error: BaseException) -> BaseException:
     """What happened, out of what the client wraps it in; with a RuntimeError it ends an upload that it tried six times.
 
-    Raises the error again if it has nothing to do with the connection, as one of this machine's files, which has an
-    errno.
+    Raises the error again if it has nothing to do with the connection.
     """
-    reason = error.__cause__ if isinstance(error.__cause__, CUT_OR_REFUSED) else error
-    of_files = isinstance(reason, OSError) and reason.errno is not None and not isinstance(reason, ConnectionError)
-    if of_files or not isinstance(reason, CUT_OR_REFUSED):
+    reason = error.__cause__ if _is_of_the_hub(error.__cause__) else error
+    if reason is None or not _is_of_the_hub(reason):
         raise error
     return reason
+
+
+def _is_of_the_hub(error: BaseException | None) -> bool:
+    """And not of this machine's files: those have an errno."""
+    of_files = isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
+    return isinstance(error, CUT_OR_REFUSED) and not of_files
 
 
 def _passes(error: BaseException) -> bool:
