@@ -93,14 +93,10 @@ def front_matter(run: RunDir, tags: list[str], relation: str) -> list[str]:
     front: dict[str, Any] = {"library_name": "transformers", **pedigree.licence(run.config)}
     if "/" in name:
         front |= {"base_model": name, "base_model_relation": relation}
-    if datasets := [source for source in pedigree.prompt_licences(run) if _is_dataset(source)]:
+    if datasets := pedigree.datasets(run):
         front["datasets"] = datasets
     front["tags"] = ["speculative-decoding", *tags]
     return ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
-
-
-def _is_dataset(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith("pocket/")
 
 
 def code(language: str, *lines: str) -> list[str]:

@@ -5,7 +5,6 @@ that holds a head. The token is the environment's or the client's own; it is wri
 nothing of how a folder was made or measured.
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -33,7 +32,8 @@ from huggingface_hub.utils import logging as client_logging
 from . import head_folder
 from .config import Config, is_repo_id
 from .errors import UserError
-from .rundir import RunDir, sha256_of
+from .head_folder import digest_of, files_of
+from .rundir import RunDir
 
 ORIGIN = "custom_generate/origin.py"
 TO_MEASURE = ["config.json", "model.safetensors"]
@@ -95,7 +95,7 @@ def _check_unchanged(run: RunDir, folder: Path) -> None:
     digest = digest_of(folder)
     if record.get("sha256", digest) != digest:
         made = (run / "stages" / f"{record['stage']}.json").stat().st_mtime
-        newer = [path for path, file in _files(folder).items() if file.stat().st_mtime > made]
+        newer = [path for path, file in files_of(folder).items() if file.stat().st_mtime > made]
         raise UserError(
             f"{folder}: was changed since it was made and measured ({', '.join(newer) or 'files are gone'}); make it "
             f"anew with --redo {record['stage']}"
@@ -180,7 +180,7 @@ def _commit(api: HfApi, folder: Path, repo_id: str, tag: str, main: str, ours: b
 
 def _contents(folder: Path, repo_id: str, tag: str) -> dict[str, Path | bytes]:
     """Path in the repo -> what will stand there. Only the pushed origin.py names the repo; the folder's own stays."""
-    files: dict[str, Path | bytes] = dict(_files(folder))
+    files: dict[str, Path | bytes] = dict(files_of(folder))
     if ORIGIN in files:
         with tempfile.TemporaryDirectory() as aside:
             (Path(aside) / ORIGIN).parent.mkdir()
@@ -195,14 +195,6 @@ def tag_of(folder: Path, name: str) -> str:
     return f"{plain}-{digest_of(folder)[:12]}"
 
 
-def digest_of(folder: Path) -> str:
-    """64 hex digits of the names and contents of all that is pushed: no hidden files, no __pycache__."""
-    digest = hashlib.sha256()
-    for path, file in _files(folder).items():
-        digest.update(f"{path} {sha256_of(file)}\n".encode())
-    return digest.hexdigest()
-
-
 def _is_tag(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9_-]+-[0-9a-f]{12}", name) is not None
 
@@ -210,16 +202,6 @@ def _is_tag(name: str) -> bool:
 def _is_our_commit(title: str) -> bool:
     """Of a push that was cut before its tag."""
     return title.startswith("Publish ") and _is_tag(title.removeprefix("Publish "))
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Path in the folder -> file. What Jupyter, Python and others leave beside is none of it."""
-    found = {p.relative_to(folder): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {
-        path.as_posix(): file
-        for path, file in found.items()
-        if not any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-    }
 
 
 # ---- down
