@@ -136,7 +136,7 @@ def test_nor_in_what_is_published_by_force(run, tmp_path, monkeypatch, capfd) ->
     assert_nothing_of_this_machine(forced)
     line = "parity: the folder does not work in a fresh process: ValueError, return code 1"
     assert line in (forced / "hub" / "2" / "README.md").read_text()
-    assert ".tmp-2-secret-host-7" in capfd.readouterr().err, "what was kept out of the folder is told to its maker"
+    assert ".tmp-2@secret-host-7" in capfd.readouterr().err, "what was kept out of the folder is told to its maker"
 
 
 def copy_of(run, folder: Path, *words: str) -> RunDir:
