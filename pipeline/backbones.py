@@ -6,6 +6,7 @@ UserError. Knows nothing of what the stages do with them.
 
 import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,16 @@ def ends_of(*sources: Any) -> list[int]:
     return []
 
 
+def file_of(backbone: Backbone, name: str) -> Path | None:
+    """A file of the checkpoint, from its folder or the Hub; None if it has none of that name.
+
+    Raises UserError if the checkpoint cannot be reached."""
+    with _explained(backbone):
+        where = {"revision": backbone.revision, "_raise_exceptions_for_missing_entries": False}
+        found = cached_file(source_of(backbone), name, **where)
+    return Path(found) if found else None
+
+
 class WeightFiles:
     """Which safetensors file of a checkpoint holds which tensor: those that from_pretrained would read, and no others.
 
@@ -139,6 +150,13 @@ class WeightFiles:
             with _explained(backbone):
                 self.files = json.loads(Path(index).read_text())["weight_map"]
 
+    def __iter__(self) -> Iterator[str]:
+        """The names of all tensors."""
+        if self.single is None:
+            return iter(self.files)
+        with _explained(self.backbone), safe_open(self.single, framework="pt") as file:
+            return iter(file.keys())
+
     def path(self, tensor: str) -> str:
         """Of the file that should hold `tensor`."""
         if self.single is not None:
@@ -153,14 +171,15 @@ class WeightFiles:
             self.paths[file] = found
         return self.paths[file]
 
+    def rows(self, tensor: str) -> "Rows":
+        """Its shape and dtype, and rows of it when they are asked for. The file stays mapped as long as this lives."""
+        path = self.path(tensor)
+        with _explained(self.backbone), safe_open(path, framework="pt") as file:
+            return Rows(file.get_slice(tensor))
+
     def _find(self, file: str) -> str | None:
-        with _explained(self.backbone):
-            return cached_file(
-                source_of(self.backbone),
-                file,
-                revision=self.backbone.revision,
-                _raise_exceptions_for_missing_entries=False,
-            )
+        path = file_of(self.backbone, file)
+        return str(path) if path else None
 
     def _error(self, text: str) -> UserError:
         return UserError(f"backbone.name_or_path={self.backbone.name_or_path}: {text}")
@@ -169,17 +188,8 @@ class WeightFiles:
 def fingerprint_of_files(backbone: Backbone, files: WeightFiles | None = None) -> str:
     """The backbone's fingerprint from a few rows of its safetensors files, without loading it."""
     config, files = load_config(backbone), files or WeightFiles(backbone)
-    with contextlib.ExitStack() as stack:
-        opened: dict[str, Any] = {}
-
-        def weight(name: str) -> Any:
-            name = tensor_name(name, config)
-            path = files.path(name)
-            if path not in opened:
-                opened[path] = stack.enter_context(safe_open(path, framework="pt"))
-            return _Rows(opened[path].get_slice(name))
-
-        return fingerprint_of(config, weight)
+    with _explained(backbone):
+        return fingerprint_of(config, lambda name: files.rows(tensor_name(name, config)))
 
 
 def tensor_name(parameter: str, config: Any) -> str:
@@ -188,11 +198,12 @@ def tensor_name(parameter: str, config: Any) -> str:
     return "model.embed_tokens.weight" if tied else parameter
 
 
-class _Rows:
+class Rows:
     """Rows of a tensor that stays in its file."""
 
     def __init__(self, inside: Any):
         self.inside, self.shape = inside, tuple(inside.get_shape())
+        self.dtype = inside[0:0].dtype
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         return self.inside[rows]

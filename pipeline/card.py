@@ -1,88 +1,278 @@
-"""The model card of a published head, from its results.
+"""The model card of a published head, from results and pedigree alone; its parts make the draft model's card too.
 
-Takes results.json and the config, gives Markdown with the Hub's front matter; names no folder, host or token.
-Knows nothing of how anything was measured.
+Takes a run and the results of its head, gives README.md with the Hub's front matter, and the pictures it shows; names
+no folder, host, user or token. Knows nothing of how anything was measured.
 """
 
-import platform
+from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
 
-from . import plots, report
+from . import gate, pedigree, plots, report
 from .backbones import public_name
-from .config import Config
+from .rundir import RunDir
+
+PAPER = (
+    "Liu et al., *Speculative Decoding via Early-exiting for Faster LLM Inference with Thompson Sampling Control "
+    "Mechanism*, Findings of ACL 2024, [arXiv 2406.03853](https://arxiv.org/abs/2406.03853)"
+)
+HERE = "<this folder>"
+"""Stands where a Hub id would, while there is none."""
+
+LIMITS = """\
+- Measured for one text at a time. Other hardware, dtypes, batches and kinds of text were not measured.
+- No beams, no `return_dict_in_generate`, no tree drafting. The attention is the decoder's own.
+- In bfloat16, passes over one and over several tokens round differently, so near ties may be decided otherwise;
+  in float32 greedy text is identical.
+- `trust_remote_code=True` lets the code in `custom_generate/` run on your machine. It imports torch, transformers (5.17
+  or newer) and safetensors."""
+
+FILES = """\
+- `model.safetensors`: one decoder layer of the backbone's class, under its own names; `safetensors.torch.load_file`
+  reads it without any code.
+- `config.json`, `modeling_exit_head.py`: `AutoModel.from_pretrained(..., trust_remote_code=True)` gives that layer as a
+  model from hidden state to hidden state.
+- `custom_generate/`: the decoder, byte for byte the one that was measured.
+- `results.json`: what was measured.
+- `training_config.yaml`, `provenance.json`: what made it, with which code, versions and hardware."""
+
+PROFILE = "- `speculation_profile.json`: acceptance by draft position, in the schema of NVIDIA's Model-Optimizer."
 
 
-def render(results: dict[str, Any], config: Config) -> str:
-    """The whole README.md of hub/<N>/."""
-    best, n = results["best"], results["best"]["exit_layer"]
-    name = public_name(config.backbone)
-    repo = config.publish.repo_id or "<this folder>"
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "tags": ["custom_generate", "speculative-decoding", "early-exit", "exit-head", "draft-model"],
-    }
-    if "/" in name:
-        front |= {"base_model": name, "base_model_relation": "adapter"}
-    low, high = best["speedup_ci95"]
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
+def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
+    """README.md of hub/<N>/, and its pictures."""
+    draw(folder, results)
+    (folder / "README.md").write_text("\n".join(render(run, results)) + "\n")
+
+
+def draw(folder: Path, results: dict[str, Any]) -> None:
+    """The pictures that `acceptance` shows."""
+    for file in plots.files("acceptance", results):
+        plots.draw(file, results, folder / file)
+
+
+def render(run: RunDir, results: dict[str, Any]) -> list[str]:
+    """Its lines."""
+    best, n, name = results["best"], results["best"]["exit_layer"], public_name(run.config.backbone)
+    repo = run.config.publish.repo_id or HERE
+    return [
+        *front_matter(run, ["custom_generate", "early-exit", "exit-head"], "adapter"),
         f"# Exit head for {name}, exit layer {n}",
         "",
-        f"One decoder layer that lets the frozen backbone draft several tokens with its own first {n} of "
-        f"{results['num_layers']} layers and verify them in one pass of the rest. The output is the backbone's own.",
+        *code("python", f'model.generate(**inputs, custom_generate="{repo}", trust_remote_code=True)'),
+        f"One decoder layer for one backbone, {name}. With it the frozen backbone drafts several tokens by "
+        f"{first(n)} of its own {results['num_layers']} and verifies them in one pass of the others. The text is the "
+        "backbone's own, token for token in greedy decoding and in distribution when sampling; only the time "
+        "changes.",
         "",
-        "```python",
-        f'model.generate(**inputs, custom_generate="{repo}", trust_remote_code=True)',
-        "```",
+        *verdict(results),
+        f'Default controller `{best["controller"]}`; `controller="thompson"`, `"fixed:2"`, `"beta"` or `"none"` (no '
+        "drafts) choose another. Sampling, logits processors, stopping criteria and streamers work as in `generate`; "
+        "the rows of a batch are decoded one after the other.",
         "",
-        f'Default controller `{best["controller"]}`; `controller="fixed:2"`, `"beta"` or `"none"` choose another. '
-        "Rows of a batch are decoded one after the other.",
-        "",
+        *_example(run, repo),
+        *backbone(results, name),
+        *_measured(results),
+        *acceptance(results),
+        *how_measured(run, results),
+        *trained(run, results),
+        *("## Limits", "", LIMITS, ""),
+        *licences(run, f"the exit layer was trained with the backbone{_began(run)}"),
+        *("## Files", "", FILES, *([PROFILE] if gate.best_fixed(results) else []), ""),
+        f"Made with exit-heads. The method is that of {PAPER}.",
+    ]  # fmt: skip
+
+
+# ---- parts of both cards
+
+
+def front_matter(run: RunDir, tags: list[str], relation: str) -> list[str]:
+    """What the Hub reads. relation: of this repo to the backbone."""
+    name = public_name(run.config.backbone)
+    front: dict[str, Any] = {"library_name": "transformers", **pedigree.licence(run.config)}
+    if "/" in name:
+        front |= {"base_model": name, "base_model_relation": relation}
+    if datasets := pedigree.datasets(run):
+        front["datasets"] = datasets
+    front["tags"] = ["speculative-decoding", *tags]
+    return ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
+
+
+def code(language: str, *lines: str) -> list[str]:
+    return [f"```{language}", *lines, "```", ""]
+
+
+def first(n: int) -> str:
+    return "the first layer" if n == 1 else f"the first {n} layers"
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [*report.markdown([("table", [header, *rows])]).splitlines(), ""]
+
+
+def verdict(results: dict[str, Any]) -> list[str]:
+    """How much faster, and whether it may be trusted."""
+    best = results["best"]
+    low, high = best["speedup_ci95"]
+    lines = [
         f"**Speedup {best['speedup']:.2f}** (95 % interval {low:.2f}-{high:.2f}) at temperature "
-        f"{best['temperature']:g}, acceptance length {best['acceptance_length']:.2f}. Lossless: "
+        f"{best['temperature']:g} with `{best['controller']}`, acceptance length {length(best)}. Lossless: "
         f"{report.lossless_line(results)}.",
         "",
     ]
     if not results["gate"]["passed"]:
-        lines += [
-            "> **This head did not pass the gate and was published by force:**",
-            *(f"> - {r}" for r in results["gate"]["reasons"]),
-            "",
-        ]
-    for t in plots.temperatures(results):
-        lines += [
-            f"## Temperature {t:g}",
-            "",
-            "| " + " | ".join(report.COLUMNS) + " |",
-            "|" + "---|" * len(report.COLUMNS),
-        ]
-        for entry in (h for h in results["heads"] if h["temperature"] == t):
-            lines += ["| " + " | ".join(row) + " |" for row in report.rows(entry)]
-        lines.append("")
-    prompts, backbone = results["prompts"], results["backbone"]
-    lines += [
-        "## How it was measured",
-        "",
-        f"{prompts['count']} held-out prompts of {prompts['source']['name']}, {prompts['max_new_tokens']} new tokens, "
-        f"batch 1, {results['device']}, {results['threads']} threads, {results['dtype']}; torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, Python {platform.python_version()}. Speedup is tokens per second "
-        "over autoregressive decoding on the same engine, interleaved, prefill left out. Acceptance length counts "
-        f"the bonus token.",
-        "",
+        reasons = [f"> - {reason}" for reason in results["gate"]["reasons"]]
+        lines += ["> **This head did not pass the gate and was published by force:**", *reasons, ""]
+    return lines
+
+
+def length(figures: dict[str, Any]) -> str:
+    """Acceptance length and its interval."""
+    if figures["acceptance_length"] is None:
+        return "-"
+    low, high = figures["acceptance_length_ci95"]
+    return f"{figures['acceptance_length']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def backbone(results: dict[str, Any], name: str) -> list[str]:
+    """For which exact backbone."""
+    record = results["backbone"]
+    return [
         "## Backbone",
         "",
-        f"{name}, revision {backbone.get('revision') or 'not pinned'}, fingerprint `{backbone['fingerprint']}`. "
-        "Another backbone, also a fine-tuned copy, is refused. The backbone's licence and the licence of the "
-        f"prompts apply.",
-        "",
-        "Made with exit-heads; method after Liu et al., *Speculative Decoding via Early-exiting for Faster LLM "
-        "Inference with Thompson Sampling Control Mechanism*, Findings of ACL 2024.",
+        f"{name}, revision {record.get('revision') or 'not pinned'}, {record['model_type']} of {results['num_layers']} "
+        f"layers, fingerprint `{record['fingerprint']}` (architecture, vocabulary and a sample of the weights).",
         "",
     ]
-    return "\n".join(lines)
+
+
+def acceptance(results: dict[str, Any]) -> list[str]:
+    """The pictures."""
+    lines = ["## Acceptance by draft position", ""]
+    for t, file in zip(plots.temperatures(results), plots.files("acceptance", results), strict=True):
+        lines += [f"![Share of drafts accepted, by position, at temperature {t:g}]({file})", ""]
+    return [
+        *lines,
+        "Of the rounds that reached the position (conditional) and of all rounds (marginal), by the controller that "
+        "drafted furthest.",
+        "",
+    ]
+
+
+def how_measured(run: RunDir, results: dict[str, Any]) -> list[str]:
+    """Prompts, hardware, dtype, versions, command, and what the folder itself gave."""
+    prompts = results["prompts"]
+    lines = [
+        "## How it was measured",
+        "",
+        f"{prompts['count']} held-out prompts of {prompts['source']['name']}, {prompts['max_new_tokens']} new "
+        f"tokens, batch 1, {results['dtype']}, {_hardware(run, results)}. Speedup is tokens per second over "
+        "autoregressive decoding on the same engine, dtype and prompts, interleaved, prefill left out on both "
+        "sides; intervals by bootstrap over prompts. Acceptance length counts the bonus token; before loops: up to a "
+        f"text's first repeated {results['loop_ngram']}-gram. Again: `exit-heads run --config training_config.yaml`.",
+        "",
+    ]
+    if parity := results["gate"]["parity"]:
+        low, high = parity["evaluated_ci95"]
+        lines += [
+            f"Through this folder, in a process with torch and transformers alone: {parity['identical']} of "
+            f"{parity['texts']} greedy texts are those that were evaluated, {parity['tokens_per_round']:.2f} "
+            f"tokens a round with `{parity['controller']}` (evaluated: {parity['evaluated']:.2f}, "
+            f"{low:.2f}-{high:.2f}).",
+            "",
+        ]
+    return lines
+
+
+def _hardware(run: RunDir, results: dict[str, Any]) -> str:
+    where = f"{results['device']}, {results['threads']} thread{'s' if results['threads'] > 1 else ''}"
+    record = next((r for r in pedigree.records_of(run) if r["stage"] == "evaluate"), None)
+    if record is None:
+        return where
+    versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "transformers", "python"))
+    return f"{', '.join(record['hardware']['gpus']) or record['hardware']['cpu']} ({where}), {versions}"
+
+
+def trained(run: RunDir, results: dict[str, Any]) -> list[str]:
+    """What it learned from and how far, as far as the run folder knows."""
+    manifest, head = pedigree.responses(run), pedigree.trained(run, results["best"]["exit_layer"])
+    lines = ["## How it was trained", ""]
+    if manifest is not None:
+        found, temperatures = manifest["responses"], manifest["sampling"]["temperatures"]
+        lines.append(
+            f"On {found['rows']} answers ({found['tokens']} tokens) that the backbone gave to {found['prompts']} "
+            f"prompts of {', '.join(pedigree.prompt_licences(run))}, at temperatures "
+            f"{', '.join(f'{t:g}' for t in temperatures)}."
+        )
+    if head is not None:
+        d, terms = head["config"], ", ".join(head["config"].get("loss", ["kl"]))
+        before, after = head["before"]["expected_acceptance_length"], head["expected_acceptance_length"]
+        lines.append(
+            f"The backbone stays frozen; the layer learns its distribution (loss: {terms}) in {d['max_steps']} steps "
+            f"of {d['sequences_per_step']} sequences of {d['sequence_length']} tokens, by AdamW with a peak learning "
+            f"rate of {d['learning_rate']:g}. The expected acceptance length on validation responses went from "
+            f"{before:.2f} to {after:.2f}, at its best at step {head['best_step']}."
+        )
+    if manifest is None and head is None:
+        lines.append("Elsewhere: the run that published it holds no record of it.")
+    return [*lines, ""]
+
+
+def licences(run: RunDir, why: str) -> list[str]:
+    """Of weights, prompts and code. why: what of the backbone is in the weights."""
+    found = pedigree.licence(run.config)
+    name = found.get("license_name") or found.get("license")
+    link = f" ({found['license_link']})" if "license_link" in found else ""
+    weights = f"{name}{link}" if name else "that of the backbone, which its files do not name: look it up there"
+    prompts = [f"{source}: {licence or 'not recorded'}" for source, licence in pedigree.prompt_licences(run).items()]
+    lines = ["## Licences", "", f"- Weights: {weights}; {why}."]
+    if prompts:
+        lines.append(f"- Prompts of training, which are not in this folder: {'; '.join(prompts)}.")
+    return [*lines, "- Code: Apache-2.0 (https://www.apache.org/licenses/LICENSE-2.0), by the exit-heads authors.", ""]
+
+
+# ---- parts of the head's card
+
+
+def _example(run: RunDir, repo: str) -> list[str]:
+    name, revision = public_name(run.config.backbone), run.config.backbone.revision
+    pinned = f', revision="{revision}"' if revision else ""
+    return code(
+        "python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}"{pinned}, dtype="{run.config.backbone.dtype}")',
+        f'inputs = AutoTokenizer.from_pretrained("{name}"{pinned})("...", return_tensors="pt")',
+        f'out = model.generate(**inputs, max_new_tokens=128, custom_generate="{repo}", trust_remote_code=True)',
+    )
+
+
+def _measured(results: dict[str, Any]) -> list[str]:
+    """A table of all controllers and one of the best by task, for each temperature."""
+    lines = ["## Measured", ""]
+    columns = [*report.COLUMNS[:6], "acceptance length (95 %)", report.COLUMNS[7]]
+    for entry in results["heads"]:
+        rows = report.rows(entry)
+        for row, figures in zip(rows, entry["controllers"].values(), strict=True):
+            row[6] = length(figures)
+        lines += [f"Temperature {entry['temperature']:g}:", "", *table(columns, rows)]
+        if len(results["prompts"]["tasks"]) > 1:
+            lines += _by_task(entry)
+    return lines
+
+
+def _by_task(entry: dict[str, Any]) -> list[str]:
+    name, figures = max(entry["controllers"].items(), key=lambda item: item[1]["speedup"])
+    rows = []
+    for task, c in figures["tasks"].items():
+        low, high = c["speedup_ci95"]
+        rows.append([str(task), str(c["prompts"]), f"{c['speedup']:.2f}", f"{low:.2f}-{high:.2f}", length(c)])
+    header = ["task", "prompts", "speedup", "95% interval", "acceptance length (95 %)"]
+    return [f"By task, temperature {entry['temperature']:g}, `{name}`:", "", *table(header, rows)]
+
+
+def _began(run: RunDir) -> str:
+    """How the weights began, where that matters for whose they are."""
+    init = pedigree.config_of(run).get("distill", {}).get("init", "last")
+    return "" if init == "random" else ", and began as a copy of one of its layers"

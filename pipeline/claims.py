@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .rundir import TEMPORARY, cannot_write, place_once, who
+from .rundir import cannot_write, place_once, temporary_of
 
 BEAT = 5.0
 """Seconds between two touches of a claim."""
@@ -128,13 +128,13 @@ class Claims:
         return now
 
     def _temporary(self, name: str) -> Path:
-        return self.folder / f"{TEMPORARY}{name}-{who()}"
+        return temporary_of(self.folder / name)
 
 
 def left_behind(temporary: Path) -> bool:
     """Whether the process that wrote under this temporary name (rundir.who) is dead, or was silent for too long."""
     host, _, pid = temporary.name.rpartition("-")
-    if host.endswith(f"-{socket.gethostname()}") and pid.isdecimal():
+    if host.endswith(f"@{socket.gethostname()}") and pid.isdecimal():
         return not _born(int(pid))
     try:
         return time.time() - temporary.stat().st_mtime > SILENT

@@ -40,18 +40,26 @@ VERBS = {
     ),
     "evaluate": (
         "Is it lossless, and how much faster? Autoregressive decoding against every head and controller, interleaved.",
-        "Writes eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/.",
+        "Writes eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/. With --head: of a head that "
+        "is published, on the backbone that it names, in a run folder named after it.",
         ["seed", "run", "machine", "backbone", "prompts", "evaluate", "wandb"],
     ),
     "publish": (
-        "Gate the best head, then write the folder that transformers loads with custom_generate.",
-        "Writes hub/<N>/. Exit code 3 if the gate refuses the head.",
-        ["run", "backbone", "publish"],
+        "Gate the best head, then write the folder that transformers loads with custom_generate, or a draft model.",
+        "Writes hub/<N>/; with --as draft hub/<N>-draft/, a checkpoint for engines that take a draft model. With "
+        "publish.target=hub pushes it: one commit and one tag, private unless --public. Exit code 3 if the gate "
+        "refuses the head.",
+        ["run", "machine", "backbone", "publish"],
     ),
     "run": (
         "All stages in order, skipping what is done: generate, (cache,) distill, evaluate, publish.",
         "Ends with the table of results and the one line that uses the head.",
         ["seed", "run", "machine", "backbone", "prompts", "generate", "distill", "evaluate", "publish", "wandb"],
+    ),
+    "heads": (
+        "The runs in run.dir and what each of them gives: backbone, exit layer, speedup, lossless, published where.",
+        "Writes nothing; runs that are half done are listed too.",
+        ["run"],
     ),
 }
 
@@ -69,6 +77,7 @@ much faster it is, and publish them.
   exit-heads plan --config configs/llama2-70b.yaml         will it fit, what will it cost, will it pay
   exit-heads distill --config my.yaml distill.max_steps=500     one stage, one key changed
   exit-heads evaluate --help                               every key that a stage reads
+  exit-heads heads                                         what the runs here give
 """
 
 
@@ -84,9 +93,18 @@ def build_parser() -> argparse.ArgumentParser:
         if verb == "plan":
             sub.add_argument("--vary", action="append", default=[], metavar="KEY=[A,B]", help="a row for each value")
             sub.add_argument("--json", action="store_true", help="everything, for programs: bytes and seconds")
-        else:
+        if verb == "run" or verb in STAGES:
+            stages = (*STAGES, "draft") if verb == "publish" else STAGES
             sub.add_argument(
-                "--redo", choices=STAGES, metavar="STAGE", help="make this stage anew (with run: and all after it)"
+                "--redo", choices=stages, metavar="STAGE", help="make this stage anew (with run: and all after it)"
+            )
+        if verb == "publish":
+            sub.add_argument(
+                "--as", dest="form", choices=("head", "draft"), default="head",
+                help="head (default), or draft: layers, head, norm and LM head as a checkpoint (--redo draft)"
+            )  # fmt: skip
+            sub.add_argument(
+                "--force", dest="asked", action="append_const", const="publish.force=true", help="publish.force=true"
             )
         if verb == "generate":
             looks = sub.add_mutually_exclusive_group()
@@ -99,6 +117,16 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--show-config", nargs="*", metavar="KEY", help="print the values of these keys, or all; run nothing"
             )
+        if verb == "evaluate":
+            sub.add_argument(
+                "--head", dest="asked", action="append", type="evaluate.head={}".format,
+                help="measure this published head: org/name, org/name@revision or a folder",
+            )  # fmt: skip
+        if verb in ("publish", "run"):
+            sub.add_argument(
+                "--public", dest="asked", action="append_const", const="publish.public=true",
+                help="let everyone read the repo that is pushed to",
+            )  # fmt: skip
         sub.add_argument("words", nargs="*", metavar="key=value", help="wins over the file")
     return parser
 
@@ -108,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     args, more = parser.parse_known_args(argv)  # argparse gives up on words after an option that follows words
     if options := [word for word in more if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(options)} (keys are given as key=value, without dashes)")
-    args.words += more
+    args.words += more + (getattr(args, "asked", None) or [])
     # The workers of torch and the tokenizer must not fight for cores; a waiting thread must not spin.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -116,12 +144,17 @@ def main(argv: list[str] | None = None) -> int:
         config = load(args.config, args.words)
         if args.verb == "plan":
             plan(args, config)
+        elif args.verb == "heads":
+            list_heads(config)
         elif args.verb == "generate" and (args.status or args.verify or args.show is not None):
             look(config, args.status, args.verify, args.show)
         elif args.verb == "run" and args.show_config is not None:
             show_config(config, args.show_config)
         else:
-            run_verb(args.verb, config, args.redo)
+            if config.evaluate.head is not None:
+                config = config_for(args.verb, config.evaluate.head, args.config, args.words)
+            stage = "draft" if getattr(args, "form", "head") == "draft" else args.verb
+            run_verb(stage, config, args.redo)
     except (UserError, GateError, LostError) as error:
         print(f"exit-heads {args.verb}: {error}", file=sys.stderr)
         return error.exit_code
@@ -135,8 +168,9 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
     """Run one stage, or all; `redo` removes a stage (with `run`, the later ones too) first."""
     chosen = stages_of(config) if verb == "run" else (verb,)
     if redo is not None and redo not in chosen:
+        said, use = ("publish --as draft" if name == "draft" else name for name in (verb, redo))
         raise UserError(
-            f"--redo {redo}: exit-heads {verb} does not run that stage. Use `exit-heads {redo} --redo {redo}`."
+            f"--redo {redo}: exit-heads {said} does not run that stage. Use `exit-heads {use} --redo {redo}`."
         )
     if (together := int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("WORLD_SIZE", 1)))) > 1:
         _check_several(verb, redo, together)
@@ -192,6 +226,28 @@ def plan(args: argparse.Namespace, config: Config) -> None:
     combinations = list(itertools.product(*map(variations, args.vary)))
     configs = [load(args.config, [*args.words, *words]) for words in combinations] if args.vary else [config]
     _stage("plan").show(configs, [word.partition("=")[0] for word in args.vary], args.json)
+
+
+def config_for(verb: str, head: str, file: str | None, words: list[str]) -> Config:
+    """The config by which a published head is measured.
+
+    Its run folder is named after the head, whatever the file says: the file's run has heads of its own. Its backbone is
+    the head's unless file or words name one.
+    """
+    if verb != "evaluate":
+        raise UserError(f"evaluate.head={head}: only `exit-heads evaluate` measures published heads")
+    from . import hub
+
+    return load(file, [f"run.name={hub.run_name_of(head)}", *words], hub.defaults_of(hub.pull(head), head))
+
+
+def list_heads(config: Config) -> None:
+    """Print what the runs in run.dir give; nothing is changed."""
+    from . import overview
+
+    if not Path(config.run.dir).is_dir():
+        raise UserError(f"run.dir={config.run.dir}: no such folder; give the one that holds the run folders")
+    overview.show(Path(config.run.dir))
 
 
 def look(config: Config, status: bool, verify: bool, show: int | None) -> None:

@@ -7,6 +7,7 @@ it and says what would be right. Knows nothing of stages; `help_text` is what `e
 import difflib
 import json
 import math
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import UserError
+
+# Of the keys below, for what is told to others.
+PATHS = ("dir", "exit_head", "states", "pilot", "chat_template")
+"""Keys whose values are files or folders, or a single word."""
+PATHS_OR_IDS = ("name_or_path", "path", "head", "server_model")
+"""Keys whose values are that too, or ids on the Hub."""
+PROMPT_FILES = (".jsonl", ".json", ".parquet", ".txt")
+"""What ends in one of these is a file of prompts, also where it looks like an id."""
 
 
 def option(default: Any, text: str) -> Any:
@@ -204,8 +213,12 @@ class Evaluate:
         "who decides how many tokens to draft: thompson, fixed:K, confidence:T, entropy:T, beta, calibration",
     )
     rivals: list[str] = option(
-        ["generate", "generate:static", "early_exit", "prompt_lookup"],
-        "what transformers offers, measured beside at temperature 0; early_exit at each exit layer; [] for none",
+        ["generate", "generate:static", "early_exit", "assistant_model:2", "prompt_lookup"],
+        "what transformers offers, measured beside at temperature 0; early_exit (the layers below N alone) and "
+        "assistant_model:K (the head as a draft model, K drafts a round) at each exit layer; [] for none",
+    )
+    head: str | None = option(
+        None, "measure this published head (--head) instead of the run's own: org/name, org/name@revision or a folder"
     )
     states: str | None = option(
         None, "eval/results.json of an earlier evaluation of the same heads: start from what thompson had learned there"
@@ -234,7 +247,16 @@ class Plan:
 @dataclass
 class Publish:
     repo_id: str | None = option(None, "org/name the head will live under; written into the card")
-    target: str = option("folder", "folder: write hub/<N>/ and stop there")
+    target: str = option(
+        "folder",
+        "folder: write hub/<N>/ and stop there; hub: push it to publish.repo_id too, with the token of HF_TOKEN or of "
+        "`hf auth login`",
+    )
+    public: bool = option(False, "target hub: a repo that everyone can read (--public); default: a private one")
+    exit_layer: int | None = option(None, "exit layer of the head to publish; default: that of the best")
+    licence: str | None = option(
+        None, "licence on the card, as the Hub names it, such as apache-2.0; default: what the backbone's card says"
+    )
     min_speedup: float = option(1.0, "the gate: the best controller's 95 % interval must lie above this")
     force: bool = option(False, "publish a head that the gate refused; the card then says why it was refused")
 
@@ -261,9 +283,12 @@ class Config:
     wandb: Wandb = field(default_factory=Wandb)
 
 
-def load(path: str | Path | None, words: list[str]) -> Config:
-    """The Config of `--config path word ...`. Raises UserError for anything that is not right in it."""
-    merged = OmegaConf.structured(Config())
+def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | None = None) -> Config:
+    """The Config of `--config path word ...`. Raises UserError for anything that is not right in it.
+
+    `instead` holds defaults, by section and key, that take the place of the dataclasses' own.
+    """
+    merged = OmegaConf.merge(OmegaConf.structured(Config()), instead or {})
     if path is not None:
         if not Path(path).is_file():
             raise UserError(f"--config {path}: no such file. Start from one in configs/.")
@@ -307,6 +332,24 @@ def variations(word: str) -> list[str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as they go to YAML, JSON and checkpoints."""
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def without_folders(value: Any, key: str = "") -> Any:
+    """The config as it may be published: of a path on this machine only its last part, ids on the Hub whole.
+
+    Told by the key and by the form of the value: what is named need not be there, and the current folder may be any.
+    Only a folder of two parts, such as models/llama, looks like an id, and stays whole where it is not there.
+    """
+    if isinstance(value, dict):
+        return {k: without_folders(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_folders(v, key) for v in value]
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    is_id = is_repo_id(value.partition("@")[0]) and path.suffix not in PROMPT_FILES and not path.exists()
+    is_path = key in PATHS or (key in PATHS_OR_IDS and not is_id) or path.is_absolute() or value.startswith("~")
+    return path.name if is_path else value
 
 
 def _merge(base: Any, new: Any, where: str) -> Any:
@@ -370,6 +413,13 @@ def _are_temperatures(value: list[float]) -> bool:
 
 def _differ(value: list[Any]) -> bool:
     return len(set(value)) == len(value)
+
+
+def is_repo_id(name: str) -> bool:
+    """Is this how repos on the Hub are named, organisation or user first?"""
+    part = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
+    forbidden = "--" in name or ".." in name or name.endswith(".git")
+    return re.fullmatch(f"{part}/{part}", name, re.ASCII) is not None and not forbidden
 
 
 def _is_server(url: str) -> bool:
@@ -453,7 +503,16 @@ _RULES: dict[str, tuple[Any, str]] = {
     "plan.mfu": ((lambda value: 0 < value <= 1), "a share above 0, at most 1"),
     "plan.node_bandwidth": ((lambda value: value is None or 0 < value < math.inf), "null or a number above 0"),
     "plan.acceptance": ((lambda rates: all(0 <= a <= 1 for a in rates)), "a list of shares from 0 to 1"),
-    "publish.target": _one_of("folder"),
+    "publish.repo_id": (
+        (lambda name: name is None or is_repo_id(name)),
+        "org/name is needed: letters, digits, - _ and . in both",
+    ),
+    "publish.target": _one_of("folder", "hub"),
+    "publish.licence": (
+        (lambda name: name is None or re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name) is not None),
+        "as the Hub names it, such as apache-2.0 (https://huggingface.co/docs/hub/repositories-licenses), or other",
+    ),
+    "publish.exit_layer": ((lambda n: n is None or n >= 1), "an exit layer N >= 1, or null for the best"),
     "wandb.mode": _one_of("auto", "online", "offline", "disabled"),
 }
 
@@ -465,6 +524,13 @@ def _check(config: Config) -> None:
             value = getattr(value, part)
         if not right(value):
             raise UserError(f"{key}={value}: {remedy}")
+    if config.publish.target == "folder" and config.publish.public:
+        raise UserError(
+            "publish.public=true (--public): publish.target=folder pushes nothing that could be public; give "
+            "publish.target=hub too"
+        )
+    if config.publish.target == "hub" and config.publish.repo_id is None:
+        raise UserError("publish.target=hub: publish.repo_id=null; name the repo, as publish.repo_id=org/name")
     _check_prompts("prompts", config.prompts)
     _check_prompts("evaluate.prompts", config.evaluate.prompts)
 

@@ -116,8 +116,12 @@ def measure(
     config: Evaluate,
     seed: int,
     states: dict[Method, dict[str, Any]],
+    drafts: dict[int, Any],
 ) -> Measured:
-    """All methods and rivals on all prompts. Raises UserError if nothing could be drafted at some temperature."""
+    """All methods and rivals on all prompts; `drafts`: a draft model for each exit layer, for the rivals that take one.
+
+    Raises UserError if nothing could be drafted at some temperature.
+    """
     decoders = Decoders(engines, config, ends, seed, states)
     others = _rivals(config, list(engines))
     longest = max((ids for _, ids in encoded), key=len)
@@ -127,14 +131,14 @@ def measure(
     for m in warm.methods:
         warm.decode(m, encoded[0][1], 0, min(32, config.max_new_tokens))
     for rival in others:  # on the longest: transformers never shrinks its static cache, and compiles anew when it grows
-        rivals.decode(model, rival, longest, config.max_new_tokens, ends)
+        rivals.decode(model, rival, longest, config.max_new_tokens, ends, drafts)
     found = Measured()
     every: list[Method | rivals.Rival] = [*decoders.methods, *others]
     for repeat, i, method in in_turns(len(encoded), every, config.repeats, "evaluate"):
         prompt, ids = encoded[i]
         key = asdict(method) | {"prompt": prompt.id, "task": prompt.task, "repeat": repeat}
         if isinstance(method, rivals.Rival):
-            tokens, seconds = rivals.decode(model, method, ids, config.max_new_tokens, ends)
+            tokens, seconds = rivals.decode(model, method, ids, config.max_new_tokens, ends, drafts)
             found.rival_texts.append(key | {"tokens": tokens, "seconds": seconds})
             continue
         out = decoders.decode(method, ids, i + 1000 * repeat)

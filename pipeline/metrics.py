@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+SCHEMA = 2
+"""Of results.json."""
 BASELINE = "autoregressive"
 LOOP = 8
 RESAMPLES = 2000
@@ -185,9 +187,28 @@ def _speedup(base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
     return {"speedup": speedup, "speedup_ci95": ci}
 
 
-def _acceptance_length(rounds: pd.DataFrame) -> float | None:
-    """None where every text ended with its first token, before any round."""
-    return 1 + float(rounds.accepted.mean()) if len(rounds) else None
+def acceptance(rounds: pd.DataFrame) -> dict[str, Any]:
+    """Acceptance length and its interval; None where every text ended with its first token, before any round."""
+    if rounds.empty:
+        return {"acceptance_length": None, "acceptance_length_ci95": None}
+    of = rounds.groupby("prompt").accepted.agg(["sum", "count"])
+    length, ci = interval(lambda accepted, count: 1 + accepted / count, of["sum"].to_numpy(), of["count"].to_numpy())
+    return {"acceptance_length": length, "acceptance_length_ci95": ci}
+
+
+def best(entries: list[dict[str, Any]], temperature: float) -> dict[str, Any]:
+    """The fastest controller of all heads at this temperature, with the figures that are quoted of it."""
+    _, entry, name = max(
+        ((figures["speedup"], entry, name) for entry in entries if entry["temperature"] == temperature
+         for name, figures in entry["controllers"].items()), key=lambda found: found[0]
+    )  # fmt: skip
+    quoted = ("speedup", "speedup_ci95", "acceptance_length", "acceptance_length_ci95")
+    return {
+        "exit_layer": entry["exit_layer"],
+        "controller": name,
+        "temperature": temperature,
+        **{key: entry["controllers"][name][key] for key in quoted},
+    }
 
 
 def _seconds_per_token(rows: pd.DataFrame) -> float:
@@ -217,7 +238,7 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
         "speedup_before_loop": before,
         "speedup_before_loop_ci95": before_ci,
         "tokens_per_second": 1 / _seconds_per_token(rows),
-        "acceptance_length": 1 + accepted / len(rounds),
+        **acceptance(rounds),
         "draft_acceptance_rate": accepted / drafted if drafted else None,
         "conditional_rates": conditional_rates(rounds),
         "marginal_rates": marginal,
@@ -229,7 +250,7 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
             task: {
                 "prompts": part.prompt.nunique(),
                 **_speedup(base[base.task == task], part),
-                "acceptance_length": _acceptance_length(rounds[rounds.prompt.isin(part.prompt)]),
+                **acceptance(rounds[rounds.prompt.isin(part.prompt)]),
             }
             for task, part in rows.groupby("task", sort=False)
         },

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from . import plots
+from . import overview, plots
 from .losslessness import ALARM
 from .rundir import RunDir, atomic_path
 
@@ -497,7 +497,9 @@ def closing_table(run: RunDir) -> None:
         f"best: exit layer {best['exit_layer']}, controller {best['controller']}: speedup {best['speedup']:.2f} "
         f"(95 % interval {low:.2f}-{high:.2f}), acceptance length {best['acceptance_length']:.2f}"
     )
-    hub = run / "hub" / str(best["exit_layer"])
+    folder = run / next(r["folder"] for r in reversed(run.records()) if r["stage"] == "publish")
+    pushed = overview.pushed(run.path, folder)
+    hub = pushed["repo_id"] if pushed else folder
     console.print(f"run folder: {run.path}   report: {run / 'report' / 'index.html'}   published: {hub}")
     console.print(
         "use it:", f'model.generate(**inputs, custom_generate="{hub}", trust_remote_code=True)', soft_wrap=True

@@ -1,13 +1,15 @@
 """What transformers itself offers for the same greedy text: its plain loops and its ways of drafting, by name.
 
-Takes a transformers model, token ids and when to stop, gives the new tokens and the seconds they took, prefill
-included: `generate` cannot be split. Knows nothing of exit heads, of the engine, or of what is measured beside it.
+Takes a transformers model, token ids, when to stop, and draft models, gives the new tokens and the seconds they took,
+prefill included: `generate` cannot be split. Knows nothing of exit heads, of the engine, or of what is measured beside.
 """
 
 import contextlib
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +18,20 @@ from transformers import GenerationConfig
 LOOKUP_TOKENS = 10
 """Drafted per round by prompt lookup: the default of transformers' own generator. Its guides only show examples."""
 
-NAMES = ("generate", "generate:static", "early_exit", "prompt_lookup")
+NAME = re.compile(r"generate|generate:static|early_exit|assistant_model:[1-9]\d*|prompt_lookup")
+AT_EXIT_LAYERS = ("early_exit", "assistant_model")
+
+
+def assisted(num_drafts: int) -> dict[str, Any]:
+    """Settings of a draft model with which transformers drafts exactly `num_drafts` tokens a round.
+
+    By default it drafts up to 20, and stops where the draft model is less than 0.4 sure.
+    """
+    return {
+        "num_assistant_tokens": num_drafts,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
 
 
 @dataclass(frozen=True)
@@ -28,18 +43,31 @@ class Rival:
 
 
 def rivals_of(names: list[str], exit_layers: list[int]) -> list[Rival]:
-    """The rivals of these names, `early_exit` once for every exit layer. Raises ValueError for an unknown name."""
-    if unknown := [name for name in names if name not in NAMES]:
-        raise ValueError(f"{unknown[0]!r} is not one of {', '.join(NAMES)}")
-    return [Rival(name, n) for name in names for n in (exit_layers if name == "early_exit" else [0])]
+    """The rivals of these names, those that exit once for every exit layer. Raises ValueError for an unknown name."""
+    if unknown := [name for name in names if not NAME.fullmatch(name)]:
+        known = "generate, generate:static, early_exit, assistant_model:K, prompt_lookup"
+        raise ValueError(f"{unknown[0]!r} is not one of {known}")
+    return [Rival(name, n) for name in names for n in (exit_layers if _exits(name) else [0])]
+
+
+def _exits(name: str) -> bool:
+    return name.partition(":")[0] in AT_EXIT_LAYERS
 
 
 def decode(
-    model: Any, rival: Rival, ids: list[int], max_new_tokens: int, end_tokens: frozenset[int]
+    model: Any,
+    rival: Rival,
+    ids: list[int],
+    max_new_tokens: int,
+    end_tokens: frozenset[int],
+    drafts: Mapping[int, Any] = MappingProxyType({}),
 ) -> tuple[list[int], float]:
-    """Greedy: the new tokens, an end token included, and the seconds from ids in to ids out."""
+    """Greedy: the new tokens, an end token included, and the seconds from ids in to ids out.
+
+    drafts: a draft model for each exit layer, for `assistant_model`.
+    """
     ends = sorted(end_tokens)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False} | _options(rival, model.device)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False} | _options(rival, model.device, drafts)
     if ends:
         options |= {"eos_token_id": ends, "pad_token_id": ends[0]}  # one row is never padded, but pad must be named
     if model.device.type == "cuda":
@@ -52,7 +80,11 @@ def decode(
         return tokens, time.perf_counter() - started
 
 
-def _options(rival: Rival, device: torch.device) -> dict[str, Any]:
+def _options(rival: Rival, device: torch.device, drafts: Mapping[int, Any]) -> dict[str, Any]:
+    if rival.rival.startswith("assistant_model"):
+        draft, num_drafts = drafts[rival.exit_layer], int(rival.rival.partition(":")[2])
+        draft.generation_config = GenerationConfig(**assisted(num_drafts))
+        return {"assistant_model": draft}
     if rival.rival == "generate:static":  # compiled where transformers would by itself compile it: on a GPU
         return {"cache_implementation": "static", "disable_compile": device.type != "cuda"}
     if rival.rival == "early_exit":  # drafts with the backbone's own final norm and LM head behind layer N, untrained

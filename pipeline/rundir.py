@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from .config import Config, to_dict
-from .errors import UserError
+from .errors import GateError, UserError
 
 STAGES = ("generate", "cache", "distill", "evaluate", "publish")
 
@@ -47,15 +47,27 @@ SUBTREES = {
     "distill": ("seed", "backbone", "distill"),
     "evaluate": ("seed", "backbone", "prompts", "evaluate"),
     "publish": ("backbone", "publish"),
+    "draft": ("backbone", "publish"),
+    "push": (),
+    "push-draft": (),
 }
 
-# What each stage writes: removed by --redo. Logs stay: what happened, happened.
+# Keys of these that say where a finished folder goes: it stays done.
+NEVER_STALE = ("publish.target", "publish.public")
+
+NUMBERS = ("[0-9]", "[0-9][0-9]", "[0-9][0-9][0-9]")
+"""Patterns of an exit layer, to its last sign: --redo of a head must not touch a draft model, which lies beside it."""
+
+# What each stage writes, as patterns: removed by --redo. Logs stay: what happened, happened.
 OUTPUTS = {
     "generate": ("responses",),
     "cache": ("cache",),
     "distill": ("heads", "checkpoints", "metrics.jsonl", "wandb"),
     "evaluate": ("eval", "report"),
-    "publish": ("hub",),
+    "publish": (*(f"hub/{n}" for n in NUMBERS), "stages/push.json"),
+    "draft": (*(f"hub/{n}-draft" for n in NUMBERS), "stages/push-draft.json"),
+    "push": (),
+    "push-draft": (),
 }
 
 
@@ -72,6 +84,12 @@ TEMPORARY = ".tmp-"
 def who() -> str:
     """How names end that are not final: several processes, on several machines, may write to one folder."""
     return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def temporary_of(path: Path) -> Path:
+    """The neighbour that this process writes to first. No host has an @ in its name: where that of `path` ends is
+    certain."""
+    return path.parent / f"{TEMPORARY}{path.name}@{who()}"
 
 
 class RunDir:
@@ -115,6 +133,10 @@ class RunDir:
             )
         return mark["state"] != "done"
 
+    def is_done(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None) -> bool:
+        """True if the stage was done with this config and these inputs. Others are no mistake: it may be done again."""
+        return self._read_mark(stage) == {"state": "done", **self._now(stage, inputs, outside)}
+
     @contextlib.contextmanager
     def stage(
         self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None, *, shared: bool = False
@@ -123,7 +145,8 @@ class RunDir:
 
         `shared`: other processes may be at the same stage now, so what lies under temporary names stays.
 
-        A UserError before anything was written takes a new mark back: what the user then changes needs no --redo.
+        A UserError or GateError before anything was written takes a new mark back: what the user then changes needs
+        no --redo.
         Once there is work to go on from, the mark stays, or that work could be mixed with another config's.
         """
         with contextlib.nullcontext() if shared else self._alone(stage):
@@ -144,15 +167,19 @@ class RunDir:
         summary: dict[str, Any] = {}
         try:
             yield summary
-        except UserError:
+        except (UserError, GateError):
             if fresh and not self._has_output(stage):
                 self._mark(stage).unlink()
             raise
         record |= {"seconds": round(time.time() - started, 1), **summary}
         with FileLock(self.path / "stages" / ".run.json.lock"):
-            records = json.loads((self.path / "run.json").read_text()) if (self.path / "run.json").exists() else []
-            atomic_write(self.path / "run.json", json.dumps([*records, record], indent=1) + "\n")
+            atomic_write(self.path / "run.json", json.dumps([*self.records(), record], indent=1) + "\n")
         self._write_mark(stage, {"state": "done", **now})
+
+    def records(self) -> list[dict[str, Any]]:
+        """Of every stage run that ended well, the newest last."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.exists() else []
 
     @contextlib.contextmanager
     def _alone(self, stage: str) -> Iterator[None]:
@@ -170,21 +197,24 @@ class RunDir:
             lock.release()
 
     def _has_output(self, stage: str) -> bool:
-        outputs = [self.path / name for name in OUTPUTS[stage]]
-        return any(p.is_file() or (p.is_dir() and any(f.is_file() for f in p.rglob("*"))) for p in outputs)
+        return any(p.is_file() or any(f.is_file() for f in p.rglob("*")) for p in self._outputs(stage))
+
+    def _outputs(self, stage: str) -> list[Path]:
+        return [path for pattern in OUTPUTS[stage] for path in self.path.glob(pattern)]
 
     def redo(self, stage: str) -> None:
         """Forget the stage and remove what it wrote."""
-        for name in OUTPUTS[stage]:
-            target = self.path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        for target in self._outputs(stage):
+            _remove(target)
         self._mark(stage).unlink(missing_ok=True)
 
     def _sweep(self, stage: str) -> None:
         """Remove what a killed run of this stage left under temporary names."""
-        for name in OUTPUTS[stage]:
-            left = [*self.path.glob(f"{TEMPORARY}{name}-*"), *(self.path / name).rglob(f"{TEMPORARY}*")]
-            for path in left:
+        for folder, _, name in (pattern.rpartition("/") for pattern in OUTPUTS[stage]):
+            for path in (self.path / folder).glob(f"{TEMPORARY}{name}@*"):
+                _remove(path)
+        for target in self._outputs(stage):
+            for path in target.rglob(f"{TEMPORARY}*"):
                 _remove(path)
 
     def _now(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None) -> dict[str, Any]:
@@ -211,6 +241,8 @@ def _patience() -> float:
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:
+    if key in NEVER_STALE:
+        return []
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
         return [d for n in names for d in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)]
@@ -229,7 +261,7 @@ def atomic_path(path: Path, *, once: bool = False) -> Iterator[Path]:
     `once`: a file that is there already stays (`place_once`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{who()}"
+    temporary = temporary_of(path)
     _remove(temporary)
     try:
         yield temporary

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from .config import Wandb, to_dict
+from .config import Wandb, to_dict, without_folders
 from .rundir import RunDir, atomic_path, atomic_write
 
 INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline
@@ -220,7 +220,7 @@ def start_wandb(run: RunDir, stage: str) -> Any:
             resume="allow" if mode == "online" else None,
             dir=str(run / "wandb"),
             mode=mode,
-            config=_without_folders(to_dict(run.config)),
+            config=without_folders(to_dict(run.config)),
             settings=wandb.Settings(
                 silent=True,
                 quiet=True,
@@ -249,19 +249,6 @@ def start_wandb(run: RunDir, stage: str) -> Any:
     except Exception as error:
         warn(stage, f"W&B cannot start ({type(error).__name__}); the run folder has every figure")
         return None
-
-
-def _without_folders(value: Any) -> Any:
-    """The config as it may be published: of a path on this machine only its last part."""
-    if isinstance(value, dict):
-        return {key: _without_folders(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(v) for v in value]
-    if not isinstance(value, str):
-        return value
-    path = Path(value)
-    here = path.is_absolute() or value.startswith("~") or ("/" in value and path.exists())  # a Hub id is not
-    return path.name if here else value
 
 
 def wandb_mode(config: Wandb) -> str:

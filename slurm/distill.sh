@@ -28,7 +28,7 @@ one_gpu=${EH_GPUS:+${EH_GPUS%"${EH_GPUS##*:}"}1}
 : "${EH_GENERATE_GPUS=$one_gpu}" # of each task; more with machine.device_map=auto: exit-heads plan says how many
 : "${EH_EVALUATE_GPUS=$one_gpu}" # likewise
 : "${EH_CACHE_GPUS=$EH_EVALUATE_GPUS}" # of each task
-: "${EH_PUBLISH_GPUS=$EH_EVALUATE_GPUS}"
+: "${EH_PUBLISH_GPUS=$EH_EVALUATE_GPUS}" # it tries the folder on the backbone
 : "${EH_PROCESSES=}"     # of each node of distill; default: one a GPU, without GPUs machine.processes_per_node
 : "${EH_CPUS=4}"         # stage; of each process
 : "${EH_MEM=}"           # stage; of each node, such as 200G, or 0 for all of it. Default: what the cluster gives

@@ -4,6 +4,8 @@
 """
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 # Before torch, transformers or wandb are imported anywhere: nothing may reach out, prompt or fight for cores.
@@ -40,6 +42,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def root() -> Path:
     """The repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def pocket_run(tmp_path_factory) -> Path:
+    """The run folder of a small demo: the pocket backbone, its answers, heads trained for a moment, published by force.
+
+    Half a minute on one core; for slow tests that look at or use what a whole run leaves.
+    """
+    folder = tmp_path_factory.mktemp("pocket")
+    words = [
+        "--config", str(ROOT / "configs" / "pocket.yaml"), f"run.dir={folder}", "wandb.mode=disabled",
+        "generate.num_prompts=24", "generate.shard_size=12", "generate.max_new_tokens=24", "distill.exit_layers=[2]",
+        "distill.max_steps=20", "distill.validate_every=5", "distill.checkpoint_every=20", "evaluate.num_prompts=3",
+        "evaluate.max_new_tokens=24", "publish.force=true",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    made = subprocess.run(
+        [sys.executable, "-m", "pipeline", "run", *words], env=environment, capture_output=True, text=True
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    return folder / "pocket"
 
 
 @pytest.fixture

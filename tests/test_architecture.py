@@ -19,16 +19,28 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
 FOUNDATION = {"rundir", "config", "errors"}
-PARTS = {"backbones", "training", "inference", "engines", "responses", "shards", "inspection", "prompts",
-         "turns", "metrics", "losslessness", "report", "card", "tracking", "pocket", "rivals", "measuring",
-         "planning"}  # fmt: skip
+PARTS = {"backbones", "training", "inference", "engines", "responses", "shards", "inspection", "prompts", "turns",
+         "metrics", "losslessness", "report", "tracking", "pocket", "rivals", "measuring", "planning", "draft_model",
+         "publishing", "hub"}  # fmt: skip
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"stages", "report", "inspection"} | FOUNDATION,
+    "cli": {"stages", "report", "inspection", "hub", "overview"} | FOUNDATION,
     "stages": PARTS | FOUNDATION,
-    "card": {"report", "plots", "backbones", "config", "errors"},
-    "report": {"plots", "losslessness"} | FOUNDATION,
+    "publishing": {"gate", "head_folder", "draft_model", "parity", "card", "draft_card", "inference"} | FOUNDATION,
+    "hub": {"head_folder"} | FOUNDATION,
+    "overview": set(),
+    "card": {"report", "plots", "pedigree", "gate", "backbones", "rundir"},
+    "draft_card": {"card", "gate", "backbones", "rundir"},
+    "gate": {"metrics", "errors"},
+    "parity": {"losslessness", "metrics", "backbones", "inference"} | FOUNDATION,
+    "fresh_process": set(),
+    "head_folder": {"pedigree", "speculation_profile", "backbones", "rundir"},
+    "modeling_exit_head": set(),
+    "speculation_profile": {"metrics"},
+    "pedigree": {"backbones", "config", "rundir"},
+    "draft_model": {"head_folder", "backbones", "rivals", "inference", "config"},
+    "report": {"plots", "losslessness", "overview"} | FOUNDATION,
     "plots": set(),
     "simulation": {"losslessness", "metrics", "inference"},
     "planning": {"metrics", "config", "errors"},

@@ -103,9 +103,9 @@ def test_a_claim_that_was_taken_over_is_not_removed_by_who_lost_it(tmp_path):
 
 def test_what_is_left_under_temporary_names(tmp_path):
     host = Claims(tmp_path).me["host"]
-    dead = tmp_path / f".tmp-x-{host}-999999999"
-    alive = tmp_path / f".tmp-x-{host}-{os.getpid()}"
-    elsewhere = tmp_path / ".tmp-x-elsewhere-1"
+    dead = tmp_path / f".tmp-x@{host}-999999999"
+    alive = tmp_path / f".tmp-x@{host}-{os.getpid()}"
+    elsewhere = tmp_path / ".tmp-x@elsewhere-1"
     for path in (dead, alive, elsewhere):
         path.touch()
     assert [left_behind(p) for p in (dead, alive, elsewhere)] == [True, False, False]

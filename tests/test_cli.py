@@ -16,7 +16,7 @@ from pipeline.errors import GateError, UserError
 from pipeline.rundir import OUTPUTS, STAGES, RunDir, atomic_write
 
 ran: list[str] = []
-WRITING = [verb for verb in cli.VERBS if verb != "plan"]  # plan only prints: tests/test_planning.py
+WRITING = [verb for verb in cli.VERBS if verb not in ("plan", "heads")]  # these two only print
 
 
 def small_stage(name: str) -> SimpleNamespace:
@@ -57,12 +57,11 @@ MISTAKES = {
     "no value": (["seed"], ["seed", "key=value"]),
     "exit layer below 1": (["distill.exit_layers=[0]"], ["distill.exit_layers", "N >= 1"]),
     "unknown option": (["--seed=1"], ["--seed"]),
-    "redo of no stage": (["--redo", "everything"], ["everything", "generate"]),
     "config without a file": (["--config"], ["--config"]),
 }
 
 
-@pytest.mark.parametrize("verb", WRITING)
+@pytest.mark.parametrize("verb", [*WRITING, "heads"])
 @pytest.mark.parametrize(("words", "named"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistake(verb: str, words: list[str], named: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -74,13 +73,21 @@ def test_mistake(verb: str, words: list[str], named: list[str], tmp_path: Path, 
     assert not ran and files(tmp_path) == []
 
 
+@pytest.mark.parametrize("verb", [*STAGES, "run"])
+def test_redo_of_no_stage(verb: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call([verb, "--redo", "everything"]) == 2
+    err = capsys.readouterr().err
+    assert "everything" in err and "generate" in err and not ran and files(tmp_path) == []
+
+
 def test_one_line_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call(["generate", f"run.dir={tmp_path}", "distill.max_step=3"])
     message = capsys.readouterr().err
     assert message.startswith("exit-heads generate: ") and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", WRITING)
+@pytest.mark.parametrize("verb", [*WRITING, "heads"])
 def test_unwritable_folder(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("kept")  # below a file nobody can make a folder, not even root
     assert call([verb, f"run.dir={tmp_path / 'file'}"]) == 2
@@ -103,6 +110,14 @@ def test_redo_of_a_stage_that_the_verb_does_not_run(tmp_path: Path, capsys: pyte
     assert call(["generate", "--redo", "distill", f"run.dir={tmp_path}"]) == 2
     assert "exit-heads distill --redo distill" in capsys.readouterr().err
     assert not ran
+
+
+def test_redo_of_a_draft_model_is_called_as_it_is_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["publish", "--as", "draft", "--redo", "publish", f"run.dir={tmp_path}"]) == 2
+    err = capsys.readouterr().err
+    assert "exit-heads publish --as draft does not run that stage" in err and "exit-heads publish --redo" in err
+    assert call(["publish", "--redo", "draft", f"run.dir={tmp_path}"]) == 2
+    assert "exit-heads publish --as draft --redo draft" in capsys.readouterr().err and not ran
 
 
 def test_redo_of_a_stage_that_never_ran_runs_it(tmp_path: Path) -> None:
@@ -151,6 +166,20 @@ def test_options_stand_anywhere(order: list[int], tmp_path: Path) -> None:
     assert "seed: 2" in (tmp_path / "pocket" / "config.yaml").read_text()
 
 
+def test_public_is_a_word_for_a_key(tmp_path: Path) -> None:
+    to_hub = ["publish.target=hub", "publish.repo_id=org/head"]
+    assert call(["publish", f"run.dir={tmp_path}", *to_hub, "--public", "seed=3"]) == 0
+    text = (tmp_path / "pocket" / "config.yaml").read_text()
+    assert "public: true" in text and "seed: 3" in text
+
+
+def test_a_published_head_is_for_evaluate_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["run", f"run.dir={tmp_path}", "evaluate.head=org/head"]) == 2
+    assert "only `exit-heads evaluate`" in capsys.readouterr().err
+    assert call(["distill", "--head", "org/head"]) == 2
+    assert "--head" in capsys.readouterr().err and not ran
+
+
 @pytest.mark.parametrize("error", [UserError("no such thing"), GateError("too slow")], ids=["user", "gate"])
 def test_exit_codes(error: UserError | GateError, capsys, tmp_path: Path, monkeypatch) -> None:
     def raise_it(folder: RunDir) -> None:
@@ -182,7 +211,7 @@ def test_help_of_every_verb_teaches(verb: str, capsys: pytest.CaptureFixture[str
     text = capsys.readouterr().out
     does, writes, sections = cli.VERBS[verb]
     assert does in text and writes in text and "key=value" in text and "--config" in text
-    assert ("--redo" if verb in WRITING else "--vary") in text
+    assert ("--redo" in text) == (verb in (*STAGES, "run")) and ("--vary" in text) == (verb == "plan")
     for section in sections:
         assert f"  {section}=" in text or f"  {section}." in text, section
 

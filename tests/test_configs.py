@@ -2,13 +2,14 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from helpers import byte_tokenizer
 
 from pipeline import config as config_module
-from pipeline.config import Config, Source, help_text, load, to_dict
+from pipeline.config import Config, Source, help_text, load, to_dict, without_folders
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,21 @@ def test_a_mixture_from_a_file_or_a_word(tmp_path: Path) -> None:
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(to_dict(from_file)))
     assert load(again, []) == from_file
+
+
+def test_other_defaults_lose_to_file_and_words(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("backbone:\n  revision: of the file\n")
+    instead = {"backbone": {"name_or_path": "org/model", "revision": "of the head"}, "run": {"name": "head"}}
+    config = load(file, ["run.name=word"], instead)
+    assert (config.run.name, config.backbone.revision, config.backbone.name_or_path) == (
+        "word", "of the file", "org/model"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["org/head", "a/b", "Org_1/my-head.v2", "o/" + "x" * 96])
+def test_names_of_repos(name: str) -> None:
+    assert load(None, [f"publish.repo_id={name}"]).publish.repo_id == name
 
 
 def test_two_configs_share_no_list() -> None:
@@ -150,7 +166,15 @@ WRONG = [
     (["plan.mfu=0"], ["plan.mfu=0", "above 0"]),
     (["plan.acceptance=[1.5]"], ["plan.acceptance=[1.5]", "from 0 to 1"]),
     (["plan.node_bandwidth=0"], ["plan.node_bandwidth=0", "above 0"]),
-    (["publish.target=ftp"], ["publish.target", "folder"]),
+    (["publish.target=ftp"], ["publish.target", "folder or hub"]),
+    (["publish.target=hub"], ["publish.target=hub", "publish.repo_id=org/name"]),
+    (["publish.public=true"], ["publish.public=true", "publish.target=folder"]),
+    (["publish.licence=Apache 2.0"], ["publish.licence=Apache 2.0", "apache-2.0"]),
+    (["publish.repo_id=head"], ["publish.repo_id=head", "org/name"]),
+    (["publish.repo_id=org/-head"], ["publish.repo_id", "org/name"]),
+    (["publish.repo_id=org/a--b"], ["publish.repo_id", "org/name"]),
+    (["publish.repo_id=a/b/c"], ["publish.repo_id", "org/name"]),
+    (["publish.repo_id=org/kopf.git"], ["publish.repo_id", "org/name"]),
     (["wandb.mode=cloud"], ["wandb.mode", "offline"]),
     (["run.name=a/b"], ["run.name"]),
     (["run.name=.."], ["run.name"]),
@@ -158,6 +182,48 @@ WRONG = [
     (["=1"], ["key=value"]),
     (["distill.exit_layers=[2"], ["distill.exit_layers"]),
 ]
+
+
+PUBLISHED = {
+    "run.dir=../private/runs": "runs",
+    "backbone.name_or_path=pocket": "pocket",
+    "backbone.name_or_path=org/model-7B.v1": "org/model-7B.v1",
+    "backbone.name_or_path=../private/model": "model",
+    "backbone.name_or_path=private/customer-x/model": "model",
+    "prompts.path=../private/customer-x/prompts.jsonl": "prompts.jsonl",
+    "prompts.path=customer-x/prompts.jsonl": "prompts.jsonl",
+    "prompts.path=org/data": "org/data",
+    "prompts.path=gsm8k": "gsm8k",
+    "evaluate.prompts.path=~/customer-x/prompts.txt": "prompts.txt",
+    "prompts.chat_template=templates/x/y.jinja": "y.jinja",
+    "prompts.chat_template=x/y.jinja": "y.jinja",
+    "prompts.chat_template=tokenizer": "tokenizer",
+    "generate.exit_head=runs/secret": "secret",
+    "evaluate.head=org/head@v1.0": "org/head@v1.0",
+    "evaluate.head=../secret/hub/2": "2",
+    "evaluate.states=runs/secret/eval/results.json": "results.json",
+    "plan.pilot=runs/secret": "secret",
+    "machine.server_model=/models/secret/llama": "llama",
+    "publish.repo_id=org/head": "org/head",
+}
+
+
+@pytest.mark.parametrize(("word", "told"), PUBLISHED.items())
+def test_paths_are_not_published_and_ids_are_whole(word: str, told: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where nothing of all this lies
+    value: Any = without_folders(to_dict(load(None, [word])))
+    for key in word.partition("=")[0].split("."):
+        value = value[key]
+    assert value == told
+
+
+def test_what_is_here_is_no_id(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    mixture = "prompts.mixture=[{path: ../secret/a.jsonl}, {path: org/data}]"
+    tree = without_folders(to_dict(load(None, ["backbone.name_or_path=models/llama", mixture])))
+    assert tree["backbone"]["name_or_path"] == "llama"
+    assert [source["path"] for source in tree["prompts"]["mixture"]] == ["a.jsonl", "org/data"]
 
 
 def test_generate_may_give_a_temperature_twice() -> None:

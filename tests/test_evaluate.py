@@ -6,10 +6,13 @@ import re
 
 import pandas as pd
 import pytest
+import torch
 from helpers import make_run, plant_heads, tiny_backbone
+from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.canary import distance
 from pipeline.stages import evaluate
 
 PICTURES = ("speedup", "time", "acceptance", "drafted", "learned")
@@ -55,6 +58,28 @@ def test_tables_agree(run) -> None:
     for row in generations[generations.exit_layer > 0].itertuples():
         rest = committed.get(tuple(getattr(row, k) for k in keys), 0)
         assert len(row.tokens) == 1 + rest  # the first token follows the prompt, the others come in rounds
+
+
+def test_what_publish_compares_with_is_kept(run) -> None:
+    """The ids of every prompt, what ends a text, and a canary that the backbone itself passes."""
+    results = json.loads((run / "eval" / "results.json").read_text())
+    prompts = pd.read_parquet(run / "eval" / "prompts.parquet")
+    generations = pd.read_parquet(run / "eval" / "generations.parquet")
+    assert list(prompts.prompt) == list(dict.fromkeys(generations.prompt)) and results["ends"] == [256]
+    model = AutoModelForCausalLM.from_pretrained(run.config.backbone.name_or_path)
+    row = generations[(generations.exit_layer == 0) & (generations.temperature == 0)].iloc[0]
+    ids = torch.tensor([prompts.set_index("prompt").ids[row.prompt].tolist()])
+    out = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=256)
+    assert out[0, ids.shape[1] :].tolist() == row.tokens.tolist()
+    assert distance(model, results["canary"]) < 1e-4
+
+
+def test_intervals_of_acceptance_length_hold_it(run) -> None:
+    for entry in json.loads((run / "eval" / "results.json").read_text())["heads"]:
+        for c in entry["controllers"].values():
+            for figures in (c, *c["tasks"].values()):
+                low, high = figures["acceptance_length_ci95"]
+                assert 1 <= low <= figures["acceptance_length"] <= high
 
 
 def test_report_is_there(run) -> None:

@@ -207,8 +207,8 @@ def test_a_killed_run_goes_on_to_the_same_responses(tmp_path, backbone):
     assert len(list(folder.glob("shard-*.parquet"))) < 12
     kept, lost = (folder / f"{path.stem}.parquet" for path in entries[:2])
     lost.write_bytes(b"half a shard")  # and the disk lost one
-    (folder / ".tmp-shard-00002.parquet-elsewhere-1").write_bytes(b"killed while writing")
-    os.utime(folder / ".tmp-shard-00002.parquet-elsewhere-1", (0, 0))
+    (folder / ".tmp-shard-00002.parquet@elsewhere-1").write_bytes(b"killed while writing")
+    os.utime(folder / ".tmp-shard-00002.parquet@elsewhere-1", (0, 0))
 
     config = load(None, words)
     inode = kept.stat().st_ino

@@ -1,31 +1,78 @@
-"""The gate refuses, the folder loads in plain transformers, and what it decodes is the model's own text."""
+"""The folder of a published head: what is in it, that it loads in plain transformers, and that it leaks nothing.
 
+What it decodes must be the model's own text. The gate is in test_gate.py, the draft model in test_draft_model.py.
+"""
+
+import getpass
+import hashlib
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
-from helpers import make_run, plant_heads
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList, TextStreamer
+import yaml
+from helpers import make_run, tiny_backbone
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 import pipeline.inference
-from pipeline.errors import GateError
-from pipeline.stages import evaluate, publish
-from pipeline.stages.publish import gate
+from pipeline import card, head_folder, pedigree, speculation_profile
+from pipeline.config import load
+from pipeline.inference.canary import TOLERANCE, distance
+from pipeline.inference.controllers import Fixed
+from pipeline.inference.exit_head import ExitHead, new_exit_layer
+from pipeline.modeling_exit_head import ExitHeadConfig, ExitHeadModel
+from pipeline.rundir import RunDir, sha256_of
+from pipeline.stages import distill, draft, evaluate, generate, publish
 
 CODE = Path(pipeline.inference.__file__).parent
 PROMPT = "prompt number 9"
+SECRETS = {
+    "host": "secret-host-7",
+    "user": "secret-user-7",
+    "token": "hf_secretsecretsecret",
+    "server": "secret-node-7",
+}
+
+
+class Counting(Fixed):
+    """fixed:K that keeps how many drafts each round accepted."""
+
+    def __init__(self, k: int):
+        super().__init__(k)
+        self.accepted: list[int] = []
+
+    def observe(self, round) -> None:
+        self.accepted.append(round.accepted)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("publish"), "publish.min_speedup=0.01")
-    plant_heads(run, 2)
-    evaluate.run(run)
-    publish.run(run)
+    """Every stage, on a machine whose host, user and token have names that can be looked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "gethostname", lambda: SECRETS["host"])
+        patch.setattr(getpass, "getuser", lambda: SECRETS["user"])
+        patch.setenv("HF_TOKEN", SECRETS["token"])
+        folder = tmp_path_factory.mktemp("publish")
+        run = make_run(folder, "publish.min_speedup=0.01", f"machine.servers=[http://{SECRETS['server']}:8000/v1]",
+                       "publish.licence=apache-2.0")  # fmt: skip
+        for stage in (generate, distill, evaluate, publish, draft):
+            stage.run(run)
     return run
 
 
@@ -37,29 +84,258 @@ def served(run):
     return AutoModelForCausalLM.from_pretrained(folder), tokenizer(PROMPT, return_tensors="pt"), str(run / "hub" / "2")
 
 
+# ---- what is in it
+
+
 def test_folder_holds_the_code_byte_for_byte(run) -> None:
     hub = run / "hub" / "2"
     assert {p.name for p in hub.iterdir()} == {
-        "README.md",
-        "config.json",
-        "custom_generate",
-        "model.safetensors",
-        "results.json",
-    }
+        "README.md", "acceptance-0.png", "acceptance-1.png", "config.json", "custom_generate", "generation_config.json",
+        "model.safetensors", "modeling_exit_head.py", "provenance.json", "results.json", "speculation_profile.json",
+        "training_config.yaml",
+    }  # fmt: skip
     names = {p.name for p in CODE.glob("*.py")}
     assert {p.name for p in (hub / "custom_generate").iterdir()} == names
-    for name in names - {"origin.py"}:
+    for name in names:
         assert (hub / "custom_generate" / name).read_bytes() == (CODE / name).read_bytes()
     assert json.loads((hub / "config.json").read_text())["controller"] in ("fixed:2", "thompson")
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in hub.rglob("*") if p.is_file()), "not for its owner alone"
 
 
-def test_card_says_what_and_how_much_and_leaks_nothing(run) -> None:
-    card = (run / "hub" / "2" / "README.md").read_text()
+def assert_nothing_of_this_machine(run) -> None:
+    """No path, host, user, token or server in any file of hub/."""
+    home = str(Path.home())
+    words = [*SECRETS.values(), str(run.path), str(run.path.parent.parent), str(Path(head_folder.__file__).parent)]
+    for file in (p for p in (run / "hub").rglob("*") if p.is_file()):
+        content = file.read_bytes()
+        found = [word for word in words if word.encode() in content]
+        assert not found, f"{file.name} holds {found}"
+        assert not re.search(rb"(?<![\w.])%s/" % re.escape(home.encode()), content), f"{file.name} holds {home}"
+
+
+def test_nothing_of_this_machine_is_in_what_is_published(run) -> None:
+    """Neither in the head's folder nor in the draft model's."""
+    assert_nothing_of_this_machine(run)
+    assert "secret-host-7" in (run / "run.json").read_text(), "the run folder itself knows: this test can fail"
+
+
+def test_nor_in_what_is_published_by_force(run, tmp_path, monkeypatch, capfd) -> None:
+    """A decoder whose error names the folder, which has the host's name in its own while it is tried."""
+    code = tmp_path / "inference"
+    shutil.copytree(CODE, code, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (code / "generate.py").read_text()
+    broken = text.replace(
+        "    if source is None:\n", "    raise ValueError(f'{source} is broken')\n    if source is None:\n"
+    )
+    assert broken != text
+    (code / "generate.py").write_text(broken)
+    monkeypatch.setattr(head_folder, "CODE", code)
+    monkeypatch.setattr(socket, "gethostname", lambda: SECRETS["host"])
+    forced = copy_of(run, tmp_path, "publish.min_speedup=0.01", "publish.force=true")
+    publish.run(forced)
+    assert_nothing_of_this_machine(forced)
+    line = "parity: the folder does not work in a fresh process: ValueError, return code 1"
+    assert line in (forced / "hub" / "2" / "README.md").read_text()
+    assert ".tmp-2@secret-host-7" in capfd.readouterr().err, "what was kept out of the folder is told to its maker"
+
+
+def copy_of(run, folder: Path, *words: str) -> RunDir:
+    """The run elsewhere, as it was before anything was published."""
+    shutil.copytree(run.path, folder / "runs" / "t")
+    shutil.copytree(run.config.backbone.name_or_path, folder / "tiny-llama")
+    copy = make_run(folder, *words)
+    for stage in ("publish", "draft"):
+        copy.redo(stage)
+    return copy
+
+
+def test_the_record_has_the_sha256_of_the_folder(run) -> None:
+    """Of a line a file, in order; what Python and a client leave there is no part of it."""
+    records = {r["stage"]: r for r in json.loads((run / "run.json").read_text())}
+    for stage, folder in (("publish", run / "hub" / "2"), ("draft", run / "hub" / "2-draft")):
+        assert (run / records[stage]["folder"]) == folder
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not {"__pycache__", ".cache"} & {*p.parts})
+        lines = [f"{p.relative_to(folder).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n" for p in files]
+        assert records[stage]["sha256"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def test_the_sha256_of_a_folder_is_that_of_what_is_published(tmp_path) -> None:
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "a.py").write_text("1")
+    (tmp_path / "custom_generate.txt").write_text("2")
+    before = head_folder.digest_of(tmp_path)
+    for junk in ("__pycache__/a.pyc", "custom_generate/__pycache__/a.pyc", ".cache/x/y", ".gitattributes"):
+        (tmp_path / junk).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / junk).write_text("junk")
+    assert head_folder.digest_of(tmp_path) == before and len(before) == 64
+    (tmp_path / "custom_generate" / "a.py").rename(tmp_path / "custom_generate" / "b.py")
+    assert head_folder.digest_of(tmp_path) != before
+
+
+def test_what_made_it_is_told(run) -> None:
+    hub = run / "hub" / "2"
+    config = yaml.safe_load((hub / "training_config.yaml").read_text())
+    assert config["distill"]["max_steps"] == 4 and config["generate"]["num_prompts"] == 8
+    assert config["backbone"]["name_or_path"] == "tiny-llama" and config["prompts"]["path"] == "prompts.jsonl"
+    assert not {"machine", "run", "wandb", "publish"} & config.keys()
+    load(hub / "training_config.yaml", [])  # as a config it is right
+    told = json.loads((hub / "provenance.json").read_text())
+    assert [r["stage"] for r in told["stages"]] == ["generate", "distill", "evaluate"]
+    assert all(r["versions"]["torch"] and r["hardware"]["cpu"] for r in told["stages"])
+    assert told["responses"]["prompts"]["name"] == "prompts.jsonl"
+
+
+def test_the_profile_is_what_the_rounds_were(run) -> None:
+    profile = json.loads((run / "hub" / "2" / "speculation_profile.json").read_text())
+    figures = next(h for h in json.loads((run / "hub" / "2" / "results.json").read_text())["heads"]
+                   if h["temperature"] == 0)["controllers"]["fixed:2"]  # fmt: skip
+    assert (profile["schema_version"], profile["num_speculative_tokens"], profile["method"]) == ("1.0", 2, "exit_head")
+    assert profile["conditional_accept_rates"] == pytest.approx(figures["conditional_rates"], abs=1e-6)
+    assert profile["marginal_accept_rates"] == pytest.approx(figures["marginal_rates"], abs=1e-6)
+    assert profile["mean_accept_length"] == pytest.approx(figures["acceptance_length"], abs=1e-6)
+    assert profile["accept_length_model"] == "measured_per_k", "as NVIDIA's builder says of a method it does not know"
+    assert profile["mean_accept_length"] == pytest.approx(1 + sum(profile["marginal_accept_rates"]), abs=1e-5)
+    histogram = {int(x): n for x, n in profile["acceptance_length_histogram"].items()}
+    assert sum(histogram.values()) == figures["rounds"]
+    assert sum(x * n for x, n in histogram.items()) / figures["rounds"] == pytest.approx(figures["acceptance_length"])
+    for task, c in profile["per_category"].items():
+        assert c["mean_accept_length"] == pytest.approx(figures["tasks"][task]["acceptance_length"], abs=1e-6)
+    draft_profile = json.loads((run / "hub" / "2-draft" / "speculation_profile.json").read_text())
+    others = {key for key in profile if profile[key] != draft_profile[key]}
+    assert others == {"method", "draft_checkpoint", "accept_length_model"}
+    assert draft_profile["accept_length_model"] == "chain_analytic"
+
+
+def test_the_card_says_what_and_how_much(run) -> None:
+    text = (run / "hub" / "2" / "README.md").read_text()
     results = json.loads((run / "hub" / "2" / "results.json").read_text())
-    assert f"**Speedup {results['best']['speedup']:.2f}**" in card and "Lossless: yes" in card
-    assert "custom_generate=" in card.split("##")[0], "the use comes first"
-    for text in (card, json.dumps(results), (run / "hub" / "2" / "config.json").read_text()):
-        assert str(run.path.parent) not in text and "/tmp" not in text
+    best = results["best"]
+    assert f"**Speedup {best['speedup']:.2f}**" in text and "Lossless: yes" in text
+    assert "custom_generate=" in text.split("##")[0], "the use comes first"
+    assert results["backbone"]["fingerprint"] in text and "6 of 6 greedy texts are those that were evaluated" in text
+    low, high = best["acceptance_length_ci95"]
+    assert f"{best['acceptance_length']:.2f} ({low:.2f}-{high:.2f})" in text
+    assert (
+        "| t0 | 2 |" in text
+        and "in 4 steps of 2 sequences of 64 tokens" in text
+        and "prompts.jsonl: not recorded" in text
+    )
+    for file in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        assert (run / "hub" / "2" / file).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_names_no_file_that_is_not_there(run) -> None:
+    """Without any fixed:K there is no profile."""
+    results = json.loads((run / "hub" / "2" / "results.json").read_text())
+    assert "speculation_profile.json" in "\n".join(card.render(run, results))
+    for entry in results["heads"]:
+        del entry["controllers"]["fixed:2"]
+    rounds = pd.read_parquet(run / "eval" / "rounds.parquet").query("controller != 'fixed:2'")
+    assert speculation_profile.build(results, rounds, "exit_head", "x") is None
+    assert "speculation_profile.json" not in "\n".join(card.render(run, results))
+
+
+def test_the_hub_reads_the_card(run, tmp_path) -> None:
+    """Front matter as huggingface_hub checks it without a network; a backbone with a Hub id is the base model."""
+    data = ModelCard.load(run / "hub" / "2" / "README.md").data
+    assert data.license == "apache-2.0" and data.library_name == "transformers" and "custom_generate" in data.tags
+    results = json.loads((run / "hub" / "2" / "results.json").read_text())
+    named = RunDir(load(None, [f"run.dir={tmp_path}", "run.name=n", "backbone.name_or_path=org/some-model",
+                               "publish.repo_id=me/head", "publish.licence=mit"]))  # fmt: skip
+    text = "\n".join(card.render(named, results))
+    front = ModelCard(text).data.to_dict()
+    assert (front["base_model"], front["base_model_relation"]) == ("org/some-model", "adapter")
+    assert 'custom_generate="me/head"' in text
+
+
+def test_the_licence_is_that_of_the_backbones_card(tmp_path) -> None:
+    config = load(None, [f"run.dir={tmp_path}", "backbone.name_or_path=pocket"])
+    assert pedigree.licence(config) == {
+        "license": "other", "license_name": "psf-2.0", "license_link": "https://docs.python.org/3/license.html"
+    }  # fmt: skip
+    (tmp_path / "bare").mkdir()
+    config.backbone.name_or_path = str(tmp_path / "bare")
+    assert pedigree.licence(config) == {}
+    (tmp_path / "bare" / "README.md").write_text("---\nlicense: [unclosed\n---\n")
+    assert pedigree.licence(config) == {}
+
+
+def test_automodel_loads_the_layer_and_no_code_is_needed_for_the_weights(run, served) -> None:
+    model, _, hub = served
+    loaded = AutoModel.from_pretrained(hub, trust_remote_code=True)
+    head = ExitHead.load(Path(hub))
+    plain = load_file(Path(hub) / "model.safetensors")
+    assert plain.keys() == head.weights.keys() and "self_attn.q_proj.weight" in plain
+    layer = new_exit_layer(model)
+    layer.load_state_dict(plain)
+    hidden_BTD = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(12)[None]
+    expected = layer(hidden_BTD, attention_mask=None, position_ids=positions,
+                     position_embeddings=model.model.rotary_emb(hidden_BTD, positions))  # fmt: skip
+    assert torch.equal(loaded(hidden_BTD), expected)
+    assert (loaded.config.exit_layer, loaded.config.num_layers) == (2, 4)
+    assert GenerationConfig.from_pretrained(hub).eos_token_id == 256
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "family, fields",
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"] * 2, "use_sliding_window": True,
+                   "sliding_window": 8}),
+    ],
+)  # fmt: skip
+def test_as_a_model_it_attends_as_the_layer_in_the_backbone(tmp_path, family, fields, attention) -> None:
+    """To the last bit: no position sees a later one, nor one beyond the window."""
+    folder = tiny_backbone(tmp_path, family, **fields)
+    model = AutoModel.from_pretrained(folder, attn_implementation=attention)
+    seen: dict = {}
+    model.layers[-1].register_forward_hook(lambda _, args, out: seen.update(before=args[0], after=out))
+    model(torch.arange(30)[None])
+    config = ExitHeadConfig(exit_layer=2, num_layers=4, backbone_config=head_folder.one_layer(model.config))
+    head = ExitHeadModel._from_config(config, attn_implementation=attention).eval()
+    head.layer.load_state_dict(model.layers[-1].state_dict())
+    assert head.layer.self_attn.config._attn_implementation == attention
+    assert torch.equal(head(seen["before"]), seen["after"])
+
+
+# ---- it decodes
+
+
+def test_a_folder_works_wherever_it_is_moved_to(served, tmp_path, monkeypatch) -> None:
+    """And two of them, of equal code, in one process: each takes its own weights."""
+    model, inputs, hub = served
+    other = tmp_path / "elsewhere"
+    shutil.copytree(hub, other)
+    replace_weights(other, lambda w: torch.zeros_like(w))
+    monkeypatch.chdir(tmp_path)
+    kwargs = {"max_new_tokens": 24, "do_sample": False, "trust_remote_code": True}
+    rounds = []
+    for folder in (hub, "elsewhere"):
+        counting = Counting(2)
+        model.generate(**inputs, **kwargs, custom_generate=folder, controller=counting)
+        rounds.append(counting.accepted)
+    assert rounds[0] != rounds[1], "the same head was used twice"
+
+
+def replace_weights(folder: Path, change) -> None:
+    """Other weights, of which config.json knows."""
+    file = folder / "model.safetensors"
+    save_file({name: change(w) for name, w in load_file(file).items()}, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"sha256": sha256_of(file)}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_origin_names_a_hub_id_and_its_tag(tmp_path) -> None:
+    (tmp_path / "custom_generate").mkdir()
+    written = tmp_path / "custom_generate" / "origin.py"
+    head_folder.write_origin(tmp_path, "org/head", "v1")
+    assert written.read_text().startswith((CODE / "origin.py").read_text().partition("HEAD")[0])
+    names: dict = {}
+    exec(written.read_text(), names)
+    assert (names["HEAD"], names["REVISION"]) == ("org/head", "v1")
 
 
 def test_greedy_through_transformers_is_plain_greedy(served) -> None:
@@ -125,40 +401,44 @@ def test_clear_errors(served) -> None:
         model.generate(**inputs, **ours, controller="fast")
     with pytest.raises(ValueError, match="num_beams=2"):
         model.generate(**inputs, **ours, num_beams=2)
+    with pytest.raises(ValueError, match="no exit head: give exit_head="):
+        model.load_custom_generate(hub, trust_remote_code=True)(model=model, **inputs, max_new_tokens=4)
     stranger = AutoModelForCausalLM.from_config(model.config)
     with pytest.raises(ValueError, match="this exit head belongs to tiny"):
         stranger.generate(**inputs, **ours)
 
 
-def test_the_gate_names_every_reason() -> None:
-    good = {
-        "dtype": "float32",
-        "lossless": {
-            "greedy": {"prompts": 4, "texts": 8, "identical": 8, "divergences": [], "passed": True},
-            "sampling": None,
-        },
-        "best": {"exit_layer": 2, "controller": "beta", "speedup_ci95": [1.2, 1.4]},
-    }
-    assert gate(good, 1.0) == []
-    slow = good | {"best": good["best"] | {"speedup_ci95": [0.99, 1.4]}}
-    greedy = good["lossless"]["greedy"] | {"identical": 7, "passed": False}
-    wrong = slow | {"lossless": {"greedy": greedy, "sampling": {"passed": False, "p_value": 1e-9}}}
-    assert [r.split(":")[0] for r in gate(wrong, 1.0)] == ["lossless", "lossless", "speedup"]
-    assert "begins at 0.990" in gate(slow, 1.0)[0]
-    assert "nothing greedy" in gate(good | {"lossless": {"greedy": None, "sampling": None}}, 1.0)[0]
+def test_a_backbone_fine_tuned_since_is_told_once(served, run) -> None:
+    """In a layer that the fingerprint does not sample: the text is its own, and there is one warning."""
+    model, inputs, hub = served
+    canary = json.loads((run / "hub" / "2" / "config.json").read_text())["canary"]
+    assert distance(model, canary) < 1e-4 < TOLERANCE
+    assert distance(AutoModelForCausalLM.from_pretrained(model.name_or_path, dtype=torch.bfloat16), canary) < TOLERANCE
+    tuned = AutoModelForCausalLM.from_pretrained(model.name_or_path)
+    with torch.no_grad():
+        weight = tuned.model.layers[1].mlp.down_proj.weight
+        weight.add_(0.2 * weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    kwargs = {"max_new_tokens": 16, "do_sample": False}
+    plain = tuned.generate(**inputs, **kwargs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            drafted = tuned.generate(**inputs, **kwargs, custom_generate=hub, trust_remote_code=True)
+            assert torch.equal(drafted, plain)
+        model.generate(**inputs, **kwargs, custom_generate=hub, trust_remote_code=True)
+    told = [str(w.message) for w in caught if w.category.__name__ == "AnotherBackbone"]
+    assert len(told) == 1 and "log-probabilities differ by" in told[0]
 
 
-def test_a_refused_head_is_not_written_unless_forced(run, tmp_path) -> None:
-    shutil.copytree(run.path, tmp_path / "runs" / "t")
-    shutil.copytree(run.config.backbone.name_or_path, tmp_path / "tiny-llama")
-    strict = make_run(tmp_path, "publish.min_speedup=50")
-    strict.redo("publish")
-    with pytest.raises(GateError, match=r"exit layer 2:\n  - speedup"):
-        publish.run(strict)
-    assert not (strict / "hub").exists()
-    forced = make_run(tmp_path, "publish.min_speedup=50", "publish.force=true")
-    publish.run(forced)
-    assert "did not pass the gate and was published by force" in (forced / "hub" / "2" / "README.md").read_text()
+def test_changed_weights_are_refused(served, tmp_path) -> None:
+    model, inputs, hub = served
+    shutil.copytree(hub, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="changed or cut short since it was saved"):
+        model.generate(**inputs, max_new_tokens=4, custom_generate=str(tmp_path / "cut"), trust_remote_code=True)
 
 
 FRESH = """

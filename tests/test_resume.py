@@ -139,8 +139,8 @@ def empty(path: Path) -> None:
 
 def leave_half(path: Path) -> None:
     """As if killed while writing it."""
-    path.rename(path.with_name(f".tmp-{path.name}-host-1"))
-    cut(path.with_name(f".tmp-{path.name}-host-1"))
+    path.rename(path.with_name(f".tmp-{path.name}@host-1"))
+    cut(path.with_name(f".tmp-{path.name}@host-1"))
 
 
 @pytest.mark.parametrize("damage", [None, flip_the_middle, cut, empty, leave_half])

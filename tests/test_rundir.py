@@ -131,6 +131,29 @@ def test_a_key_of_another_stage_changes_nothing(config: Config, stage: str) -> N
     assert not run_stage(again(config, *words, "machine.threads=1"), stage)
 
 
+def test_where_a_folder_goes_is_no_part_of_what_it_is(config: Config) -> None:
+    run_stage(RunDir(config), "publish")
+    elsewhere = again(config, "publish.target=hub", "publish.public=true", "publish.repo_id=org/head")
+    with pytest.raises(UserError, match=r"publish\.repo_id was None, is org/head\. Give"):
+        elsewhere.plan("publish", [])
+    elsewhere.redo("publish")
+    run_stage(elsewhere, "publish")
+    assert not again(config, "publish.repo_id=org/head").plan("publish", [])
+
+
+def test_what_may_be_done_again_with_other_values_is_asked_and_not_refused(config: Config) -> None:
+    run = RunDir(config)
+    run_stage(run, "publish")
+    folder = run / "hub"
+    assert not run.is_done("push", [folder], {"to": "a"})
+    with run.stage("push", [folder], {"to": "a"}):
+        assert not run.is_done("push", [folder], {"to": "a"}), "begun is not done"
+    assert run.is_done("push", [folder], {"to": "a"}) and not run.is_done("push", [folder], {"to": "b"})
+    run.redo("publish")
+    run_stage(run, "publish")
+    assert not run.is_done("push", [folder], {"to": "a"}), "a folder made anew has not been pushed"
+
+
 def test_a_changed_input_is_named(config: Config) -> None:
     run = RunDir(config)
     run_stage(run, "generate")
@@ -183,9 +206,34 @@ def test_redo_lets_the_config_change(config: Config) -> None:
     assert run_stage(changed, "generate")
 
 
-def test_no_two_stages_write_to_the_same_place() -> None:
-    every = [name for stage in STAGES for name in OUTPUTS[stage]]
-    assert len(every) == len(set(every)) and SUBTREES.keys() == OUTPUTS.keys() == set(STAGES)
+# What each stage writes but for marks, by its real names.
+WRITTEN = {
+    "generate": ["responses"],
+    "cache": ["cache"],
+    "distill": ["heads", "checkpoints", "metrics.jsonl", "wandb"],
+    "evaluate": ["eval", "report"],
+    "publish": ["hub/2", "hub/10", "hub/126"],
+    "draft": ["hub/2-draft", "hub/10-draft", "hub/126-draft"],
+    "push": [],
+    "push-draft": [],
+}
+
+
+@pytest.mark.parametrize("host", ["n1", "draft-7", "x-draft"])
+@pytest.mark.parametrize("stage", OUTPUTS)
+def test_a_stage_removes_what_it_wrote_and_nothing_of_the_others(config, monkeypatch, stage: str, host: str) -> None:
+    assert SUBTREES.keys() == OUTPUTS.keys() == WRITTEN.keys() >= set(STAGES)
+    monkeypatch.setattr(rundir.socket, "gethostname", lambda: host)
+    run = RunDir(config)
+    final = {name: [run / place for place in places] for name, places in WRITTEN.items()}
+    half = {name: [rundir.temporary_of(path) for path in paths] for name, paths in final.items()}
+    for path in (p for places in (final, half) for paths in places.values() for p in paths):
+        atomic_write(path / "file", "")
+    for remove, places in ((run._sweep, half), (run.redo, final)):
+        remove(stage)
+        gone = {name for name, paths in places.items() for p in paths if not p.exists()}
+        left = {name for name, paths in places.items() for p in paths if p.exists()}
+        assert gone == ({stage} if WRITTEN[stage] else set()) and left == {n for n in WRITTEN if WRITTEN[n]} - {stage}
 
 
 # ---- provenance
@@ -223,8 +271,8 @@ def test_what_a_killed_run_left_is_no_input_and_is_swept(config: Config) -> None
     run = RunDir(config)
     run_stage(run, "generate")
     whole = sha256_of(run / "responses")
-    (run / "responses" / ".tmp-shard-0.parquet-123").write_text("half")
-    (run / ".tmp-eval-123").mkdir()
+    (run / "responses" / ".tmp-shard-0.parquet@host-123").write_text("half")
+    (run / ".tmp-eval@host-123").mkdir()
     assert sha256_of(run / "responses") == whole
     run.redo("generate")
     run_stage(run, "generate")

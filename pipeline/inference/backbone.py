@@ -85,7 +85,10 @@ class SplitBackbone:
         last = model.model.layers[-1]
         with torch.device("meta"):  # not initialised: that would move the user's random state
             exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
-        exit_layer.load_state_dict(head.weights, assign=True)
+        try:
+            exit_layer.load_state_dict(head.weights, assign=True)
+        except RuntimeError as error:  # a name or a shape
+            raise ValueError(f"the exit head's weights are not those of a layer of this backbone: {error}") from None
         self.layers = [gather(layer) for layer in model.model.layers]
         self.layers.append(gather(exit_layer.to(self.device, self.dtype)))
         self._fixed = FixedShapes(self.shape) if fixed_shapes else None

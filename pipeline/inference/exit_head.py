@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -37,22 +37,24 @@ class ExitHead:
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors into an existing or new folder."""
         folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: w.detach().to("cpu").contiguous() for name, w in sorted(self.weights.items())}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config = {
             "model_type": "exit_head",
             "schema": SCHEMA,
             "exit_layer": self.exit_layer,
             "num_layers": self.num_layers,
             "backbone": self.backbone,
+            "sha256": _sha256(folder / "model.safetensors"),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tensors = {name: w.detach().to("cpu").contiguous() for name, w in sorted(self.weights.items())}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     @classmethod
     def load(cls, folder: Path) -> "ExitHead":
-        """Raises ValueError if the folder holds no exit head of a schema this code knows."""
+        """Raises ValueError if the folder holds no exit head of a schema this code knows, or not the weights saved."""
         try:
             config = json.loads((Path(folder) / "config.json").read_text())
+            found = _sha256(Path(folder) / "model.safetensors")
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder}: no exit head here: {error}") from None
         if config.get("model_type") != "exit_head" or config.get("schema") != SCHEMA:
@@ -60,8 +62,16 @@ class ExitHead:
                 f"{folder}: model_type={config.get('model_type')}, schema={config.get('schema')}: "
                 f"not an exit head of schema {SCHEMA}"
             )
-        with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if found != config.get("sha256", found):
+            raise ValueError(
+                f"{folder}/model.safetensors: its sha256 is {found[:12]}, config.json says {config['sha256'][:12]}: "
+                "changed or cut short since it was saved; get it anew"
+            )
+        try:
+            with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder}: model.safetensors cannot be read: {error}") from None
         return cls(config["exit_layer"], config["num_layers"], config["backbone"], weights)
 
     def check_fits(self, model: nn.Module) -> None:
@@ -72,6 +82,11 @@ class ExitHead:
                 f"this exit head belongs to {self.backbone['name']} (fingerprint {self.backbone['fingerprint'][:12]}), "
                 f"the backbone given has fingerprint {found[:12]}: load the backbone it was trained for"
             )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_family(model_type: str) -> None:

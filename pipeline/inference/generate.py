@@ -1,12 +1,15 @@
 """The entry point of transformers' `generate(custom_generate=...)`: prompts in, ids out, drafted by the exit head.
 
 Takes what `generate` takes, and `controller=` (`thompson`, `fixed:3`, `none`, ...), `exit_head=` (a folder or a
-Hub id; default: the head this file was published with) and `cuda_graphs=True` (fewer launches on a GPU). Sampling,
-logits processors, stopping criteria and streamers work as ever; several rows are decoded one after the other. Knows
-nothing of how heads are trained.
+Hub id; default: the head this file was published with), `revision=`, `token=`, `cache_dir=`, `local_files_only=` (of a
+Hub id, as in `from_pretrained`) and `cuda_graphs=True` (fewer launches on a GPU). Sampling, logits processors, stopping
+criteria and streamers work as ever; several rows are decoded one after the other. Knows nothing of how heads are
+trained.
 """
 
 import json
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
+from .canary import TOLERANCE, distance
 from .controllers import make_controller
 from .decoding import Request, self_speculative
 from .exit_head import ExitHead
@@ -23,8 +27,16 @@ from .rounds import Controller
 from .sampling import Sampler
 from .thompson import Thompson
 
+
+class AnotherBackbone(UserWarning):
+    """The backbone has the fingerprint of the one that was measured, and other probabilities."""
+
+
 # Handled by the decoder itself, which must know them before it drafts.
 OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
+
+# How files of the Hub are had; transformers gives them to us as it does arguments of generate.
+FETCHING = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 def generate(
@@ -33,6 +45,7 @@ def generate(
     model,
     exit_head: str | None = None,
     controller: str | Controller | None = None,
+    revision: str | None = None,
     cuda_graphs: bool = False,
     **kwargs,
 ):
@@ -44,7 +57,11 @@ def generate(
     for anything but ids.
     """
     kwargs.pop("use_model_defaults", None)
-    backbone, config, controllers = _engine(model, exit_head or HEAD, None if exit_head else REVISION, cuda_graphs)
+    fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
+    source = exit_head or _source(_named_by_caller())
+    if exit_head is None and revision is None:
+        revision = REVISION
+    backbone, config, controllers = _engine(model, source, revision, cuda_graphs, fetching)
     if controller is None or isinstance(controller, str):
         name = controller or config.get("controller", "thompson")
         make_controller(name)  # a wrong name is refused before anything is computed
@@ -89,8 +106,24 @@ def generate(
     return GenerationMixin.generate(model, inputs, custom_generate=loop, **kwargs)
 
 
+def _source(named: str | None) -> str | None:
+    """Where the weights lie: in the folder that the user named if it holds them, else where they were pushed to."""
+    return named if named and (Path(named) / "model.safetensors").is_file() else HEAD or named
+
+
+def _named_by_caller() -> str | None:
+    """The folder (or Hub id) that the user gave as custom_generate=.
+
+    transformers runs a copy of this file from a cache of its own and does not pass on what it was copied from, so the
+    name is read where it stands: in the `GenerationMixin.generate` that called ours. A published folder therefore
+    holds no path and works wherever it is moved to.
+    """
+    name = sys._getframe(2).f_locals.get("custom_generate")
+    return name if isinstance(name, str) else None
+
+
 def _engine(
-    model, source: str | None, revision: str | None, cuda_graphs: bool
+    model, source: str | None, revision: str | None, cuda_graphs: bool, fetching: dict[str, Any]
 ) -> tuple[SplitBackbone, dict[str, Any], dict]:
     """The split backbone, the head's config and its controllers so far; kept on the model, loaded by the first call."""
     if source is None:
@@ -98,10 +131,24 @@ def _engine(
     known = model.__dict__.setdefault("_exit_heads", {})
     key = (source, revision, model.device, model.dtype, cuda_graphs)
     if key not in known:
-        paths = [Path(cached_file(source, name, revision=revision)) for name in ("config.json", "model.safetensors")]
+        where = {"revision": revision, **fetching}
+        paths = [Path(cached_file(source, name, **where)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
         known[key] = SplitBackbone(model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda"), config, {}
+        _warn_of_another(model, config)
     return known[key]
+
+
+def _warn_of_another(model, config: dict[str, Any]) -> None:
+    moved = distance(model, config["canary"]) if config.get("canary") else 0.0
+    if moved > TOLERANCE:
+        warnings.warn(
+            f"this is not quite the {config['backbone']['name']} that the exit head was trained for (fine-tuned?): "
+            f"log-probabilities differ by {moved:.2g} nats. The text is this backbone's own all the same, but fewer "
+            "drafts may be accepted than the card says",
+            AnotherBackbone,
+            stacklevel=2,
+        )
 
 
 def _new_controller(name: str, greedy: bool, config: dict[str, Any]) -> Controller:

@@ -1,4 +1,4 @@
-"""Where the published head lies: a Hub id and its tag, or a folder. Written anew by every publish."""
+"""Where the published head lies: its Hub id and tag. None: in the folder this file is in. Written by every push."""
 
 HEAD: str | None = None
 REVISION: str | None = None

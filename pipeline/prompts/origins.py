@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import pocket
-from ..config import EvaluatePrompts, Prompts, Source
+from ..config import PROMPT_FILES, EvaluatePrompts, Prompts, Source
 from ..errors import UserError
 from .prompt import Role
 
-FILES = (".jsonl", ".json", ".parquet", ".txt")
 BATCH = 1000
 """Rows of a table that are Python objects at the same time."""
 
@@ -60,7 +59,7 @@ def origins(prompts: Prompts) -> list[Origin]:
 
 
 def _name(path: str | None) -> str:
-    return Path(str(path)).name if Path(str(path)).suffix in FILES else str(path)
+    return Path(str(path)).name if Path(str(path)).suffix in PROMPT_FILES else str(path)
 
 
 def rows_of(origin: Origin, role: Role) -> Iterator[tuple[str, Any]]:
@@ -81,13 +80,13 @@ def file_of(origin: Origin) -> Path | None:
     """The file, or None for a datasets id; anything else is a UserError."""
     path = Path(str(origin.source.path))
     if path.is_dir():
-        raise UserError(f"{origin.label}: a folder; give one file ({', '.join(FILES)})")
-    if path.suffix in FILES:
+        raise UserError(f"{origin.label}: a folder; give one file ({', '.join(PROMPT_FILES)})")
+    if path.suffix in PROMPT_FILES:
         if not path.is_file():
             raise UserError(f"{origin.label}: no such file")
         return path
     if path.is_file():
-        raise UserError(f"{origin.label}: unknown kind of file; these can be read: {', '.join(FILES)}")
+        raise UserError(f"{origin.label}: unknown kind of file; these can be read: {', '.join(PROMPT_FILES)}")
     if not origin.source.path or origin.source.path[0] in "./~" or origin.source.path.count("/") > 1:
         raise UserError(f"{origin.label}: neither a file that is there nor a datasets id")
     return None

@@ -1,7 +1,7 @@
 """Is it lossless, and how much faster? Every head and controller against autoregressive decoding.
 
-Takes heads/exit-*/ and held-out prompts, gives eval/generations.parquet, eval/rounds.parquet, eval/rivals.parquet,
-eval/results.json and report/. Knows nothing of how the heads were trained.
+Takes heads/exit-*/, or one published head, and held-out prompts; gives eval/prompts.parquet, eval/generations.parquet,
+eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/. Knows nothing of how the heads were trained.
 """
 
 import json
@@ -11,34 +11,33 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .. import backbones, inspection, losslessness, prompts, report, rivals, tracking, turns
+from .. import backbones, draft_model, hub, inspection, losslessness, prompts, report, rivals, tracking, turns
 from ..config import Config
 from ..errors import UserError
+from ..inference import canary
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller
 from ..inference.decoding import Request, autoregressive
 from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
 from ..measuring import Measured, Method, measure
-from ..metrics import LOOP, beside, summarise
+from ..metrics import LOOP, SCHEMA, beside, best, summarise
 from ..rundir import RunDir, atomic_path, atomic_write, sha256_of
-
-SCHEMA = 1
 
 
 def run(run: RunDir) -> None:
-    """Measure all heads of the run. Raises UserError for wrong controllers, prompts or heads."""
+    """Measure all heads of the run, or the published one. Raises UserError for wrong controllers, prompts or heads."""
     check(run.config)
     config = run.config.evaluate
-    folders = sorted((run / "heads").glob("exit-*"), key=lambda p: int(p.name.split("-")[1]))
-    if not folders:
-        raise UserError(f"{run / 'heads'} holds no exit head: run distill first, or `exit-heads run`.")
+    folders, inputs = _heads(run)
     settings = prompts.evaluation_settings(run.config)
     source = prompts.source_record(settings, "evaluate")
     outside = prompts.pins(source)
+    if config.head is not None:
+        outside["head"] = sha256_of(folders[0] / "model.safetensors")
     if config.states is not None:
         outside["states"] = sha256_of(Path(config.states))
-    if not run.plan("evaluate", folders, outside):
+    if not run.plan("evaluate", inputs, outside):
         print("evaluate: done already")
         return
     device = backbones.device_of(run.config.machine.device)
@@ -46,14 +45,17 @@ def run(run: RunDir) -> None:
     model = backbones.load_model(run.config.backbone, device, run.config.machine.device_map)
     with _threads(config.threads):  # kernels are timed as they will run
         engines = _engines(folders, model, run.config.machine.cuda_graphs)
+    drafts = _drafts(folders, model, config.rivals)
     heads = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, heads)
     ends = frozenset(backbones.ends_of(model.generation_config, tokenizer))
     encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
-    with run.stage("evaluate", folders, outside) as summary, _threads(config.threads):
-        measured = measure(model, engines, encoded, ends, config, run.config.seed, states)
+    with run.stage("evaluate", inputs, outside) as summary, _threads(config.threads):
+        measured = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
         generations, rounds, others = measured.tables()
         results = _results(run, model, engines, encoded, source, generations, rounds, measured)
+        results |= _identity(run.config, folders[0])
+        results |= {"ends": sorted(ends), "canary": canary.record(next(iter(engines.values())))}
         for entry in results["heads"]:
             entry["head_sha256"] = heads[entry["exit_layer"]]
         results["rivals"] = beside(others, generations)
@@ -61,12 +63,46 @@ def run(run: RunDir) -> None:
         summary["best"] = results["best"]
         with atomic_path(run / "eval") as folder:
             folder.mkdir()
+            asked = [{"prompt": prompt.id, "task": prompt.task, "ids": ids} for prompt, ids in encoded]
+            pd.DataFrame(asked).to_parquet(folder / "prompts.parquet")
             generations.to_parquet(folder / "generations.parquet")
             rounds.to_parquet(folder / "rounds.parquet")
             others.to_parquet(folder / "rivals.parquet")
             atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
         report.write(results, run / "report")
     tracking.mirror_report(run, report.summary(results), report.blocks(results), run / "report")
+
+
+def _heads(run: RunDir) -> tuple[list[Path], list[Path]]:
+    """Folders of the heads to measure, and those of them that lie in the run folder."""
+    own = sorted((run / "heads").glob("exit-*"), key=lambda p: int(p.name.split("-")[1]))
+    head = run.config.evaluate.head
+    if head is None:
+        if not own:
+            raise UserError(f"{run / 'heads'} holds no exit head: run distill first, or `exit-heads run`.")
+        return own, own
+    if own:
+        raise UserError(
+            f"evaluate.head={head}: {run.path} has heads of its own; give another run.name, "
+            f"such as run.name={hub.run_name_of(head)}"
+        )
+    return [_published(head, run.config)], []
+
+
+def _published(head: str, config: Config) -> Path:
+    """Its folder, found to hold a head of this backbone before the backbone is loaded."""
+    folder = hub.pull(head)
+    try:
+        belongs = ExitHead.load(folder).backbone
+    except ValueError as error:
+        raise UserError(f"evaluate.head={head}: {error}") from None
+    found = backbones.fingerprint_of_files(config.backbone)
+    if belongs["fingerprint"] != found:
+        raise UserError(
+            f"backbone.name_or_path={config.backbone.name_or_path}: not the backbone of {head}, which belongs to "
+            f"{belongs['name']} (fingerprint {belongs['fingerprint'][:12]}, not {found[:12]})"
+        )
+    return folder
 
 
 def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, SplitBackbone]:
@@ -80,6 +116,14 @@ def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, Sp
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
     return engines
+
+
+def _drafts(folders: list[Path], model: Any, names: list[str]) -> dict[int, Any]:
+    """A draft model of each head, if one of the rivals takes it."""
+    if not any(name.startswith("assistant_model") for name in names):
+        return {}
+    heads = map(ExitHead.load, folders)
+    return {head.exit_layer: draft_model.in_memory(model, head) for head in heads}
 
 
 def _states(path: str | None, heads: dict[int, str]) -> dict[Method, dict[str, Any]]:
@@ -142,17 +186,9 @@ def _results(
         "greedy": losslessness.greedy(next(iter(engines.values())), ids, generations),
         "sampling": losslessness.sampling(engines, ids, generations, sampler_of, run.config.seed),
     }
-    ranked = [
-        (entry["temperature"] != config.temperatures[0], -figures["speedup"], entry, name)
-        for entry in heads
-        for name, figures in entry["controllers"].items()
-    ]
-    _, _, entry, name = min(ranked, key=lambda r: r[:2])
-    head = ExitHead.load(run / "heads" / f"exit-{entry['exit_layer']}")
+    fastest = best(heads, config.temperatures[0])
     return {
         "schema": SCHEMA,
-        "backbone": head.backbone,
-        "num_layers": head.num_layers,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": run.config.backbone.dtype,
         "device": str(next(iter(engines.values())).device),
@@ -169,13 +205,15 @@ def _results(
         "lossless": lossless,
         "heads": heads,
         "loop_ngram": LOOP,
-        "best": {
-            "exit_layer": entry["exit_layer"],
-            "controller": name,
-            "temperature": entry["temperature"],
-            **{k: entry["controllers"][name][k] for k in ("speedup", "speedup_ci95", "acceptance_length")},
-        },
+        "best": fastest,
     }
+
+
+def _identity(config: Config, folder: Path) -> dict[str, Any]:
+    """The backbone, which is the same for all heads measured, and for a published head where it came from."""
+    head = ExitHead.load(folder)
+    published = {} if config.evaluate.head is None else {"published_head": hub.source_of(config.evaluate.head, folder)}
+    return {"backbone": head.backbone, "num_layers": head.num_layers, **published}
 
 
 def check(config: Config) -> None:

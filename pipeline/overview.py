@@ -1,0 +1,123 @@
+"""What the run folders of one place give: a row for each exit head, and for each run that has none yet.
+
+Takes the folder that holds them, prints a table. Reads marks, records and results and loads no model, so that it
+answers at once. Knows nothing of how any of them came about.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = ("run", "state", "backbone", "exit layer", "controller", "speedup (95%)", "acceptance length", "lossless",
+           "published")  # fmt: skip
+DONE = {"generate": "answered", "cache": "cached", "distill": "distilled", "evaluate": "evaluated",
+        "publish": "published"}  # fmt: skip
+NOTHING = "-"
+WIDTH = 500  # columns at most, and only those that are needed: a line that is cut says less than one that wraps
+
+
+def show(runs: Path) -> None:
+    """The table, runs in the order of their names."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in COLUMNS:
+        table.add_column(name.replace(" ", "\n"), no_wrap=True)
+    found = sorted(p.parent for p in runs.glob("*/stages") if p.is_dir())
+    for run in found:
+        for row in rows(run):
+            table.add_row(*(row[name] for name in COLUMNS))
+    if found:
+        Console(markup=False, highlight=False, width=WIDTH).print(table, crop=False)
+    else:
+        print(f"{runs} holds no run folders yet; `exit-heads run` makes one")
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    """By COLUMNS, one for each exit layer; if there is none, one that says how far the run has come."""
+    blank = dict.fromkeys(COLUMNS, NOTHING) | {"run": run.name}
+    try:
+        marks = {stage: _read(run / "stages" / f"{stage}.json") for stage in DONE}
+        blank |= {"state": _state(marks), "backbone": _backbone(run / "config.yaml")}
+        heads = _measured(run) if _is_done(marks["evaluate"]) else _trained(run)
+        published = _published(run)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        return [blank | {"state": f"cannot be read: {error!r}"[:60]}]
+    return [
+        blank | figures | {"exit layer": str(n), "published": published.get(n, NOTHING)} for n, figures in heads.items()
+    ] or [blank]
+
+
+def _state(marks: dict[str, Any]) -> str:
+    """Of the last stage that was begun."""
+    begun = [(stage, mark) for stage, mark in marks.items() if mark is not None]
+    if not begun:
+        return "nothing begun"
+    stage, mark = begun[-1]
+    return DONE[stage] if _is_done(mark) else f"{stage} begun"
+
+
+def _backbone(config: Path) -> str:
+    """As the newest config names it; of a folder elsewhere the last part."""
+    if not config.exists():
+        return NOTHING
+    name = yaml.safe_load(config.read_text())["backbone"]["name_or_path"]
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _trained(run: Path) -> dict[int, dict[str, str]]:
+    """Exit layer -> nothing known yet."""
+    return {n: {} for n in sorted(int(p.name.split("-")[1]) for p in run.glob("heads/exit-*"))}
+
+
+def _measured(run: Path) -> dict[int, dict[str, str]]:
+    """Exit layer -> the figures of its fastest controller, at the temperature at which the best head was chosen."""
+    results = _read(run / "eval" / "results.json")
+    proofs = [proof for proof in results["lossless"].values() if proof is not None]
+    lossless = "yes" if all(proof["passed"] for proof in proofs) else "no"
+    found = {}
+    for entry in results["heads"]:
+        if entry["temperature"] == results["best"]["temperature"]:
+            name, best = max(entry["controllers"].items(), key=lambda item: item[1]["speedup"])
+            low, high = best["speedup_ci95"]
+            found[entry["exit_layer"]] = {
+                "backbone": results["backbone"]["name"],
+                "controller": name,
+                "speedup (95%)": f"{best['speedup']:.2f} ({low:.2f}-{high:.2f})",
+                "acceptance length": f"{best['acceptance_length']:.2f}",
+                "lossless": lossless,
+            }
+    return found
+
+
+def _published(run: Path) -> dict[int, str]:
+    """Exit layer -> the repo and tag it was last pushed as, else its folder."""
+    places = {}
+    for folder in run.glob("hub/*"):
+        if folder.name.isdigit():
+            repo = pushed(run, folder)
+            places[int(folder.name)] = f"{repo['repo_id']}@{repo['tag']}" if repo else str(folder)
+    return places
+
+
+def pushed(run: Path, folder: Path) -> dict[str, str] | None:
+    """The push of this folder of the run: repo_id, tag, commit. None if what lies there now was never pushed.
+
+    The mark of a push goes when the folder is made anew; the records of earlier ones stay.
+    """
+    name, mark = folder.relative_to(run).as_posix(), _read(run / "stages" / "push.json")
+    if not _is_done(mark) or name not in mark["inputs"]:
+        return None
+    records = [r for r in _read(run / "run.json") or [] if "pushed" in r and r["inputs"] == mark["inputs"]]
+    return records[-1]["pushed"] if records else None
+
+
+def _is_done(mark: Any) -> bool:
+    return mark is not None and mark["state"] == "done"
+
+
+def _read(file: Path) -> Any:
+    """None if the file is not there."""
+    return json.loads(file.read_text()) if file.exists() else None

@@ -1,0 +1,160 @@
+"""Does the published folder do what was evaluated? The gate's lines that need the folder and a process of its own.
+
+Takes the tables of evaluate and a folder, decodes a few of the same prompts through it in a fresh process, gives what
+was found and reasons to refuse. Knows nothing of how the folder was made.
+"""
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import losslessness
+from .backbones import device_of, load_model, source_of
+from .config import Config
+from .errors import UserError
+from .inference.backbone import SplitBackbone
+from .inference.exit_head import ExitHead
+from .metrics import interval
+from .rundir import RunDir
+
+CHILD = Path(__file__).parent / "fresh_process.py"
+PROMPTS = 4
+"""Prompts that are decoded again, the first of evaluate's."""
+OWN = {"default": None, "thompson": "thompson"}
+"""How controllers of the folder's own are asked for: the one it names, and thompson, with what it has learned."""
+MARGIN = 1e-9  # an interval over one prompt, or over equal ones, is a point
+
+Form = Literal["head", "draft"]
+
+
+def check(run: RunDir, results: dict[str, Any], folder: Path, form: Form, k: int) -> tuple[dict[str, Any], list[str]]:
+    """(figures, reasons to refuse): greedy texts of fixed:K through `folder`, against those that evaluate recorded.
+
+    In float32 the ids must be equal; in bfloat16 a text may leave the recorded one at a near tie, as in evaluate.
+    Tokens a round must lie within the 95 % interval of evaluate's rounds over the same prompts. The first prompt is
+    also decoded by the controllers of a head's own: the same ids, in whatever rounds.
+
+    Raises UserError where this machine has no memory for it, which says nothing about the folder.
+    """
+    asked = recorded(run / "eval", results["best"]["exit_layer"], k)
+    try:
+        said = decode_afresh(run.config, results, folder, form, k, asked)
+    except subprocess.CalledProcessError as error:
+        return {}, [f"parity: the folder does not work in a fresh process: {_reason(run.config, error)}"]
+    failed = [f"parity: in a fresh process it was warned: {warning}" for warning in said["warnings"]]
+    behind = _behind(form)
+    texts = [row["tokens"][:behind] + text["tokens"] for row, text in zip(asked, said["texts"], strict=True)]
+    decoded = [*zip(asked, texts, strict=True), *((asked[0], text) for text in said["own"].values())]
+    differ = [(row, text) for row, text in decoded if text != row["tokens"]]
+    if unexplained := _unexplained(run, results, differ):
+        failed.append(
+            f"parity: {len(unexplained)} of {len(decoded)} texts decoded through the folder in a fresh process are not "
+            f"those that evaluate recorded: {', '.join(unexplained)}"
+        )
+    # the first token follows the prompt; the others come in rounds
+    length = sum(len(text) - 1 for text in texts) / sum(text["rounds"] for text in said["texts"])
+    tokens, rounds = np.array([[len(row["tokens"]) - 1, row["rounds"]] for row in asked]).T
+    expected, (low, high) = interval(lambda t, r: t / r, tokens, rounds)
+    if not low - MARGIN <= length <= high + MARGIN:
+        failed.append(
+            f"parity: {length:.3f} tokens a round through the folder in a fresh process; evaluate had {expected:.3f} "
+            f"({low:.3f}-{high:.3f}) on the same prompts"
+        )
+    figures = {"controller": f"fixed:{k}", "texts": len(decoded), "identical": len(decoded) - len(differ),
+               "tokens_per_round": length, "evaluated": expected, "evaluated_ci95": [low, high]}  # fmt: skip
+    return figures, failed
+
+
+def recorded(folder: Path, exit_layer: int, k: int) -> list[dict[str, Any]]:
+    """prompt, ids, tokens and number of rounds of the first greedy texts of fixed:K that have a round at all."""
+    mine = f"exit_layer == {exit_layer} and controller == 'fixed:{k}' and temperature == 0 and repeat == 0"
+    prompts = pd.read_parquet(folder / "prompts.parquet").set_index("prompt")
+    counts = pd.read_parquet(folder / "rounds.parquet").query(mine).groupby("prompt").size()
+    texts = pd.read_parquet(folder / "generations.parquet").query(mine).set_index("prompt").tokens
+    return [
+        {"prompt": name, "ids": prompts.ids[name].tolist(), "tokens": texts[name].tolist(), "rounds": int(counts[name])}
+        for name in [name for name in prompts.index if name in counts][:PROMPTS]
+    ]
+
+
+def decode_afresh(
+    config: Config, results: dict[str, Any], folder: Path, form: Form, k: int, asked: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What fresh_process.py says. Raises CalledProcessError, with what it said, where it fails.
+
+    A draft model is asked behind the first token: then its rounds begin where those of the exit head did.
+    """
+    new, behind = results["prompts"]["max_new_tokens"], _behind(form)
+    prompts = [{"ids": row["ids"] + row["tokens"][:behind], "max_new_tokens": new - behind} for row in asked]
+    backbone, machine, source = config.backbone, config.machine, Path(source_of(config.backbone))
+    job = {
+        "backbone": str(source.resolve() if source.is_dir() else source),
+        "revision": backbone.revision,
+        "trust_remote_code": backbone.trust_remote_code,
+        "dtype": backbone.dtype,
+        "device": str(device_of(machine.device)),
+        "device_map": machine.device_map,
+        "threads": results["threads"],
+        "folder": str(folder.resolve()),
+        "form": form,
+        "k": k,
+        "ends": results["ends"],
+        "prompts": prompts,
+        "own": OWN if form == "head" else {},
+    }
+    gc.collect()  # the stages before this one may have left a backbone on the GPU, and the child loads another
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as elsewhere:  # its modules too: nothing of an earlier folder is left in them
+        done = subprocess.run(
+            [sys.executable, "-P", str(CHILD)], input=json.dumps(job), env=os.environ | {"HF_MODULES_CACHE": elsewhere},
+            cwd=elsewhere, text=True, capture_output=True, check=True,
+        )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _reason(config: Config, error: subprocess.CalledProcessError) -> str:
+    """Why the child failed, fit to be published: an error's class and a code. What it said in full goes to stderr.
+
+    Raises UserError where it was for want of memory.
+    """
+    print(error.stderr, file=sys.stderr)
+    last = (error.stdout.splitlines() or [""])[-1]
+    said = json.loads(last) if last.startswith('{"error"') else {}
+    if error.returncode == -signal.SIGKILL or said.get("lacks_memory"):
+        raise UserError(
+            f"machine.device={config.machine.device}: no memory here for the backbone in a process of its own, which "
+            f"tries the published folder (it ended with return code {error.returncode}); end what else runs here, or "
+            "run `exit-heads publish` on a machine with more"
+        )
+    return f"{said.get('error', 'no word')}, return code {error.returncode}"
+
+
+def _behind(form: Form) -> int:
+    """Tokens behind the prompt that are given."""
+    return int(form == "draft")
+
+
+def _unexplained(run: RunDir, results: dict[str, Any], differ: list[tuple[dict[str, Any], list[int]]]) -> list[str]:
+    """Prompts whose (row, tokens now) part where no rounding can be the reason."""
+    if not differ or results["dtype"] == "float32":
+        return [row["prompt"] for row, _ in differ]
+    model = load_model(run.config.backbone, device_of(run.config.machine.device), run.config.machine.device_map)
+    engine = SplitBackbone(model, ExitHead.load(run / "heads" / f"exit-{results['best']['exit_layer']}"))
+    names = []
+    for row, tokens in differ:
+        at = next((i for i, (a, b) in enumerate(zip(row["tokens"], tokens, strict=False)) if a != b), len(tokens))
+        with torch.inference_mode():
+            gap, noise = losslessness.near_tie(engine, row["ids"] + row["tokens"][:at])
+        if gap > 2 * noise:
+            names.append(row["prompt"])
+    return names
