@@ -195,6 +195,7 @@ def prepare_company(folder: Path, mesh: DeviceMesh) -> None:
     save_file(full_weights(head), folder / "drawn.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_load_draw_and_fail_alike(tmp_path, mesh, pieces) -> None:
     prepare_company(tmp_path, mesh)
     spawn(load_in_company, 2, tmp_path, 0)

@@ -95,7 +95,7 @@ def joint_of_three(model, temperature: float, top_p: float) -> torch.Tensor:
 PROMPT3 = [1, 4, 2]
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9)])
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), pytest.param(0.7, 0.9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "controller",
     [

@@ -64,7 +64,10 @@ def lines(run: RunDir) -> dict[int, dict[str, float]]:
 
 
 def test_what_a_killed_start_logged_in_vain_is_logged_once_more(words: list[str]) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
+    # With a service of its own: that of an earlier test in this process would outlive it.
+    alone = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+    command = [sys.executable, "-c", KILLED, *words]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=120, env=alone)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     run = RunDir(load(None, words))
     before = [rows(segment) for segment in segments(run)]
