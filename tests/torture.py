@@ -6,6 +6,7 @@ has done it; `seconds:S` kills it S seconds after its first shard of responses i
 beyond BYTES, which is how a full disk looks to a writer; `none` lets it live.
 """
 
+import gc
 import os
 import resource
 import signal
@@ -89,6 +90,7 @@ def start(manner: str, words: list[str], log: Log) -> int:
     pid = os.fork()
     if pid:
         return pid
+    gc.freeze()  # what the parent left lying, such as a process group, would wait here for threads of its own
     code = 1
     try:
         os.dup2(log.write_end, 1), os.dup2(log.write_end, 2)
