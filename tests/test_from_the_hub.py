@@ -226,7 +226,7 @@ def test_the_fresh_environment_has_nothing_else(fresh_python, tmp_path) -> None:
 def test_a_fresh_environment_uses_the_head_from_the_hub_and_from_a_folder(
     hub, run, pushed, fresh_python, tmp_path
 ) -> None:
-    folder = Path(shutil.copytree(next((run / "hub").iterdir()), tmp_path / "a folder"))
+    folder = Path(shutil.copytree(run / "hub" / "2", tmp_path / "a folder"))
     clean = {k: v for k, v in hub.environment(tmp_path / "home").items() if k != "PYTHONPATH"}
     words = [str(fresh_python), "-c", FRESH, str(pocket.BACKBONE), REPO, str(folder)]
     done = subprocess.run(words, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=500)
@@ -266,6 +266,6 @@ def test_the_pushed_head_is_measured_again_as_it_was(hub, run, pushed, tmp_path)
     assert again["published_head"] == f"{REPO}@{pushed['commit']}"
     (entry,) = again["heads"]
     (same,) = (h for h in before["heads"] if (h["exit_layer"], h["temperature"]) == (entry["exit_layer"], 0.0))
-    assert entry["head_sha256"] == same["head_sha256"] == sha256_of(next((run / "hub").glob("*/model.safetensors")))
+    assert entry["head_sha256"] == same["head_sha256"] == sha256_of(run / "hub" / "2" / "model.safetensors")
     figures, expected = (h["controllers"]["fixed:2"] for h in (entry, same))
     assert figures["acceptance_length"] == expected["acceptance_length"]
