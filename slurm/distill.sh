@@ -108,7 +108,8 @@ stage() {
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} \
         srun "${flags[@]}" "${words[@]}" exit-heads "$name" "$@" || code=$?
     if { [ "$code" = 138 ] || [ "$code" = 75 ]; } && stuck "$folder" "$folder/logs/.$name-$job.places"; then
-        say "$name was stopped at the same place three times, last with $code; is its time limit (138) or memory (75) too small?"
+        say "$name was stopped at the same place three times, last with $code: is its time limit too short (138)," \
+            "do its nodes die (75)?"
     elif [ "$code" = 138 ] || [ "$code" = 75 ] || { [ "$code" = 143 ] && preempted "$job"; }; then
         say "$(date '+%F %T') $name ended with $code; job $job starts again and goes on"
         scontrol requeue "$job" || say "job $job could not be put back into the queue"

@@ -29,7 +29,7 @@ from pipeline.inference.exit_head import FAMILIES, fingerprint
 from pipeline.training import loading
 from pipeline.training.losses import LinearDistillation
 from pipeline.training.module import Engine, last_layer_arguments
-from pipeline.training.sharding import check_mesh, make_mesh, shard_engine
+from pipeline.training.sharding import make_mesh, shard_engine
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
@@ -211,10 +211,10 @@ def test_four_processes_hold_quarters_wholes_or_halves(tmp_path, mesh, pieces, s
 def test_a_degree_that_does_not_divide_the_processes_is_refused() -> None:
     words = ["machine.nodes=2", "machine.processes_per_node=4"]
     for degree in (0, 1, 2, 4, 8):
-        check_mesh(load(None, [*words, f"machine.shard_degree={degree}"]).machine)
+        load(None, [*words, f"machine.shard_degree={degree}"]).machine.processes_of_a_copy()
     for degree in (3, 16):
         with pytest.raises(UserError, match=rf"machine\.shard_degree={degree}: does not divide the 8 processes"):
-            check_mesh(load(None, [*words, f"machine.shard_degree={degree}"]).machine)
+            load(None, [*words, f"machine.shard_degree={degree}"]).machine.processes_of_a_copy()
 
 
 # ---- heads

@@ -33,7 +33,6 @@ from ..training.loading import check_checkpoint
 from ..training.meeting import before_meeting
 from ..training.module import Distillation
 from ..training.rank_log import RankLog, rank_log
-from ..training.sharding import check_mesh
 from ..training.watch import Progress, together
 
 
@@ -61,7 +60,7 @@ def run(run: RunDir) -> None:
             num_layers = backbones.load_config(run.config.backbone).num_hidden_layers
             backbones.check_exit_layers(run.config.distill.exit_layers, num_layers)
             device = own_device(backbones.device_of(run.config.machine.device), place)
-            check_mesh(run.config.machine)
+            run.config.machine.processes_of_a_copy()  # checks
             manifest, train, validation, counts = read(run, place)
             fingerprint = manifest["backbone"]["fingerprint"]
             lessons = open_lessons(run, manifest["backbone"], train, validation)

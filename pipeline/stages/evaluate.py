@@ -44,20 +44,20 @@ def run(run: RunDir) -> None:
     tokenizer = backbones.load_tokenizer(run.config.backbone)
     model = backbones.load_model(run.config.backbone, device, run.config.machine.device_map)
     with _threads(config.threads):  # kernels are timed as they will run
-        engines = _engines(folders, model, run.config.machine.cuda_graphs)
-    drafts = _drafts(folders, model, config.rivals)
-    heads = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
-    states = _states(config.states, heads)
+        engines, heads = _engines(folders, model, run.config.machine.cuda_graphs)
+    drafts = _drafts(heads, model, config.rivals)
+    hashes = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
+    states = _states(config.states, hashes)
     ends = frozenset(backbones.ends_of(model.generation_config, tokenizer))
     encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
     with run.stage("evaluate", inputs, outside) as summary, _threads(config.threads):
         measured = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
         generations, rounds, others = measured.tables()
         results = _results(run, model, engines, encoded, source, generations, rounds, measured)
-        results |= _identity(run.config, folders[0])
+        results |= _identity(run.config, folders[0], heads[0])
         results |= {"ends": sorted(ends), "canary": canary.record(next(iter(engines.values())))}
         for entry in results["heads"]:
-            entry["head_sha256"] = heads[entry["exit_layer"]]
+            entry["head_sha256"] = hashes[entry["exit_layer"]]
         results["rivals"] = beside(others, generations)
         results["responses"] = inspection.figures(run)
         summary["best"] = results["best"]
@@ -105,8 +105,9 @@ def _published(head: str, config: Config) -> Path:
     return folder
 
 
-def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, SplitBackbone]:
-    engines = {}
+def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> tuple[dict[int, SplitBackbone], list[ExitHead]]:
+    """Exit layer -> engine, and the heads in the same order."""
+    engines, heads = {}, []
     for folder in folders:
         try:
             head = ExitHead.load(folder)
@@ -115,14 +116,14 @@ def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> dict[int, Sp
             )
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
-    return engines
+        heads.append(head)
+    return engines, heads
 
 
-def _drafts(folders: list[Path], model: Any, names: list[str]) -> dict[int, Any]:
+def _drafts(heads: list[ExitHead], model: Any, names: list[str]) -> dict[int, Any]:
     """A draft model of each head, if one of the rivals takes it."""
     if not any(name.startswith("assistant_model") for name in names):
         return {}
-    heads = map(ExitHead.load, folders)
     return {head.exit_layer: draft_model.in_memory(model, head) for head in heads}
 
 
@@ -209,9 +210,8 @@ def _results(
     }
 
 
-def _identity(config: Config, folder: Path) -> dict[str, Any]:
+def _identity(config: Config, folder: Path, head: ExitHead) -> dict[str, Any]:
     """The backbone, which is the same for all heads measured, and for a published head where it came from."""
-    head = ExitHead.load(folder)
     published = {} if config.evaluate.head is None else {"published_head": hub.source_of(config.evaluate.head, folder)}
     return {"backbone": head.backbone, "num_layers": head.num_layers, **published}
 

@@ -50,7 +50,7 @@ class Place:
 
 def find_place(machine: Machine) -> Place:
     """Raises UserError if machine.nodes and machine.processes_per_node do not fit what launched this process."""
-    world, env = machine.nodes * machine.processes_per_node, os.environ
+    world, env = machine.processes, os.environ
     node = env.get("SLURMD_NODENAME") or socket.gethostname()
     started = started_together()
     if "TORCHELASTIC_RUN_ID" in env:
@@ -115,7 +115,7 @@ def _place_under_srun(world: int, node: str) -> Place:
 
 
 def _check(machine: Machine, started: int, launcher: str) -> None:
-    if started != machine.nodes * machine.processes_per_node:
+    if started != machine.processes:
         raise UserError(
             f"machine.nodes={machine.nodes}, machine.processes_per_node={machine.processes_per_node}: "
             f"{launcher} started {started} processes; the product must be the same"

@@ -12,13 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..config import Machine
-
-
-def check_mesh(machine: Machine) -> None:
-    """Raises UserError unless the processes can be divided into groups of machine.shard_degree."""
-    machine.processes_of_a_copy()
-
 
 def make_mesh(device_type: str, world_size: int, shard_degree: int) -> DeviceMesh:
     """1-D over all processes if shard_degree is 0 or all of them; else copies of the model, each over shard_degree

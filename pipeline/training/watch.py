@@ -178,7 +178,7 @@ class Watch:
         end: tuple[str, int] | None = None  # why this process must end, and its exit code
         deadline = 0.0
         while not self._left.wait(BEAT):
-            found: tuple[str, int] | None = None
+            found = None
             try:
                 self._show()
                 signs.look()
