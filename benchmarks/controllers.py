@@ -31,7 +31,7 @@ from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.measuring import in_turns
 from pipeline.metrics import cost_table, interval, pass_seconds, ratio_of_rates
-from pipeline.rundir import provenance, sha256_of
+from pipeline.runs.folder import provenance, sha256_of
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},

@@ -37,7 +37,7 @@ from pipeline.inference.rounds import Round
 from pipeline.inference.sampling import Sampler
 from pipeline.measuring import in_turns
 from pipeline.metrics import conditional_rates, cost_table, interval, pass_seconds, predicted_speedup, ratio_of_rates
-from pipeline.rundir import provenance
+from pipeline.runs.folder import provenance
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary
 SHAPES = {

@@ -38,7 +38,7 @@ from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.prompts import encode, load_prompts
 from pipeline.responses import Responses
-from pipeline.rundir import provenance
+from pipeline.runs.folder import provenance
 
 Ids = list[list[int]]
 BASELINE = "one by one, transformers' generate"

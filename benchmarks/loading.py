@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline import backbones
 from pipeline.config import Backbone
 from pipeline.inference.exit_head import new_exit_layer
-from pipeline.rundir import provenance
+from pipeline.runs.folder import provenance
 from pipeline.training import loading
 from pipeline.training.sharding import make_mesh, shard_backbone, shard_head
 

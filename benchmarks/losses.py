@@ -36,7 +36,7 @@ from pipeline.inference.decoding import Request, self_speculative
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.metrics import interval
-from pipeline.rundir import RunDir, atomic_write, provenance
+from pipeline.runs.folder import RunDir, atomic_write, provenance
 from pipeline.stages import cache, distill, generate
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "pocket.yaml"

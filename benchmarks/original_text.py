@@ -22,7 +22,7 @@ from pipeline import pocket
 from pipeline.config import load
 from pipeline.metrics import interval
 from pipeline.pocket import corpus
-from pipeline.rundir import RunDir, provenance
+from pipeline.runs.folder import RunDir, provenance
 from pipeline.stages import cache, distill, evaluate, generate
 
 CHARACTERS = 1000

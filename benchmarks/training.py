@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import Config
 from pipeline.inference.exit_head import new_exit_layer
-from pipeline.rundir import provenance
+from pipeline.runs.folder import provenance
 from pipeline.training.cache import Lessons, TeacherCache, head_of
 from pipeline.training.data import Packed
 from pipeline.training.launch import find_free_network_port

@@ -11,7 +11,7 @@ import yaml
 
 from . import gate, pedigree, plots, report
 from .backbones import public_name
-from .rundir import RunDir
+from .runs.folder import RunDir
 
 PAPER = (
     "Liu et al., *Speculative Decoding via Early-exiting for Faster LLM Inference with Thompson Sampling Control "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .config import Config, help_text, load, variations
 from .errors import GateError, LostError, UserError
-from .rundir import STAGES, RunDir
+from .runs.folder import STAGES, RunDir
 
 VERBS = {
     "plan": (
@@ -243,7 +243,7 @@ def config_for(verb: str, head: str, file: str | None, words: list[str]) -> Conf
 
 def list_heads(config: Config) -> None:
     """Print what the runs in run.dir give; nothing is changed."""
-    from . import overview
+    from .runs import overview
 
     if not Path(config.run.dir).is_dir():
         raise UserError(f"run.dir={config.run.dir}: no such folder; give the one that holds the run folders")

@@ -9,7 +9,7 @@ from typing import Any
 from . import card, gate
 from .backbones import public_name
 from .card import code
-from .rundir import RunDir
+from .runs.folder import RunDir
 
 LIMITS = """\
 - Measured for one text at a time, with the exit head. Speed with this folder in an engine was not measured; in other

@@ -25,7 +25,7 @@ import yaml
 
 from . import backbones, pedigree, speculation_profile
 from .backbones import load_config, public_name
-from .rundir import RunDir, atomic_write, sha256_of
+from .runs.folder import RunDir, atomic_write, sha256_of
 
 HERE = Path(__file__).parent
 CODE = HERE / "inference"

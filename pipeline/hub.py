@@ -33,7 +33,7 @@ from . import head_folder
 from .config import Config, is_repo_id
 from .errors import UserError
 from .head_folder import digest_of, files_of
-from .rundir import RunDir
+from .runs.folder import RunDir
 
 ORIGIN = "custom_generate/origin.py"
 TO_MEASURE = ["config.json", "model.safetensors"]

@@ -16,7 +16,7 @@ from rich.text import Text
 from .backbones import load_tokenizer
 from .errors import UserError
 from .responses import COUNTS, SCHEMA, Responses, rows_of
-from .rundir import RunDir, sha256_of
+from .runs.folder import RunDir, sha256_of
 from .training.data import Document, read_documents, read_manifest
 
 RECENT = 20

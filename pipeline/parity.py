@@ -25,7 +25,7 @@ from .errors import UserError
 from .inference.backbone import SplitBackbone
 from .inference.exit_head import ExitHead
 from .metrics import interval
-from .rundir import RunDir
+from .runs.folder import RunDir
 
 CHILD = Path(__file__).parent / "fresh_process.py"
 PROMPTS = 4

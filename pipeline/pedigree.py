@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from .backbones import file_of, public_name
 from .config import Backbone, Config, is_repo_id, without_folders
-from .rundir import RunDir
+from .runs.folder import RunDir
 
 MADE_BY = ("generate", "distill", "evaluate")
 """Stages that a published head went through."""

@@ -12,7 +12,7 @@ from . import card, draft_card, draft_model, gate, head_folder, parity
 from .errors import UserError
 from .inference.exit_head import ExitHead
 from .parity import Form
-from .rundir import RunDir, atomic_path, sha256_of
+from .runs.folder import RunDir, atomic_path, sha256_of
 
 STAGES: dict[Form, str] = {"head": "publish", "draft": "draft"}
 """The mark that each form leaves."""

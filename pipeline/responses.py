@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import UserError
-from .rundir import atomic_path, sha256_of
-from .shards import Shards
+from .runs.folder import atomic_path, sha256_of
+from .runs.shards import Shards
 
 SCHEMA = 2
 COLUMNS = pa.schema(

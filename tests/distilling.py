@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import load
 from pipeline.inference.exit_head import fingerprint
-from pipeline.rundir import RunDir, sha256_of
+from pipeline.runs.folder import RunDir, sha256_of
 from pipeline.stages import distill
 from pipeline.training import checkpoints, data
 from pipeline.training.module import Distillation

@@ -67,7 +67,7 @@ def tiny_backbone(tmp_path: Path, family: str = "llama", *, seed: int = 0, sharp
 def make_run(tmp_path: Path, *words: str):
     """A run folder `<tmp_path>/runs/t` on a tiny llama of sharp logits, from key=value words."""
     from pipeline.config import load
-    from pipeline.rundir import RunDir
+    from pipeline.runs.folder import RunDir
 
     folder = tmp_path / "tiny-llama"
     if not folder.exists():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
-from pipeline.rundir import RunDir, sha256_of
+from pipeline.runs.folder import RunDir, sha256_of
 from pipeline.stages import cache, distill
 from pipeline.training import cache as folders
 from pipeline.training import data

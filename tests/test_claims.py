@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import claims
-from pipeline.claims import Claims, left_behind
-from pipeline.rundir import place_once
+from pipeline.runs import claims
+from pipeline.runs.claims import Claims, left_behind
+from pipeline.runs.folder import place_once
 
 HOLD = """
 import sys, time

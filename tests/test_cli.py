@@ -13,7 +13,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.errors import GateError, UserError
-from pipeline.rundir import OUTPUTS, STAGES, RunDir, atomic_write
+from pipeline.runs.folder import OUTPUTS, STAGES, RunDir, atomic_write
 
 ran: list[str] = []
 WRITING = [verb for verb in cli.VERBS if verb not in ("plan", "heads")]  # these two only print

@@ -7,14 +7,7 @@ import random
 import pytest
 import torch
 
-from pipeline.inference.controllers import (
-    Beta,
-    Calibration,
-    ConfidenceStop,
-    EntropyStop,
-    Fixed,
-    make_controller,
-)
+from pipeline.inference.controllers import Beta, Calibration, ConfidenceStop, EntropyStop, Fixed, make_controller
 from pipeline.inference.rounds import Confidence, Round
 from pipeline.inference.thompson import Costs, Thompson
 

@@ -12,7 +12,7 @@ import torch
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.metrics import repeated_share
-from pipeline.rundir import sha256_of
+from pipeline.runs.folder import sha256_of
 from pipeline.training.data import (
     Document,
     StepBatches,

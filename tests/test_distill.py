@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.inference.exit_head import ExitHead, fingerprint
-from pipeline.rundir import RunDir
+from pipeline.runs.folder import RunDir
+from pipeline.runs.tracking import wandb_mode
 from pipeline.stages import distill
-from pipeline.tracking import wandb_mode
 from pipeline.training import data
 from pipeline.training.loading import load_sharded_backbone
 from pipeline.training.module import Engine

@@ -15,7 +15,7 @@ from pipeline import gate, head_folder, parity, publishing
 from pipeline.cli import main
 from pipeline.errors import GateError, UserError
 from pipeline.metrics import SCHEMA
-from pipeline.rundir import sha256_of
+from pipeline.runs.folder import sha256_of
 from pipeline.stages import draft, evaluate, publish
 
 

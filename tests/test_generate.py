@@ -24,7 +24,7 @@ from pipeline.engines.padded import Padded, sample
 from pipeline.errors import UserError
 from pipeline.inference.exit_head import FAMILIES, fingerprint
 from pipeline.responses import Responses
-from pipeline.rundir import RunDir
+from pipeline.runs.folder import RunDir
 from pipeline.stages import generate
 
 END = 256

@@ -17,7 +17,7 @@ from loopback_hub import ACCOUNTS, Fault, LoopbackHub
 from pipeline import hub as published
 from pipeline.config import load
 from pipeline.errors import UserError
-from pipeline.rundir import RunDir
+from pipeline.runs.folder import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 

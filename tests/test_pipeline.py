@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from pipeline.cli import main
 from pipeline.config import to_dict
-from pipeline.rundir import STAGES, RunDir
+from pipeline.runs.folder import STAGES, RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 

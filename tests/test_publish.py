@@ -37,7 +37,7 @@ from pipeline.inference.canary import TOLERANCE, distance
 from pipeline.inference.controllers import Fixed
 from pipeline.inference.exit_head import ExitHead, new_exit_layer
 from pipeline.modeling_exit_head import ExitHeadConfig, ExitHeadModel
-from pipeline.rundir import RunDir, sha256_of
+from pipeline.runs.folder import RunDir, sha256_of
 from pipeline.stages import distill, draft, evaluate, generate, publish
 
 CODE = Path(pipeline.inference.__file__).parent

@@ -12,10 +12,11 @@ from loopback_hub import LoopbackHub
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from pipeline import overview, pedigree, report
+from pipeline import pedigree, report
 from pipeline.cli import main
 from pipeline.config import load, to_dict
-from pipeline.rundir import RunDir, atomic_write, sha256_of
+from pipeline.runs import overview
+from pipeline.runs.folder import RunDir, atomic_write, sha256_of
 from pipeline.stages import evaluate, publish
 
 ROOT = Path(__file__).resolve().parent.parent

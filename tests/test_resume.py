@@ -14,7 +14,7 @@ from distilling import assert_same, end_of, finish, gone, lines, prepare, start
 from helpers import tiny_backbone
 
 from pipeline.errors import UserError
-from pipeline.rundir import RunDir
+from pipeline.runs.folder import RunDir
 from pipeline.stages import distill
 from pipeline.training.callbacks import Checkpoints
 from pipeline.training.checkpoints import WholeFile, damage_of, newest_intact

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import rundir
 from pipeline.config import Config, load
 from pipeline.errors import UserError
-from pipeline.rundir import OUTPUTS, STAGES, SUBTREES, RunDir, atomic_path, atomic_write, sha256_of
+from pipeline.runs import folder as rundir
+from pipeline.runs.folder import OUTPUTS, STAGES, SUBTREES, RunDir, atomic_path, atomic_write, sha256_of
 
 
 def run_stage(run: RunDir, stage: str, inputs: list[Path] | None = None) -> bool:

@@ -27,7 +27,7 @@ from pipeline.engines.asking import Answer, Question, Sampling
 from pipeline.engines.server import ServerEngine
 from pipeline.errors import UserError
 from pipeline.responses import Responses, rows_of
-from pipeline.rundir import RunDir
+from pipeline.runs.folder import RunDir
 from pipeline.stages import generate
 
 END = 256

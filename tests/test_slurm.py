@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from slurm_cluster import NODES, Cluster
 from test_tracking import lines, rows, segments
 
-from pipeline import rundir
 from pipeline.config import load, to_dict
 from pipeline.planning.architecture import facts
-from pipeline.rundir import RunDir
+from pipeline.runs import folder as rundir
+from pipeline.runs.folder import RunDir
 from pipeline.stages.plan import make
 
 STAGES = tuple(name for name in rundir.STAGES if name != "cache")

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from pipeline.inference.exit_head import new_exit_layer
-from pipeline.rundir import RunDir
+from pipeline.runs.folder import RunDir
 from pipeline.stages import distill
 from pipeline.training import data
 from pipeline.training.module import Distillation, learning_rate_at

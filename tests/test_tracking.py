@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import load
-from pipeline.rundir import RunDir
-from pipeline.tracking import Tracker
+from pipeline.runs.folder import RunDir
+from pipeline.runs.tracking import Tracker
 
 KILLED = """
 import os, signal, sys, time

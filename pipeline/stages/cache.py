@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from .. import backbones
 from ..config import Config
-from ..rundir import RunDir
-from ..shards import made
+from ..runs.folder import RunDir
+from ..runs.shards import made
 from ..training import data
 from ..training.cache import TeacherCache, check_room, head_of, size
 from ..training.loading import check_checkpoint

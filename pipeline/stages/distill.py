@@ -22,8 +22,8 @@ from .. import backbones
 from ..config import Config
 from ..errors import UserError
 from ..inference.exit_head import ExitHead
-from ..rundir import RunDir, atomic_path
-from ..tracking import Tracker
+from ..runs.folder import RunDir, atomic_path
+from ..runs.tracking import Tracker
 from ..training import data, terms
 from ..training.cache import Lessons, TeacherCache
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Signals, Throughput

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .. import backbones, draft_model, hub, inspection, losslessness, prompts, report, rivals, tracking, turns
+from .. import backbones, draft_model, hub, inspection, losslessness, prompts, report, rivals, turns
 from ..config import Config
 from ..errors import UserError
 from ..inference import canary
@@ -22,7 +22,8 @@ from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
 from ..measuring import Measured, Method, measure
 from ..metrics import LOOP, SCHEMA, beside, best, summarise
-from ..rundir import RunDir, atomic_path, atomic_write, sha256_of
+from ..runs import tracking
+from ..runs.folder import RunDir, atomic_path, atomic_write, sha256_of
 
 
 def run(run: RunDir) -> None:

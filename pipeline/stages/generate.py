@@ -35,8 +35,8 @@ from ..errors import UserError
 from ..metrics import repeated_share
 from ..prompts import Prompt, contexts, count_sources, encoding, pins, source_pins, source_record, training_prompts
 from ..responses import COUNTS, Responses
-from ..rundir import RunDir, sha256_of
-from ..shards import made
+from ..runs.folder import RunDir, sha256_of
+from ..runs.shards import made
 from ..turns import next_turn
 
 

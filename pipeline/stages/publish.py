@@ -6,7 +6,7 @@ what it was when it was evaluated. Knows nothing of how anything was measured.
 
 from .. import hub, publishing
 from ..config import Config
-from ..rundir import RunDir
+from ..runs.folder import RunDir
 
 
 def run(run: RunDir) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import UserError
-from ..shards import Shards
+from ..runs.shards import Shards
 from .data import Packed
 from .teacher import Taught
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from tqdm import tqdm
 
-from ..tracking import Tracker
+from ..runs.tracking import Tracker
 from .module import Distillation
 
 WARM_UP_STEPS = 2  # left out of the averages: first touches of memory, kernel choice

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, Sampler
 from ..config import Distill
 from ..errors import UserError
 from ..metrics import repeated_share
-from ..rundir import sha256_of
+from ..runs.folder import sha256_of
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from .config import Config, to_dict
-from .errors import GateError, UserError
+from ..config import Config, to_dict
+from ..errors import GateError, UserError
 
 STAGES = ("generate", "cache", "distill", "evaluate", "publish")
 
