@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline import prompts, simulation
-from pipeline.backbones import load_model, load_tokenizer
+from pipeline.backbones.load import load_model, load_tokenizer
 from pipeline.config import Backbone, Prompts
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import make_controller

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.backbones import device_of, ends_of, load_model, load_tokenizer, public_name
+from pipeline.backbones.load import device_of, ends_of, load_model, load_tokenizer, public_name
 from pipeline.config import Config, load
 from pipeline.engines import Question, Sampling
 from pipeline.engines.continuous import Continuous

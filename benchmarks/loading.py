@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from pipeline import backbones
+from pipeline.backbones.load import fingerprint_of_files, load_config, load_model
 from pipeline.config import Backbone
 from pipeline.inference.exit_head import new_exit_layer
 from pipeline.runs.folder import provenance
@@ -85,8 +85,8 @@ def load(rank: int, world: int, folder: str, dtype: str, way: str, store: str, f
     transformers_logging.set_verbosity_error()
     dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
     backbone, device, mesh = Backbone(folder, dtype=dtype), torch.device("cpu"), make_mesh("cpu", world, 0)
-    n = backbones.load_config(backbone).num_hidden_layers // 2
-    fingerprint = backbones.fingerprint_of_files(backbone)
+    n = load_config(backbone).num_hidden_layers // 2
+    fingerprint = fingerprint_of_files(backbone)
     loading.check_checkpoint(backbone, fingerprint, [n], "last")
     dist.barrier()
     watch = Watch()
@@ -95,7 +95,7 @@ def load(rank: int, world: int, folder: str, dtype: str, way: str, store: str, f
     if way == WAYS[0]:
         model, heads = loading.load_sharded_backbone(backbone, device, mesh, fingerprint, [n])
     else:
-        model = backbones.load_model(backbone, device)
+        model = load_model(backbone, device)
         heads = [new_exit_layer(model)]
         shard_backbone(model, mesh)
         shard_head(heads[0], mesh, model.dtype)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from pipeline import prompts
-from pipeline.backbones import ends_of, load_model, load_tokenizer
+from pipeline.backbones.load import ends_of, load_model, load_tokenizer
 from pipeline.config import load
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from . import gate, pedigree, plots, report
-from .backbones import public_name
+from .backbones.load import public_name
 from .runs.folder import RunDir
 
 PAPER = (

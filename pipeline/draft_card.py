@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import card, gate
-from .backbones import public_name
+from .backbones.load import public_name
 from .card import code
 from .runs.folder import RunDir
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from .backbones import WeightFiles, file_of, load_config
+from .backbones.load import WeightFiles, file_of, load_config
 from .config import Backbone
 from .head_folder import write_json
 from .inference.exit_head import ExitHead

@@ -23,8 +23,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from . import backbones, pedigree, speculation_profile
-from .backbones import load_config, public_name
+from . import pedigree, speculation_profile
+from .backbones.load import file_of, load_config, public_name
 from .runs.folder import RunDir, atomic_write, sha256_of
 
 HERE = Path(__file__).parent
@@ -43,7 +43,7 @@ def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
     write_json(folder / "config.json", config_of(json.loads((head / "config.json").read_text()), run, results))
     shutil.copyfile(MODELING, folder / MODELING.name)
     write_code(folder)
-    if settings := backbones.file_of(run.config.backbone, "generation_config.json"):
+    if settings := file_of(run.config.backbone, "generation_config.json"):
         shutil.copyfile(settings, folder / "generation_config.json")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from .backbones import load_tokenizer
+from .backbones.load import load_tokenizer
 from .errors import UserError
 from .responses import COUNTS, SCHEMA, Responses, rows_of
 from .runs.folder import RunDir, sha256_of

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from . import losslessness
-from .backbones import device_of, load_model, source_of
+from .backbones.load import device_of, load_model, source_of
 from .config import Config
 from .errors import UserError
 from .inference.backbone import SplitBackbone

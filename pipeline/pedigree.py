@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from .backbones import file_of, public_name
+from .backbones.load import file_of, public_name
 from .config import Backbone, Config, is_repo_id, without_folders
 from .runs.folder import RunDir
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import draft_model, gate, parity
-from pipeline.backbones import load_model
+from pipeline.backbones.load import load_model
 from pipeline.config import Backbone
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.decoding import Request, autoregressive

@@ -16,7 +16,7 @@ import torch
 from helpers import plant_heads, tiny_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.backbones import fingerprint_of_files
+from pipeline.backbones.load import fingerprint_of_files
 from pipeline.config import Backbone, Config, load
 from pipeline.engines import Question, Sampling
 from pipeline.engines.continuous import Continuous

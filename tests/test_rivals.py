@@ -8,7 +8,7 @@ import torch
 from helpers import make_run, plant_heads, tiny_backbone
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
-from pipeline.backbones import load_model
+from pipeline.backbones.load import load_model
 from pipeline.cli import main
 from pipeline.config import Backbone, Config
 from pipeline.draft_model import in_memory

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..backbones import load_ends
+from ..backbones.load import load_ends
 from ..config import Config
 from ..errors import UserError
 from ..inference.exit_head import ExitHead

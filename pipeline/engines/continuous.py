@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from ..backbones import ends_of
+from ..backbones.load import ends_of
 from .asking import Answer, Question, Report, Sampling
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..backbones import ends_of
+from ..backbones.load import ends_of
 from .asking import Answer, Question, Report, Sampling
 
 

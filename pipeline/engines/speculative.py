@@ -7,7 +7,7 @@ own seed; gives each question's new ids. Knows nothing of text, files or shards.
 import torch
 from torch import nn
 
-from ..backbones import ends_of
+from ..backbones.load import ends_of
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller

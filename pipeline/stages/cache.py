@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from .. import backbones
+from ..backbones.load import check_exit_layers, device_of, load_config, load_model, rounds_by
 from ..config import Config
 from ..runs.folder import RunDir
 from ..runs.shards import made
@@ -41,8 +41,8 @@ def run(run: RunDir) -> None:
         print("cache: done already")
         return
     # All that a user can get wrong comes before the stage is marked as begun: a mark would ask for --redo.
-    architecture = backbones.load_config(config.backbone)
-    backbones.check_exit_layers(config.distill.exit_layers, architecture.num_hidden_layers)
+    architecture = load_config(config.backbone)
+    check_exit_layers(config.distill.exit_layers, architecture.num_hidden_layers)
     manifest, train, validation, _ = data.read_packed(run / "responses", config.distill)
     fingerprint = manifest["backbone"]["fingerprint"]
     check_checkpoint(config.backbone, fingerprint, config.distill.exit_layers, config.distill.init)
@@ -67,9 +67,9 @@ class Worker:
         if config.machine.threads > 0:
             torch.set_num_threads(config.machine.threads)
         self.cache, self.sequences = cache, sequences
-        self.device = backbones.device_of(config.machine.device)
-        self.backbone = backbones.load_model(config.backbone, self.device, config.machine.device_map)
-        self.by = backbones.rounds_by(self.device)
+        self.device = device_of(config.machine.device)
+        self.backbone = load_model(config.backbone, self.device, config.machine.device_map)
+        self.by = rounds_by(self.device)
 
     def work(self) -> float:
         """Make what is missing, together with whoever else is at it, until all is there; returns the tokens/s of this

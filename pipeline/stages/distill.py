@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from .. import backbones
+from ..backbones.load import check_exit_layers, device_of, load_config
 from ..config import Config
 from ..errors import UserError
 from ..inference.exit_head import ExitHead
@@ -57,9 +57,9 @@ def run(run: RunDir) -> None:
     with contextlib.ExitStack() as stack:
         with before_meeting(place):
             # Before the stage is marked begun, so that a mistake found here can be corrected without --redo.
-            num_layers = backbones.load_config(run.config.backbone).num_hidden_layers
-            backbones.check_exit_layers(run.config.distill.exit_layers, num_layers)
-            device = own_device(backbones.device_of(run.config.machine.device), place)
+            num_layers = load_config(run.config.backbone).num_hidden_layers
+            check_exit_layers(run.config.distill.exit_layers, num_layers)
+            device = own_device(device_of(run.config.machine.device), place)
             run.config.machine.processes_of_a_copy()  # checks
             manifest, train, validation, counts = read(run, place)
             fingerprint = manifest["backbone"]["fingerprint"]

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .. import backbones, draft_model, hub, inspection, losslessness, prompts, report, rivals, turns
+from .. import draft_model, hub, inspection, losslessness, prompts, report, rivals, turns
+from ..backbones.load import device_of, ends_of, fingerprint_of_files, load_model, load_tokenizer
 from ..config import Config
 from ..errors import UserError
 from ..inference import canary
@@ -41,15 +42,15 @@ def run(run: RunDir) -> None:
     if not run.plan("evaluate", inputs, outside):
         print("evaluate: done already")
         return
-    device = backbones.device_of(run.config.machine.device)
-    tokenizer = backbones.load_tokenizer(run.config.backbone)
-    model = backbones.load_model(run.config.backbone, device, run.config.machine.device_map)
+    device = device_of(run.config.machine.device)
+    tokenizer = load_tokenizer(run.config.backbone)
+    model = load_model(run.config.backbone, device, run.config.machine.device_map)
     with _threads(config.threads):  # kernels are timed as they will run
         engines, heads = _engines(folders, model, run.config.machine.cuda_graphs)
     drafts = _drafts(heads, model, config.rivals)
     hashes = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, hashes)
-    ends = frozenset(backbones.ends_of(model.generation_config, tokenizer))
+    ends = frozenset(ends_of(model.generation_config, tokenizer))
     encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
     with run.stage("evaluate", inputs, outside) as summary, _threads(config.threads):
         measured = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
@@ -97,7 +98,7 @@ def _published(head: str, config: Config) -> Path:
         belongs = ExitHead.load(folder).backbone
     except ValueError as error:
         raise UserError(f"evaluate.head={head}: {error}") from None
-    found = backbones.fingerprint_of_files(config.backbone)
+    found = fingerprint_of_files(config.backbone)
     if belongs["fingerprint"] != found:
         raise UserError(
             f"backbone.name_or_path={config.backbone.name_or_path}: not the backbone of {head}, which belongs to "

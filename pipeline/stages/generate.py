@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..backbones import (
+from ..backbones.load import (
     device_of,
     fingerprint_of_files,
     load_config,

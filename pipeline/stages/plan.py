@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from transformers import AutoConfig
 
-from .. import backbones
+from ..backbones.load import check_exit_layers, load_config, public_name
 from ..config import Backbone, Config
 from ..errors import UserError
 from ..planning import plan, tables
@@ -39,7 +39,7 @@ def show(configs: Sequence[Config], varied: Sequence[str] = (), as_json: bool = 
 def make(config: Config) -> Plan:
     """The plan of a config that was found right."""
     a = architecture_of(config.backbone)
-    backbones.check_exit_layers(config.distill.exit_layers, a.layers)
+    check_exit_layers(config.distill.exit_layers, a.layers)
     world = Layout.of(config.machine).processes
     StepBatches(1, config.distill.sequences_per_step, config.distill.max_steps, 0, world_size=world)  # checks
     return plan.make(config, a)
@@ -50,9 +50,9 @@ def architecture_of(backbone: Backbone) -> Architecture:
     name = backbone.name_or_path
     known = facts().get(name)
     try:
-        config, source = backbones.load_config(backbone, local=known is not None), "its config.json"
+        config, source = load_config(backbone, local=known is not None), "its config.json"
     except UserError:
         if known is None:
             raise
         config, source = AutoConfig.for_model(**known), "architecture as shipped with exit-heads"
-    return Architecture.of(backbones.public_name(backbone), source, config)
+    return Architecture.of(public_name(backbone), source, config)

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM
 
-from .. import backbones
-from ..backbones import WeightFiles
+from ..backbones.load import WeightFiles, fingerprint_of_files, load_config, tensor_name
 from ..config import Backbone
 from ..errors import UserError
 from .sharding import own_rows, shard_backbone, shard_head
@@ -87,7 +86,7 @@ def check_checkpoint(backbone: Backbone, expected_fingerprint: str, exit_layers:
     files = WeightFiles(backbone)
     for path, names in _by_file(files, wanted).items():
         _check_header(path, {name: wanted[name][0].shape for name in names}, where)
-    found = backbones.fingerprint_of_files(backbone, files)
+    found = fingerprint_of_files(backbone, files)
     if found != expected_fingerprint:
         raise UserError(
             f"{where}: its fingerprint is {found[:12]}, the responses come from {expected_fingerprint[:12]}: "
@@ -139,7 +138,7 @@ def _check_header(path: str, shapes: dict[str, Sequence[int]], where: str) -> No
 
 def _on_meta(backbone: Backbone, num_heads: int) -> tuple[Any, list[nn.Module]]:
     """Backbone and heads without memory."""
-    config = backbones.load_config(backbone)
+    config = load_config(backbone)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, backbone.dtype), trust_remote_code=backbone.trust_remote_code
@@ -155,7 +154,7 @@ def _on_meta(backbone: Backbone, num_heads: int) -> tuple[Any, list[nn.Module]]:
 def _wanted(model: Any, heads: list[nn.Module], exit_layers: list[int], init: str) -> Wanted:
     wanted: Wanted = defaultdict(list)
     for name, parameter in model.named_parameters():
-        wanted[backbones.tensor_name(name, model.config)].append(parameter)
+        wanted[tensor_name(name, model.config)].append(parameter)
     if init != "random":
         for n, head in zip(exit_layers, heads, strict=True):
             layer = (n if init == "layer" else model.config.num_hidden_layers) - 1

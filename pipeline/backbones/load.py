@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from . import pocket
-from .config import Backbone
-from .errors import UserError
-from .inference.exit_head import check_exit_layer, check_family, fingerprint_of
+from .. import pocket
+from ..config import Backbone
+from ..errors import UserError
+from ..inference.exit_head import check_exit_layer, check_family, fingerprint_of
 
 BUILT_IN = {"pocket": pocket.BACKBONE}
 

@@ -1,0 +1,1 @@
+"""The frozen backbone: its config, tokenizer, weights and fingerprint."""
