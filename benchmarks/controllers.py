@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from pipeline import prompts, simulation
+from pipeline import simulation
 from pipeline.backbones.load import load_model, load_tokenizer
 from pipeline.config import Backbone, Prompts
 from pipeline.inference.backbone import SplitBackbone
@@ -31,6 +31,8 @@ from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.measuring import in_turns
 from pipeline.metrics import cost_table, interval, pass_seconds, ratio_of_rates
+from pipeline.prompts.ids import encode
+from pipeline.prompts.sets import load_prompts
 from pipeline.runs.folder import provenance, sha256_of
 
 SETTINGS = {
@@ -66,10 +68,8 @@ def main() -> None:
     backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype)
     model, tokenizer = load_model(backbone, torch.device(args.device)), load_tokenizer(backbone)
     settings = Prompts(path=args.prompt_file, held_out=0.5, too_long="drop")
-    texts = prompts.load_prompts(settings, "evaluate")[: args.prompts]
-    ids = [
-        row for _, row in prompts.encode(texts, tokenizer, settings, model.config.max_position_embeddings, args.tokens)
-    ]
+    texts = load_prompts(settings, "evaluate")[: args.prompts]
+    ids = [row for _, row in encode(texts, tokenizer, settings, model.config.max_position_embeddings, args.tokens)]
     ends = frozenset([tokenizer.eos_token_id])
     machine = provenance()["hardware"]
     print(f"{date.today()}  {machine}  torch {torch.__version__}, {args.threads} threads, {args.dtype}, "

@@ -36,7 +36,8 @@ from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.decoding import Request, autoregressive
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
-from pipeline.prompts import encode, load_prompts
+from pipeline.prompts.ids import encode
+from pipeline.prompts.sets import load_prompts
 from pipeline.responses import Responses
 from pipeline.runs.folder import provenance
 

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline import prompts
 from pipeline.backbones.load import ends_of, load_model, load_tokenizer
 from pipeline.config import load
 from pipeline.inference.backbone import SplitBackbone
@@ -36,6 +35,8 @@ from pipeline.inference.decoding import Request, self_speculative
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.metrics import interval
+from pipeline.prompts.ids import encode
+from pipeline.prompts.sets import evaluation_prompts, evaluation_settings
 from pipeline.runs.folder import RunDir, atomic_write, provenance
 from pipeline.stages import cache, distill, generate
 
@@ -71,9 +72,9 @@ class Sweep:
         config = answers.config
         self.model, tokenizer = load_model(config.backbone, torch.device("cpu")), load_tokenizer(config.backbone)
         self.ends = frozenset(ends_of(self.model.generation_config, tokenizer))
-        chosen, settings = prompts.evaluation_prompts(config)[: args.held_out], prompts.evaluation_settings(config)
+        chosen, settings = evaluation_prompts(config)[: args.held_out], evaluation_settings(config)
         context = self.model.config.max_position_embeddings
-        self.prompts = [ids for _, ids in prompts.encode(chosen, tokenizer, settings, context, args.new_tokens)]
+        self.prompts = [ids for _, ids in encode(chosen, tokenizer, settings, context, args.new_tokens)]
 
     def run_of(self, name: str, *words: str) -> RunDir:
         args = self.args

@@ -23,7 +23,7 @@ from .inference.decoding import Generation, Request, autoregressive, self_specul
 from .inference.sampling import Sampler
 from .inference.thompson import Thompson
 from .metrics import BASELINE
-from .prompts import Encoded
+from .prompts.ids import Encoded
 
 T = TypeVar("T")
 

@@ -7,8 +7,9 @@ from helpers import byte_tokenizer
 
 from pipeline.config import EvaluatePrompts, Prompts
 from pipeline.errors import UserError
-from pipeline.prompts import Prompt, encode, fitting
-from pipeline.turns import every_turn, next_turn
+from pipeline.prompts.ids import encode, fitting
+from pipeline.prompts.prompt import Prompt
+from pipeline.prompts.turns import every_turn, next_turn
 
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 GENERATION = "{% if add_generation_prompt %}[assistant]{% endif %}"

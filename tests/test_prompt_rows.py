@@ -8,8 +8,9 @@ import pytest
 
 from pipeline.config import Prompts
 from pipeline.errors import UserError
-from pipeline.prompts import Prompt, load_prompts, source_record
-from pipeline.prompts.prompt import prompt_id
+from pipeline.prompts.prompt import Prompt, prompt_id
+from pipeline.prompts.records import source_record
+from pipeline.prompts.sets import load_prompts
 
 
 def write(path, rows) -> str:

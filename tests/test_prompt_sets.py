@@ -8,15 +8,9 @@ import pytest
 
 from pipeline.config import Config, EvaluatePrompts, Prompts, Source
 from pipeline.errors import UserError
-from pipeline.prompts import (
-    count_sources,
-    evaluation_prompts,
-    load_prompts,
-    normal_form,
-    pins,
-    source_record,
-    training_prompts,
-)
+from pipeline.prompts.prompt import count_sources, normal_form
+from pipeline.prompts.records import pins, source_record
+from pipeline.prompts.sets import evaluation_prompts, load_prompts, training_prompts
 
 # sha256 of all ids in their order, as they were when pocket was made: its runs must be repeatable.
 POCKET = {

@@ -13,7 +13,10 @@ from helpers import byte_tokenizer
 from pipeline import pocket
 from pipeline.config import Config, EvaluatePrompts, Prompts
 from pipeline.errors import UserError
-from pipeline.prompts import SPEC_BENCH, count_tasks, encode, evaluation_prompts, load_prompts, source_record
+from pipeline.prompts.ids import encode
+from pipeline.prompts.prompt import SPEC_BENCH, count_tasks
+from pipeline.prompts.records import source_record
+from pipeline.prompts.sets import evaluation_prompts, load_prompts
 
 TEXTS = [f"prompt number {i}" for i in range(200)]
 

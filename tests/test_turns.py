@@ -13,9 +13,9 @@ from pipeline import cli, measuring, report
 from pipeline.config import EvaluatePrompts, Prompts, to_dict
 from pipeline.errors import UserError
 from pipeline.inference.backbone import SplitBackbone
-from pipeline.prompts import SPEC_BENCH, Prompt
+from pipeline.prompts.prompt import SPEC_BENCH, Prompt
+from pipeline.prompts.turns import every_turn
 from pipeline.stages import evaluate
-from pipeline.turns import every_turn
 
 NEW = 6
 THREE = Prompt("abc", ("one?", "two?", "three?"), "talk")

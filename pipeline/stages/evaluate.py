@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .. import draft_model, hub, inspection, losslessness, prompts, report, rivals, turns
+from .. import draft_model, hub, inspection, losslessness, report, rivals
 from ..backbones.load import device_of, ends_of, fingerprint_of_files, load_model, load_tokenizer
 from ..config import Config
 from ..errors import UserError
@@ -23,6 +23,11 @@ from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
 from ..measuring import Measured, Method, measure
 from ..metrics import LOOP, SCHEMA, beside, best, summarise
+from ..prompts.ids import Encoded
+from ..prompts.prompt import count_tasks
+from ..prompts.records import pins, source_record
+from ..prompts.sets import evaluation_prompts, evaluation_settings
+from ..prompts.turns import every_turn
 from ..runs import tracking
 from ..runs.folder import RunDir, atomic_path, atomic_write, sha256_of
 
@@ -32,9 +37,9 @@ def run(run: RunDir) -> None:
     check(run.config)
     config = run.config.evaluate
     folders, inputs = _heads(run)
-    settings = prompts.evaluation_settings(run.config)
-    source = prompts.source_record(settings, "evaluate")
-    outside = prompts.pins(source)
+    settings = evaluation_settings(run.config)
+    source = source_record(settings, "evaluate")
+    outside = pins(source)
     if config.head is not None:
         outside["head"] = sha256_of(folders[0] / "model.safetensors")
     if config.states is not None:
@@ -155,16 +160,16 @@ def _states(path: str | None, heads: dict[int, str]) -> dict[Method, dict[str, A
     return {method: state for method, (_, state) in found.items()}
 
 
-def _encode(config: Config, engine: SplitBackbone, tokenizer: Any, ends: frozenset[int]) -> prompts.Encoded:
+def _encode(config: Config, engine: SplitBackbone, tokenizer: Any, ends: frozenset[int]) -> Encoded:
     """The prompts to measure, an entry a turn; earlier turns are answered greedily, whatever is measured after."""
-    chosen = prompts.evaluation_prompts(config)[: config.evaluate.num_prompts or None]
-    settings, new = prompts.evaluation_settings(config), config.evaluate.max_new_tokens
+    chosen = evaluation_prompts(config)[: config.evaluate.num_prompts or None]
+    settings, new = evaluation_settings(config), config.evaluate.max_new_tokens
 
     def answer(ids: list[int]) -> list[int]:
         return autoregressive(engine, Request(ids, new, ends), Sampler()).tokens
 
     with _threads(config.evaluate.threads):
-        return turns.every_turn(chosen, tokenizer, settings, engine.max_context, new, answer)
+        return every_turn(chosen, tokenizer, settings, engine.max_context, new, answer)
 
 
 def _results(
@@ -200,7 +205,7 @@ def _results(
             "count": len(encoded),
             "source": source,
             "later_turns": sum(bool(p.answers) for p, _ in encoded),
-            "tasks": prompts.count_tasks([p for p, _ in encoded]),
+            "tasks": count_tasks([p for p, _ in encoded]),
             "max_new_tokens": config.max_new_tokens,
             "repeats": config.repeats,
         },

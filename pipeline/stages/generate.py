@@ -33,11 +33,14 @@ from ..config import Config, to_dict
 from ..engines import Answer, Engine, Question, Report, Sampling, make_engine
 from ..errors import UserError
 from ..metrics import repeated_share
-from ..prompts import Prompt, contexts, count_sources, encoding, pins, source_pins, source_record, training_prompts
+from ..prompts.ids import contexts, encoding
+from ..prompts.prompt import Prompt, count_sources
+from ..prompts.records import pins, source_pins, source_record
+from ..prompts.sets import training_prompts
+from ..prompts.turns import next_turn
 from ..responses import COUNTS, Responses
 from ..runs.folder import RunDir, sha256_of
 from ..runs.shards import made
-from ..turns import next_turn
 
 
 def run(run: RunDir) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .config import Prompts
-from .prompts import Encoded, Prompt, encode, fitting
+from ..config import Prompts
+from .ids import Encoded, encode, fitting
+from .prompt import Prompt
 
 
 def every_turn(
