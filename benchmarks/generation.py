@@ -28,17 +28,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.backbones.load import device_of, ends_of, load_model, load_tokenizer, public_name
 from pipeline.config import Config, load
-from pipeline.engines import Question, Sampling
-from pipeline.engines.continuous import Continuous
-from pipeline.engines.padded import Padded
-from pipeline.engines.speculative import Speculative
+from pipeline.generation.answerers.continuous import Continuous
+from pipeline.generation.answerers.interface import Question, Sampling
+from pipeline.generation.answerers.padded import Padded
+from pipeline.generation.answerers.speculative import Speculative
+from pipeline.generation.responses import Responses
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.decoding import Request, autoregressive
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.prompts.ids import encode
 from pipeline.prompts.sets import load_prompts
-from pipeline.responses import Responses
 from pipeline.runs.folder import provenance
 
 Ids = list[list[int]]

@@ -252,7 +252,7 @@ def list_heads(config: Config) -> None:
 
 def look(config: Config, status: bool, verify: bool, show: int | None) -> None:
     """Print what there is of the responses; nothing is changed."""
-    from . import inspection
+    from .generation import inspection
 
     if not (Path(config.run.dir) / config.run.name).is_dir():
         raise UserError(f"run.name={config.run.name}: there is no run folder {config.run.dir}/{config.run.name}")

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.backbones.load import fingerprint_of_files
 from pipeline.config import Backbone, Config, load
-from pipeline.engines import Question, Sampling
-from pipeline.engines.continuous import Continuous
-from pipeline.engines.padded import Padded, sample
 from pipeline.errors import UserError
+from pipeline.generation.answerers.continuous import Continuous
+from pipeline.generation.answerers.interface import Question, Sampling
+from pipeline.generation.answerers.padded import Padded, sample
+from pipeline.generation.responses import Responses
 from pipeline.inference.exit_head import FAMILIES, fingerprint
-from pipeline.responses import Responses
 from pipeline.runs.folder import RunDir
 from pipeline.stages import generate
 

@@ -8,10 +8,10 @@ import pytest
 from helpers import make_run
 from rich.console import Console
 
-from pipeline import inspection
 from pipeline.cli import main
 from pipeline.errors import UserError
-from pipeline.responses import COLUMNS, Responses
+from pipeline.generation import inspection
+from pipeline.generation.responses import COLUMNS, Responses
 from pipeline.stages import generate
 
 

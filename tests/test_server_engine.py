@@ -22,11 +22,11 @@ from helpers import byte_tokenizer, tiny_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config import load
-from pipeline.engines import server
-from pipeline.engines.asking import Answer, Question, Sampling
-from pipeline.engines.server import ServerEngine
 from pipeline.errors import UserError
-from pipeline.responses import Responses, rows_of
+from pipeline.generation.answerers import server
+from pipeline.generation.answerers.interface import Answer, Question, Sampling
+from pipeline.generation.answerers.server import ServerEngine
+from pipeline.generation.responses import Responses, rows_of
 from pipeline.runs.folder import RunDir
 from pipeline.stages import generate
 

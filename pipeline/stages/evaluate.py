@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .. import draft_model, hub, inspection, losslessness, report, rivals
+from .. import draft_model, hub, losslessness, report, rivals
 from ..backbones.load import device_of, ends_of, fingerprint_of_files, load_model, load_tokenizer
 from ..config import Config
 from ..errors import UserError
+from ..generation import inspection
 from ..inference import canary
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller

@@ -30,15 +30,16 @@ from ..backbones.load import (
     rounds_by,
 )
 from ..config import Config, to_dict
-from ..engines import Answer, Engine, Question, Report, Sampling, make_engine
 from ..errors import UserError
+from ..generation.answerers.interface import Answer, Engine, Question, Report, Sampling
+from ..generation.answerers.registry import make_engine
+from ..generation.responses import COUNTS, Responses
 from ..metrics import repeated_share
 from ..prompts.ids import contexts, encoding
 from ..prompts.prompt import Prompt, count_sources
 from ..prompts.records import pins, source_pins, source_record
 from ..prompts.sets import training_prompts
 from ..prompts.turns import next_turn
-from ..responses import COUNTS, Responses
 from ..runs.folder import RunDir, sha256_of
 from ..runs.shards import made
 

@@ -6,7 +6,7 @@ teacher (docs/lab-notes.md); this is what it is measured against. Knows nothing 
 
 from typing import Any
 
-from .asking import Answer, Question, Report, Sampling
+from .interface import Answer, Question, Report, Sampling
 
 
 class Original:

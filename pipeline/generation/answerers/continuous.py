@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from ..backbones.load import ends_of
-from .asking import Answer, Question, Report, Sampling
+from ...backbones.load import ends_of
+from .interface import Answer, Question, Report, Sampling
 
 
 class Continuous:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..backbones.load import load_ends
-from ..config import Config
-from ..errors import UserError
-from ..inference.exit_head import ExitHead
-from .asking import Answer, Engine, Question, Report, Sampling
+from ...backbones.load import load_ends
+from ...config import Config
+from ...errors import UserError
+from ...inference.exit_head import ExitHead
 from .continuous import Continuous
+from .interface import Answer, Engine, Question, Report, Sampling
 from .original import Original
 from .padded import Padded
 from .server import ServerEngine

@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .errors import UserError
-from .runs.folder import atomic_path, sha256_of
-from .runs.shards import Shards
+from ..errors import UserError
+from ..runs.folder import atomic_path, sha256_of
+from ..runs.shards import Shards
 
 SCHEMA = 2
 COLUMNS = pa.schema(

@@ -7,14 +7,14 @@ own seed; gives each question's new ids. Knows nothing of text, files or shards.
 import torch
 from torch import nn
 
-from ..backbones.load import ends_of
-from ..errors import UserError
-from ..inference.backbone import SplitBackbone
-from ..inference.controllers import make_controller
-from ..inference.decoding import Request, self_speculative
-from ..inference.exit_head import ExitHead
-from ..inference.sampling import Sampler
-from .asking import Answer, Question, Report, Sampling
+from ...backbones.load import ends_of
+from ...errors import UserError
+from ...inference.backbone import SplitBackbone
+from ...inference.controllers import make_controller
+from ...inference.decoding import Request, self_speculative
+from ...inference.exit_head import ExitHead
+from ...inference.sampling import Sampler
+from .interface import Answer, Question, Report, Sampling
 
 STEADY = ("fixed", "confidence", "entropy")
 """Controllers without a memory: what they draft depends on the text alone."""

@@ -8,7 +8,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from .asking import Answer, Question
+from .interface import Answer, Question
 
 DIALECTS = ("vllm", "transformers", "none")
 

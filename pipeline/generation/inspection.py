@@ -13,11 +13,11 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from .backbones.load import load_tokenizer
-from .errors import UserError
+from ..backbones.load import load_tokenizer
+from ..errors import UserError
+from ..runs.folder import RunDir, sha256_of
+from ..training.data import Document, read_documents, read_manifest
 from .responses import COUNTS, SCHEMA, Responses, rows_of
-from .runs.folder import RunDir, sha256_of
-from .training.data import Document, read_documents, read_manifest
 
 RECENT = 20
 """Finished shards that the rate is taken from."""

@@ -20,9 +20,9 @@ from typing import Any
 # one, has no fields for token ids, and insists on a model's name where `transformers serve` with a folder wants none.
 import httpx2
 
-from ..config import Machine
-from ..errors import UserError
-from .asking import Answer, Question, Report, Sampling
+from ...config import Machine
+from ...errors import UserError
+from .interface import Answer, Question, Report, Sampling
 from .openai_api import Foreign, Unreadable, Way, answer_in, body_of, check_words, ways
 
 TRIES = 8

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..backbones.load import ends_of
-from .asking import Answer, Question, Report, Sampling
+from ...backbones.load import ends_of
+from .interface import Answer, Question, Report, Sampling
 
 
 class Padded:

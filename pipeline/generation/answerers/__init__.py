@@ -1,0 +1,1 @@
+"""Who answers prompts: one file an answerer, by the name that generate.engine gives it."""
