@@ -36,7 +36,7 @@ from pipeline.backbones.load import fingerprint_of_files, load_config, load_mode
 from pipeline.config import Backbone
 from pipeline.inference.exit_head import new_exit_layer
 from pipeline.runs.folder import provenance
-from pipeline.training import loading
+from pipeline.training import load_sharded
 from pipeline.training.sharding import make_mesh, shard_backbone, shard_head
 
 MIB = 2**20
@@ -87,13 +87,13 @@ def load(rank: int, world: int, folder: str, dtype: str, way: str, store: str, f
     backbone, device, mesh = Backbone(folder, dtype=dtype), torch.device("cpu"), make_mesh("cpu", world, 0)
     n = load_config(backbone).num_hidden_layers // 2
     fingerprint = fingerprint_of_files(backbone)
-    loading.check_checkpoint(backbone, fingerprint, [n], "last")
+    load_sharded.check_checkpoint(backbone, fingerprint, [n], "last")
     dist.barrier()
     watch = Watch()
     watch.start()
     started = time.perf_counter()
     if way == WAYS[0]:
-        model, heads = loading.load_sharded_backbone(backbone, device, mesh, fingerprint, [n])
+        model, heads = load_sharded.load_sharded_backbone(backbone, device, mesh, fingerprint, [n])
     else:
         model = load_model(backbone, device)
         heads = [new_exit_layer(model)]
@@ -133,7 +133,7 @@ def print_big() -> None:
             size = elements * 2 / MIB
             print(f"| {name} {tensor} | {size:.0f} | {size / 8:.0f} | {size / 16:.0f} |")
     print(
-        f"\nBeyond its shard the loader holds at most {loading.PIECE * 4 // MIB} MiB, whatever the tensor:\n"
+        f"\nBeyond its shard the loader holds at most {load_sharded.PIECE * 4 // MIB} MiB, whatever the tensor:\n"
         "a piece that is drawn at random, or whose dtype changes on the way to a GPU.\n"
         "On a CPU rows go from the mapped file straight to the shard."
     )

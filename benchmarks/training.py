@@ -39,13 +39,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.config import Config
 from pipeline.inference.exit_head import new_exit_layer
 from pipeline.runs.folder import provenance
-from pipeline.training.cache import Lessons, TeacherCache, head_of
-from pipeline.training.data import Packed
+from pipeline.training.fsdp_units import resharded
 from pipeline.training.launch import find_free_network_port
 from pipeline.training.losses import LinearDistillation
 from pipeline.training.module import Engine
+from pipeline.training.packing import Packed
 from pipeline.training.sharding import make_mesh, shard_backbone, shard_engine, shard_head
-from pipeline.training.units import resharded
+from pipeline.training.teacher_cache import Lessons, TeacherCache, head_of
 
 PARTS = ("step", "heads", "cached", "memory", "processes")
 ROWS, DIM, VOCABULARY = 2048, 1024, 32000

@@ -25,7 +25,7 @@ from pipeline.config import load
 from pipeline.inference.exit_head import fingerprint
 from pipeline.runs.folder import RunDir, sha256_of
 from pipeline.stages import distill
-from pipeline.training import checkpoints, data
+from pipeline.training import checkpoints, packing
 from pipeline.training.module import Distillation
 
 STEPS = 9
@@ -95,7 +95,7 @@ def assert_same(run: RunDir, other: RunDir) -> None:
     assert mine["heads"] == theirs["heads"] and mine["train_tokens"] == theirs["train_tokens"]
 
 
-def unpack(packed: data.Packed, batch: Sequence[int]):
+def unpack(packed: packing.Packed, batch: Sequence[int]):
     """(tokens, first and one past the last place that is learned from) of every document of these sequences."""
     for s in batch:
         length = int(packed.lengths_S[s])

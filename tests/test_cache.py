@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from pipeline.errors import UserError
 from pipeline.runs.folder import RunDir, sha256_of
 from pipeline.stages import cache, distill
-from pipeline.training import cache as folders
-from pipeline.training import data
-from pipeline.training.cache import Lessons, TeacherCache, check_room
+from pipeline.training import packing
+from pipeline.training import teacher_cache as folders
+from pipeline.training.teacher_cache import Lessons, TeacherCache, check_room
 
 SEQUENCE = 48 * 3 * 32 * 4
 """Bytes of a full sequence: tokens x (final and two exit layers) x D x float32."""
@@ -61,8 +61,8 @@ def alone(tmp_path_factory, backbone) -> Path:
     return run / "cache"
 
 
-def packed(run: RunDir) -> data.Packed:
-    return data.joined(*data.read_packed(run / "responses", run.config.distill)[1:3])
+def packed(run: RunDir) -> packing.Packed:
+    return packing.joined(*packing.read_packed(run / "responses", run.config.distill)[1:3])
 
 
 def lessons(run: RunDir, *exit_layers: int) -> Lessons:

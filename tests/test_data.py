@@ -13,7 +13,7 @@ from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.metrics import repeated_share
 from pipeline.runs.folder import sha256_of
-from pipeline.training.data import (
+from pipeline.training.packing import (
     Document,
     StepBatches,
     pack,

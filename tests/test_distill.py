@@ -21,8 +21,8 @@ from pipeline.inference.exit_head import ExitHead, fingerprint
 from pipeline.runs.folder import RunDir
 from pipeline.runs.tracking import wandb_mode
 from pipeline.stages import distill
-from pipeline.training import data
-from pipeline.training.loading import load_sharded_backbone
+from pipeline.training import packing
+from pipeline.training.load_sharded import load_sharded_backbone
 from pipeline.training.module import Engine
 from pipeline.training.sharding import shard_engine
 
@@ -63,19 +63,19 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
     backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), [1, 2])
     engine = Engine(backbone, [1, 2], heads, run.config)
     shard_engine(engine, heads, mesh)
-    documents, _ = data.read_documents(run / "responses", data.read_manifest(run / "responses"), "drop", 0.5)
+    documents, _ = packing.read_documents(run / "responses", packing.read_manifest(run / "responses"), "drop", 0.5)
     assert [len(d.spans) for d in documents] == [turns] * 24
-    together = data.pack(documents, 48 * turns)
+    together = packing.pack(documents, 48 * turns)
     assert len(together) < len(documents) / 1.8
 
     # The order in which the documents lie in the sequences is the order to take them alone in.
     lies = {tuple(ids.tolist()): i for i, (ids, *_) in enumerate(unpack(together, range(len(together))))}
     documents.sort(key=lambda d: lies[tuple(d.tokens)])
     whole = [together[range(len(together))]]
-    alone = [data.pack([d], len(d.tokens))[[0]] for d in documents]
+    alone = [packing.pack([d], len(d.tokens))[[0]] for d in documents]
     # Each answer once more as one turn alone: what its row of the responses would teach if nothing were joined.
-    answers = [data.Document(d.id, d.tokens[: span[1]], [span]) for d in documents for span in d.spans]
-    turns_alone = [data.pack([a], len(a.tokens))[[0]] for a in answers]
+    answers = [packing.Document(d.id, d.tokens[: span[1]], [span]) for d in documents for span in d.spans]
+    turns_alone = [packing.pack([a], len(a.tokens))[[0]] for a in answers]
 
     def losses_and_gradient(batches):
         engine.zero_grad()

@@ -26,7 +26,7 @@ from pipeline.backbones.load import fingerprint_of_files
 from pipeline.config import Backbone, Config, load
 from pipeline.errors import UserError
 from pipeline.inference.exit_head import FAMILIES, fingerprint
-from pipeline.training import loading
+from pipeline.training import load_sharded as loading
 from pipeline.training.losses import LinearDistillation
 from pipeline.training.module import Engine, last_layer_arguments
 from pipeline.training.sharding import make_mesh, shard_engine

@@ -17,7 +17,7 @@ import pytest
 from helpers import END, byte_tokenizer
 
 from pipeline.runs.folder import sha256_of
-from pipeline.training.data import Packed, pack, read_documents, read_manifest, usable
+from pipeline.training.packing import Packed, pack, read_documents, read_manifest, usable
 
 TEMPLATES = Path(__file__).parent / "templates"
 LENGTH = 2048

@@ -20,10 +20,11 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from pipeline.cli import main
 from pipeline.config import Machine
 from pipeline.errors import LostError, UserError
-from pipeline.training import meeting, watch
+from pipeline.training import rendezvous as meeting
+from pipeline.training import watchdog as watch
 from pipeline.training.launch import Place, find_place, own_device
-from pipeline.training.meeting import Member, described, meet, ranks_of
 from pipeline.training.rank_log import rank_log
+from pipeline.training.rendezvous import Member, described, meet, ranks_of
 
 CPU = torch.device("cpu")
 

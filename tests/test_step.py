@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.inference.exit_head import new_exit_layer
 from pipeline.runs.folder import RunDir
 from pipeline.stages import distill
-from pipeline.training import data
+from pipeline.training import packing
 from pipeline.training.module import Distillation, learning_rate_at
 
 # The learning rate and its warm-up are the defaults; the norm is small enough to clip every gradient.
@@ -41,19 +41,19 @@ def plain_losses(tmp_path_factory, backbone) -> dict[str, list[tuple[float, floa
     a time, one head at a time."""
     run = prepare(tmp_path_factory.mktemp("plain"), backbone, *EXACT)
     d = run.config.distill
-    documents, _ = data.read_documents(run / "responses", data.read_manifest(run / "responses"), d.truncated, 0.5)
-    train, _ = data.split(data.usable(documents, d.sequence_length), d.held_out)
-    packed = data.pack(train, d.sequence_length)
+    documents, _ = packing.read_documents(run / "responses", packing.read_manifest(run / "responses"), d.truncated, 0.5)
+    train, _ = packing.split(packing.usable(documents, d.sequence_length), d.held_out)
+    packed = packing.pack(train, d.sequence_length)
     model = AutoModelForCausalLM.from_pretrained(backbone).requires_grad_(False)
     return {f"exit-{n}": _train_plainly(model, n, packed, run) for n in d.exit_layers}
 
 
-def _train_plainly(model: Any, exit_layer: int, packed: data.Packed, run: RunDir) -> list[tuple[float, float]]:
+def _train_plainly(model: Any, exit_layer: int, packed: packing.Packed, run: RunDir) -> list[tuple[float, float]]:
     d = run.config.distill
     head = new_exit_layer(model)
     optimizer = torch.optim.AdamW(head.parameters(), betas=(0.9, 0.95), weight_decay=d.weight_decay)
     found = []
-    for step, batch in enumerate(data.StepBatches(len(packed), d.sequences_per_step, STEPS, 0)):
+    for step, batch in enumerate(packing.StepBatches(len(packed), d.sequences_per_step, STEPS, 0)):
         total, rows = torch.zeros(()), 0
         for tokens, start_, end in unpack(packed, batch):
             hidden = model.model(tokens[None], output_hidden_states=True, use_cache=False).hidden_states
@@ -189,7 +189,7 @@ def test_between_copies_only_the_heads_gradients_are_summed(tmp_path, backbone):
 
 def test_validation_reduces_no_gradient(two):
     trace = two[1]["validate"]
-    batches = len(data.validation_batches(_held_out(two[0]), 1, 0, 2))
+    batches = len(packing.validation_batches(_held_out(two[0]), 1, 0, 2))
     kept = {GATHERED[0], *(f"FSDP::all_gather{head}" for head in HEADS)}  # whole from the first pass to the last
     assert batches > 1
     assert units_of(trace) == [*GATHERED, *(batches - 1) * [name for name in GATHERED if name not in kept]]
@@ -201,8 +201,10 @@ def test_validation_reduces_no_gradient(two):
 
 def _held_out(run: RunDir) -> int:
     d = run.config.distill
-    documents, _ = data.read_documents(run / "responses", data.read_manifest(run / "responses"), d.truncated, 0.5)
-    return len(data.pack(data.split(data.usable(documents, d.sequence_length), d.held_out)[1], d.sequence_length))
+    documents, _ = packing.read_documents(run / "responses", packing.read_manifest(run / "responses"), d.truncated, 0.5)
+    return len(
+        packing.pack(packing.split(packing.usable(documents, d.sequence_length), d.held_out)[1], d.sequence_length)
+    )
 
 
 needs_reset = pytest.mark.skipif(

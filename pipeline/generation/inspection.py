@@ -16,7 +16,7 @@ from rich.text import Text
 from ..backbones.load import load_tokenizer
 from ..errors import UserError
 from ..runs.folder import RunDir, sha256_of
-from ..training.data import Document, read_documents, read_manifest
+from ..training.packing import Document, read_documents, read_manifest
 from .responses import COUNTS, SCHEMA, Responses, rows_of
 
 RECENT = 20

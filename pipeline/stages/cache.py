@@ -16,10 +16,10 @@ from ..backbones.load import check_exit_layers, device_of, load_config, load_mod
 from ..config import Config
 from ..runs.folder import RunDir
 from ..runs.shards import made
-from ..training import data
-from ..training.cache import TeacherCache, check_room, head_of, size
-from ..training.loading import check_checkpoint
+from ..training import packing
+from ..training.load_sharded import check_checkpoint
 from ..training.teacher import Teacher
+from ..training.teacher_cache import TeacherCache, check_room, head_of, size
 
 TOKENS_PER_PASS = 4096
 """Padding included. Enough for a GPU to be busy; no key, as it may decide the last bits of what is kept."""
@@ -43,10 +43,10 @@ def run(run: RunDir) -> None:
     # All that a user can get wrong comes before the stage is marked as begun: a mark would ask for --redo.
     architecture = load_config(config.backbone)
     check_exit_layers(config.distill.exit_layers, architecture.num_hidden_layers)
-    manifest, train, validation, _ = data.read_packed(run / "responses", config.distill)
+    manifest, train, validation, _ = packing.read_packed(run / "responses", config.distill)
     fingerprint = manifest["backbone"]["fingerprint"]
     check_checkpoint(config.backbone, fingerprint, config.distill.exit_layers, config.distill.init)
-    sequences = data.joined(train, validation)
+    sequences = packing.joined(train, validation)
     head = cache.manifest() or head_of(config, manifest["backbone"], architecture.hidden_size, sequences)
     print(f"cache: {check_room(cache.folder, head)}")
     worker = Worker(config, cache, sequences)
@@ -63,7 +63,7 @@ def run(run: RunDir) -> None:
 class Worker:
     """What one process needs to make shards: the backbone, the packed sequences, and the folder all of them share."""
 
-    def __init__(self, config: Config, cache: TeacherCache, sequences: data.Packed):
+    def __init__(self, config: Config, cache: TeacherCache, sequences: packing.Packed):
         if config.machine.threads > 0:
             torch.set_num_threads(config.machine.threads)
         self.cache, self.sequences = cache, sequences

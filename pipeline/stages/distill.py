@@ -24,21 +24,21 @@ from ..errors import UserError
 from ..inference.exit_head import ExitHead
 from ..runs.folder import RunDir, atomic_path
 from ..runs.tracking import Tracker
-from ..training import data, terms
-from ..training.cache import Lessons, TeacherCache
+from ..training import loss_terms, packing
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Signals, Throughput
 from ..training.checkpoints import WholeFile, newest_intact
 from ..training.launch import Place, find_place, own_device, workers
-from ..training.loading import check_checkpoint
-from ..training.meeting import before_meeting
+from ..training.load_sharded import check_checkpoint
 from ..training.module import Distillation
 from ..training.rank_log import RankLog, rank_log
-from ..training.watch import Progress, together
+from ..training.rendezvous import before_meeting
+from ..training.teacher_cache import Lessons, TeacherCache
+from ..training.watchdog import Progress, together
 
 
 def check(config: Config) -> None:
     """What can be known before anything is loaded. Raises UserError for a loss that does not exist."""
-    terms.parse(config.distill.loss)
+    loss_terms.parse(config.distill.loss)
 
 
 def run(run: RunDir) -> None:
@@ -80,21 +80,23 @@ def run(run: RunDir) -> None:
             print(f"{name}: expected acceptance length {after:.2f} (from {before:.2f} before training), {steps}")
 
 
-def read(run: RunDir, place: Place) -> tuple[dict[str, Any], data.Packed, data.Packed, dict[str, int]]:
+def read(run: RunDir, place: Place) -> tuple[dict[str, Any], packing.Packed, packing.Packed, dict[str, int]]:
     """`data.read_packed`, checked against the number of processes."""
     d = run.config.distill
-    manifest, train, validation, found = data.read_packed(run / "responses", d)
-    data.StepBatches(len(train), d.sequences_per_step, d.max_steps, 0, world_size=place.world_size)  # checks
+    manifest, train, validation, found = packing.read_packed(run / "responses", d)
+    packing.StepBatches(len(train), d.sequences_per_step, d.max_steps, 0, world_size=place.world_size)  # checks
     if place.rank == 0:
         print(told(found))
     return manifest, train, validation, found
 
 
-def open_lessons(run: RunDir, backbone: dict[str, Any], train: data.Packed, validation: data.Packed) -> Lessons | None:
+def open_lessons(
+    run: RunDir, backbone: dict[str, Any], train: packing.Packed, validation: packing.Packed
+) -> Lessons | None:
     """What a cached teacher says. Raises UserError for a cache that is of something else, or not complete."""
     if run.config.distill.teacher == "online":
         return None
-    cache, sequences = TeacherCache(run / "cache"), data.joined(train, validation)
+    cache, sequences = TeacherCache(run / "cache"), packing.joined(train, validation)
     cache.check(run.config, backbone["fingerprint"], sequences)
     if not cache.is_complete():
         raise UserError(f"{cache.folder}: not complete: run `exit-heads cache` again, it goes on with what is missing.")
@@ -116,8 +118,8 @@ def fit(
     device: torch.device,
     log: RankLog,
     fingerprint: str,
-    train: data.Packed,
-    validation: data.Packed,
+    train: packing.Packed,
+    validation: packing.Packed,
     lessons: Lessons | None,
 ) -> tuple[Distillation, Throughput]:
     """Train from the newest checkpoint, or from the start, to distill.max_steps or until no head learns any more."""

@@ -15,7 +15,7 @@ from ..planning import plan, tables
 from ..planning.architecture import Architecture, facts
 from ..planning.hardware import Layout
 from ..planning.plan import Plan
-from ..training.data import StepBatches
+from ..training.packing import StepBatches
 
 
 def show(configs: Sequence[Config], varied: Sequence[str] = (), as_json: bool = False) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .terms import TERMS
+from .loss_terms import TERMS
 
 
 class LinearDistillation(torch.autograd.Function):

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
-from .cache import Lessons
-from .data import Packed, StepBatches, passes, validation_batches
-from .loading import load_sharded_backbone, together
+from .fsdp_units import gradient_square, resharded, scale_gradient, whole_weights
+from .load_sharded import load_sharded_backbone, together
+from .loss_terms import parse
 from .losses import LinearDistillation, acceptance_lengths, draft_statistics
+from .packing import Packed, StepBatches, passes, validation_batches
 from .sharding import make_mesh, shard_engine
 from .teacher import Taught, Teacher, last_layer_arguments
-from .terms import parse
-from .units import gradient_square, resharded, scale_gradient, whole_weights
+from .teacher_cache import Lessons
 
 FIGURES = ("loss", "overlap", "match", "expected_acceptance_length", "greedy_acceptance_length")
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..config import Config
 from ..errors import UserError
 from ..runs.shards import Shards
-from .data import Packed
+from .packing import Packed
 from .teacher import Taught
 
 SCHEMA = 1

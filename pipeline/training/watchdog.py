@@ -22,8 +22,8 @@ from torch.distributed import DistError, PrefixStore, Store
 
 from ..errors import LostError
 from .launch import Place
-from .meeting import Member, connect, described, meet, ranks_of, start_group
 from .rank_log import RankLog
+from .rendezvous import Member, connect, described, meet, ranks_of, start_group
 
 BEAT = 1.0
 """Seconds between two signs of life."""
