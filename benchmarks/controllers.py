@@ -21,16 +21,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from pipeline import simulation
 from pipeline.backbones.load import load_model, load_tokenizer
 from pipeline.config import Backbone, Prompts
+from pipeline.evaluation import simulation
+from pipeline.evaluation.measuring import in_turns
+from pipeline.evaluation.metrics import cost_table, interval, pass_seconds, ratio_of_rates
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
-from pipeline.measuring import in_turns
-from pipeline.metrics import cost_table, interval, pass_seconds, ratio_of_rates
 from pipeline.prompts.ids import encode
 from pipeline.prompts.sets import load_prompts
 from pipeline.runs.folder import provenance, sha256_of

@@ -26,7 +26,16 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import rivals
+from pipeline.evaluation import rivals
+from pipeline.evaluation.measuring import in_turns
+from pipeline.evaluation.metrics import (
+    conditional_rates,
+    cost_table,
+    interval,
+    pass_seconds,
+    predicted_speedup,
+    ratio_of_rates,
+)
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
@@ -35,8 +44,6 @@ from pipeline.inference.kernels import onednn
 from pipeline.inference.layers import plain
 from pipeline.inference.rounds import Round
 from pipeline.inference.sampling import Sampler
-from pipeline.measuring import in_turns
-from pipeline.metrics import conditional_rates, cost_table, interval, pass_seconds, predicted_speedup, ratio_of_rates
 from pipeline.runs.folder import provenance
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary

@@ -29,12 +29,12 @@ import torch
 
 from pipeline.backbones.load import ends_of, load_model, load_tokenizer
 from pipeline.config import load
+from pipeline.evaluation.metrics import interval
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed
 from pipeline.inference.decoding import Request, self_speculative
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
-from pipeline.metrics import interval
 from pipeline.prompts.ids import encode
 from pipeline.prompts.sets import evaluation_prompts, evaluation_settings
 from pipeline.runs.folder import RunDir, atomic_write, provenance

@@ -20,7 +20,7 @@ import pandas as pd
 
 from pipeline import pocket
 from pipeline.config import load
-from pipeline.metrics import interval
+from pipeline.evaluation.metrics import interval
 from pipeline.pocket import corpus
 from pipeline.runs.folder import RunDir, provenance
 from pipeline.stages import cache, distill, evaluate, generate

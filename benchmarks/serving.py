@@ -18,8 +18,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import pocket
-from pipeline.measuring import in_turns
-from pipeline.metrics import interval
+from pipeline.evaluation.measuring import in_turns
+from pipeline.evaluation.metrics import interval
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from . import gate, pedigree, plots, report
+from . import gate, pedigree
 from .backbones.load import public_name
+from .evaluation import plots, report
 from .runs.folder import RunDir
 
 PAPER = (

@@ -185,7 +185,7 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
     for stage in stages.values():
         stage.run(run)
     if verb == "run":
-        from .report import closing_table
+        from .evaluation.report import closing_table
 
         closing_table(run)
 

@@ -19,9 +19,9 @@ from transformers import GenerationConfig
 
 from .backbones.load import WeightFiles, file_of, load_config
 from .config import Backbone
+from .evaluation.rivals import assisted
 from .head_folder import write_json
 from .inference.exit_head import ExitHead
-from .rivals import assisted
 
 SHARD = 4 * 2**30
 """Bytes of a safetensors file at most, and so what is held in memory at once."""

@@ -18,13 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import losslessness
 from .backbones.load import device_of, load_model, source_of
 from .config import Config
 from .errors import UserError
+from .evaluation import losslessness
+from .evaluation.metrics import interval
 from .inference.backbone import SplitBackbone
 from .inference.exit_head import ExitHead
-from .metrics import interval
 from .runs.folder import RunDir
 
 CHILD = Path(__file__).parent / "fresh_process.py"

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config import load
 from pipeline.errors import UserError
-from pipeline.metrics import repeated_share
+from pipeline.evaluation.metrics import repeated_share
 from pipeline.runs.folder import sha256_of
 from pipeline.training.packing import (
     Document,

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline import draft_model, gate, parity
 from pipeline.backbones.load import load_model
 from pipeline.config import Backbone
+from pipeline.evaluation.losslessness import teacher_forced
+from pipeline.evaluation.rivals import Rival, decode
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.decoding import Request, autoregressive
 from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
 from pipeline.inference.sampling import Sampler
-from pipeline.losslessness import teacher_forced
-from pipeline.rivals import Rival, decode
 from pipeline.stages import draft, evaluate
 
 N, DRAFTS, NEW = 2, 3, 60

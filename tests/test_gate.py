@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from pipeline import gate, head_folder, parity, publishing
 from pipeline.cli import main
 from pipeline.errors import GateError, UserError
-from pipeline.metrics import SCHEMA
+from pipeline.evaluation.metrics import SCHEMA
 from pipeline.runs.folder import sha256_of
 from pipeline.stages import draft, evaluate, publish
 

@@ -7,7 +7,7 @@ from cheats import Discards, with_pending
 from helpers import tiny_backbone
 from test_engine import PROMPT, head_for, load
 
-from pipeline import losslessness
+from pipeline.evaluation import losslessness
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.metrics import (
+from pipeline.evaluation.metrics import (
     BASELINE,
     beside,
     conditional_rates,

@@ -14,10 +14,10 @@ import pytest
 import torch
 from test_draft_model import NEW, PROMPTS, THETA, Case, changed, rounds_of_fixed
 
+from pipeline.evaluation.losslessness import teacher_forced
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.decoding import Request, autoregressive
 from pipeline.inference.sampling import Sampler
-from pipeline.losslessness import teacher_forced
 
 pytestmark = [pytest.mark.slow, pytest.mark.openvino]
 PACKAGES = ["optimum-intel==2.2.0", "optimum==2.3.0", "openvino==2026.4.1", "openvino-genai==2026.4.1.0",

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from pipeline import cli
 from pipeline.config import load
 from pipeline.errors import UserError
-from pipeline.metrics import predicted_speedup
+from pipeline.evaluation.metrics import predicted_speedup
 from pipeline.planning import gain, memory, plan, tables
 from pipeline.planning.architecture import Architecture, facts
 from pipeline.planning.hardware import GPUS, LINK_SHARE, Layout

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import make_run, plant_heads
 
-from pipeline import report
+from pipeline.evaluation import report
 from pipeline.runs import tracking
 from pipeline.stages import evaluate, generate
 

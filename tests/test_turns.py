@@ -9,9 +9,10 @@ import yaml
 from helpers import byte_tokenizer, make_run, plant_heads
 from transformers import AutoModelForCausalLM
 
-from pipeline import cli, measuring, report
+from pipeline import cli
 from pipeline.config import EvaluatePrompts, Prompts, to_dict
 from pipeline.errors import UserError
+from pipeline.evaluation import measuring, report
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.prompts.prompt import SPEC_BENCH, Prompt
 from pipeline.prompts.turns import every_turn

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import UserError
-from ..metrics import predicted_speedup
+from ..evaluation.metrics import predicted_speedup
 from .architecture import Architecture
 
 DRAFTS = range(1, 9)

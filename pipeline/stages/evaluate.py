@@ -11,10 +11,13 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .. import draft_model, hub, losslessness, report, rivals
+from .. import draft_model, hub
 from ..backbones.load import device_of, ends_of, fingerprint_of_files, load_model, load_tokenizer
 from ..config import Config
 from ..errors import UserError
+from ..evaluation import losslessness, report, rivals
+from ..evaluation.measuring import Measured, Method, measure
+from ..evaluation.metrics import LOOP, SCHEMA, beside, best, summarise
 from ..generation import inspection
 from ..inference import canary
 from ..inference.backbone import SplitBackbone
@@ -22,8 +25,6 @@ from ..inference.controllers import make_controller
 from ..inference.decoding import Request, autoregressive
 from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
-from ..measuring import Measured, Method, measure
-from ..metrics import LOOP, SCHEMA, beside, best, summarise
 from ..prompts.ids import Encoded
 from ..prompts.prompt import count_tasks
 from ..prompts.records import pins, source_record

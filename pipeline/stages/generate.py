@@ -31,10 +31,10 @@ from ..backbones.load import (
 )
 from ..config import Config, to_dict
 from ..errors import UserError
+from ..evaluation.metrics import repeated_share
 from ..generation.answerers.interface import Answer, Engine, Question, Report, Sampling
 from ..generation.answerers.registry import make_engine
 from ..generation.responses import COUNTS, Responses
-from ..metrics import repeated_share
 from ..prompts.ids import contexts, encoding
 from ..prompts.prompt import Prompt, count_sources
 from ..prompts.records import pins, source_pins, source_record

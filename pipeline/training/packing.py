@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..config import Distill
 from ..errors import UserError
-from ..metrics import repeated_share
+from ..evaluation.metrics import repeated_share
 from ..runs.folder import sha256_of
 
 

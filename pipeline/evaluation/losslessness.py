@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .inference.backbone import SplitBackbone
-from .inference.rounds import WIDTHS
-from .inference.sampling import Sampler
+from ..inference.backbone import SplitBackbone
+from ..inference.rounds import WIDTHS
+from ..inference.sampling import Sampler
 
 CELLS = 20
 ALARM = 1e-3

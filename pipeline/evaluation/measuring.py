@@ -14,16 +14,16 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from ..config import Evaluate
+from ..errors import UserError
+from ..inference.backbone import SplitBackbone
+from ..inference.controllers import make_controller
+from ..inference.decoding import Generation, Request, autoregressive, self_speculative
+from ..inference.sampling import Sampler
+from ..inference.thompson import Thompson
+from ..prompts.ids import Encoded
 from . import rivals
-from .config import Evaluate
-from .errors import UserError
-from .inference.backbone import SplitBackbone
-from .inference.controllers import make_controller
-from .inference.decoding import Generation, Request, autoregressive, self_speculative
-from .inference.sampling import Sampler
-from .inference.thompson import Thompson
 from .metrics import BASELINE
-from .prompts.ids import Encoded
 
 T = TypeVar("T")
 

@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..runs import overview
+from ..runs.folder import RunDir, atomic_path
 from . import plots
 from .losslessness import ALARM
-from .runs import overview
-from .runs.folder import RunDir, atomic_path
 
 COLUMNS = [
     "exit layer",

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .inference.backbone import SplitBackbone
-from .inference.rounds import LONGEST, Confidence, Controller, Round
-from .inference.sampling import Sampler, residual
+from ..inference.backbone import SplitBackbone
+from ..inference.rounds import LONGEST, Confidence, Controller, Round
+from ..inference.sampling import Sampler, residual
 from .losslessness import teacher_forced
 from .metrics import CostModel
 
