@@ -236,7 +236,7 @@ def config_for(verb: str, head: str, file: str | None, words: list[str]) -> Conf
     """
     if verb != "evaluate":
         raise UserError(f"evaluate.head={head}: only `exit-heads evaluate` measures published heads")
-    from . import hub
+    from .publishing import hub
 
     return load(file, [f"run.name={hub.run_name_of(head)}", *words], hub.defaults_of(hub.pull(head), head))
 

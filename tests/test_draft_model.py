@@ -16,7 +16,6 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import draft_model, gate, parity
 from pipeline.backbones.load import load_model
 from pipeline.config import Backbone
 from pipeline.evaluation.losslessness import teacher_forced
@@ -25,6 +24,7 @@ from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.decoding import Request, autoregressive
 from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
 from pipeline.inference.sampling import Sampler
+from pipeline.publishing import draft_model, gate, parity
 from pipeline.stages import draft, evaluate
 
 N, DRAFTS, NEW = 2, 3, 60

@@ -11,10 +11,10 @@ import torch
 from helpers import make_run, plant_heads
 from safetensors.torch import load_file, save_file
 
-from pipeline import gate, head_folder, parity, publishing
 from pipeline.cli import main
 from pipeline.errors import GateError, UserError
 from pipeline.evaluation.metrics import SCHEMA
+from pipeline.publishing import build, gate, head_folder, parity
 from pipeline.runs.folder import sha256_of
 from pipeline.stages import draft, evaluate, publish
 
@@ -135,7 +135,7 @@ def test_weights_that_were_not_evaluated_are_refused(run, tmp_path) -> None:
 def test_a_folder_that_fails_leaves_nothing_and_no_mark(run, tmp_path, monkeypatch) -> None:
     """Found after it was written: the temporary folder goes, and the next try needs no --redo."""
     again = copy_of(run, tmp_path, "publish.min_speedup=0.01", "publish.exit_layer=2")
-    monkeypatch.setattr(publishing.parity, "check", lambda *_: ({}, ["parity: for a reason"]))
+    monkeypatch.setattr(build.parity, "check", lambda *_: ({}, ["parity: for a reason"]))
     with pytest.raises(GateError, match="- parity: for a reason"):
         publish.run(again)
     assert not list((again / "hub").iterdir()) and not (again / "stages" / "publish.json").exists()
@@ -143,7 +143,7 @@ def test_a_folder_that_fails_leaves_nothing_and_no_mark(run, tmp_path, monkeypat
 
 def test_force_is_a_flag_and_draft_a_form(run, tmp_path, capsys, monkeypatch) -> None:
     again = copy_of(run, tmp_path)
-    monkeypatch.setattr(publishing.parity, "check", lambda *_: (None, []))
+    monkeypatch.setattr(build.parity, "check", lambda *_: (None, []))
     words = ["publish", f"run.dir={again.path.parent}", "run.name=t", "publish.min_speedup=50", "publish.exit_layer=2",
              f"backbone.name_or_path={tmp_path / 'tiny-llama'}", "backbone.dtype=float32"]  # fmt: skip
     assert main(words) == 3

@@ -14,9 +14,9 @@ from hf_xet import XetAuthenticationError
 from huggingface_hub.errors import HFValidationError
 from loopback_hub import ACCOUNTS, Fault, LoopbackHub
 
-from pipeline import hub as published
 from pipeline.config import load
 from pipeline.errors import UserError
+from pipeline.publishing import hub as published
 from pipeline.runs.folder import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent

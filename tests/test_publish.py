@@ -31,12 +31,12 @@ from transformers import (
 )
 
 import pipeline.inference
-from pipeline import card, head_folder, pedigree, speculation_profile
 from pipeline.config import load
 from pipeline.inference.canary import TOLERANCE, distance
 from pipeline.inference.controllers import Fixed
 from pipeline.inference.exit_head import ExitHead, new_exit_layer
-from pipeline.modeling_exit_head import ExitHeadConfig, ExitHeadModel
+from pipeline.publishing import card, head_folder, pedigree, speculation_profile
+from pipeline.publishing.modeling_exit_head import ExitHeadConfig, ExitHeadModel
 from pipeline.runs.folder import RunDir, sha256_of
 from pipeline.stages import distill, draft, evaluate, generate, publish
 

@@ -12,10 +12,10 @@ from loopback_hub import LoopbackHub
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from pipeline import pedigree
 from pipeline.cli import main
 from pipeline.config import load, to_dict
 from pipeline.evaluation import report
+from pipeline.publishing import pedigree
 from pipeline.runs import overview
 from pipeline.runs.folder import RunDir, atomic_write, sha256_of
 from pipeline.stages import evaluate, publish

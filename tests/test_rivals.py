@@ -11,13 +11,13 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from pipeline.backbones.load import load_model
 from pipeline.cli import main
 from pipeline.config import Backbone, Config
-from pipeline.draft_model import in_memory
 from pipeline.errors import UserError
 from pipeline.evaluation.rivals import Rival, _options, decode, rivals_of
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.decoding import Request, autoregressive
 from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
 from pipeline.inference.sampling import Sampler
+from pipeline.publishing.draft_model import in_memory
 from pipeline.stages import evaluate
 
 PROMPT = [60, 61, 62, 60, 61, 62, 60]  # repeats itself, so that prompt lookup has something to find

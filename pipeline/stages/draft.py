@@ -4,16 +4,16 @@ Takes eval/ and heads/exit-<N>/, gives hub/<N>-draft/; refused by the gate as th
 anything was measured.
 """
 
-from .. import hub, publishing
 from ..config import Config
+from ..publishing import build, hub
 from ..runs.folder import RunDir
 
 
 def run(run: RunDir) -> None:
     """hub/<N>-draft/ of the best head, or of publish.exit_layer, pushed if asked for. Raises GateError when refused."""
-    folder = publishing.write(run, "draft")
+    folder = build.write(run, "draft")
     print(f"draft model: {folder}")
-    hub.publish(run, folder, publishing.SUFFIXES["draft"])
+    hub.publish(run, folder, build.SUFFIXES["draft"])
 
 
 def check(config: Config) -> None:

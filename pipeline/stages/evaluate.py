@@ -11,7 +11,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .. import draft_model, hub
 from ..backbones.load import device_of, ends_of, fingerprint_of_files, load_model, load_tokenizer
 from ..config import Config
 from ..errors import UserError
@@ -30,6 +29,7 @@ from ..prompts.prompt import count_tasks
 from ..prompts.records import pins, source_record
 from ..prompts.sets import evaluation_prompts, evaluation_settings
 from ..prompts.turns import every_turn
+from ..publishing import draft_model, hub
 from ..runs import tracking
 from ..runs.folder import RunDir, atomic_path, atomic_write, sha256_of
 

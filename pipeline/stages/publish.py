@@ -4,14 +4,14 @@ Takes eval/ and heads/exit-<N>/, gives hub/<N>/; refuses a head that is not loss
 what it was when it was evaluated. Knows nothing of how anything was measured.
 """
 
-from .. import hub, publishing
 from ..config import Config
+from ..publishing import build, hub
 from ..runs.folder import RunDir
 
 
 def run(run: RunDir) -> None:
     """hub/<N>/ of the best head, or of publish.exit_layer, pushed if asked for. Raises GateError when refused."""
-    hub.publish(run, publishing.write(run, "head"), publishing.SUFFIXES["head"])
+    hub.publish(run, build.write(run, "head"), build.SUFFIXES["head"])
 
 
 def check(config: Config) -> None:

@@ -6,10 +6,10 @@ Takes a run and the results of its head, gives README.md and its pictures. Knows
 from pathlib import Path
 from typing import Any
 
+from ..backbones.load import public_name
+from ..runs.folder import RunDir
 from . import card, gate
-from .backbones.load import public_name
 from .card import code
-from .runs.folder import RunDir
 
 LIMITS = """\
 - Measured for one text at a time, with the exit head. Speed with this folder in an engine was not measured; in other

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from ..backbones.load import public_name
+from ..evaluation import plots, report
+from ..runs.folder import RunDir
 from . import gate, pedigree
-from .backbones.load import public_name
-from .evaluation import plots, report
-from .runs.folder import RunDir
 
 PAPER = (
     "Liu et al., *Speculative Decoding via Early-exiting for Faster LLM Inference with Thompson Sampling Control "

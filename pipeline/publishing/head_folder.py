@@ -23,9 +23,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from ..backbones.load import file_of, load_config, public_name
+from ..runs.folder import RunDir, atomic_write, sha256_of
 from . import pedigree, speculation_profile
-from .backbones.load import file_of, load_config, public_name
-from .runs.folder import RunDir, atomic_write, sha256_of
 
 HERE = Path(__file__).parent
 CODE = HERE / "inference"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..errors import UserError
+from ..inference.exit_head import ExitHead
+from ..runs.folder import RunDir, atomic_path, sha256_of
 from . import card, draft_card, draft_model, gate, head_folder, parity
-from .errors import UserError
-from .inference.exit_head import ExitHead
 from .parity import Form
-from .runs.folder import RunDir, atomic_path, sha256_of
 
 STAGES: dict[Form, str] = {"head": "publish", "draft": "draft"}
 """The mark that each form leaves."""

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import GateError, UserError
-from .evaluation import metrics
+from ..errors import GateError, UserError
+from ..evaluation import metrics
 
 
 def read(path: Path) -> dict[str, Any]:

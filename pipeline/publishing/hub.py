@@ -29,11 +29,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as client_logging
 
+from ..config import Config, is_repo_id
+from ..errors import UserError
+from ..runs.folder import RunDir
 from . import head_folder
-from .config import Config, is_repo_id
-from .errors import UserError
 from .head_folder import digest_of, files_of
-from .runs.folder import RunDir
 
 ORIGIN = "custom_generate/origin.py"
 TO_MEASURE = ["config.json", "model.safetensors"]

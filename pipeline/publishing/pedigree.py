@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from .backbones.load import file_of, public_name
-from .config import Backbone, Config, is_repo_id, without_folders
-from .runs.folder import RunDir
+from ..backbones.load import file_of, public_name
+from ..config import Backbone, Config, is_repo_id, without_folders
+from ..runs.folder import RunDir
 
 MADE_BY = ("generate", "distill", "evaluate")
 """Stages that a published head went through."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from .evaluation.metrics import conditional_rates
+from ..evaluation.metrics import conditional_rates
 
 SCHEMA = "1.0"
 CHAINS = ("draft_model",)

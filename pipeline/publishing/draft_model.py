@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from .backbones.load import WeightFiles, file_of, load_config
-from .config import Backbone
-from .evaluation.rivals import assisted
+from ..backbones.load import WeightFiles, file_of, load_config
+from ..config import Backbone
+from ..evaluation.rivals import assisted
+from ..inference.exit_head import ExitHead
 from .head_folder import write_json
-from .inference.exit_head import ExitHead
 
 SHARD = 4 * 2**30
 """Bytes of a safetensors file at most, and so what is held in memory at once."""

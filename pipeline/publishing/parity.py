@@ -18,14 +18,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .backbones.load import device_of, load_model, source_of
-from .config import Config
-from .errors import UserError
-from .evaluation import losslessness
-from .evaluation.metrics import interval
-from .inference.backbone import SplitBackbone
-from .inference.exit_head import ExitHead
-from .runs.folder import RunDir
+from ..backbones.load import device_of, load_model, source_of
+from ..config import Config
+from ..errors import UserError
+from ..evaluation import losslessness
+from ..evaluation.metrics import interval
+from ..inference.backbone import SplitBackbone
+from ..inference.exit_head import ExitHead
+from ..runs.folder import RunDir
 
 CHILD = Path(__file__).parent / "fresh_process.py"
 PROMPTS = 4
