@@ -14,7 +14,7 @@ from pipeline import cli
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import predicted_speedup
-from pipeline.planning import gain, memory, plan, tables
+from pipeline.planning import estimate, gain, memory, tables
 from pipeline.planning.architecture import Architecture, facts
 from pipeline.planning.hardware import GPUS, LINK_SHARE, Layout
 from pipeline.stages.plan import architecture_of, make
@@ -79,7 +79,7 @@ def test_what_was_typed_in_is_what_is_predicted_with() -> None:
     p = make(load(None, ["distill.exit_layers=[1,2,31]", "plan.acceptance=[0.6,0.0,1.0]"]))
     first, _, last = p.predictions
     assert first.speedups[3] == pytest.approx(predicted_speedup(3, [0.6] * 3, gain.costs_by_weight(p.architecture, 1)))
-    said = plan.verdicts(p)
+    said = estimate.verdicts(p)
     assert said[-3].startswith("exit layer 1 should pay: 1.") and p.best == first
     assert re.fullmatch(r"exit layer 2 will not pay: 0\.8\d times as fast with K = 1 .* an acceptance of 19%", said[-2])
     assert said[-1] == "exit layer 31 will not pay: even if every draft were accepted, it would be 0.99 times as fast"
@@ -89,7 +89,7 @@ def test_what_was_typed_in_is_what_is_predicted_with() -> None:
 def test_without_an_acceptance_the_plan_says_which_would_do() -> None:
     p = make(load(None, ["publish.min_speedup=1.3"]))
     assert p.predictions[0].speedups == {} and p.best is None
-    assert "will pay if more than 49% of its drafts are accepted" in plan.verdicts(p)[-1]
+    assert "will pay if more than 49% of its drafts are accepted" in estimate.verdicts(p)[-1]
 
 
 COSTS = {"shallow": 0.07, "head": 0.05, "rest": 0.01, "verify": {"1": 0.85, "3": 1.05}}
@@ -126,7 +126,7 @@ def test_a_pilot_of_another_backbone_or_device_gives_rates_only(tmp_path: Path, 
 def test_an_exit_layer_that_the_pilot_had_not_is_still_planned(tmp_path: Path) -> None:
     p = make(load(None, ["plan.gpu=cpu", "distill.exit_layers=[2,4]", pilot(tmp_path)]))
     assert [bool(one.speedups) for one in p.predictions] == [True, False]
-    assert "exit layer 2 at temperature 0 should pay" in plan.verdicts(p)[-2]
+    assert "exit layer 2 at temperature 0 should pay" in estimate.verdicts(p)[-2]
     tables.markdown(tables.full(p)[-1])  # a row with and a row without
 
 
@@ -137,7 +137,7 @@ def test_what_would_fit_does() -> None:
     words = ["--config", str(ROOT / "configs/llama2-70b.yaml"), "plan.gpu=A100-40GB"]
     p = make(load(words[1], words[2:]))
     assert not p.fits
-    (verdict,) = [line for line in plan.verdicts(p) if line.startswith("distill does not fit: 40.9 of 35.5 GiB")]
+    (verdict,) = [line for line in estimate.verdicts(p) if line.startswith("distill does not fit: 40.9 of 35.5 GiB")]
     remedy = re.search(r"it would with (.*): ([\d.]+) GiB", verdict)
     assert remedy, verdict
     changed = make(load(words[1], [*words[2:], *remedy[1].split()]))
@@ -146,17 +146,19 @@ def test_what_would_fit_does() -> None:
 
 def test_what_nothing_would_make_fit() -> None:
     p = make(load(ROOT / "configs/llama2-70b.yaml", ["plan.gpu=RTX-4090", "machine.nodes=1"]))
-    assert any("give it more GPUs (machine.nodes)" in line for line in plan.verdicts(p))
+    assert any("give it more GPUs (machine.nodes)" in line for line in estimate.verdicts(p))
 
 
 def test_device_map_is_advised_where_it_is_needed_and_not_set() -> None:
     config = ROOT / "configs/llama2-70b.yaml"
-    advised = [line for line in plan.verdicts(make(load(config, ["machine.device_map=null"]))) if "device_map" in line]
+    advised = [
+        line for line in estimate.verdicts(make(load(config, ["machine.device_map=null"]))) if "device_map" in line
+    ]
     assert [line.split(" lays")[0] for line in advised] == [
         "generate needs 3 H100 for one copy of the backbone: machine.device_map=auto",
         "evaluate needs 2 H100 for one copy of the backbone: machine.device_map=auto",
     ]
-    assert not any("device_map" in line for line in plan.verdicts(make(load(config, []))))
+    assert not any("device_map" in line for line in estimate.verdicts(make(load(config, []))))
 
 
 def test_steps_in_passes_need_less_memory_and_more_network() -> None:
@@ -191,7 +193,7 @@ def test_what_depends_on_an_unknown_number_of_prompts_is_left_out() -> None:
     p = make(load(ROOT / "configs/llama2-70b.yaml", ["generate.num_prompts=0"]))
     assert [stage.name for stage in p.stages] == ["distill", "evaluate"]
     assert not {row.what for row in [*p.disk, *p.host]} & {"responses", "responses, read and packed"}
-    assert any(line.startswith("generate.num_prompts=0, all") for line in plan.verdicts(p))
+    assert any(line.startswith("generate.num_prompts=0, all") for line in estimate.verdicts(p))
 
 
 # ---- the verb
@@ -253,7 +255,7 @@ def test_json_holds_what_the_tables_show(capsys) -> None:
     assert document["memory"]["distill"]["total"] == p.distill.total
     assert document["stages"][1]["gpu_hours"] == p.stages[1].gpu_hours
     assert document["predictions"][0]["speedups"]["3"] == p.predictions[0].speedups[3]
-    assert document["verdicts"] == plan.verdicts(p)
+    assert document["verdicts"] == estimate.verdicts(p)
 
 
 def test_varied_keys_make_a_row_each(capsys) -> None:

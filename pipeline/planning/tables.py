@@ -12,10 +12,10 @@ from rich.table import Table as RichTable
 
 from ..config import to_dict
 from . import gain, memory
+from .estimate import Plan
 from .gain import DRAFTS, TARGETS, Prediction
 from .hardware import BANDWIDTH_SHARE, LINK_SHARE, MARGIN
 from .memory import GIB, Row, giga
-from .plan import Plan
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from transformers import AutoConfig
 from ..backbones.load import check_exit_layers, load_config, public_name
 from ..config import Backbone, Config
 from ..errors import UserError
-from ..planning import plan, tables
+from ..planning import estimate, tables
 from ..planning.architecture import Architecture, facts
+from ..planning.estimate import Plan
 from ..planning.hardware import Layout
-from ..planning.plan import Plan
 from ..training.packing import StepBatches
 
 
@@ -33,7 +33,7 @@ def show(configs: Sequence[Config], varied: Sequence[str] = (), as_json: bool = 
         (one,) = plans
         print("\n".join(tables.opening(one)) + "\n")
         tables.show(tables.full(one))
-        print("\n".join(plan.verdicts(one)))
+        print("\n".join(estimate.verdicts(one)))
 
 
 def make(config: Config) -> Plan:
@@ -42,7 +42,7 @@ def make(config: Config) -> Plan:
     check_exit_layers(config.distill.exit_layers, a.layers)
     world = Layout.of(config.machine).processes
     StepBatches(1, config.distill.sequences_per_step, config.distill.max_steps, 0, world_size=world)  # checks
-    return plan.make(config, a)
+    return estimate.make(config, a)
 
 
 def architecture_of(backbone: Backbone) -> Architecture:
