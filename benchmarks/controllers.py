@@ -33,7 +33,8 @@ from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.prompts.ids import encode
 from pipeline.prompts.sets import load_prompts
-from pipeline.runs.folder import provenance, sha256_of
+from pipeline.runs.files import sha256_of
+from pipeline.runs.provenance import provenance
 
 SETTINGS = {
     "greedy": {"temperature": 0.0},

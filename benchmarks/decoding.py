@@ -44,7 +44,7 @@ from pipeline.inference.kernels import onednn
 from pipeline.inference.layers import plain
 from pipeline.inference.rounds import Round
 from pipeline.inference.sampling import Sampler
-from pipeline.runs.folder import provenance
+from pipeline.runs.provenance import provenance
 
 # hidden, intermediate, layers, heads, key/value heads, vocabulary
 SHAPES = {

@@ -39,7 +39,7 @@ from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.prompts.ids import encode
 from pipeline.prompts.sets import load_prompts
-from pipeline.runs.folder import provenance
+from pipeline.runs.provenance import provenance
 
 Ids = list[list[int]]
 BASELINE = "one by one, transformers' generate"

@@ -35,7 +35,7 @@ from transformers.utils import logging as transformers_logging
 from pipeline.backbones.load import fingerprint_of_files, load_config, load_model
 from pipeline.config import Backbone
 from pipeline.inference.exit_head import new_exit_layer
-from pipeline.runs.folder import provenance
+from pipeline.runs.provenance import provenance
 from pipeline.training import load_sharded
 from pipeline.training.sharding import make_mesh, shard_backbone, shard_head
 

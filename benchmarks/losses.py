@@ -37,7 +37,9 @@ from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.prompts.ids import encode
 from pipeline.prompts.sets import evaluation_prompts, evaluation_settings
-from pipeline.runs.folder import RunDir, atomic_write, provenance
+from pipeline.runs.files import atomic_write
+from pipeline.runs.folder import RunDir
+from pipeline.runs.provenance import provenance
 from pipeline.stages import cache, distill, generate
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "pocket.yaml"

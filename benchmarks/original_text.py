@@ -22,7 +22,8 @@ from pipeline import pocket
 from pipeline.config import load
 from pipeline.evaluation.metrics import interval
 from pipeline.pocket import corpus
-from pipeline.runs.folder import RunDir, provenance
+from pipeline.runs.folder import RunDir
+from pipeline.runs.provenance import provenance
 from pipeline.stages import cache, distill, evaluate, generate
 
 CHARACTERS = 1000

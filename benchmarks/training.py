@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import Config
 from pipeline.inference.exit_head import new_exit_layer
-from pipeline.runs.folder import provenance
+from pipeline.runs.provenance import provenance
 from pipeline.training.fsdp_units import resharded
 from pipeline.training.launch import find_free_network_port
 from pipeline.training.losses import LinearDistillation

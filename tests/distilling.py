@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import load
 from pipeline.inference.exit_head import fingerprint
-from pipeline.runs.folder import RunDir, sha256_of
+from pipeline.runs.files import sha256_of
+from pipeline.runs.folder import RunDir
 from pipeline.stages import distill
 from pipeline.training import checkpoints, packing
 from pipeline.training.module import Distillation

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
-from pipeline.runs.folder import RunDir, sha256_of
+from pipeline.runs.files import sha256_of
+from pipeline.runs.folder import RunDir
 from pipeline.stages import cache, distill
 from pipeline.training import packing
 from pipeline.training import teacher_cache as folders

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.runs import claims
 from pipeline.runs.claims import Claims, left_behind
-from pipeline.runs.folder import place_once
+from pipeline.runs.files import place_once
 
 HOLD = """
 import sys, time

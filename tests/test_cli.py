@@ -13,7 +13,8 @@ import pytest
 
 from pipeline import cli
 from pipeline.errors import GateError, UserError
-from pipeline.runs.folder import OUTPUTS, STAGES, RunDir, atomic_write
+from pipeline.runs.files import atomic_write
+from pipeline.runs.folder import OUTPUTS, STAGES, RunDir
 
 ran: list[str] = []
 WRITING = [verb for verb in cli.VERBS if verb not in ("plan", "heads")]  # these two only print

@@ -12,7 +12,7 @@ import torch
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import repeated_share
-from pipeline.runs.folder import sha256_of
+from pipeline.runs.files import sha256_of
 from pipeline.training.packing import (
     Document,
     StepBatches,

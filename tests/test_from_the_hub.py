@@ -19,7 +19,7 @@ from loopback_hub import ACCOUNTS, Fault, LoopbackHub
 from packaging.requirements import Requirement
 
 from pipeline import pocket
-from pipeline.runs.folder import sha256_of
+from pipeline.runs.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO = "org/pocket-head"

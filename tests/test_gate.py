@@ -15,7 +15,7 @@ from pipeline.cli import main
 from pipeline.errors import GateError, UserError
 from pipeline.evaluation.metrics import SCHEMA
 from pipeline.publishing import build, gate, head_folder, parity
-from pipeline.runs.folder import sha256_of
+from pipeline.runs.files import sha256_of
 from pipeline.stages import draft, evaluate, publish
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import END, byte_tokenizer
 
-from pipeline.runs.folder import sha256_of
+from pipeline.runs.files import sha256_of
 from pipeline.training.packing import Packed, pack, read_documents, read_manifest, usable
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -37,7 +37,8 @@ from pipeline.inference.controllers import Fixed
 from pipeline.inference.exit_head import ExitHead, new_exit_layer
 from pipeline.publishing import card, head_folder, pedigree, speculation_profile
 from pipeline.publishing.modeling_exit_head import ExitHeadConfig, ExitHeadModel
-from pipeline.runs.folder import RunDir, sha256_of
+from pipeline.runs.files import sha256_of
+from pipeline.runs.folder import RunDir
 from pipeline.stages import distill, draft, evaluate, generate, publish
 
 CODE = Path(pipeline.inference.__file__).parent

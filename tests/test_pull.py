@@ -17,7 +17,8 @@ from pipeline.config import load, to_dict
 from pipeline.evaluation import report
 from pipeline.publishing import pedigree
 from pipeline.runs import overview
-from pipeline.runs.folder import RunDir, atomic_write, sha256_of
+from pipeline.runs.files import atomic_write, sha256_of
+from pipeline.runs.folder import RunDir
 from pipeline.stages import evaluate, publish
 
 ROOT = Path(__file__).resolve().parent.parent

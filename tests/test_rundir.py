@@ -10,7 +10,8 @@ import pytest
 from pipeline.config import Config, load
 from pipeline.errors import UserError
 from pipeline.runs import folder as rundir
-from pipeline.runs.folder import OUTPUTS, STAGES, SUBTREES, RunDir, atomic_path, atomic_write, sha256_of
+from pipeline.runs.files import atomic_path, atomic_write, sha256_of, temporary_of
+from pipeline.runs.folder import OUTPUTS, STAGES, SUBTREES, RunDir
 
 
 def run_stage(run: RunDir, stage: str, inputs: list[Path] | None = None) -> bool:
@@ -226,7 +227,7 @@ def test_a_stage_removes_what_it_wrote_and_nothing_of_the_others(config, monkeyp
     monkeypatch.setattr(rundir.socket, "gethostname", lambda: host)
     run = RunDir(config)
     final = {name: [run / place for place in places] for name, places in WRITTEN.items()}
-    half = {name: [rundir.temporary_of(path) for path in paths] for name, paths in final.items()}
+    half = {name: [temporary_of(path) for path in paths] for name, paths in final.items()}
     for path in (p for places in (final, half) for paths in places.values() for p in paths):
         atomic_write(path / "file", "")
     for remove, places in ((run._sweep, half), (run.redo, final)):

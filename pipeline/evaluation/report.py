@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..runs import overview
-from ..runs.folder import RunDir, atomic_path
+from ..runs.files import atomic_path
+from ..runs.folder import RunDir
 from . import plots
 from .losslessness import ALARM
 

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from ..backbones.load import load_tokenizer
 from ..errors import UserError
-from ..runs.folder import RunDir, sha256_of
+from ..runs.files import sha256_of
+from ..runs.folder import RunDir
 from ..training.packing import Document, read_documents, read_manifest
 from .responses import COUNTS, SCHEMA, Responses, rows_of
 

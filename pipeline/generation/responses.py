@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..runs.folder import atomic_path, sha256_of
+from ..runs.files import atomic_path, sha256_of
 from ..runs.shards import Shards
 
 SCHEMA = 2

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import pocket
 from ..config import Prompts
-from ..runs.folder import sha256_of
+from ..runs.files import sha256_of
 from .origins import Origin, file_of, load_dataset, origins
 from .prompt import Role
 from .reading import Reading

@@ -10,7 +10,8 @@ import pandas as pd
 
 from ..errors import UserError
 from ..inference.exit_head import ExitHead
-from ..runs.folder import RunDir, atomic_path, sha256_of
+from ..runs.files import atomic_path, sha256_of
+from ..runs.folder import RunDir
 from . import card, draft_card, draft_model, gate, head_folder, parity
 from .parity import Form
 

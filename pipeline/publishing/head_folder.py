@@ -24,7 +24,8 @@ import pandas as pd
 import yaml
 
 from ..backbones.load import file_of, load_config, public_name
-from ..runs.folder import RunDir, atomic_write, sha256_of
+from ..runs.files import atomic_write, sha256_of
+from ..runs.folder import RunDir
 from . import pedigree, speculation_profile
 
 HERE = Path(__file__).parent

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .folder import cannot_write, place_once, temporary_of
+from .files import cannot_write, place_once, temporary_of
 
 BEAT = 5.0
 """Seconds between two touches of a claim."""

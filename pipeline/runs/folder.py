@@ -33,6 +33,8 @@ from omegaconf import OmegaConf
 
 from ..config import Config, to_dict
 from ..errors import GateError, UserError
+from .files import TEMPORARY, _remove, atomic_write, sha256_of, who
+from .provenance import provenance
 
 STAGES = ("generate", "cache", "distill", "evaluate", "publish")
 
@@ -71,25 +73,14 @@ OUTPUTS = {
 }
 
 
-CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
-"""What the user can do something about; any other OSError inside a write is a bug and shows its traceback."""
 
 RESTARTED = 180.0
 """Seconds that a job which Slurm started again waits for what its first start may seem to hold."""
 
-TEMPORARY = ".tmp-"
-"""How names begin that are not final; what a killed process leaves under them is no part of anything."""
 
 
-def who() -> str:
-    """How names end that are not final: several processes, on several machines, may write to one folder."""
-    return f"{socket.gethostname()}-{os.getpid()}"
 
 
-def temporary_of(path: Path) -> Path:
-    """The neighbour that this process writes to first. No host has an @ in its name: where that of `path` ends is
-    certain."""
-    return path.parent / f"{TEMPORARY}{path.name}@{who()}"
 
 
 class RunDir:
@@ -254,125 +245,23 @@ def _short(value: Any) -> str:
     return f"{text[:12]}..." if len(text) == 64 else text
 
 
-@contextlib.contextmanager
-def atomic_path(path: Path, *, once: bool = False) -> Iterator[Path]:
-    """A temporary neighbour of `path` to write to (a file or a folder); renamed onto it when the block ends well.
-
-    `once`: a file that is there already stays (`place_once`).
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(path)
-    _remove(temporary)
-    try:
-        yield temporary
-        if once:
-            place_once(temporary, path)
-            return
-        if temporary.is_dir():
-            _remove(path)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    finally:
-        _remove(temporary)
 
 
-def cannot_write(path: Path, error: OSError) -> Exception:
-    """What to raise: a UserError for what the user can change (a full disk, a missing right), else the error itself."""
-    if error.errno not in CANNOT_WRITE:
-        return error
-    return UserError(f"cannot write {path}: {error.strerror or error}")
 
 
-def place_once(temporary: Path, path: Path) -> bool:
-    """Put a finished file under its final name unless one is there already; True if it was put there.
-
-    Of several processes one wins, and what has once been there is never replaced. The temporary name is gone after it.
-    """
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())  # a name must not survive a crash that its content does not
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            raise
-        if path.exists():  # a file system without hard links: the same but for a moment between these two lines
-            return False
-        os.rename(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
 
 
-def atomic_write(path: Path, text: str) -> None:
-    """Write a whole text file or nothing."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def sha256_of(path: Path) -> str:
-    """Of a file, or of a folder's files with their names."""
-    digest = hashlib.sha256()
-    if path.is_file():
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-    else:
-        for child in sorted(p for p in path.rglob("*") if p.is_file()):
-            if any(part.startswith(TEMPORARY) for part in child.relative_to(path).parts):
-                continue
-            digest.update(child.relative_to(path).as_posix().encode() + sha256_of(child).encode())
-    return digest.hexdigest()
 
 
-def provenance() -> dict[str, Any]:
-    """Where a record comes from: code, versions, machine, command. No environment, no tokens."""
-    packages = ("torch", "transformers", "lightning", "datasets", "accelerate", "wandb", "omegaconf")
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
-        "versions": {"exit-heads": version("exit-heads"), "python": platform.python_version()}
-        | {p: version(p) for p in packages},
-        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": _gpus()},
-        "host": socket.gethostname(),
-        "user": _user(),
-        "command": sys.argv,
-    }
 
 
-def _git(*words: str) -> str | None:
-    try:
-        here = Path(__file__).parent
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # installed from a wheel, or no git
 
 
-def _user() -> str | None:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return None  # a container's user without a name
 
 
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
-def _gpus() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

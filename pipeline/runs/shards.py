@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .claims import Claims, left_behind
 from ..errors import UserError
-from .folder import TEMPORARY, atomic_path, atomic_write, sha256_of, who
+from .files import TEMPORARY, atomic_path, atomic_write, sha256_of, who
 
 WAIT = 0.5
 """Seconds between two looks at what other processes are doing."""

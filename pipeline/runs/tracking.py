@@ -19,7 +19,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 from ..config import Wandb, to_dict, without_folders
-from .folder import RunDir, atomic_path, atomic_write
+from .folder import RunDir
+from .files import atomic_path, atomic_write
 
 INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline
 FINISH_TIMEOUT = 120.0  # seconds for the last upload; what is left stays in the run folder, `wandb sync` sends it

@@ -22,7 +22,8 @@ from ..backbones.load import check_exit_layers, device_of, load_config
 from ..config import Config
 from ..errors import UserError
 from ..inference.exit_head import ExitHead
-from ..runs.folder import RunDir, atomic_path
+from ..runs.files import atomic_path
+from ..runs.folder import RunDir
 from ..runs.tracking import Tracker
 from ..training import loss_terms, packing
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Signals, Throughput

@@ -31,7 +31,8 @@ from ..prompts.sets import evaluation_prompts, evaluation_settings
 from ..prompts.turns import every_turn
 from ..publishing import draft_model, hub
 from ..runs import tracking
-from ..runs.folder import RunDir, atomic_path, atomic_write, sha256_of
+from ..runs.files import atomic_path, atomic_write, sha256_of
+from ..runs.folder import RunDir
 
 
 def run(run: RunDir) -> None:

@@ -40,7 +40,8 @@ from ..prompts.prompt import Prompt, count_sources
 from ..prompts.records import pins, source_pins, source_record
 from ..prompts.sets import training_prompts
 from ..prompts.turns import next_turn
-from ..runs.folder import RunDir, sha256_of
+from ..runs.files import sha256_of
+from ..runs.folder import RunDir
 from ..runs.shards import made
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ..runs.folder import atomic_path
+from ..runs.files import atomic_path
 from ..runs.tracking import warn
 
 

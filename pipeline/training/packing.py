@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, Sampler
 from ..config import Distill
 from ..errors import UserError
 from ..evaluation.metrics import repeated_share
-from ..runs.folder import sha256_of
+from ..runs.files import sha256_of
 
 
 @dataclass(frozen=True)
