@@ -16,7 +16,7 @@ import torch
 from helpers import plant_heads, tiny_backbone
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.backbones.load import fingerprint_of_files
+from pipeline.backbones.weight_files import fingerprint_of_files
 from pipeline.config import Backbone, Config, load
 from pipeline.errors import UserError
 from pipeline.generation.answerers.continuous import Continuous

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.backbones.load import fingerprint_of_files
+from pipeline.backbones.weight_files import fingerprint_of_files
 from pipeline.config import Backbone, Config, load
 from pipeline.errors import UserError
 from pipeline.inference.exit_head import FAMILIES, fingerprint

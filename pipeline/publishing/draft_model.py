@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from ..backbones.load import WeightFiles, file_of, load_config
+from ..backbones.load import load_config
+from ..backbones.weight_files import WeightFiles, file_of
 from ..config import Backbone
 from ..evaluation.rivals import assisted
 from ..inference.exit_head import ExitHead

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from ..backbones.load import file_of, public_name
+from ..backbones.load import public_name
+from ..backbones.weight_files import file_of
 from ..config import Backbone, Config, is_repo_id, without_folders
 from ..runs.folder import RunDir
 

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..backbones.load import device_of, ends_of, fingerprint_of_files, load_model, load_tokenizer
+from ..backbones.load import device_of, ends_of, load_model, load_tokenizer
+from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config
 from ..errors import UserError
 from ..evaluation import losslessness, report, rivals

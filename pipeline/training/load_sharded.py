@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM
 
-from ..backbones.load import WeightFiles, fingerprint_of_files, load_config, tensor_name
+from ..backbones.load import load_config
+from ..backbones.weight_files import WeightFiles, fingerprint_of_files, tensor_name
 from ..config import Backbone
 from ..errors import UserError
 from .sharding import own_rows, shard_backbone, shard_head
