@@ -12,17 +12,9 @@ import torch
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import repeated_share
+from pipeline.generation.documents import Document, read_documents, read_manifest, split, usable
 from pipeline.runs.files import sha256_of
-from pipeline.training.packing import (
-    Document,
-    StepBatches,
-    pack,
-    read_documents,
-    read_manifest,
-    split,
-    usable,
-    validation_batches,
-)
+from pipeline.training.packing import StepBatches, pack, validation_batches
 
 
 def documents(count: int, seed: int = 0, longest: int = 30) -> list[Document]:

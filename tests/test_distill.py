@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
+from pipeline.generation.documents import Document, read_documents, read_manifest
 from pipeline.inference.exit_head import ExitHead, fingerprint
 from pipeline.runs.folder import RunDir
 from pipeline.runs.tracking import wandb_mode
@@ -63,7 +64,7 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
     backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), [1, 2])
     engine = Engine(backbone, [1, 2], heads, run.config)
     shard_engine(engine, heads, mesh)
-    documents, _ = packing.read_documents(run / "responses", packing.read_manifest(run / "responses"), "drop", 0.5)
+    documents, _ = read_documents(run / "responses", read_manifest(run / "responses"), "drop", 0.5)
     assert [len(d.spans) for d in documents] == [turns] * 24
     together = packing.pack(documents, 48 * turns)
     assert len(together) < len(documents) / 1.8
@@ -74,7 +75,7 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
     whole = [together[range(len(together))]]
     alone = [packing.pack([d], len(d.tokens))[[0]] for d in documents]
     # Each answer once more as one turn alone: what its row of the responses would teach if nothing were joined.
-    answers = [packing.Document(d.id, d.tokens[: span[1]], [span]) for d in documents for span in d.spans]
+    answers = [Document(d.id, d.tokens[: span[1]], [span]) for d in documents for span in d.spans]
     turns_alone = [packing.pack([a], len(a.tokens))[[0]] for a in answers]
 
     def losses_and_gradient(batches):

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import END, byte_tokenizer
 
+from pipeline.generation.documents import read_documents, read_manifest, usable
 from pipeline.runs.files import sha256_of
-from pipeline.training.packing import Packed, pack, read_documents, read_manifest, usable
+from pipeline.training.packing import Packed, pack
 
 TEMPLATES = Path(__file__).parent / "templates"
 LENGTH = 2048

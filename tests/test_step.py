@@ -14,6 +14,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
+from pipeline.generation.documents import read_documents, read_manifest, split, usable
 from pipeline.inference.exit_head import new_exit_layer
 from pipeline.runs.folder import RunDir
 from pipeline.stages import distill
@@ -41,8 +42,8 @@ def plain_losses(tmp_path_factory, backbone) -> dict[str, list[tuple[float, floa
     a time, one head at a time."""
     run = prepare(tmp_path_factory.mktemp("plain"), backbone, *EXACT)
     d = run.config.distill
-    documents, _ = packing.read_documents(run / "responses", packing.read_manifest(run / "responses"), d.truncated, 0.5)
-    train, _ = packing.split(packing.usable(documents, d.sequence_length), d.held_out)
+    documents, _ = read_documents(run / "responses", read_manifest(run / "responses"), d.truncated, 0.5)
+    train, _ = split(usable(documents, d.sequence_length), d.held_out)
     packed = packing.pack(train, d.sequence_length)
     model = AutoModelForCausalLM.from_pretrained(backbone).requires_grad_(False)
     return {f"exit-{n}": _train_plainly(model, n, packed, run) for n in d.exit_layers}
@@ -201,10 +202,8 @@ def test_validation_reduces_no_gradient(two):
 
 def _held_out(run: RunDir) -> int:
     d = run.config.distill
-    documents, _ = packing.read_documents(run / "responses", packing.read_manifest(run / "responses"), d.truncated, 0.5)
-    return len(
-        packing.pack(packing.split(packing.usable(documents, d.sequence_length), d.held_out)[1], d.sequence_length)
-    )
+    documents, _ = read_documents(run / "responses", read_manifest(run / "responses"), d.truncated, 0.5)
+    return len(packing.pack(split(usable(documents, d.sequence_length), d.held_out)[1], d.sequence_length))
 
 
 needs_reset = pytest.mark.skipif(

@@ -17,7 +17,7 @@ from ..backbones.load import load_tokenizer
 from ..errors import UserError
 from ..runs.files import sha256_of
 from ..runs.folder import RunDir
-from ..training.packing import Document, read_documents, read_manifest
+from .documents import Document, read_documents, read_manifest
 from .responses import COUNTS, SCHEMA, Responses, rows_of
 
 RECENT = 20

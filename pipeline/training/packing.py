@@ -8,149 +8,18 @@ Letters: S packed sequences, B sequences of one batch, T tokens of a sequence.
 """
 
 import bisect
-import hashlib
-import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..config import Distill
 from ..errors import UserError
-from ..evaluation.metrics import repeated_share
-from ..runs.files import sha256_of
-
-
-@dataclass(frozen=True)
-class Document:
-    """A prompt with the backbone's answer; of a conversation, all turns that continue each other token by token."""
-
-    id: str
-    """Of its first turn: `<conversation>`, or `<conversation>.2` ... where a later turn had to begin anew."""
-    tokens: list[int]
-    spans: list[tuple[int, int]]
-    """First and one past the last token of every answer that is learned from, its end token included."""
-
-    @property
-    def conversation(self) -> str:
-        return self.id.partition(".")[0]
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """responses/manifest.json. Raises UserError if the responses are not all there."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}. Make it with `exit-heads generate`.") from None
-    if not manifest.get("complete"):
-        raise UserError(f"{path}: the responses are not complete: run `exit-heads generate` again, it goes on.")
-    return manifest
-
-
-def read_documents(
-    folder: Path, manifest: dict[str, Any], truncated: str, most_repeated: float
-) -> tuple[list[Document], Counter[str]]:
-    """The documents of the shards that the manifest lists, in their order, and how many answers came to what.
-
-    A turn whose prompt begins with all tokens of the document before it, of the same conversation, is joined to that
-    document; where the chat template writes the past in another way than it was drawn, it begins one of its own.
-    An answer is context but not learned from if it was cut off (unless `truncated` is keep) or if more than the share
-    `most_repeated` of its 8-grams occurred in it before. Counted: answers, truncated, repeating, joined, alone.
-    Raises UserError for a missing or changed shard and if there is nothing to learn from.
-    """
-    counts = Counter(dict.fromkeys(("answers", "truncated", "repeating", "joined", "alone"), 0))
-    documents: list[Document] = []
-    for id_, prompt, response, finish_reason in _rows(folder, manifest):
-        counts["answers"] += 1
-        new = Document(id_, [*prompt, *response], [(len(prompt), len(prompt) + len(response))])
-        if truncated == "drop" and finish_reason == "length":
-            counts["truncated"] += 1
-            new.spans.clear()
-        elif repeated_share(response) > most_repeated:
-            counts["repeating"] += 1
-            new.spans.clear()
-        last = documents[-1] if documents else None
-        if last is None or last.conversation != new.conversation:
-            documents.append(new)
-        elif prompt[: len(last.tokens)] == last.tokens:
-            counts["joined"] += 1
-            documents[-1] = Document(last.id, new.tokens, [*last.spans, *new.spans])
-        else:
-            counts["alone"] += 1
-            documents.append(new)
-    if not documents:
-        raise UserError(f"{folder}: no responses: raise generate.num_prompts and run `exit-heads generate`.")
-    kept = [d for d in documents if d.spans]
-    if not kept:
-        raise UserError(
-            f"distill.truncated={truncated}, distill.repeated_share={most_repeated}: nothing to learn from: of "
-            f"{counts['answers']} responses {counts['truncated']} are truncated and {counts['repeating']} repeat "
-            "themselves. Raise generate.max_new_tokens, or set distill.truncated=keep or distill.repeated_share=1."
-        )
-    return kept, counts
-
-
-def _rows(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, list[int], list[int], str]]:
-    """(id, prompt_ids, response_ids, finish_reason) of every turn, one shard after the other."""
-    for shard in manifest["shards"]:
-        path = folder / shard["file"]
-        if not path.is_file() or sha256_of(path) != shard["sha256"]:
-            what = "is not what the manifest says" if path.is_file() else "is missing"
-            raise UserError(f"{path} {what}: make the responses anew with `exit-heads generate --redo generate`.")
-        names = ["id", "prompt_ids", "response_ids", "finish_reason"]
-        columns = pq.read_table(path, columns=names).to_pydict()
-        yield from zip(*(columns[name] for name in names), strict=True)
-
-
-def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
-    """(train, validation) by a hash of the conversation: it stays on its side, as a whole, whatever else is in the set.
-
-    Validation gets the share `held_out` of the hash range, at least one conversation; so does training.
-    Raises UserError for fewer than two conversations.
-    """
-    names = dict.fromkeys(d.conversation for d in documents)
-    if len(names) < 2:
-        raise UserError(
-            f"{len(names)} usable conversation: at least 2 are needed, one to train and one to validate: "
-            "raise generate.num_prompts."
-        )
-    places = {name: int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64 for name in names}
-    count = min(max(1, sum(p < held_out for p in places.values())), len(names) - 1)
-    validation = set(sorted(names, key=places.__getitem__)[:count])
-    sides: tuple[list[Document], list[Document]] = ([], [])
-    for document in documents:
-        sides[document.conversation in validation].append(document)
-    return sides
-
-
-def usable(documents: Sequence[Document], sequence_length: int) -> list[Document]:
-    """The documents cut to `sequence_length`, without those that have no response token left to learn from.
-
-    Each ends with its last token that is learned from: what comes after it would teach nothing.
-    Raises UserError if none is left.
-    """
-    kept = []
-    for d in documents:
-        # From 1: nothing stands before the first token that could predict it.
-        cut = [(max(1, start), min(end, sequence_length)) for start, end in d.spans]
-        spans = [(start, end) for start, end in cut if start < end]
-        if spans:
-            kept.append(Document(d.id, d.tokens[: spans[-1][1]], spans))
-    if not kept:
-        shortest = min(d.spans[0][0] for d in documents)
-        raise UserError(
-            f"distill.sequence_length={sequence_length}: no response token fits, the shortest of {len(documents)} "
-            f"prompts has {shortest} tokens: give a longer sequence_length"
-        )
-    return kept
+from ..generation.documents import Document, read_documents, read_manifest, split, usable
 
 
 class Packed(Dataset):
