@@ -14,7 +14,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation.metrics import repeated_share
 from pipeline.generation.documents import Document, read_documents, read_manifest, split, usable
 from pipeline.runs.files import sha256_of
-from pipeline.training.packing import StepBatches, pack, validation_batches
+from pipeline.training.dataloader import StepBatches, validation_batches
+from pipeline.training.packing import pack
 
 
 def documents(count: int, seed: int = 0, longest: int = 30) -> list[Document]:

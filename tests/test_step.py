@@ -19,6 +19,7 @@ from pipeline.inference.exit_head import new_exit_layer
 from pipeline.runs.folder import RunDir
 from pipeline.stages import distill
 from pipeline.training import packing
+from pipeline.training.dataloader import StepBatches, validation_batches
 from pipeline.training.module import Distillation, learning_rate_at
 
 # The learning rate and its warm-up are the defaults; the norm is small enough to clip every gradient.
@@ -54,7 +55,7 @@ def _train_plainly(model: Any, exit_layer: int, packed: packing.Packed, run: Run
     head = new_exit_layer(model)
     optimizer = torch.optim.AdamW(head.parameters(), betas=(0.9, 0.95), weight_decay=d.weight_decay)
     found = []
-    for step, batch in enumerate(packing.StepBatches(len(packed), d.sequences_per_step, STEPS, 0)):
+    for step, batch in enumerate(StepBatches(len(packed), d.sequences_per_step, STEPS, 0)):
         total, rows = torch.zeros(()), 0
         for tokens, start_, end in unpack(packed, batch):
             hidden = model.model(tokens[None], output_hidden_states=True, use_cache=False).hidden_states
@@ -190,7 +191,7 @@ def test_between_copies_only_the_heads_gradients_are_summed(tmp_path, backbone):
 
 def test_validation_reduces_no_gradient(two):
     trace = two[1]["validate"]
-    batches = len(packing.validation_batches(_held_out(two[0]), 1, 0, 2))
+    batches = len(validation_batches(_held_out(two[0]), 1, 0, 2))
     kept = {GATHERED[0], *(f"FSDP::all_gather{head}" for head in HEADS)}  # whole from the first pass to the last
     assert batches > 1
     assert units_of(trace) == [*GATHERED, *(batches - 1) * [name for name in GATHERED if name not in kept]]

@@ -28,6 +28,7 @@ from ..runs.tracking import Tracker
 from ..training import loss_terms, packing
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Signals, Throughput
 from ..training.checkpoints import WholeFile, newest_intact
+from ..training.dataloader import StepBatches
 from ..training.launch import Place, find_place, own_device, workers
 from ..training.load_sharded import check_checkpoint
 from ..training.module import Distillation
@@ -85,7 +86,7 @@ def read(run: RunDir, place: Place) -> tuple[dict[str, Any], packing.Packed, pac
     """`data.read_packed`, checked against the number of processes."""
     d = run.config.distill
     manifest, train, validation, found = packing.read_packed(run / "responses", d)
-    packing.StepBatches(len(train), d.sequences_per_step, d.max_steps, 0, world_size=place.world_size)  # checks
+    StepBatches(len(train), d.sequences_per_step, d.max_steps, 0, world_size=place.world_size)  # checks
     if place.rank == 0:
         print(told(found))
     return manifest, train, validation, found

@@ -15,7 +15,7 @@ from ..planning import estimate, tables
 from ..planning.architecture import Architecture, facts
 from ..planning.estimate import Plan
 from ..planning.hardware import Layout
-from ..training.packing import StepBatches
+from ..training.dataloader import StepBatches
 
 
 def show(configs: Sequence[Config], varied: Sequence[str] = (), as_json: bool = False) -> None:
