@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config import load
 from pipeline.errors import UserError
+from pipeline.training.acceptance import acceptance_lengths, draft_statistics
 from pipeline.training.loss_terms import TERMS, parse
-from pipeline.training.losses import LinearDistillation, acceptance_lengths, draft_statistics, plain_loss
+from pipeline.training.losses import LinearDistillation, plain_loss
 
 R, D, V = 13, 6, 29
 

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
+from .acceptance import acceptance_lengths, draft_statistics
 from .dataloader import StepBatches, passes, validation_batches
 from .fsdp_units import gradient_square, resharded, scale_gradient, whole_weights
 from .load_sharded import load_sharded_backbone, together
 from .loss_terms import parse
-from .losses import LinearDistillation, acceptance_lengths, draft_statistics
+from .losses import LinearDistillation
 from .packing import Packed
 from .sharding import make_mesh, shard_engine
 from .teacher import Taught, Teacher, last_layer_arguments

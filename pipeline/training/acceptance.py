@@ -1,0 +1,66 @@
+"""Draft acceptance expected of a head on given responses: overlap with the teacher, match, acceptance length.
+
+Takes final hidden states of teacher and heads, gives figures per position; a head's best checkpoint is chosen by
+them.
+
+Letters: H heads, R rows (positions that predict a response token), C rows of one chunk, D hidden size,
+V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .losses import _Logits
+
+
+@torch.no_grad()
+def draft_statistics(
+    weight_VD: Tensor, teacher_RD: Tensor, students_RD: Sequence[Tensor], chunk: int
+) -> dict[str, Tensor]:
+    """How well each head would draft each row, at temperature 1. Each value is [H, R], float32.
+
+    loss     KL(p || q), nats
+    overlap  sum_v min(p, q) = 1 - TV(p, q): the probability that speculative sampling accepts a token drawn from
+             q (Leviathan et al. 2023, theorem 3.5)
+    match    1 where argmax p = argmax q: greedy decoding accepts
+    """
+    shape = (len(students_RD), len(teacher_RD))
+    found = {name: torch.empty(shape, device=weight_VD.device) for name in ("loss", "overlap", "match")}
+    logits = _Logits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4)
+    for start in range(0, len(teacher_RD), chunk):
+        rows = slice(start, start + chunk)
+        log_p_CV = logits.log_softmax(0, teacher_RD[rows], 1.0)
+        p_CV = torch.exp(log_p_CV, out=logits.rows(1, len(log_p_CV)))
+        for h, student_RD in enumerate(students_RD):
+            log_q_CV = logits.log_softmax(2, student_RD[rows], 1.0)
+            found["match"][h, rows] = (log_q_CV.argmax(-1) == log_p_CV.argmax(-1)).float()
+            ratio_CV = torch.sub(log_p_CV, log_q_CV, out=logits.rows(3, len(log_q_CV)))
+            found["loss"][h, rows] = ratio_CV.mul_(p_CV).sum(-1).float()
+            found["overlap"][h, rows] = torch.minimum(p_CV, log_q_CV.exp_()).sum(-1).float()
+    return found
+
+
+def acceptance_lengths(accept_HR: Tensor, index_R: Tensor, horizon: int = 8) -> Tensor:
+    """Expected tokens of a round that starts at each row and drafts up to K = `horizon` tokens: [H, R].
+
+        E_t = 1 + sum_{j=1..K} prod_{i=0..j-1} a_{t+i}
+
+    a is the probability that the draft of a row is accepted (overlap at temperature 1, match for greedy); the 1 is
+    the bonus token. Rows of one response have consecutive `index_R` (their place in the flattened batch); the
+    product stops where a response ends, as nothing is drafted beyond it. The mean over rows weighs each position
+    alike, while real rounds start after a rejection more often than not: it orders checkpoints, it is no forecast.
+    """
+    step_R = torch.arange(len(index_R), device=index_R.device)
+    run_R = index_R - step_R  # constant along a response, and larger in the next one
+    expected_HR = torch.ones_like(accept_HR)
+    product_HR = torch.ones_like(accept_HR)
+    for i in range(min(horizon, len(index_R))):
+        stays = torch.zeros_like(run_R, dtype=torch.bool)
+        stays[: len(run_R) - i] = run_R[i:] == run_R[: len(run_R) - i]
+        ahead_HR = torch.zeros_like(accept_HR)
+        ahead_HR[:, : len(run_R) - i] = accept_HR[:, i:]
+        product_HR = product_HR * ahead_HR * stays
+        expected_HR = expected_HR + product_HR
+    return expected_HR
