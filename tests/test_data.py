@@ -11,8 +11,8 @@ import torch
 
 from pipeline.config import load
 from pipeline.errors import UserError
-from pipeline.evaluation.metrics import repeated_share
 from pipeline.generation.documents import Document, read_documents, read_manifest, split, usable
+from pipeline.generation.repetition import repeated_share
 from pipeline.runs.files import sha256_of
 from pipeline.training.dataloader import StepBatches, validation_batches
 from pipeline.training.packing import pack

@@ -9,11 +9,11 @@ from pipeline.evaluation.metrics import (
     beside,
     conditional_rates,
     cost_table,
-    first_loop,
     interval,
     predicted_speedup,
     summarise,
 )
+from pipeline.generation.repetition import first_loop
 
 
 def round_row(prompt: str, j: int, drafted: int, accepted: int, **more) -> dict:

@@ -12,28 +12,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..generation.repetition import first_loop
+
 SCHEMA = 2
 """Of results.json."""
 BASELINE = "autoregressive"
-LOOP = 8
 RESAMPLES = 2000
-
-
-def first_loop(tokens: list[int], n: int = LOOP) -> int:
-    """Number of tokens before the first n-gram that was there already; all of them if none repeats."""
-    seen: set[tuple[int, ...]] = set()
-    for end in range(n, len(tokens) + 1):
-        gram = tuple(tokens[end - n : end])
-        if gram in seen:
-            return end - n
-        seen.add(gram)
-    return len(tokens)
-
-
-def repeated_share(tokens: list[int], n: int = LOOP) -> float:
-    """Share of the n-grams that occurred before in the text; 0 of a text too short for any."""
-    count = len(tokens) - n + 1
-    return 1 - len({tuple(tokens[i : i + n]) for i in range(count)}) / count if count > 0 else 0.0
 
 
 def interval(value, *columns: np.ndarray, seed: int = 0) -> tuple[float, list[float]]:

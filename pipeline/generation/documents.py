@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from ..evaluation.metrics import repeated_share
 from ..runs.files import sha256_of
+from .repetition import repeated_share
 
 
 @dataclass(frozen=True)

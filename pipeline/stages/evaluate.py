@@ -17,8 +17,9 @@ from ..config import Config
 from ..errors import UserError
 from ..evaluation import losslessness, report, rivals
 from ..evaluation.measuring import Measured, Method, measure
-from ..evaluation.metrics import LOOP, SCHEMA, beside, best, summarise
+from ..evaluation.metrics import SCHEMA, beside, best, summarise
 from ..generation import inspection
+from ..generation.repetition import LOOP
 from ..inference import canary
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller

@@ -24,9 +24,9 @@ from ..backbones.load import device_of, load_config, load_model, load_tokenizer,
 from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config, to_dict
 from ..errors import UserError
-from ..evaluation.metrics import repeated_share
 from ..generation.answerers.interface import Answer, Engine, Question, Report, Sampling
 from ..generation.answerers.registry import make_engine
+from ..generation.repetition import repeated_share
 from ..generation.responses import COUNTS, Responses
 from ..prompts.ids import contexts, encoding
 from ..prompts.prompt import Prompt, count_sources
