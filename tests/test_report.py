@@ -13,6 +13,7 @@ import pytest
 from helpers import make_run, plant_heads
 
 from pipeline.evaluation import report
+from pipeline.evaluation.rendering import Block, html_page, markdown
 from pipeline.runs import tracking
 from pipeline.stages import evaluate, generate
 
@@ -31,7 +32,7 @@ def results(run):
     return json.loads((run / "eval" / "results.json").read_text())
 
 
-def tables(page: list[report.Block]) -> dict[str, list[list[str]]]:
+def tables(page: list[Block]) -> dict[str, list[list[str]]]:
     """Each table under the last heading above it."""
     found, heading = {}, ""
     for kind, content in page:
@@ -74,8 +75,8 @@ def test_the_verdict_says_it_in_words_and_in_colour(results, interval, lossless,
     page = report.blocks(results)
     assert page[1][0] == kind and words in page[1][1]
     assert page[1] == report.verdict(results)
-    assert f'<p class="verdict {kind}">' in report.html_page(page[:3], Path())
-    assert f"> {page[1][1]}" in report.markdown(page)
+    assert f'<p class="verdict {kind}">' in html_page(page[:3], Path())
+    assert f"> {page[1][1]}" in markdown(page)
     assert report.summary(results)["evaluate/lossless"] == lossless
     assert any(k == "p" and c.startswith(f"Lossless: {'yes' if lossless else 'no'}: ") for k, c in page)
 
@@ -119,7 +120,7 @@ def test_every_figure_of_the_results_is_on_the_page(results) -> None:
     assert sorted(by_task) == ["overall", "t0, n = 2", "t1, n = 2"]
     explained = {word for kind, content in page if kind == "words" for word, _ in content}
     assert {"speedup", "before loops", "acceptance length", "draft acceptance rate", "controller"} <= explained
-    assert "repeat an 8-gram" in report.markdown(page)
+    assert "repeat an 8-gram" in markdown(page)
 
 
 def test_widths_that_one_head_never_verified_are_left_blank(results) -> None:
@@ -155,7 +156,7 @@ def test_the_page_is_sound(run) -> None:
 def test_what_stands_in_the_results_cannot_become_markup(results) -> None:
     results["backbone"]["name"] = "<script>alert(1)</script>"
     page = [b for b in report.blocks(results) if b[0] != "image"]
-    assert "<script>" not in report.html_page(page, Path())
+    assert "<script>" not in html_page(page, Path())
 
 
 # ---- the mirror on W&B

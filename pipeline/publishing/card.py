@@ -11,6 +11,7 @@ import yaml
 
 from ..backbones.load import public_name
 from ..evaluation import plots, report
+from ..evaluation.rendering import markdown
 from ..runs.folder import RunDir
 from . import gate, pedigree
 
@@ -109,7 +110,7 @@ def first(n: int) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [*report.markdown([("table", [header, *rows])]).splitlines(), ""]
+    return [*markdown([("table", [header, *rows])]).splitlines(), ""]
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
