@@ -9,8 +9,9 @@ import yaml
 from helpers import byte_tokenizer
 
 from pipeline import config as config_module
-from pipeline.config import Config, Source, help_text, load, to_dict, without_folders
+from pipeline.config import Config, Source, help_text, load, to_dict
 from pipeline.errors import UserError
+from pipeline.runs.anonymous import without_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

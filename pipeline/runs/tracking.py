@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from ..config import Wandb, to_dict, without_folders
+from ..config import Wandb, to_dict
+from .anonymous import without_folders
 from .folder import RunDir
 from .files import atomic_path, atomic_write
 from .wandb_files import _readable_steps
