@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import pocket
-from ..config import PROMPT_FILES, EvaluatePrompts, Prompts, Source
+from ..config import EvaluatePrompts, Prompts, Source
+from ..config_rules import PROMPT_FILES
 from ..errors import UserError
 from .prompt import Role
 

@@ -29,7 +29,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as client_logging
 
-from ..config import Config, is_repo_id
+from ..config import Config
+from ..config_rules import is_repo_id
 from ..errors import UserError
 from ..runs.folder import RunDir
 from . import head_folder

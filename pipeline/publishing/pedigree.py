@@ -12,7 +12,8 @@ from huggingface_hub import ModelCard
 
 from ..backbones.load import public_name
 from ..backbones.weight_files import file_of
-from ..config import Backbone, Config, is_repo_id
+from ..config import Backbone, Config
+from ..config_rules import is_repo_id
 from ..runs.anonymous import without_folders
 from ..runs.folder import RunDir
 
