@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import load
-from pipeline.inference.exit_head import fingerprint
+from pipeline.inference.fingerprint import fingerprint
 from pipeline.runs.files import sha256_of
 from pipeline.runs.folder import RunDir
 from pipeline.stages import distill

@@ -90,7 +90,8 @@ def make_run(tmp_path: Path, *words: str):
 def plant_heads(run, *exit_layers: int) -> None:
     """Untrained heads, each a copy of the backbone's last layer, where distill would put them."""
     from pipeline.backbones.load import load_model
-    from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
+    from pipeline.inference.exit_head import ExitHead, new_exit_layer
+    from pipeline.inference.fingerprint import fingerprint
 
     model = load_model(run.config.backbone, torch.device("cpu"))
     record = {"name": "tiny", "revision": None, "fingerprint": fingerprint(model), "model_type": "llama"}

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.generation.documents import Document, read_documents, read_manifest
-from pipeline.inference.exit_head import ExitHead, fingerprint
+from pipeline.inference.exit_head import ExitHead
+from pipeline.inference.fingerprint import fingerprint
 from pipeline.runs.folder import RunDir
 from pipeline.runs.tracking import wandb_mode
 from pipeline.stages import distill

@@ -22,7 +22,8 @@ from pipeline.evaluation.losslessness import teacher_forced
 from pipeline.evaluation.rivals import Rival, decode
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.decoding import Request, autoregressive
-from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
+from pipeline.inference.exit_head import ExitHead, new_exit_layer
+from pipeline.inference.fingerprint import fingerprint
 from pipeline.inference.sampling import Sampler
 from pipeline.publishing import draft_model, gate, parity
 from pipeline.stages import draft, evaluate

@@ -14,7 +14,8 @@ from pipeline.inference import decoding, kernels
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Beta, Fixed, make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
-from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
+from pipeline.inference.exit_head import ExitHead, new_exit_layer
+from pipeline.inference.fingerprint import fingerprint
 from pipeline.inference.kernels import onednn
 from pipeline.inference.layers import gather, plain
 from pipeline.inference.sampling import Sampler

@@ -23,7 +23,8 @@ from pipeline.generation.answerers.continuous import Continuous
 from pipeline.generation.answerers.interface import Question, Sampling
 from pipeline.generation.answerers.padded import Padded, sample
 from pipeline.generation.responses import Responses
-from pipeline.inference.exit_head import FAMILIES, fingerprint
+from pipeline.inference.families import FAMILIES
+from pipeline.inference.fingerprint import fingerprint
 from pipeline.runs.folder import RunDir
 from pipeline.stages import generate
 

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 from pipeline.backbones.weight_files import fingerprint_of_files
 from pipeline.config import Backbone, Config, load
 from pipeline.errors import UserError
-from pipeline.inference.exit_head import FAMILIES, fingerprint
+from pipeline.inference.families import FAMILIES
+from pipeline.inference.fingerprint import fingerprint
 from pipeline.training import load_sharded as loading
 from pipeline.training.losses import LinearDistillation
 from pipeline.training.module import Engine, last_layer_arguments

@@ -15,7 +15,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation.rivals import Rival, _options, decode, rivals_of
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.decoding import Request, autoregressive
-from pipeline.inference.exit_head import ExitHead, fingerprint, new_exit_layer
+from pipeline.inference.exit_head import ExitHead, new_exit_layer
+from pipeline.inference.fingerprint import fingerprint
 from pipeline.inference.sampling import Sampler
 from pipeline.publishing.draft_model import in_memory
 from pipeline.stages import evaluate

@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 from .. import pocket
 from ..config import Backbone
 from ..errors import UserError
-from ..inference.exit_head import check_exit_layer, check_family
+from ..inference.exit_head import check_exit_layer
+from ..inference.families import check_family
 
 BUILT_IN = {"pocket": pocket.BACKBONE}
 

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from ..config import Backbone
 from ..errors import UserError
-from ..inference.exit_head import fingerprint_of
+from ..inference.fingerprint import fingerprint_of
 from .load import _explained, load_config, source_of
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .exit_head import ExitHead, check_exit_layer, check_family
+from .exit_head import ExitHead, check_exit_layer
+from .families import check_family
 from .fixed_shapes import FixedShapes, rounded
 from .kernels import choose
 from .kv_cache import KVCache

@@ -7,18 +7,17 @@ turn the layer's output into draft logits. Knows nothing of decoding or training
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .fingerprint import fingerprint
+
 SCHEMA = 1
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass
@@ -89,12 +88,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_family(model_type: str) -> None:
-    """Raises ValueError for architectures whose layers this code does not know."""
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type}: not supported; these are: {', '.join(FAMILIES)}")
-
-
 def check_exit_layer(exit_layer: int, num_layers: int) -> None:
     """Raises ValueError unless 1 <= N < L."""
     if not 1 <= exit_layer < num_layers:
@@ -113,31 +106,3 @@ def new_exit_layer(model: nn.Module) -> nn.Module:
     layer = type(last)(model.config, layer_idx=model.config.num_hidden_layers - 1)
     layer.load_state_dict(last.state_dict())
     return layer.float()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """`fingerprint_of` a model in memory."""
-    return fingerprint_of(model.config, model.get_parameter)
-
-
-def fingerprint_of(config: Any, weight: Callable[[str], Any]) -> str:
-    """sha256 of the architecture, the vocabulary size and a fixed sample of the weights, cast to bfloat16.
-
-    The cast makes a checkpoint and its float32 copy the same backbone; fine-tuning makes it another one. `weight` gives
-    a tensor by its name, or what has `shape` and rows of one: a slice of a file that was not read.
-    """
-    fields = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-              "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
-    digest = hashlib.sha256(json.dumps([getattr(config, f, None) for f in fields]).encode())
-    samples = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    for i in (0, config.num_hidden_layers // 2, config.num_hidden_layers - 1):
-        samples += [f"model.layers.{i}.self_attn.q_proj.weight", f"model.layers.{i}.mlp.down_proj.weight"]
-    for name in samples:
-        tensor = weight(name)
-        count = tensor.shape[0]
-        if len(tensor.shape) == 1:
-            rows = tensor[0:count]
-        else:
-            rows = torch.cat([tensor[i : i + 1] for i in range(0, count, max(1, count // 8))[:8]])
-        digest.update(rows.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()

@@ -1,0 +1,40 @@
+"""The fingerprint of a backbone: a hash by which an exit head knows the model it was trained for.
+
+Takes a model, or its config and a reader of its tensors, gives 64 hex digits.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def fingerprint(model: nn.Module) -> str:
+    """`fingerprint_of` a model in memory."""
+    return fingerprint_of(model.config, model.get_parameter)
+
+
+def fingerprint_of(config: Any, weight: Callable[[str], Any]) -> str:
+    """sha256 of the architecture, the vocabulary size and a fixed sample of the weights, cast to bfloat16.
+
+    The cast makes a checkpoint and its float32 copy the same backbone; fine-tuning makes it another one. `weight` gives
+    a tensor by its name, or what has `shape` and rows of one: a slice of a file that was not read.
+    """
+    fields = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
+    digest = hashlib.sha256(json.dumps([getattr(config, f, None) for f in fields]).encode())
+    samples = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    for i in (0, config.num_hidden_layers // 2, config.num_hidden_layers - 1):
+        samples += [f"model.layers.{i}.self_attn.q_proj.weight", f"model.layers.{i}.mlp.down_proj.weight"]
+    for name in samples:
+        tensor = weight(name)
+        count = tensor.shape[0]
+        if len(tensor.shape) == 1:
+            rows = tensor[0:count]
+        else:
+            rows = torch.cat([tensor[i : i + 1] for i in range(0, count, max(1, count // 8))[:8]])
+        digest.update(rows.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
