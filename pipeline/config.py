@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from .config_rules import _check
+from . import config_rules
 from .errors import UserError
 
 
@@ -303,7 +303,7 @@ def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | No
     except OmegaConfBaseException as error:  # ${a.reference} to nothing
         where = words if path is None else ["--config", str(path), *words]
         raise UserError(f"{' '.join(where)}: key {error.full_key}: {str(error).splitlines()[0]}") from None
-    _check(config)
+    config_rules.check(config)
     return config
 
 

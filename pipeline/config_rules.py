@@ -8,7 +8,6 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
-from .config import Config, Prompts
 from .errors import UserError
 
 PROMPT_FILES = (".jsonl", ".json", ".parquet", ".txt")
@@ -158,7 +157,7 @@ _RULES: dict[str, tuple[Any, str]] = {
 }
 
 
-def _check(config: Config) -> None:
+def check(config: Any) -> None:
     for key, (right, remedy) in _RULES.items():
         value: Any = config
         for part in key.split("."):
@@ -176,7 +175,7 @@ def _check(config: Config) -> None:
     _check_prompts("evaluate.prompts", config.evaluate.prompts)
 
 
-def _check_prompts(section: str, prompts: Prompts) -> None:
+def _check_prompts(section: str, prompts: Any) -> None:
     if 0 < prompts.max_tokens < prompts.min_tokens:
         raise UserError(f"{section}.max_tokens={prompts.max_tokens}: below min_tokens={prompts.min_tokens}")
     default = type(prompts)()

@@ -4,6 +4,8 @@
 Anything else that is raised is a bug and shows its traceback. Knows nothing of who raises or who catches.
 """
 
+import sys
+
 
 class UserError(Exception):
     """A mistake of the user's: the message names the key, its value and the remedy. Exit code 2."""
@@ -21,3 +23,8 @@ class LostError(Exception):
     """Another process of this stage is gone without a word, or its node is: the message names it. Exit code 75."""
 
     exit_code = 75
+
+
+def warn(stage: str, message: str) -> None:
+    """One line on stderr, for what the user should know and need not act on."""
+    print(f"{stage}: {message}", file=sys.stderr, flush=True)

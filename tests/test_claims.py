@@ -17,7 +17,7 @@ from pipeline.runs.files import place_once
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.claims import Claims
+from pipeline.runs.claims import Claims
 with Claims(Path(sys.argv[1])).hold("a") as mine:
     print(mine, flush=True)
     time.sleep(60)

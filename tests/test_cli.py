@@ -34,7 +34,9 @@ def small_stage(name: str) -> SimpleNamespace:
 def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     ran.clear()
     monkeypatch.setattr(cli, "_stage", small_stage)
-    monkeypatch.setitem(sys.modules, "pipeline.report", SimpleNamespace(closing_table=lambda run: print("table")))
+    monkeypatch.setitem(
+        sys.modules, "pipeline.evaluation.report", SimpleNamespace(closing_table=lambda run: print("table"))
+    )
 
 
 def call(argv: list[str]) -> int:

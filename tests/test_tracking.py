@@ -17,8 +17,9 @@ from pipeline.runs.tracking import Tracker
 KILLED = """
 import os, signal, sys, time
 from pipeline.config import load
-from pipeline.rundir import RunDir
-from pipeline.tracking import Tracker, _steps_in
+from pipeline.runs.folder import RunDir
+from pipeline.runs.tracking import Tracker
+from pipeline.runs.wandb_files import steps_in
 run = RunDir(load(None, sys.argv[1:]))
 tracker = Tracker(run, True)
 tracker.start(-1)
@@ -26,7 +27,7 @@ for step in range(5):
     tracker.log(step, {"loss": 1 / (step + 1)})
     tracker.log(step, {"val": float(step)})
 (file,) = (run / "wandb").rglob("run-*.wandb")
-while 3 not in _steps_in(file):  # W&B's own process writes when it comes to it
+while 3 not in steps_in(file):  # W&B's own process writes when it comes to it
     time.sleep(0.05)
 children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
 for process in [*map(int, children), os.getpid()]:

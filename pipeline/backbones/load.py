@@ -48,7 +48,7 @@ def public_name(backbone: Backbone) -> str:
 
 
 @contextlib.contextmanager
-def _explained(backbone: Backbone):
+def explained(backbone: Backbone):
     try:
         yield
     except (OSError, ValueError) as error:
@@ -59,7 +59,7 @@ def _explained(backbone: Backbone):
 def load_config(backbone: Backbone, local: bool = False) -> Any:
     """The checkpoint's config, with `local` only if it is on this machine; refuses families that the engine does not
     know."""
-    with _explained(backbone):
+    with explained(backbone):
         config = AutoConfig.from_pretrained(
             source_of(backbone),
             revision=backbone.revision,
@@ -71,7 +71,7 @@ def load_config(backbone: Backbone, local: bool = False) -> Any:
 
 
 def load_tokenizer(backbone: Backbone) -> Any:
-    with _explained(backbone):
+    with explained(backbone):
         return AutoTokenizer.from_pretrained(
             source_of(backbone), revision=backbone.revision, trust_remote_code=backbone.trust_remote_code
         )
@@ -81,7 +81,7 @@ def load_model(backbone: Backbone, device: torch.device, device_map: str | None 
     """The frozen backbone in `backbone.dtype`, in eval mode, on one device or laid over all by accelerate's map."""
     load_config(backbone)
     transformers_logging.disable_progress_bar()
-    with _explained(backbone):
+    with explained(backbone):
         model = AutoModelForCausalLM.from_pretrained(
             source_of(backbone),
             revision=backbone.revision,

@@ -15,14 +15,14 @@ from transformers.utils import cached_file
 from ..config import Backbone
 from ..errors import UserError
 from ..inference.fingerprint import fingerprint_of
-from .load import _explained, load_config, source_of
+from .load import explained, load_config, source_of
 
 
 def file_of(backbone: Backbone, name: str) -> Path | None:
     """A file of the checkpoint, from its folder or the Hub; None if it has none of that name.
 
     Raises UserError if the checkpoint cannot be reached."""
-    with _explained(backbone):
+    with explained(backbone):
         where = {"revision": backbone.revision, "_raise_exceptions_for_missing_entries": False}
         found = cached_file(source_of(backbone), name, **where)
     return Path(found) if found else None
@@ -49,14 +49,14 @@ class WeightFiles:
                     "it has no safetensors files, and others are not read; transformers converts it once: "
                     "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
                 )
-            with _explained(backbone):
+            with explained(backbone):
                 self.files = json.loads(Path(index).read_text())["weight_map"]
 
     def __iter__(self) -> Iterator[str]:
         """The names of all tensors."""
         if self.single is None:
             return iter(self.files)
-        with _explained(self.backbone), safe_open(self.single, framework="pt") as file:
+        with explained(self.backbone), safe_open(self.single, framework="pt") as file:
             return iter(file.keys())
 
     def path(self, tensor: str) -> str:
@@ -76,7 +76,7 @@ class WeightFiles:
     def rows(self, tensor: str) -> "Rows":
         """Its shape and dtype, and rows of it when they are asked for. The file stays mapped as long as this lives."""
         path = self.path(tensor)
-        with _explained(self.backbone), safe_open(path, framework="pt") as file:
+        with explained(self.backbone), safe_open(path, framework="pt") as file:
             return Rows(file.get_slice(tensor))
 
     def _find(self, file: str) -> str | None:
@@ -90,7 +90,7 @@ class WeightFiles:
 def fingerprint_of_files(backbone: Backbone, files: WeightFiles | None = None) -> str:
     """The backbone's fingerprint from a few rows of its safetensors files, without loading it."""
     config, files = load_config(backbone), files or WeightFiles(backbone)
-    with _explained(backbone):
+    with explained(backbone):
         return fingerprint_of(config, lambda name: files.rows(tensor_name(name, config)))
 
 

@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 
 from ..config import Config, to_dict
 from ..errors import GateError, UserError
-from .files import TEMPORARY, _remove, atomic_write, sha256_of, who
+from .files import TEMPORARY, remove, atomic_write, sha256_of, who
 from .provenance import provenance
 
 STAGES = ("generate", "cache", "distill", "evaluate", "publish")
@@ -196,17 +196,17 @@ class RunDir:
     def redo(self, stage: str) -> None:
         """Forget the stage and remove what it wrote."""
         for target in self._outputs(stage):
-            _remove(target)
+            remove(target)
         self._mark(stage).unlink(missing_ok=True)
 
     def _sweep(self, stage: str) -> None:
         """Remove what a killed run of this stage left under temporary names."""
         for folder, _, name in (pattern.rpartition("/") for pattern in OUTPUTS[stage]):
             for path in (self.path / folder).glob(f"{TEMPORARY}{name}@*"):
-                _remove(path)
+                remove(path)
         for target in self._outputs(stage):
             for path in target.rglob(f"{TEMPORARY}*"):
-                _remove(path)
+                remove(path)
 
     def _now(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None) -> dict[str, Any]:
         tree = to_dict(self.config)

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from ..errors import warn
 from ..config import Wandb, to_dict
 from .anonymous import without_folders
 from .folder import RunDir
 from .files import atomic_path, atomic_write
-from .wandb_files import _readable_steps
+from .wandb_files import readable_steps
 
 INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline
 FINISH_TIMEOUT = 120.0  # seconds for the last upload; what is left stays in the run folder, `wandb sync` sends it
@@ -143,11 +144,6 @@ def _not_for_ever(call: Callable[[], object], run: RunDir, stage: str) -> None:
         warn(stage, f"W&B did not answer for {FINISH_TIMEOUT:.0f} s; its files are in {run / 'wandb'}")
 
 
-def warn(stage: str, message: str) -> None:
-    """One line on stderr, for what the user should know and need not act on."""
-    print(f"{stage}: {message}", file=sys.stderr, flush=True)
-
-
 def _lines_up_to(path: Path, step: int) -> list[str]:
     kept = []
     for line in path.read_text().splitlines():
@@ -166,7 +162,7 @@ def _lacking(wandb_run: Any, lines: list[str], folder: Path) -> list[dict[str, A
     figures = [json.loads(line) for line in lines]
     if not wandb_run.offline:
         return [each for each in figures if each["step"] >= wandb_run.step]
-    written = {step for file in folder.rglob("run-*.wandb") for step in _readable_steps(file)}
+    written = {step for file in folder.rglob("run-*.wandb") for step in readable_steps(file)}
     return [each for each in figures if each["step"] not in written]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .losses import _Logits
+from .losses import ChunkedLogits
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def draft_statistics(
     """
     shape = (len(students_RD), len(teacher_RD))
     found = {name: torch.empty(shape, device=weight_VD.device) for name in ("loss", "overlap", "match")}
-    logits = _Logits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4)
+    logits = ChunkedLogits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4)
     for start in range(0, len(teacher_RD), chunk):
         rows = slice(start, start + chunk)
         log_p_CV = logits.log_softmax(0, teacher_RD[rows], 1.0)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from ..errors import warn
 from ..runs.files import atomic_path
-from ..runs.tracking import warn
 
 
 class WholeFile(TorchCheckpointIO):

@@ -50,7 +50,7 @@ class LinearDistillation(torch.autograd.Function):
         needed = ctx.needs_input_grad[7:]
         grads = [torch.empty_like(s) if need else None for s, need in zip(students_RD, needed, strict=True)]
         mix = [(t.function, terms[n] * temperature ** (t.power - 1)) for n, t in TERMS.items() if n in terms]
-        logits = _Logits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4 if len(mix) == 1 else 5)
+        logits = ChunkedLogits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4 if len(mix) == 1 else 5)
         unit = scale * mix[0][1]
         for start in range(0, len(teacher_RD), chunk):
             rows = slice(start, start + chunk)
@@ -92,7 +92,7 @@ def _mixed(
     return loss, grad_CV
 
 
-class _Logits:
+class ChunkedLogits:
     """Buffers [C, V] that every chunk uses again: allocating them anew costs more than the softmax."""
 
     def __init__(self, weight_VD: Tensor, chunk: int, buffers: int):
