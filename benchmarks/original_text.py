@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline import pocket
 from pipeline.config import load
 from pipeline.evaluation.metrics import interval
 from pipeline.pocket import corpus
+from pipeline.pocket.paths import PROMPTS
 from pipeline.runs.folder import RunDir
 from pipeline.runs.provenance import provenance
 from pipeline.stages import cache, distill, evaluate, generate
@@ -35,7 +35,7 @@ def with_originals(path: Path, stdlib: Path | None) -> int:
     modules = corpus.modules(stdlib)["distill"]
     count = 0
     with path.open("w") as file:
-        for line in pocket.PROMPTS["distill"].read_text().splitlines():
+        for line in PROMPTS["distill"].read_text().splitlines():
             row = json.loads(line)
             source, said = modules[row["source"]], row["prompt"]
             while said and said not in source:  # of a method, the head of its class was put before it

@@ -17,15 +17,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import pocket
 from pipeline.evaluation.measuring import in_turns
 from pipeline.evaluation.metrics import interval
+from pipeline.pocket.paths import BACKBONE, PROMPTS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hub", required=True, help="published folder, or a Hub id")
-    parser.add_argument("--backbone", default=str(pocket.BACKBONE))
+    parser.add_argument("--backbone", default=str(BACKBONE))
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=1)
@@ -33,7 +33,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.backbone)
     tokenizer = AutoTokenizer.from_pretrained(args.backbone)
-    rows = [json.loads(line)["prompt"] for line in pocket.PROMPTS["evaluate"].read_text().splitlines()[: args.prompts]]
+    rows = [json.loads(line)["prompt"] for line in PROMPTS["evaluate"].read_text().splitlines()[: args.prompts]]
     ours = {"custom_generate": args.hub, "trust_remote_code": True}
     methods = {"generate": {}, 'controller="none"': ours | {"controller": "none"}, "custom_generate": ours}
     seconds = {name: np.zeros(len(rows)) for name in methods}

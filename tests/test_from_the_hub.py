@@ -18,7 +18,7 @@ import pytest
 from loopback_hub import ACCOUNTS, Fault, LoopbackHub
 from packaging.requirements import Requirement
 
-from pipeline import pocket
+from pipeline.pocket.paths import BACKBONE
 from pipeline.runs.files import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,7 +228,7 @@ def test_a_fresh_environment_uses_the_head_from_the_hub_and_from_a_folder(
 ) -> None:
     folder = Path(shutil.copytree(run / "hub" / "2", tmp_path / "a folder"))
     clean = {k: v for k, v in hub.environment(tmp_path / "home").items() if k != "PYTHONPATH"}
-    words = [str(fresh_python), "-c", FRESH, str(pocket.BACKBONE), REPO, str(folder)]
+    words = [str(fresh_python), "-c", FRESH, str(BACKBONE), REPO, str(folder)]
     done = subprocess.run(words, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=500)
     assert done.stdout.splitlines() == [f"same {REPO}", f"same {folder}"], done.stderr[-3000:]
     downloaded = next((tmp_path / "home").rglob("origin.py")).read_text()
@@ -240,7 +240,7 @@ def test_head_and_draft_model_from_the_hub_write_the_text_of_generate(hub, run, 
     said = cli(hub, run, "publish", "--as", "draft", *TO_HUB)
     assert f"push: pushed as {REPO}-draft@" in said and hub.repo(f"{REPO}-draft")["private"]
     clean = {k: v for k, v in hub.environment(tmp_path / "home").items() if k != "PYTHONPATH"}
-    words = [str(fresh_python), "-c", IN_TURNS, str(pocket.BACKBONE), REPO, f"{REPO}-draft", json.dumps(PROMPTS)]
+    words = [str(fresh_python), "-c", IN_TURNS, str(BACKBONE), REPO, f"{REPO}-draft", json.dumps(PROMPTS)]
     done = subprocess.run(words, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 4, done.stderr[-3000:]
     assert list((tmp_path / "home").glob("hub/models--*-draft/snapshots/*/model.safetensors")), "it came from the Hub"
@@ -249,7 +249,7 @@ def test_head_and_draft_model_from_the_hub_write_the_text_of_generate(hub, run, 
 
 def test_a_private_head_is_for_those_who_may_see_it(hub, run, pushed, fresh_python, tmp_path) -> None:
     clean = {k: v for k, v in hub.environment(tmp_path / "home", None).items() if k != "PYTHONPATH"}
-    words = [str(fresh_python), "-c", FRESH, str(pocket.BACKBONE), REPO]
+    words = [str(fresh_python), "-c", FRESH, str(BACKBONE), REPO]
     done = subprocess.run(words, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=500)
     assert done.returncode != 0 and "same" not in done.stdout and REPO in done.stderr
 

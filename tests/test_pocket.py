@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import pocket
 from pipeline.pocket import checks, corpus, cutting, recipe
+from pipeline.pocket.paths import BACKBONE, HOME, PROMPTS
 
-weights = pytest.mark.skipif(not pocket.BACKBONE.exists(), reason="not trained yet: python -m pipeline.pocket train")
+weights = pytest.mark.skipif(not BACKBONE.exists(), reason="not trained yet: python -m pipeline.pocket train")
 
 MODULE = '''\
 """A module of which prompts are cut."""
@@ -42,7 +42,7 @@ class Thing:
 
 
 def _rows(role: str) -> list[dict]:
-    return [json.loads(line) for line in pocket.PROMPTS[role].read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in PROMPTS[role].read_text("utf-8").splitlines()]
 
 
 def _manifest() -> dict[str, set[str]]:
@@ -116,7 +116,7 @@ def test_cutting():
 
 
 def test_notice_carries_the_licence():
-    notice = (pocket.HOME / "prompts" / "NOTICE").read_text()
+    notice = (HOME / "prompts" / "NOTICE").read_text()
     for words in ("Copyright (c) 2001-2023 Python Software Foundation; All Rights Reserved", corpus.PYTHON):
         assert words in notice
     for number in range(1, 9):
@@ -166,8 +166,8 @@ def test_what_counts_as_parsing():
 def test_backbone_loads_offline_in_plain_transformers():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(pocket.BACKBONE)
-    tokenizer = AutoTokenizer.from_pretrained(pocket.BACKBONE)
+    model = AutoModelForCausalLM.from_pretrained(BACKBONE)
+    tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
     assert type(model).__name__ == "LlamaForCausalLM" and model.config.num_hidden_layers == recipe.Recipe.layers
     assert model.config.vocab_size == len(tokenizer) == recipe.Recipe.vocabulary
     assert model.config.eos_token_id == tokenizer.eos_token_id
@@ -178,14 +178,14 @@ def test_backbone_loads_offline_in_plain_transformers():
 
 @weights
 def test_backbone_fits_into_a_repository():
-    assert sum(p.stat().st_size for p in pocket.BACKBONE.rglob("*") if p.is_file()) <= 16 * 2**20
+    assert sum(p.stat().st_size for p in BACKBONE.rglob("*") if p.is_file()) <= 16 * 2**20
 
 
 @weights
 def test_tokenizer_gives_every_text_back():
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(pocket.BACKBONE)
+    tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
     texts = [
         "def f(x):\n\treturn x  # tab\n\n\n",
         "naïve Größe, 日本語, \N{SNAKE}, e\u0301, \u2028 and \x00",
@@ -200,12 +200,10 @@ def test_tokenizer_gives_every_text_back():
 
 @weights
 def test_recorded_checks_meet_their_floors():
-    record = json.loads((pocket.BACKBONE / "checks.json").read_text())
-    assert record["weights_sha256"] == checks.weights_sha256(pocket.BACKBONE), (
-        "run python -m pipeline.pocket check anew"
-    )
+    record = json.loads((BACKBONE / "checks.json").read_text())
+    assert record["weights_sha256"] == checks.weights_sha256(BACKBONE), "run python -m pipeline.pocket check anew"
     share = record["parse_share"]["0.7"]["function"]
     assert share >= 0.5, "half of its functions, sampled at temperature 0.7, are Python"
     assert record["held_out_loss"]["gain"] >= 0.15, "nats per token below the shallow twin: depth is not for show"
-    training = json.loads((pocket.BACKBONE / "training.json").read_text())
+    training = json.loads((BACKBONE / "training.json").read_text())
     assert abs(training["held_out_loss"] - record["held_out_loss"]["backbone"]) < 0.02, "bf16 weights lose little"

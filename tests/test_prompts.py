@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import byte_tokenizer
 
-from pipeline import pocket
 from pipeline.config import Config, EvaluatePrompts, Prompts
 from pipeline.errors import UserError
+from pipeline.pocket.paths import PROMPTS
 from pipeline.prompts.ids import encode
 from pipeline.prompts.prompt import SPEC_BENCH, count_tasks
 from pipeline.prompts.records import source_record
@@ -181,7 +181,7 @@ def test_pocket_roles_have_files_of_their_own():
     assert not {p.id for p in distill} & {p.id for p in evaluate}
     assert source_record(config.prompts)["licence"] == "PSF-2.0"
     assert source_record(config.prompts, "evaluate")["rows"] == len(evaluate)
-    first = [json.loads(line)["prompt"] for line in pocket.PROMPTS["evaluate"].read_text().splitlines()[:24]]
+    first = [json.loads(line)["prompt"] for line in PROMPTS["evaluate"].read_text().splitlines()[:24]]
     assert texts_of(evaluate)[:24] == first
 
 

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from .. import pocket
 from ..config import Backbone
 from ..errors import UserError
 from ..inference.exit_head import check_exit_layer
 from ..inference.families import check_family
+from ..pocket.paths import BACKBONE
 
-BUILT_IN = {"pocket": pocket.BACKBONE}
+BUILT_IN = {"pocket": BACKBONE}
 
 
 def device_of(name: str) -> torch.device:

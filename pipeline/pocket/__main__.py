@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from . import BACKBONE, checks, corpus, cutting, recipe
+from . import checks, corpus, cutting, recipe
+from .paths import BACKBONE
 
 
 def main() -> None:

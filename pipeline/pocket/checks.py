@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from . import PROMPTS, corpus, cutting, recipe
+from . import corpus, cutting, recipe
+from .paths import PROMPTS
 
 NUM_PROMPTS = 200
 MAX_NEW_TOKENS = 96

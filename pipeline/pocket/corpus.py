@@ -9,7 +9,7 @@ import hashlib
 import sysconfig
 from pathlib import Path
 
-from . import HOME
+from .paths import HOME
 
 MANIFEST = HOME / "corpus.sha256"
 PYTHON = "3.11.7"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .. import pocket
 from ..config import EvaluatePrompts, Prompts, Source
 from ..config_rules import PROMPT_FILES
 from ..errors import UserError
+from ..pocket.paths import PROMPTS
 from .prompt import Role
 
 BATCH = 1000
@@ -65,7 +65,7 @@ def _name(path: str | None) -> str:
 
 def rows_of(origin: Origin, role: Role) -> Iterator[tuple[str, Any]]:
     """(place, row or ValueError), in their order; only pocket has another file for each role."""
-    path = pocket.PROMPTS[role] if origin.is_pocket else file_of(origin)
+    path = PROMPTS[role] if origin.is_pocket else file_of(origin)
     if path is None:
         return _numbered(_table_rows(load_dataset(origin).with_format("arrow").iter(BATCH)))
     if path.suffix == ".parquet":

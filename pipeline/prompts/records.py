@@ -9,8 +9,8 @@ import json
 from collections import deque
 from typing import Any
 
-from .. import pocket
 from ..config import Prompts
+from ..pocket.paths import PROMPTS
 from ..runs.files import sha256_of
 from .origins import Origin, file_of, load_dataset, origins
 from .prompt import Role
@@ -63,7 +63,7 @@ def pins(record: dict[str, Any]) -> dict[str, str]:
 
 def _identity(origin: Origin, role: Role) -> dict[str, Any]:
     if origin.is_pocket:
-        file = pocket.PROMPTS[role]
+        file = PROMPTS[role]
         return {"name": f"pocket/{file.name}", "sha256": sha256_of(file)}
     if path := file_of(origin):
         return {"name": origin.name, "sha256": sha256_of(path)}
