@@ -4,8 +4,8 @@
     python benchmarks/training.py --part step --exit-layers 4 8 16  one part, several heads
     python benchmarks/training.py --device cuda --dtype bfloat16 --hidden 4096 --ffn 14336 --vocabulary 128256
 
-Random weights and the very Engine that distill trains with. Per token, with P parameters a layer, L layers, D hidden,
-V vocabulary and H heads:
+Random weights and the very StepModel that distill trains with. Per token, with P parameters a layer, L layers, D
+hidden, V vocabulary and H heads:
 
     teacher = 2 L P + 2 V D        step = teacher + H (6 P + 4 V D)        step with a cached teacher = step - 2 L P
 
@@ -42,10 +42,10 @@ from pipeline.runs.provenance import provenance
 from pipeline.training.fsdp_units import resharded
 from pipeline.training.launch import find_free_network_port
 from pipeline.training.losses import LinearDistillation
-from pipeline.training.module import Engine
+from pipeline.training.module import StepModel
 from pipeline.training.packing import Packed
-from pipeline.training.sharding import make_mesh, shard_backbone, shard_engine, shard_head
-from pipeline.training.teacher_cache import Lessons, TeacherCache, head_of
+from pipeline.training.sharding import make_mesh, shard_backbone, shard_head, shard_step_model
+from pipeline.training.teacher_cache import CachedTeacher, TeacherCache, head_of
 
 PARTS = ("step", "heads", "cached", "memory", "processes")
 ROWS, DIM, VOCABULARY = 2048, 1024, 32000
@@ -113,8 +113,8 @@ def one_process(args: argparse.Namespace) -> None:
         print()
     if "cached" in args.part:
         with tempfile.TemporaryDirectory() as folder:
-            lessons, numbers = bench.keep(Path(folder)), list(range(args.sequences))
-            cached = lambda: bench.step(1, lessons(numbers, bench.device))  # noqa: E731
+            cached_teacher, numbers = bench.keep(Path(folder)), list(range(args.sequences))
+            cached = lambda: bench.step(1, cached_teacher(numbers, bench.device))  # noqa: E731
             seconds = bench.in_turn([lambda: bench.step(1), cached])
             bytes_ = sum(path.stat().st_size for path in Path(folder).glob("shard-*"))
         print("| cached step / online step | range | FLOPs | bytes a token |\n|---|---|---|---|")
@@ -123,7 +123,7 @@ def one_process(args: argparse.Namespace) -> None:
 
 
 class Bench:
-    """An Engine of random weights on one process of the group, and the work that is timed."""
+    """An StepModel of random weights on one process of the group, and the work that is timed."""
 
     def __init__(self, args: argparse.Namespace, exit_layers: list[int]):
         self.args, self.device, dtype = args, torch.device(args.device), getattr(torch, args.dtype)
@@ -144,9 +144,9 @@ class Bench:
         shard_backbone(model, mesh)
         for head in exits:
             shard_head(head, mesh, dtype)
-        self.engine = Engine(model, exit_layers, exits, Config())
-        shard_engine(self.engine, exits, mesh)
-        self.names = list(self.engine.heads)
+        self.step_model = StepModel(model, exit_layers, exits, Config())
+        shard_step_model(self.step_model, exits, mesh)
+        self.names = list(self.step_model.heads)
         shape = args.sequences // dist.get_world_size(), args.length
         ids = torch.randint(args.vocabulary, shape, device=self.device)
         positions = torch.arange(args.length, device=self.device).expand_as(ids)
@@ -158,16 +158,18 @@ class Bench:
         """The backbone's pass, and logits of every token a chunk at a time, as the loss needs them."""
         (final_BTD, _), _ = self._pass()
         with torch.no_grad():
-            for rows in final_BTD.flatten(0, 1).split(self.engine.chunk):
-                self.engine.backbone.lm_head(rows)  # type: ignore[operator]
+            for rows in final_BTD.flatten(0, 1).split(self.step_model.chunk):
+                self.step_model.backbone.lm_head(rows)  # type: ignore[operator]
 
-    def step(self, heads: int, taught: Any = None) -> None:
+    def step(self, heads: int, teacher_states: Any = None) -> None:
         """Forward and backward; the optimizer is left out, as it costs per weight and not per token."""
-        with resharded(self.engine):
-            losses_H = self.engine(*self.inputs, 1 / self.tokens, taught=taught, heads=self.names[:heads])
+        with resharded(self.step_model):
+            losses_H = self.step_model(
+                *self.inputs, 1 / self.tokens, teacher_states=teacher_states, heads=self.names[:heads]
+            )
             losses_H.sum().backward()
 
-    def keep(self, folder: Path) -> Lessons:
+    def keep(self, folder: Path) -> CachedTeacher:
         """The first exit layer's cache of these sequences, as `exit-heads cache` would make it."""
         (final_BTD, hidden), _ = self._pass()
         n, lengths = self.args.exit_layers[0], torch.full((self.args.sequences,), self.args.length)
@@ -182,13 +184,13 @@ class Bench:
         cache.put(
             *cache.names(), {name: state_BTD.flatten(0, 1).cpu() for name, state_BTD in states.items()}, {}, cache.of()
         )
-        return Lessons(cache, sequences, [n])
+        return CachedTeacher(cache, sequences, [n])
 
     def _pass(self) -> Any:
-        assert self.engine.teacher is not None
-        with resharded(self.engine):
-            self.engine.unshard()  # type: ignore[operator]  # the final norm, which lies in the root
-            return self.engine.teacher(*self.inputs[:2])
+        assert self.step_model.teacher is not None
+        with resharded(self.step_model):
+            self.step_model.unshard()  # type: ignore[operator]  # the final norm, which lies in the root
+            return self.step_model.teacher(*self.inputs[:2])
 
     def flops(self, heads: int) -> int:
         """Per token of a step."""

@@ -2,5 +2,3 @@
 
 The stages meet in a run folder and nowhere else; docs/architecture.md is the map.
 """
-
-__version__ = "0.1.0"

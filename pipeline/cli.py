@@ -182,8 +182,8 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
     if redo is not None:
         for stage in chosen[chosen.index(redo) :]:
             run.redo(stage)
-    for stage in stages.values():
-        stage.run(run)
+    for name, stage in stages.items():
+        (stage.run_draft if name == "draft" else stage.run)(run)
     if verb == "run":
         from .evaluation.report import closing_table
 
@@ -270,7 +270,7 @@ def _stage(name: str):
     """The module of a stage, imported only when it is needed: --help and mistyped keys must not wait for torch."""
     import importlib
 
-    return importlib.import_module(f"pipeline.stages.{name}")
+    return importlib.import_module(f"pipeline.stages.{'publish' if name == 'draft' else name}")
 
 
 if __name__ == "__main__":

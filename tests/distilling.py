@@ -154,7 +154,7 @@ def gone(pid: int) -> bool:
 
 def whole_units(module: Distillation) -> list[str]:
     """Parameters of which this process holds more than its shard."""
-    return [name for name, p in module.engine.named_parameters() if not isinstance(p, DTensor)]
+    return [name for name, p in module.step_model.named_parameters() if not isinstance(p, DTensor)]
 
 
 # ---- manners of disturbing a run
@@ -218,8 +218,8 @@ def break_passes() -> None:
 
     def step(self: Distillation, batch: Any, index: int) -> None:
         if self.global_step == 1:
-            head = self.engine.heads["exit-2"]
-            layer = self.engine.backbone.model.layers[2]
+            head = self.step_model.heads["exit-2"]
+            layer = self.step_model.backbone.model.layers[2]
             for owner, name in ((layer.mlp, "forward"), (head.mlp, "forward"), (torch, "log_softmax")):
                 _raises(self, lambda: plain(self, batch, index), owner, name)
             _raises_in_backward(self, lambda: plain(self, batch, index), head)

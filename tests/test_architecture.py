@@ -1,6 +1,6 @@
 """The import arrows of docs/architecture.md, read from the source by AST: nothing is imported to check them.
 
-A room is a file or folder right under pipeline/. Arrows point down only, so no room can come to depend on one
+A room is a folder (or file) right under pipeline/. Arrows point down only, so no room can come to depend on one
 that depends on it; the files of inference/ are held to what lets them be published as they are.
 """
 
@@ -18,55 +18,35 @@ PACKAGE = ROOT / "pipeline"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
-FOUNDATION = {"rundir", "config", "errors"}
-PARTS = {"backbones", "training", "inference", "engines", "responses", "shards", "inspection", "prompts", "turns",
-         "metrics", "losslessness", "report", "tracking", "pocket", "rivals", "measuring", "planning", "draft_model",
-         "publishing", "hub"}  # fmt: skip
+FOUNDATION = {"config", "config_rules", "errors"}
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"stages", "report", "inspection", "hub", "overview"} | FOUNDATION,
-    "stages": PARTS | FOUNDATION,
-    "publishing": {"gate", "head_folder", "draft_model", "parity", "card", "draft_card", "inference"} | FOUNDATION,
-    "hub": {"head_folder"} | FOUNDATION,
-    "overview": set(),
-    "card": {"report", "plots", "pedigree", "gate", "backbones", "rundir"},
-    "draft_card": {"card", "gate", "backbones", "rundir"},
-    "gate": {"metrics", "errors"},
-    "parity": {"losslessness", "metrics", "backbones", "inference"} | FOUNDATION,
-    "fresh_process": set(),
-    "head_folder": {"pedigree", "speculation_profile", "backbones", "rundir"},
-    "modeling_exit_head": set(),
-    "speculation_profile": {"metrics"},
-    "pedigree": {"backbones", "config", "rundir"},
-    "draft_model": {"head_folder", "backbones", "rivals", "inference", "config"},
-    "report": {"plots", "losslessness", "overview"} | FOUNDATION,
-    "plots": set(),
-    "simulation": {"losslessness", "metrics", "inference"},
-    "planning": {"metrics", "config", "errors"},
-    "losslessness": {"inference"},
-    "training": {"backbones", "inference", "metrics", "shards", "tracking"} | FOUNDATION,
-    "tracking": {"rundir", "config"},
+    "cli": {"stages", "publishing", "evaluation", "generation", "runs"} | FOUNDATION,
+    "stages": {"publishing", "evaluation", "training", "generation", "prompts", "backbones", "inference", "planning",
+               "runs"} | FOUNDATION,
+    "publishing": {"evaluation", "backbones", "inference", "runs"} | FOUNDATION,
+    "evaluation": {"generation", "prompts", "inference", "runs"} | FOUNDATION,
+    "planning": {"evaluation", "config", "errors"},
+    "training": {"generation", "backbones", "inference", "runs", "config", "errors"},
+    "generation": {"prompts", "backbones", "inference", "runs", "config", "errors"},
+    "prompts": {"pocket", "runs"} | FOUNDATION,
     "backbones": {"inference", "pocket", "config", "errors"},
-    "turns": {"prompts", "config"},
-    "measuring": {"rivals", "prompts", "metrics", "inference", "config", "errors"},
-    "prompts": {"pocket"} | FOUNDATION,
-    "engines": {"backbones", "inference", "config", "errors"},
-    "inspection": {"responses", "training", "backbones"} | FOUNDATION,
-    "responses": {"shards", "errors", "rundir"},
-    "shards": {"claims", "errors", "rundir"},
-    "claims": {"rundir"},
-    "metrics": set(),
-    "rivals": set(),
     "inference": set(),
     "pocket": set(),
-    "rundir": {"config", "errors"},
-    "config": {"errors"},
+    "runs": FOUNDATION,
+    "config": {"config_rules", "errors"},
+    "config_rules": {"errors"},
     "errors": set(),
-}
+}  # fmt: skip
+
+# One noun, one file: these names belong to stages/, where a file is a verb.
+VERBS = {path.stem for path in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
 
 # `exit-heads --help` and a mistyped key must answer at once: no import at the top of these that takes seconds.
-QUICK_TO_IMPORT = {"__init__", "__main__", "cli", "config", "errors", "rundir"}
+QUICK_TO_IMPORT = [PACKAGE / f"{name}.py" for name in (
+    "__init__", "__main__", "cli", "config", "config_rules", "errors", "runs/folder", "runs/files", "runs/provenance"
+)]  # fmt: skip
 HEAVY = {"torch", "transformers", "lightning", "datasets", "accelerate", "wandb", "matplotlib", "pandas", "pyarrow"}
 
 
@@ -98,6 +78,22 @@ def rooms_imported(path: Path) -> Iterator[tuple[str, int]]:
 def test_every_room_has_its_arrows_written_down() -> None:
     rooms = {room_of(p) for p in SOURCES}
     assert rooms <= ARROWS.keys(), f"no arrows for {sorted(rooms - ARROWS.keys())}: add them to ARROWS and the docs"
+
+
+def test_a_verb_names_one_file_only() -> None:
+    twins = [p.relative_to(ROOT).as_posix() for p in SOURCES if p.stem in VERBS and p.parent.name != "stages"]
+    assert not twins, f"also a verb in stages/: {twins}"
+
+
+def test_no_file_is_longer_than_four_screens() -> None:
+    long = {p.relative_to(ROOT).as_posix(): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 400}
+    assert not long, f"over 400 lines, split them: {long}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.name == "__init__.py"], ids=lambda p: p.parent.name)
+def test_a_package_says_what_it_is_and_nothing_else(path: Path) -> None:
+    body = ast.parse(path.read_text()).body
+    assert len(body) <= 1, f"{path.relative_to(ROOT)}: an __init__ holds a docstring only; import from the files"
 
 
 def test_the_arrows_written_down_have_no_circle() -> None:
@@ -153,7 +149,7 @@ def test_help_and_config_errors_wait_for_nothing_heavy() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
         for path in SOURCES
-        if room_of(path) in QUICK_TO_IMPORT
+        if path in QUICK_TO_IMPORT
         for name, node in imports(path, top_level_only=True)
         if name.split(".")[0] in HEAVY
     ]

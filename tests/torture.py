@@ -104,5 +104,5 @@ def start(manner: str, words: list[str], log: Log) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -30,8 +30,9 @@ from ..runs.folder import RunDir
 from . import pedigree, speculation_profile
 
 HERE = Path(__file__).parent
-CODE = HERE / "inference"
+CODE = HERE.parent / "inference"
 MODELING = HERE / "modeling_exit_head.py"
+PUBLISHED_AS = {"custom_generate.py": "generate.py"}  # the name by which transformers finds it in custom_generate/
 PROFILE = "speculation_profile.json"
 AUTO_MAP = {"AutoConfig": "modeling_exit_head.ExitHeadConfig", "AutoModel": "modeling_exit_head.ExitHeadModel"}
 
@@ -88,7 +89,7 @@ def write_code(folder: Path) -> None:
     code = folder / "custom_generate"
     code.mkdir()
     for file in sorted(CODE.glob("*.py")):
-        shutil.copyfile(file, code / file.name)
+        shutil.copyfile(file, code / PUBLISHED_AS.get(file.name, file.name))
 
 
 def write_origin(folder: Path, repo_id: str, revision: str) -> None:

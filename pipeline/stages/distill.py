@@ -33,9 +33,9 @@ from ..training.launch import Place, find_place, own_device, workers
 from ..training.load_sharded import check_checkpoint
 from ..training.module import Distillation
 from ..training.rank_log import RankLog, rank_log
-from ..training.rendezvous import before_meeting
-from ..training.teacher_cache import Lessons, TeacherCache
-from ..training.watchdog import Progress, together
+from ..training.rendezvous import before_rendezvous
+from ..training.teacher_cache import CachedTeacher, TeacherCache
+from ..training.watchdog import Progress, watched_process_group
 
 
 def check(config: Config) -> None:
@@ -57,7 +57,7 @@ def run(run: RunDir) -> None:
             print("distill: done already")
         return
     with contextlib.ExitStack() as stack:
-        with before_meeting(place):
+        with before_rendezvous(place):
             # Before the stage is marked begun, so that a mistake found here can be corrected without --redo.
             num_layers = load_config(run.config.backbone).num_hidden_layers
             check_exit_layers(run.config.distill.exit_layers, num_layers)
@@ -65,13 +65,13 @@ def run(run: RunDir) -> None:
             run.config.machine.processes_of_a_copy()  # checks
             manifest, train, validation, counts = read(run, place)
             fingerprint = manifest["backbone"]["fingerprint"]
-            lessons = open_lessons(run, manifest["backbone"], train, validation)
+            cached_teacher = open_cached_teacher(run, manifest["backbone"], train, validation)
             check_checkpoint(run.config.backbone, fingerprint, run.config.distill.exit_layers, run.config.distill.init)
             summary = stack.enter_context(run.stage("distill", inputs)) if place.rank == 0 else {}
         log = stack.enter_context(rank_log(run / "logs", place))
         stack.enter_context(quiet())
         stack.enter_context(workers(place, run / "config.yaml", run.config.machine.processes_per_node))
-        module, throughput = fit(run, place, device, log, fingerprint, train, validation, lessons)
+        module, throughput = fit(run, place, device, log, fingerprint, train, validation, cached_teacher)
         if place.rank == 0:
             save_heads(run, module, num_layers, manifest["backbone"])
             summary |= {"responses": counts} | describe(module, throughput)
@@ -92,9 +92,9 @@ def read(run: RunDir, place: Place) -> tuple[dict[str, Any], packing.Packed, pac
     return manifest, train, validation, found
 
 
-def open_lessons(
+def open_cached_teacher(
     run: RunDir, backbone: dict[str, Any], train: packing.Packed, validation: packing.Packed
-) -> Lessons | None:
+) -> CachedTeacher | None:
     """What a cached teacher says. Raises UserError for a cache that is of something else, or not complete."""
     if run.config.distill.teacher == "online":
         return None
@@ -102,7 +102,7 @@ def open_lessons(
     cache.check(run.config, backbone["fingerprint"], sequences)
     if not cache.is_complete():
         raise UserError(f"{cache.folder}: not complete: run `exit-heads cache` again, it goes on with what is missing.")
-    return Lessons(cache, sequences, run.config.distill.exit_layers)
+    return CachedTeacher(cache, sequences, run.config.distill.exit_layers)
 
 
 def told(found: dict[str, int]) -> str:
@@ -122,7 +122,7 @@ def fit(
     fingerprint: str,
     train: packing.Packed,
     validation: packing.Packed,
-    lessons: Lessons | None,
+    cached_teacher: CachedTeacher | None,
 ) -> tuple[Distillation, Throughput]:
     """Train from the newest checkpoint, or from the start, to distill.max_steps or until no head learns any more."""
     d = run.config.distill
@@ -133,12 +133,12 @@ def fit(
     signals = Signals()
     preemption = Preemption(checkpoints, signals)
     recorder = Recorder(Tracker(run, place.rank == 0), throughput, d.validate_every, d.max_steps, place.rank == 0)
-    module = Distillation(run.config, fingerprint, train, validation, lessons)
+    module = Distillation(run.config, fingerprint, train, validation, cached_teacher)
     try:
-        with together(place, device, run.config.machine.timeout, log) as watch:
+        with watched_process_group(place, device, run.config.machine.timeout, log) as watchdog:
             resumed = agree_on_checkpoint(run / "checkpoints", place)
             checkpoints.kept += [resumed] if resumed else []
-            callbacks = [signals, throughput, recorder, checkpoints, preemption, Progress(watch)]
+            callbacks = [signals, throughput, recorder, checkpoints, preemption, Progress(watchdog)]
             trainer = build_trainer(run, place, device, callbacks)
             trainer.fit(module, ckpt_path=resumed, weights_only=True)
     except SystemExit as error:  # how Lightning ends on Ctrl-C, after switching it off

@@ -24,8 +24,8 @@ from ..backbones.load import device_of, load_config, load_model, load_tokenizer,
 from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config, to_dict
 from ..errors import UserError
-from ..generation.answerers.interface import Answer, Engine, Question, Report, Sampling
-from ..generation.answerers.registry import make_engine
+from ..generation.answerers.interface import Answer, Answerer, Question, Report, Sampling
+from ..generation.answerers.registry import make_answerer
 from ..generation.repetition import repeated_share
 from ..generation.responses import COUNTS, Responses
 from ..prompts.ids import contexts, encoding
@@ -135,7 +135,7 @@ def _check_backbone(config: Config, old: dict[str, Any] | None, new: dict[str, A
 
 
 class Worker:
-    """What one process needs to answer shards: an engine, a tokenizer, and the folder all of them share."""
+    """What one process needs to answer shards: an answerer, a tokenizer, and the folder all of them share."""
 
     def __init__(self, config: Config, responses: Responses):
         if config.machine.threads > 0:
@@ -145,14 +145,14 @@ class Worker:
         model_config = load_config(config.backbone)
         self.context, self.model_type = model_config.max_position_embeddings, model_config.model_type
         self.device = device_of(config.machine.device)
-        self.engine: Engine = make_engine(
+        self.answerer: Answerer = make_answerer(
             config, partial(load_model, config.backbone, self.device, config.machine.device_map), self.tokenizer
         )
 
     def head(self) -> dict[str, Any]:
         """What the manifest says of who makes the responses, and how."""
         config = self.config
-        sampling: dict[str, Any] = {"seed": config.seed, "reproducible": self.engine.reproducible}
+        sampling: dict[str, Any] = {"seed": config.seed, "reproducible": self.answerer.reproducible}
         sampling |= to_dict(config.generate)
         folder, controller = sampling.pop("exit_head"), sampling.pop("controller")
         if config.generate.engine == "speculative":  # of a folder of this machine nothing is said but what is in it
@@ -216,7 +216,7 @@ class Worker:
                 Question(list(ids), prompt.conversation, temperatures[place], prompt.system, prompt.original)
                 for place, prompt, ids in now
             ]
-            answers = self.engine.answer(questions, Sampling(g.max_new_tokens, g.top_p, g.batch_size, seed), report)
+            answers = self.answerer.answer(questions, Sampling(g.max_new_tokens, g.top_p, g.batch_size, seed), report)
             later: list[tuple[int, Prompt]] = []
             for (place, prompt, _), question, answer in zip(now, questions, answers, strict=True):
                 counts["tokens"] += len(answer.ids)
@@ -252,7 +252,7 @@ class Worker:
             "seed": seed,
             "source": prompt.source,
             "exact": answer.exact,
-            "reproducible": self.engine.reproducible,
+            "reproducible": self.answerer.reproducible,
         }
 
 

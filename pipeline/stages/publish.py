@@ -1,7 +1,7 @@
-"""Gate the best head and write the folder that transformers loads: weights, the decoding code, card, results.
+"""Gate the best head, then write the folder that transformers loads, or a draft model for other engines.
 
-Takes eval/ and heads/exit-<N>/, gives hub/<N>/; refuses a head that is not lossless, not faster, or not in its folder
-what it was when it was evaluated. Knows nothing of how anything was measured.
+Takes eval/ and heads/exit-<N>/, gives hub/<N>/ or hub/<N>-draft/; refuses a head that is not lossless, not faster, or
+not in its folder what it was when it was evaluated. Pushes the folder if publish.target asks for it.
 """
 
 from ..config import Config
@@ -12,6 +12,13 @@ from ..runs.folder import RunDir
 def run(run: RunDir) -> None:
     """hub/<N>/ of the best head, or of publish.exit_layer, pushed if asked for. Raises GateError when refused."""
     hub.publish(run, build.write(run, "head"), build.SUFFIXES["head"])
+
+
+def run_draft(run: RunDir) -> None:
+    """hub/<N>-draft/: the same head as a checkpoint that engines take as a draft model. Raises GateError."""
+    folder = build.write(run, "draft")
+    print(f"draft model: {folder}")
+    hub.publish(run, folder, build.SUFFIXES["draft"])
 
 
 def check(config: Config) -> None:

@@ -33,14 +33,14 @@ class Throughput(Callback):
         self.total = {"seconds": 0.0, "teacher_seconds": 0.0, "timed_tokens": 0, "tokens": 0, "rows": 0}
 
     def on_train_batch_start(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
-        module.engine.teacher_clock.take()  # type: ignore[union-attr]
+        module.step_model.teacher_clock.take()  # type: ignore[union-attr]
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
-        teacher = module.engine.teacher_clock.take()  # type: ignore[union-attr]  # waits for the GPU
+        teacher = module.step_model.teacher_clock.take()  # type: ignore[union-attr]  # waits for the GPU
         seconds = time.perf_counter() - self.started
         self.last = {"tokens_per_second": module.step_tokens / seconds}
-        if module.lessons is None:  # with a cached teacher only its logits are left in the step
+        if module.cached_teacher is None:  # with a cached teacher only its logits are left in the step
             self.last["step_over_teacher"] = seconds / teacher
         self.total["tokens"] += module.step_tokens
         self.total["rows"] += module.step_rows

@@ -33,7 +33,7 @@ class Place:
     node: str
     """What its node is called."""
     address: str
-    """Of rank 0; all meet there (meeting.py)."""
+    """Of rank 0; all meet there (rendezvous.py)."""
     port: int
     attempt: str = "0"
     """Which start of these processes this is, for whoever starts them again after a failure."""

@@ -48,14 +48,14 @@ def load_sharded_backbone(
     layers: bool = True,
 ) -> tuple[Any, list[nn.Module]]:
     """The frozen backbone in backbone.dtype, and for each exit layer N a head that has float32 weights and computes in
-    that dtype; sharded but for the root (`sharding.shard_engine`). All processes must call it.
+    that dtype; sharded but for the root (`sharding.shard_step_model`). All processes must call it.
 
     A head starts as layer L (`init` = last), as layer N (layer), or as the family initialises a layer (random: of
     `seed`, and the same for every number of processes). Without `layers` there are no decoder layers and no embedding:
     what is left turns hidden states into logits.
     Raises UserError as `check_checkpoint` does, in every process if in one.
     """
-    with together():
+    with fail_on_all_ranks():
         files = check_checkpoint(backbone, expected_fingerprint, exit_layers, init)
     model, heads = _on_meta(backbone, len(exit_layers))
     if not layers:
@@ -63,7 +63,7 @@ def load_sharded_backbone(
     shard_backbone(model, mesh)
     for head in heads:
         shard_head(head, mesh, getattr(torch, backbone.dtype))
-    with together():
+    with fail_on_all_ranks():
         for module in (model, *heads):
             module.to_empty(device=device)
         _read(files, _wanted(model, heads, exit_layers, init))
@@ -97,7 +97,7 @@ def check_checkpoint(backbone: Backbone, expected_fingerprint: str, exit_layers:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def fail_on_all_ranks() -> Iterator[None]:
     """What goes wrong inside in one process goes wrong in all, so that none is left waiting. All must enter it."""
     error: Exception | None = None
     try:

@@ -1,4 +1,4 @@
-"""What a head may be taught: the terms of the loss, each with its formula, its gradient and where it comes from.
+"""What a head learns from: the terms of the loss, each with its formula, its gradient and where it comes from.
 
 Takes log-probabilities of teacher and head for one chunk of rows, gives the loss and its gradient with respect to the
 head's logits. Knows nothing of hidden states, chunks or processes: every term is a sum over rows, and what it is of

@@ -25,13 +25,13 @@ from ..config import Config
 from .acceptance import acceptance_lengths, draft_statistics
 from .dataloader import StepBatches, passes, validation_batches
 from .fsdp_units import gradient_square, resharded, scale_gradient, whole_weights
-from .load_sharded import load_sharded_backbone, together
+from .load_sharded import fail_on_all_ranks, load_sharded_backbone
 from .loss_terms import parse
 from .losses import LinearDistillation
 from .packing import Packed
-from .sharding import make_mesh, shard_engine
-from .teacher import Taught, Teacher, last_layer_arguments
-from .teacher_cache import Lessons
+from .sharding import make_mesh, shard_step_model
+from .teacher import Teacher, TeacherStates, last_layer_arguments
+from .teacher_cache import CachedTeacher
 
 FIGURES = ("loss", "overlap", "match", "expected_acceptance_length", "greedy_acceptance_length")
 
@@ -67,7 +67,7 @@ class Stopwatch:
         return seconds
 
 
-class Engine(nn.Module):
+class StepModel(nn.Module):
     """The FSDP2 root: its forward is the whole step, so that every unit is gathered and freed by one root."""
 
     def __init__(self, backbone: nn.Module, exit_layers: list[int], heads: list[nn.Module], config: Config):
@@ -87,21 +87,21 @@ class Engine(nn.Module):
         mask_BT: Tensor,
         scale: float = 1.0,
         statistics: bool = False,
-        taught: Taught | None = None,
+        teacher_states: TeacherStates | None = None,
         heads: Sequence[str] | None = None,
     ) -> Any:
         """losses_H of the masked rows, each summed and times `scale`; or their `draft_statistics` and places.
 
         H are the `heads` named, default all; the others are not run at all.
-        `taught`: what the teacher says of these sequences, kept from an earlier pass; without it the teacher runs.
+        `teacher_states`: hidden states of these sequences from an earlier pass; without it, the teacher runs.
         """
         with torch.no_grad(), self.teacher_clock:
-            if taught is None:
+            if teacher_states is None:
                 assert self.teacher is not None
-                taught, arguments = self.teacher(ids_BT, positions_BT)
+                teacher_states, arguments = self.teacher(ids_BT, positions_BT)
             else:
-                arguments = last_layer_arguments(self.backbone, taught[0], positions_BT)
-        final_BTD, hidden = taught
+                arguments = last_layer_arguments(self.backbone, teacher_states[0], positions_BT)
+        final_BTD, hidden = teacher_states
         index_R = mask_BT.flatten().nonzero().squeeze(1)
         teacher_RD = final_BTD.flatten(0, 1)[index_R]
         students_RD = [self._draft(head, hidden[n], arguments, index_R) for n, head in self._numbered(heads)]
@@ -117,7 +117,7 @@ class Engine(nn.Module):
         finally:
             lm_head.reshard()  # type: ignore[operator]
 
-    def train(self, mode: bool = True) -> "Engine":
+    def train(self, mode: bool = True) -> "StepModel":
         super().train(mode)
         self.backbone.eval()
         return self
@@ -152,16 +152,21 @@ class Distillation(lightning.LightningModule):
     strict_loading = False  # checkpoints hold the heads only
 
     def __init__(
-        self, config: Config, fingerprint: str, train: Packed, validation: Packed, lessons: Lessons | None = None
+        self,
+        config: Config,
+        fingerprint: str,
+        train: Packed,
+        validation: Packed,
+        cached_teacher: CachedTeacher | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False  # a Lightning batch is an optimizer step, of one pass or several
         self.config, self.fingerprint = config, fingerprint
         self.packed_train, self.packed_validation = train, validation
-        self.lessons = lessons
+        self.cached_teacher = cached_teacher
         """With distill.teacher=cached: what the teacher says of any sequence."""
         self.names = [f"exit-{n}" for n in config.distill.exit_layers]
-        self.engine: Engine | None = None
+        self.step_model: StepModel | None = None
         self.losses: dict[str, float] = {}
         """Mean loss of each head that learns over the rows of the last step, all processes."""
         self.grad_norms: dict[str, float] = {}
@@ -192,12 +197,12 @@ class Distillation(lightning.LightningModule):
     # ---- assembly
 
     def setup(self, stage: str) -> None:
-        if self.lessons is not None:
-            with together():
-                self.lessons.check(self.global_rank, self.trainer.world_size)
+        if self.cached_teacher is not None:
+            with fail_on_all_ranks():
+                self.cached_teacher.check(self.global_rank, self.trainer.world_size)
 
     def configure_model(self) -> None:
-        if self.engine is not None:
+        if self.step_model is not None:
             return
         c = self.config
         mesh = make_mesh(self.device.type, self.trainer.world_size, c.machine.shard_degree)
@@ -211,13 +216,13 @@ class Distillation(lightning.LightningModule):
             c.seed,
             layers=c.distill.teacher == "online",
         )
-        self.engine = Engine(backbone, c.distill.exit_layers, heads, c)
-        shard_engine(self.engine, heads, mesh)
+        self.step_model = StepModel(backbone, c.distill.exit_layers, heads, c)
+        shard_step_model(self.step_model, heads, mesh)
 
     def configure_optimizers(self) -> Any:
-        assert self.engine is not None
+        assert self.step_model is not None
         d = self.config.distill
-        groups = [{"params": list(head.parameters())} for head in self.engine.heads.values()]
+        groups = [{"params": list(head.parameters())} for head in self.step_model.heads.values()]
         return torch.optim.AdamW(
             groups, lr=d.learning_rate, betas=(0.9, 0.95), weight_decay=d.weight_decay, foreach=True
         )
@@ -234,7 +239,7 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> None:
         """Passes of at most distill.sequences_per_pass sequences, whose gradients add up, then one optimizer step."""
-        assert self.engine is not None
+        assert self.step_model is not None
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         names, world = self.learning, self.trainer.world_size
@@ -244,10 +249,10 @@ class Distillation(lightning.LightningModule):
         # FSDP averages gradients over processes, which may hold unequal numbers of rows.
         scale = world / self.step_rows
         losses_H = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        with resharded(self.engine):
+        with resharded(self.step_model):
             for part in passes(batch, self._sequences_per_pass()):
                 inputs = (part["ids_BT"], part["positions_BT"], part["mask_BT"])
-                part_H = self.engine(*inputs, scale, taught=self._taught(part), heads=names)
+                part_H = self.step_model(*inputs, scale, teacher_states=self._teacher_states(part), heads=names)
                 self.manual_backward(part_H.sum())
                 losses_H += part_H.detach().double() / world
         self._clip(names, losses_H)
@@ -257,7 +262,7 @@ class Distillation(lightning.LightningModule):
 
     def _clip(self, names: list[str], losses_H: Tensor) -> None:
         """Clips each head's gradient by itself; losses and norms of all heads are one sum over the processes."""
-        heads = [self.engine.heads[name] for name in names]  # type: ignore[union-attr]
+        heads = [self.step_model.heads[name] for name in names]  # type: ignore[union-attr]
         squares_H = torch.stack([gradient_square(head) for head in heads])
         losses, squares = self._sum(torch.stack([losses_H, squares_H])).tolist()
         self.losses = dict(zip(names, losses, strict=True))
@@ -276,8 +281,8 @@ class Distillation(lightning.LightningModule):
         share = d.sequences_per_step // self.trainer.world_size
         return min(share, d.sequences_per_pass or share)
 
-    def _taught(self, batch: dict[str, Tensor]) -> Taught | None:
-        return None if self.lessons is None else self.lessons(batch["sequences_B"].tolist(), self.device)
+    def _teacher_states(self, batch: dict[str, Tensor]) -> TeacherStates | None:
+        return None if self.cached_teacher is None else self.cached_teacher(batch["sequences_B"].tolist(), self.device)
 
     def train_figures(self) -> dict[str, float]:
         """What the last step is logged with."""
@@ -290,7 +295,7 @@ class Distillation(lightning.LightningModule):
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
         """Figures on the held-out responses of every head that learns; keeps the weights of those never better."""
-        assert self.engine is not None
+        assert self.step_model is not None
         packed, names = self.packed_validation, self.learning
         sums = torch.zeros(len(FIGURES), len(names), dtype=torch.float64, device=self.device)
         batches = validation_batches(len(packed), self._sequences_per_pass(), self.global_rank, self.trainer.world_size)
@@ -298,7 +303,8 @@ class Distillation(lightning.LightningModule):
             for indices in batches:
                 batch = {name: value.to(self.device) for name, value in packed[indices].items()}
                 inputs = (batch["ids_BT"], batch["positions_BT"], batch["mask_BT"])
-                found, index_R = self.engine(*inputs, statistics=True, taught=self._taught(batch), heads=names)
+                states = self._teacher_states(batch)
+                found, index_R = self.step_model(*inputs, statistics=True, teacher_states=states, heads=names)
                 found["expected_acceptance_length"] = acceptance_lengths(found["overlap"], index_R)
                 found["greedy_acceptance_length"] = acceptance_lengths(found["match"], index_R)
                 sums += torch.stack([found[name].double().sum(-1) for name in FIGURES])
@@ -312,24 +318,24 @@ class Distillation(lightning.LightningModule):
         return logged
 
     def _compare_with_best(self, name: str, step: int, figures: dict[str, float]) -> None:
-        assert self.engine is not None
+        assert self.step_model is not None
         self.first.setdefault(name, figures)
         key = "expected_acceptance_length"
         if name in self.best and not figures[key] > self.best[name]["figures"][key]:
             self.best[name]["waited"] += 1
             return
-        weights = whole_weights(self.engine.heads[name])
+        weights = whole_weights(self.step_model.heads[name])
         self.best[name] = {"step": step, "figures": figures, "weights": weights, "waited": 0}
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        assert self.engine is not None
-        self.engine.eval()
+        assert self.step_model is not None
+        self.step_model.eval()
         try:
-            with resharded(self.engine):
+            with resharded(self.step_model):
                 yield
         finally:
-            self.engine.train()
+            self.step_model.train()
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Over all processes."""

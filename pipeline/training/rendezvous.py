@@ -46,7 +46,7 @@ class Member:
         return f"rank {self.rank} ({self.node}, process {self.pid})"
 
 
-def meet(place: Place, device: torch.device, timeout: float) -> tuple[TCPStore, list[Member]]:
+def rendezvous(place: Place, device: torch.device, timeout: float) -> tuple[TCPStore, list[Member]]:
     """Wait for all processes, at most `timeout` seconds behind rank 0: (the store they share, who they are by rank).
     `device`: of this process.
 
@@ -65,7 +65,7 @@ def meet(place: Place, device: torch.device, timeout: float) -> tuple[TCPStore, 
             f"{place.rank} of {place.world_size} on {place.node}. Look for what rank 0 printed; raise machine.timeout "
             "if nodes start slowly, set MASTER_ADDR if it is another address"
         ) from None
-    ours = PrefixStore(f"meeting {place.attempt}", store)
+    ours = PrefixStore(f"rendezvous {place.attempt}", store)
     ours.set(f"member {place.rank}", json.dumps(asdict(_introduce(place, device))))
     try:
         if place.rank == 0:
@@ -81,7 +81,7 @@ def meet(place: Place, device: torch.device, timeout: float) -> tuple[TCPStore, 
 
 
 @contextmanager
-def before_meeting(place: Place) -> Iterator[None]:
+def before_rendezvous(place: Place) -> Iterator[None]:
     """What each process does before all meet. If one fails there it tells the others, which need not wait for it."""
     try:
         yield
@@ -93,7 +93,7 @@ def before_meeting(place: Place) -> Iterator[None]:
 
 
 def _decline(place: Place, reason: str) -> None:
-    ours = PrefixStore(f"meeting {place.attempt}", connect(place, DECLINE, host=place.hosts and place.rank == 0))
+    ours = PrefixStore(f"rendezvous {place.attempt}", connect(place, DECLINE, host=place.hosts and place.rank == 0))
     text = f"rank {place.rank} on {place.node} ended before all had met: {reason}"
     if place.rank == 0:
         ours.set("verdict", text)

@@ -36,9 +36,9 @@ def shard_head(head: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     fully_shard(head, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
 
 
-def shard_engine(engine: nn.Module, heads: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Make `engine`, which holds all units, the root: its forward must be the whole step."""
-    fully_shard(engine, mesh=mesh)
+def shard_step_model(step_model: nn.Module, heads: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Make `step_model`, which holds all units, the root: its forward must be the whole step."""
+    fully_shard(step_model, mesh=mesh)
     for head in heads:
         # Else its backward would gather the last backbone layer, which ran before it, for nothing.
         head.set_modules_to_backward_prefetch([head])  # type: ignore[operator]

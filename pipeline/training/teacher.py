@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-Taught = tuple[Tensor, dict[int, Tensor]]
+TeacherStates = tuple[Tensor, dict[int, Tensor]]
 """final_BTD (behind the final norm), and the hidden state [B, T, D] after each exit layer N."""
 
 
@@ -31,8 +31,8 @@ class Teacher:
         # The exit layer has the last layer's index, so it wants what the last layer gets: mask and rotary angles.
         layers[-1].register_forward_pre_hook(self._keep_arguments, with_kwargs=True)
 
-    def __call__(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[Taught, dict[str, Any]]:
-        """What is taught, and the last layer's keyword arguments."""
+    def __call__(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[TeacherStates, dict[str, Any]]:
+        """The teacher's hidden states, and the last layer's keyword arguments."""
         with torch.no_grad():
             final_BTD = self.backbone.model(  # type: ignore[operator,union-attr]
                 input_ids=ids_BT, position_ids=positions_BT, use_cache=False

@@ -27,7 +27,7 @@ from ..config import Config
 from ..errors import UserError
 from ..runs.shards import Shards
 from .packing import Packed
-from .teacher import Taught
+from .teacher import TeacherStates
 
 SCHEMA = 1
 SHARD_BYTES = 256 * 2**20
@@ -145,7 +145,7 @@ def size(count: float) -> str:
     return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
 
 
-class Lessons:
+class CachedTeacher:
     """What the teacher says of any sequences, read when it is asked for. Memory does not grow with the cache."""
 
     def __init__(self, cache: TeacherCache, sequences: Packed, exit_layers: list[int]):
@@ -168,7 +168,7 @@ class Lessons:
                 f"({len(names)} in all). Remove it and run `exit-heads cache` again: it makes anew what is missing."
             )
 
-    def __call__(self, numbers: list[int], device: torch.device) -> Taught:
+    def __call__(self, numbers: list[int], device: torch.device) -> TeacherStates:
         """Of the sequences of these numbers, the training set's first, then the validation set's."""
         shape = (len(numbers), self.length, self.width)
         names = ["final", *(f"hidden.{n}" for n in self.exit_layers)]

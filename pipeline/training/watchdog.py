@@ -23,7 +23,7 @@ from torch.distributed import DistError, PrefixStore, Store
 from ..errors import LostError
 from .launch import Place
 from .rank_log import RankLog
-from .rendezvous import Member, connect, described, meet, ranks_of, start_group
+from .rendezvous import Member, connect, described, ranks_of, rendezvous, start_group
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -38,30 +38,30 @@ TOLD = 60.0
 
 
 @contextmanager
-def together(place: Place, device: torch.device, timeout: float, log: RankLog) -> Iterator["Watch"]:
+def watched_process_group(place: Place, device: torch.device, timeout: float, log: RankLog) -> Iterator["Watchdog"]:
     """Meet, start torch.distributed, watch one another; when the block ends, all that is over.
 
-    Raises UserError if not all come (meeting.py), LostError if a process vanishes, SystemExit(1) if another one failed:
-    that one shows the error.
+    Raises UserError if not all come (rendezvous.py), LostError if a process vanishes, SystemExit(1) if another one
+    failed: that one shows the error.
     """
-    store, members = meet(place, device, timeout)
+    store, members = rendezvous(place, device, timeout)
     if place.rank == 0 and place.world_size > 1:
         for line in described(members):
             print(f"distill: node {line}", flush=True)
     me = members[place.rank]
     log.line(f"all have come; this one is on {me.device} with {me.threads} CPU threads, {me.versions}")
     start_group(store, place, device, timeout)
-    watch = Watch(place, members, timeout, log)
+    watchdog = Watchdog(place, members, timeout, log)
     failed = True
     try:
-        watch.start()
-        yield watch
+        watchdog.start()
+        yield watchdog
         failed = False
     except Exception as error:
-        watch.explain(error)
+        watchdog.explain(error)
         raise
     finally:
-        watch.stop()
+        watchdog.stop()
         # Else a later run in this process would meet the old group. NCCL would wait here for what the others will
         # never send; the end of the process, which is near, aborts it.
         if not (failed and device.type == "cuda"):
@@ -69,19 +69,19 @@ def together(place: Place, device: torch.device, timeout: float, log: RankLog) -
 
 
 class Progress(Callback):
-    """Tells the watch which step this process has finished."""
+    """Tells the watchdog which step this process has finished."""
 
-    def __init__(self, watch: "Watch"):
-        self.watch, self.told = watch, time.monotonic()
+    def __init__(self, watchdog: "Watchdog"):
+        self.watchdog, self.told = watchdog, time.monotonic()
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        self.watch.step = trainer.global_step
+        self.watchdog.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
-        self.watch.step = trainer.global_step
+        self.watchdog.step = trainer.global_step
         if time.monotonic() - self.told > TOLD:
             self.told = time.monotonic()
-            self.watch.log.line(f"step {trainer.global_step} is done")
+            self.watchdog.log.line(f"step {trainer.global_step} is done")
 
 
 class Signs:
@@ -110,7 +110,7 @@ class Signs:
         return {rank: (int(step), where) for rank, (_, step, where) in shown.items()}
 
 
-class Watch:
+class Watchdog:
     """One process among others; alone it does nothing."""
 
     def __init__(self, place: Place, members: list[Member], timeout: float, log: RankLog):

@@ -1,6 +1,6 @@
-"""What every engine takes and gives: questions, how to draw, and answers as token ids.
+"""What every answerer takes and gives: questions, how to draw, and answers as token ids.
 
-Takes nothing, gives the types that the engines of this folder and the stage that calls them share. Knows nothing of
+Takes nothing, gives the types that the answerers of this folder and the stage that calls them share. Knows nothing of
 how an answer is made.
 """
 
@@ -49,7 +49,7 @@ class Sampling:
     seed: int
 
 
-class Engine(Protocol):
+class Answerer(Protocol):
     """Answers questions; raises UserError when something outside (a server, the memory) will not do."""
 
     reproducible: bool

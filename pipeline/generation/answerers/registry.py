@@ -1,6 +1,6 @@
-"""The ways to answer questions, by the name that generate.engine gives them.
+"""Answerers by the name that generate.engine gives them.
 
-Takes a config, and loads a model only where the engine runs one itself. Knows nothing of prompts' sources or of files.
+Takes a config, and loads a model only where the answerer runs one itself.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,15 @@ from ...config import Config
 from ...errors import UserError
 from ...inference.exit_head import ExitHead
 from .continuous import Continuous
-from .interface import Answer, Engine, Question, Report, Sampling
+from .interface import Answerer
 from .original import Original
 from .padded import Padded
-from .server import ServerEngine
+from .server import ServerAnswerer
 from .speculative import Speculative
 
-__all__ = ["Answer", "Engine", "Question", "Report", "Sampling", "make_engine"]
 
-
-def make_engine(config: Config, load_model: Callable[[], Any], tokenizer: Any) -> Engine:
-    """The engine of generate.engine. Raises UserError for a head or a server that will not do."""
+def make_answerer(config: Config, load_model: Callable[[], Any], tokenizer: Any) -> Answerer:
+    """The answerer that generate.engine names. Raises UserError for a head or a server that will not do."""
     name = config.generate.engine
     if name == "original":
         return Original(tokenizer)
@@ -30,7 +28,7 @@ def make_engine(config: Config, load_model: Callable[[], Any], tokenizer: Any) -
         ends = load_ends(config.backbone)
         wears = config.prompts.chat_template != "none"
         draws = any(config.generate.temperatures)
-        return ServerEngine(config.machine, tokenizer, ends, chat_template=wears, draws=draws)
+        return ServerAnswerer(config.machine, tokenizer, ends, chat_template=wears, draws=draws)
     if name == "speculative":
         head = _head(config)  # before a large model is loaded
         try:

@@ -91,7 +91,7 @@ class _Call:
         self.line.task_done()
 
 
-class ServerEngine:
+class ServerAnswerer:
     """Reads the keys machine.servers and machine.server_*, and OPENAI_API_KEY of the environment."""
 
     reproducible = False  # what shares a batch on a server changes its sums, and few servers keep to a seed

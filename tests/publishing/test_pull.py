@@ -21,7 +21,7 @@ from pipeline.runs.files import atomic_write, sha256_of
 from pipeline.runs.folder import RunDir
 from pipeline.stages import evaluate, publish
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from pipeline.cli import main
 from pipeline.config import Machine
 from pipeline.errors import LostError, UserError
-from pipeline.training import rendezvous as meeting
-from pipeline.training import watchdog as watch
+from pipeline.training import rendezvous as rendezvous_module
+from pipeline.training import watchdog
 from pipeline.training.launch import Place, find_place, own_device
 from pipeline.training.rank_log import rank_log
-from pipeline.training.rendezvous import Member, described, meet, ranks_of
+from pipeline.training.rendezvous import Member, described, ranks_of, rendezvous
 
 CPU = torch.device("cpu")
 
@@ -124,7 +124,7 @@ def at_once(calls: list[Callable[[], object]]) -> list[object]:
 
 
 def test_all_know_all_when_they_have_met() -> None:
-    found = at_once([lambda p=p: meet(p, CPU, 30) for p in places(4, nodes=2)])
+    found = at_once([lambda p=p: rendezvous(p, CPU, 30) for p in places(4, nodes=2)])
     members = found[0][1]
     assert all(theirs == members for _, theirs in found)
     assert [(m.rank, m.node, m.pid) for m in members] == [(r, f"n{r // 2 + 1}", os.getpid()) for r in range(4)]
@@ -132,7 +132,7 @@ def test_all_know_all_when_they_have_met() -> None:
 
 def test_those_who_do_not_come_are_named_to_all_who_do() -> None:
     there = [place for place in places(6, nodes=2) if place.rank not in (1, 2, 4)]
-    found = at_once([lambda p=p: meet(p, CPU, 1) for p in there])
+    found = at_once([lambda p=p: rendezvous(p, CPU, 1) for p in there])
     for error in found:
         assert isinstance(error, UserError)
         assert "machine.timeout=1: ranks 1-2, 4 of 6 did not come within 1 s" in str(error)
@@ -143,7 +143,7 @@ def test_rank_0_that_does_not_come_is_named() -> None:
     place = places(2, nodes=2)[1]
     told = rf"rank 0 did not come to 127\.0\.0\.1:{place.port} within 1 s.*rank 1 of 2 on n2"
     with pytest.raises(UserError, match=told):
-        meet(place, CPU, 1)
+        rendezvous(place, CPU, 1)
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -152,18 +152,18 @@ def test_a_port_that_is_taken_is_named() -> None:
         taken.bind(("", place.port))
         taken.listen()
         with pytest.raises(UserError, match=f"MASTER_PORT={place.port}: rank 0 cannot listen there on n1"):
-            meet(place, CPU, 1)
+            rendezvous(place, CPU, 1)
 
 
 def test_other_versions_on_one_node_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = meeting._introduce
+    plain = rendezvous_module._introduce
 
     def introduce(place: Place, device: torch.device) -> Member:
         member = plain(place, device)
         return Member(**vars(member) | {"versions": "torch 1.0"}) if place.node == "n2" else member
 
-    monkeypatch.setattr(meeting, "_introduce", introduce)
-    for error in at_once([lambda p=p: meet(p, CPU, 30) for p in places(4, nodes=2)]):
+    monkeypatch.setattr(rendezvous_module, "_introduce", introduce)
+    for error in at_once([lambda p=p: rendezvous(p, CPU, 30) for p in places(4, nodes=2)]):
         assert isinstance(error, UserError) and "ranks 2-3: torch 1.0" in str(error)
         assert f"ranks 0-1: torch {torch.__version__}" in str(error)
 
@@ -171,10 +171,10 @@ def test_other_versions_on_one_node_are_named(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("who", [0, 2])
 def test_who_fails_before_the_meeting_tells_those_who_come(who: int) -> None:
     def come(place: Place) -> object:
-        with meeting.before_meeting(place):
+        with rendezvous_module.before_rendezvous(place):
             if place.rank == who:
                 raise UserError("its disk is not there\nsecond line")
-        return meet(place, CPU, 100)
+        return rendezvous(place, CPU, 100)
 
     started = time.monotonic()
     found = at_once([lambda p=p: come(p) for p in places(4, nodes=2)])
@@ -186,7 +186,7 @@ def test_who_fails_before_the_meeting_tells_those_who_come(who: int) -> None:
 
 def test_all_who_fail_before_the_meeting_end_at_once() -> None:
     def fail(place: Place) -> None:
-        with meeting.before_meeting(place):
+        with rendezvous_module.before_rendezvous(place):
             raise UserError(f"no {place.rank}")
 
     started = time.monotonic()
@@ -212,10 +212,10 @@ TIMEOUT = 3.0
 class Group:
     """Real processes that add numbers up, step by step, until what they shall do ends them."""
 
-    def __init__(self, folder: Path, world: int, then: Callable[[watch.Watch, Path], None]):
+    def __init__(self, folder: Path, world: int, then: Callable[[watchdog.Watchdog, Path], None]):
         # Not forked off this process, whose threads would leave their locks behind.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipeline.training.watch"])
+        context.set_forkserver_preload(["pipeline.training.watchdog"])
         self.folder = folder
         self.processes = [context.Process(target=member, args=(place, folder, then)) for place in places(world)]
         for process in self.processes:
@@ -248,12 +248,12 @@ class Group:
         return (self.folder / f"distill-rank-{rank:05d}.log").read_text()
 
 
-def member(place: Place, folder: Path, then: Callable[[watch.Watch, Path], None]) -> None:
+def member(place: Place, folder: Path, then: Callable[[watchdog.Watchdog, Path], None]) -> None:
     for name, value in QUICK.items():
-        setattr(watch, name, value)
+        setattr(watchdog, name, value)
     sys.stdout = sys.stderr = (folder / f"out-{place.rank}").open("a", buffering=1)
     try:
-        with rank_log(folder, place) as log, watch.together(place, CPU, TIMEOUT, log) as seen:
+        with rank_log(folder, place) as log, watchdog.watched_process_group(place, CPU, TIMEOUT, log) as seen:
             go(seen, 3)
             (folder / f"going-{place.rank}").touch()
             then(seen, folder)
@@ -262,33 +262,33 @@ def member(place: Place, folder: Path, then: Callable[[watch.Watch, Path], None]
         sys.exit(error.exit_code)
 
 
-def go(seen: watch.Watch, count: int) -> None:
+def go(seen: watchdog.Watchdog, count: int) -> None:
     for _ in range(count):
         dist.all_reduce(torch.ones(1))
         seen.step += 1
         time.sleep(0.01)
 
 
-def end(seen: watch.Watch, folder: Path) -> None:
+def end(seen: watchdog.Watchdog, folder: Path) -> None:
     go(seen, 20)
 
 
-def never_end(seen: watch.Watch, folder: Path) -> None:
+def never_end(seen: watchdog.Watchdog, folder: Path) -> None:
     go(seen, 10**6)
 
 
-def fail(seen: watch.Watch, folder: Path) -> None:
+def fail(seen: watchdog.Watchdog, folder: Path) -> None:
     if seen.place.rank == 1:
         raise ZeroDivisionError("no such thing")
     go(seen, 10**6)
 
 
-def hang(seen: watch.Watch, folder: Path) -> None:
+def hang(seen: watchdog.Watchdog, folder: Path) -> None:
     """As in NCCL, which does not notice that a process is gone."""
     time.sleep(60)
 
 
-def late(seen: watch.Watch, folder: Path) -> None:
+def late(seen: watchdog.Watchdog, folder: Path) -> None:
     if seen.place.rank == 2:
         time.sleep(TIMEOUT + 2)
     go(seen, 5)

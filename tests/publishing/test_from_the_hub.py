@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from pipeline.pocket.paths import BACKBONE
 from pipeline.runs.files import sha256_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REPO = "org/pocket-head"
 TO_HUB = ["publish.target=hub", f"publish.repo_id={REPO}", "publish.force=true"]
 

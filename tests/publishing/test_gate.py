@@ -16,7 +16,7 @@ from pipeline.errors import GateError, UserError
 from pipeline.evaluation.metrics import SCHEMA
 from pipeline.publishing import build, gate, head_folder, parity
 from pipeline.runs.files import sha256_of
-from pipeline.stages import draft, evaluate, publish
+from pipeline.stages import evaluate, publish
 
 
 @pytest.fixture(scope="module")
@@ -105,17 +105,17 @@ def test_without_results_there_is_no_folder_and_no_card(run, tmp_path, content) 
     again = copy_of(run, tmp_path, "publish.force=true")
     file = again / "eval" / "results.json"
     file.unlink() if content is None else file.write_text(content)
-    for stage in (publish, draft):
+    for run_stage in (publish.run, publish.run_draft):
         with pytest.raises(UserError, match=r"results\.json: holds no results of an exit head; .*--redo evaluate"):
-            stage.run(again)
+            run_stage(again)
     assert not (again / "hub").exists()
 
 
 def test_a_refused_head_is_not_written_unless_forced(run, tmp_path) -> None:
     strict = copy_of(run, tmp_path, "publish.min_speedup=50", "publish.exit_layer=2")
-    for stage in (publish, draft):
+    for run_stage in (publish.run, publish.run_draft):
         with pytest.raises(GateError, match=r"exit layer 2:\n  - speedup"):
-            stage.run(strict)
+            run_stage(strict)
     assert not (strict / "hub").exists() and not (strict / "stages" / "publish.json").exists()
     forced = make_run(tmp_path, "publish.min_speedup=50", "publish.exit_layer=2", "publish.force=true")
     publish.run(forced)

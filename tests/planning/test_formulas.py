@@ -28,7 +28,7 @@ from pipeline.stages.plan import architecture_of, make
 from pipeline.training.module import Engine
 from pipeline.training.sharding import make_mesh, shard_backbone, shard_engine, shard_head
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LARGE = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if load(p, []).backbone.name_or_path in facts()]
 FACTS = yaml.safe_load((ROOT / "pipeline/planning/architectures.yaml").read_text())
 SMALL = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 5, "num_attention_heads": 8,

@@ -27,10 +27,10 @@ from pipeline.config import Backbone, Config, load
 from pipeline.errors import UserError
 from pipeline.inference.families import FAMILIES
 from pipeline.inference.fingerprint import fingerprint
-from pipeline.training import load_sharded as loading
+from pipeline.training import load_sharded
 from pipeline.training.losses import LinearDistillation
-from pipeline.training.module import Engine, last_layer_arguments
-from pipeline.training.sharding import make_mesh, shard_engine
+from pipeline.training.module import StepModel, last_layer_arguments
+from pipeline.training.sharding import make_mesh, shard_step_model
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
@@ -59,7 +59,7 @@ def checkpoint(
 @pytest.fixture
 def pieces(monkeypatch) -> None:
     """Every tensor in several pieces, which end at no row where a shard ends."""
-    monkeypatch.setattr(loading, "PIECE", 7 * 32)
+    monkeypatch.setattr(load_sharded, "PIECE", 7 * 32)
 
 
 @pytest.fixture
@@ -71,7 +71,9 @@ def mesh() -> Iterator[DeviceMesh]:
 
 def load_checkpoint(folder: Path, mesh: DeviceMesh, dtype: str = "float32", *args: Any, **kwargs: Any) -> Any:
     backbone = Backbone(str(folder), dtype=dtype)
-    return loading.load_sharded_backbone(backbone, CPU, mesh, fingerprint_of_files(backbone), [1, 2], *args, **kwargs)
+    return load_sharded.load_sharded_backbone(
+        backbone, CPU, mesh, fingerprint_of_files(backbone), [1, 2], *args, **kwargs
+    )
 
 
 def full_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -103,7 +105,7 @@ def assert_loads_as_transformers_does(folder: Path, mesh: DeviceMesh, dtype: str
     for name, parameter in [*model.named_parameters(), *heads[0].named_parameters()]:
         if name != "model.norm.weight":  # the root's
             assert len(parameter.to_local()) <= -(-len(parameter) // shard_degree)
-    shard_engine(model, [], mesh)
+    shard_step_model(model, [], mesh)
     ids_BT = torch.arange(40).view(2, 20)
     with torch.no_grad():
         assert torch.equal(model(ids_BT).logits, plain(ids_BT).logits)
@@ -132,7 +134,7 @@ def test_a_gpu_is_filled_as_a_cpu_is(tmp_path, pieces) -> None:
     try:
         backbone, mesh = Backbone(str(folder), dtype="bfloat16"), make_mesh("cuda", 1, 0)
         expected = fingerprint_of_files(backbone)
-        model, _ = loading.load_sharded_backbone(backbone, torch.device("cuda", 0), mesh, expected, [1])
+        model, _ = load_sharded.load_sharded_backbone(backbone, torch.device("cuda", 0), mesh, expected, [1])
         assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
         assert_same_weights(model, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
     finally:
@@ -154,7 +156,7 @@ def spawn(work: Any, world: int, *args: Any) -> None:
 
 def joined(rank: int, world: int, work: Any, folder: Path, *args: Any) -> None:
     torch.set_num_threads(1)
-    loading.PIECE = 7 * 32
+    load_sharded.PIECE = 7 * 32
     dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(str(folder / "store"), world))
     work(rank, folder, *args)
     dist.barrier()
@@ -178,8 +180,8 @@ def fail_together(rank: int, folder: Path) -> None:
     expected = fingerprint_of_files(Backbone(str(folder / "tiny-llama")))
     seen = Backbone(str(folder / "incomplete") if last else str(folder / "tiny-llama"))
     with pytest.raises(UserError, match=r"incomplete: model-00002-of-000\d\d\.safetensors is missing"):
-        loading.load_sharded_backbone(seen, CPU, mesh, expected, [1])
-    with pytest.raises(OSError if last else RuntimeError, match="input/output error"), loading.together():
+        load_sharded.load_sharded_backbone(seen, CPU, mesh, expected, [1])
+    with pytest.raises(OSError if last else RuntimeError, match="input/output error"), load_sharded.fail_on_all_ranks():
         if last:
             raise OSError("input/output error")
     total = torch.ones(())
@@ -246,11 +248,11 @@ def test_a_head_of_a_bfloat16_backbone_computes_as_the_layer_it_is_copied_from(t
     folder = checkpoint(tmp_path, "qwen3", tied=True)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False).eval()
     model, heads = load_checkpoint(folder, mesh, "bfloat16")
-    engine = Engine(model, [1, 2], heads, Config())
-    shard_engine(engine, heads, mesh)
+    step_model = StepModel(model, [1, 2], heads, Config())
+    shard_step_model(step_model, heads, mesh)
     ids_BT = torch.arange(40).view(2, 20)
     positions_BT, mask_BT = torch.arange(20).expand(2, 20), torch.ones(2, 20, dtype=torch.bool)
-    losses_H = engine(ids_BT, positions_BT, mask_BT, 1.0)
+    losses_H = step_model(ids_BT, positions_BT, mask_BT, 1.0)
     losses_H.sum().backward()
 
     hidden = plain.model(ids_BT, output_hidden_states=True, use_cache=False).hidden_states
@@ -350,7 +352,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_before_it_is_loaded(tmp_pat
     expected = fingerprint(AutoModelForCausalLM.from_pretrained(folder))
     spoil(folder)
     with pytest.raises(UserError, match=rf"backbone\.name_or_path={folder}: .*{message}"):
-        loading.check_checkpoint(Backbone(str(folder)), expected, [1], "last")
+        load_sharded.check_checkpoint(Backbone(str(folder)), expected, [1], "last")
 
 
 # ---- memory
@@ -359,7 +361,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_before_it_is_loaded(tmp_pat
 @pytest.mark.slow
 def test_a_process_holds_little_beyond_its_shard(root) -> None:
     """By the benchmark, on a smaller model, where one process's whole copy would still be seen."""
-    words = "benchmarks/loading.py --layers 4 --worlds 1 2 --dtypes float32 bfloat16".split()
+    words = "benchmarks/load_sharded.py --layers 4 --worlds 1 2 --dtypes float32 bfloat16".split()
     done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "shard by shard" in line]
@@ -375,7 +377,7 @@ FETCHES = """
 import sys
 from pipeline.config import Backbone
 from pipeline.training import loading
-loading.check_checkpoint(Backbone("org/tiny"), sys.argv[1], [1], "last")
+load_sharded.check_checkpoint(Backbone("org/tiny"), sys.argv[1], [1], "last")
 """
 
 

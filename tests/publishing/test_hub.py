@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.publishing import hub as published
 from pipeline.runs.folder import RunDir
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # HF_ENDPOINT is read when the client is imported, so the client is a process of its own; it takes calls line by line.
 CLIENT = """

@@ -26,7 +26,7 @@ from pipeline.inference.exit_head import ExitHead, new_exit_layer
 from pipeline.inference.fingerprint import fingerprint
 from pipeline.inference.sampling import Sampler
 from pipeline.publishing import draft_model, gate, parity
-from pipeline.stages import draft, evaluate
+from pipeline.stages import evaluate, publish
 
 N, DRAFTS, NEW = 2, 3, 60
 THETA = {"rope_type": "default", "rope_theta": 500000.0}
@@ -244,7 +244,7 @@ def run(tmp_path_factory):
                    "evaluate.controllers=[fixed:1,fixed:3]")  # fmt: skip
     plant_heads(run, 3)
     evaluate.run(run)
-    draft.run(run)
+    publish.run_draft(run)
     return run
 
 

@@ -25,7 +25,7 @@ from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.generation.answerers import server
 from pipeline.generation.answerers.interface import Answer, Question, Sampling
-from pipeline.generation.answerers.server import ServerEngine
+from pipeline.generation.answerers.server import ServerAnswerer
 from pipeline.generation.responses import Responses, rows_of
 from pipeline.runs.folder import RunDir
 from pipeline.stages import generate
@@ -144,7 +144,7 @@ def engine(
 ):
     urls = ",".join(s if isinstance(s, str) else s.url for s in stubs)
     config = load(None, [f"machine.servers=[{urls}]", "generate.temperatures=[0.0]", *words])
-    return ServerEngine(
+    return ServerAnswerer(
         config.machine,
         tokenizer,
         [END] if ends is None else ends,
@@ -337,7 +337,7 @@ def test_pauses_double_up_to_a_minute_and_respect_the_server(monkeypatch):
 # ---- what goes wrong and stays so
 
 
-def _error(asking: ServerEngine, asked: list[Question] | None = None) -> str:
+def _error(asking: ServerAnswerer, asked: list[Question] | None = None) -> str:
     with pytest.raises(UserError) as error:
         asking.answer(asked or questions(6), sampling())
     return str(error.value)
@@ -527,7 +527,7 @@ def test_a_server_that_keeps_one_temperature_for_all_is_refused(drawn_at, wrong)
 )
 def test_settings_that_cannot_be(words, complaint):
     with pytest.raises(UserError, match=re.escape(complaint)):
-        ServerEngine(load(None, words).machine, TOKENIZER, [END], chat_template=False, draws=False)
+        ServerAnswerer(load(None, words).machine, TOKENIZER, [END], chat_template=False, draws=False)
 
 
 def test_an_address_that_is_none():
@@ -627,7 +627,7 @@ def served(backbone, tmp_path_factory):
     serve.close()
 
 
-def _served_engine(url: str, backbone: Path, *words: str, chat_template: bool = False) -> ServerEngine:
+def _served_engine(url: str, backbone: Path, *words: str, chat_template: bool = False) -> ServerAnswerer:
     return engine(url, words=words, tokenizer=AutoTokenizer.from_pretrained(backbone), chat_template=chat_template)
 
 

@@ -19,7 +19,7 @@ from pipeline.planning.architecture import Architecture, facts
 from pipeline.planning.hardware import GPUS, LINK_SHARE, Layout
 from pipeline.stages.plan import architecture_of, make
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LARGE = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if load(p, []).backbone.name_or_path in facts()]
 
 

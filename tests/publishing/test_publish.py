@@ -39,7 +39,7 @@ from pipeline.publishing import card, head_folder, pedigree, speculation_profile
 from pipeline.publishing.modeling_exit_head import ExitHeadConfig, ExitHeadModel
 from pipeline.runs.files import sha256_of
 from pipeline.runs.folder import RunDir
-from pipeline.stages import distill, draft, evaluate, generate, publish
+from pipeline.stages import distill, evaluate, generate, publish
 
 CODE = Path(pipeline.inference.__file__).parent
 PROMPT = "prompt number 9"
@@ -72,8 +72,8 @@ def run(tmp_path_factory):
         folder = tmp_path_factory.mktemp("publish")
         run = make_run(folder, "publish.min_speedup=0.01", f"machine.servers=[http://{SECRETS['server']}:8000/v1]",
                        "publish.licence=apache-2.0")  # fmt: skip
-        for stage in (generate, distill, evaluate, publish, draft):
-            stage.run(run)
+        for run_stage in (generate.run, distill.run, evaluate.run, publish.run, publish.run_draft):
+            run_stage(run)
     return run
 
 
@@ -96,9 +96,10 @@ def test_folder_holds_the_code_byte_for_byte(run) -> None:
         "training_config.yaml",
     }  # fmt: skip
     names = {p.name for p in CODE.glob("*.py")}
-    assert {p.name for p in (hub / "custom_generate").iterdir()} == names
+    assert {p.name for p in (hub / "custom_generate").iterdir()} == {head_folder.PUBLISHED_AS.get(n, n) for n in names}
     for name in names:
-        assert (hub / "custom_generate" / name).read_bytes() == (CODE / name).read_bytes()
+        published = hub / "custom_generate" / head_folder.PUBLISHED_AS.get(name, name)
+        assert published.read_bytes() == (CODE / name).read_bytes()
     assert json.loads((hub / "config.json").read_text())["controller"] in ("fixed:2", "thompson")
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in hub.rglob("*") if p.is_file()), "not for its owner alone"
 
@@ -124,12 +125,12 @@ def test_nor_in_what_is_published_by_force(run, tmp_path, monkeypatch, capfd) ->
     """A decoder whose error names the folder, which has the host's name in its own while it is tried."""
     code = tmp_path / "inference"
     shutil.copytree(CODE, code, ignore=shutil.ignore_patterns("__pycache__"))
-    text = (code / "generate.py").read_text()
+    text = (code / "custom_generate.py").read_text()
     broken = text.replace(
         "    if source is None:\n", "    raise ValueError(f'{source} is broken')\n    if source is None:\n"
     )
     assert broken != text
-    (code / "generate.py").write_text(broken)
+    (code / "custom_generate.py").write_text(broken)
     monkeypatch.setattr(head_folder, "CODE", code)
     monkeypatch.setattr(socket, "gethostname", lambda: SECRETS["host"])
     forced = copy_of(run, tmp_path, "publish.min_speedup=0.01", "publish.force=true")

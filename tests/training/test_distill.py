@@ -25,8 +25,8 @@ from pipeline.runs.tracking import wandb_mode
 from pipeline.stages import distill
 from pipeline.training import packing
 from pipeline.training.load_sharded import load_sharded_backbone
-from pipeline.training.module import Engine
-from pipeline.training.sharding import shard_engine
+from pipeline.training.module import StepModel
+from pipeline.training.sharding import shard_step_model
 
 PASSES = "distill.sequences_per_pass=1"  # two a step
 
@@ -56,15 +56,15 @@ def mesh():
 @pytest.mark.parametrize("turns", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, mesh, family, turns):
-    """Every position, the sum over each answer and the gradient, through the Engine that trains."""
+    """Every position, the sum over each answer and the gradient, through the StepModel that trains."""
     fields = {"sliding_window": 16} if family == "mistral" else {"tie_word_embeddings": family == "qwen3"}
     folder = tiny_backbone(tmp_path, family, sharpness=4.0, **fields)
     write_responses(tmp_path / "run" / "responses", folder, turns=turns)
     run = prepare(tmp_path, folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), [1, 2])
-    engine = Engine(backbone, [1, 2], heads, run.config)
-    shard_engine(engine, heads, mesh)
+    step_model = StepModel(backbone, [1, 2], heads, run.config)
+    shard_step_model(step_model, heads, mesh)
     documents, _ = read_documents(run / "responses", read_manifest(run / "responses"), "drop", 0.5)
     assert [len(d.spans) for d in documents] == [turns] * 24
     together = packing.pack(documents, 48 * turns)
@@ -80,17 +80,17 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
     turns_alone = [packing.pack([a], len(a.tokens))[[0]] for a in answers]
 
     def losses_and_gradient(batches):
-        engine.zero_grad()
+        step_model.zero_grad()
         total = torch.zeros(2)
         for batch in batches:
-            losses = engine(batch["ids_BT"], batch["positions_BT"], batch["mask_BT"], 1.0)
+            losses = step_model(batch["ids_BT"], batch["positions_BT"], batch["mask_BT"], 1.0)
             losses.sum().backward()
             total += losses.detach()
         return total, torch.cat([p.grad.full_tensor().flatten() for h in heads for p in h.parameters()])
 
     @torch.no_grad()
     def losses_by_position(batches):
-        found = [engine(b["ids_BT"], b["positions_BT"], b["mask_BT"], statistics=True)[0]["loss"] for b in batches]
+        found = [step_model(b["ids_BT"], b["positions_BT"], b["mask_BT"], statistics=True)[0]["loss"] for b in batches]
         return torch.cat(found, 1)
 
     losses, gradient = losses_and_gradient(whole)

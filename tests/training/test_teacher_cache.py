@@ -23,7 +23,7 @@ from pipeline.runs.folder import RunDir
 from pipeline.stages import cache, distill
 from pipeline.training import packing
 from pipeline.training import teacher_cache as folders
-from pipeline.training.teacher_cache import Lessons, TeacherCache, check_room
+from pipeline.training.teacher_cache import CachedTeacher, TeacherCache, check_room
 
 SEQUENCE = 48 * 3 * 32 * 4
 """Bytes of a full sequence: tokens x (final and two exit layers) x D x float32."""
@@ -66,8 +66,8 @@ def packed(run: RunDir) -> packing.Packed:
     return packing.joined(*packing.read_packed(run / "responses", run.config.distill)[1:3])
 
 
-def lessons(run: RunDir, *exit_layers: int) -> Lessons:
-    return Lessons(TeacherCache(run / "cache"), packed(run), list(exit_layers))
+def cached_teacher(run: RunDir, *exit_layers: int) -> CachedTeacher:
+    return CachedTeacher(TeacherCache(run / "cache"), packed(run), list(exit_layers))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -85,7 +85,7 @@ def test_what_is_kept_is_what_the_backbone_says_of_each_document_alone(tmp_path,
     cache.run(run)
     model, sequences = AutoModelForCausalLM.from_pretrained(folder).model, packed(run)
     numbers = random.Random(0).sample(range(len(sequences)), len(sequences))
-    final_BTD, hidden = lessons(run, 2, 1)(numbers, torch.device("cpu"))
+    final_BTD, hidden = cached_teacher(run, 2, 1)(numbers, torch.device("cpu"))
     assert list(hidden) == [2, 1] and final_BTD.shape == (len(sequences), 48, 32)
     for b, s in enumerate(numbers):
         length = int(sequences.lengths_S[s])
