@@ -4,20 +4,10 @@ Takes a resolved config, gives the same with local paths cut to their last part;
 hold nothing else of it.
 """
 
-import difflib
-import json
-import math
-import re
-from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
-from urllib.parse import urlsplit
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from ..errors import UserError
-from ..config_rules import PROMPT_FILES, is_repo_id
+from typing import Any
 
+from ..config_rules import PROMPT_FILES, is_repo_id
 
 # Of the keys below, for what is told to others.
 PATHS = ("dir", "exit_head", "states", "pilot", "chat_template")

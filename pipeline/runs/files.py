@@ -6,26 +6,14 @@ one folder; what a killed process leaves lies under a temporary name and is neve
 
 import contextlib
 import errno
-import getpass
 import hashlib
-import json
 import os
-import platform
 import shutil
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from functools import reduce
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
-from ..config import Config, to_dict
-from ..errors import GateError, UserError
 
+from ..errors import UserError
 
 CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
 """What the user can do something about; any other OSError inside a write is a bug and shows its traceback."""

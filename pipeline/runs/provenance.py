@@ -3,27 +3,16 @@
 Gives one dict for run.json and for benchmarks. It holds no environment variables and no tokens.
 """
 
-import contextlib
-import errno
 import getpass
-import hashlib
-import json
 import os
 import platform
-import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from filelock import FileLock, Timeout
-from omegaconf import OmegaConf
-from ..config import Config, to_dict
-from ..errors import GateError, UserError
 
 
 def provenance() -> dict[str, Any]:

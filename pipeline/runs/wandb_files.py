@@ -3,22 +3,10 @@
 Takes a .wandb file (records in the log format of LevelDB), gives the steps of its history records.
 """
 
-import contextlib
-import json
-import netrc
-import os
-import secrets
 import struct
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
-from ..config import Wandb, to_dict
-from .anonymous import without_folders
-from .folder import RunDir
-from .files import atomic_path, atomic_write
+
 from ..errors import warn
 
 
