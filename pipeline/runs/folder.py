@@ -11,20 +11,11 @@ is refused. Knows nothing of what the stages do.
 """
 
 import contextlib
-import errno
-import getpass
-import hashlib
 import json
 import os
-import platform
-import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import reduce
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +24,7 @@ from omegaconf import OmegaConf
 
 from ..config import Config, to_dict
 from ..errors import GateError, UserError
-from .files import TEMPORARY, remove, atomic_write, sha256_of, who
+from .files import TEMPORARY, atomic_write, remove, sha256_of, who
 from .provenance import provenance
 
 STAGES = ("generate", "cache", "distill", "evaluate", "publish")
@@ -73,14 +64,8 @@ OUTPUTS = {
 }
 
 
-
 RESTARTED = 180.0
 """Seconds that a job which Slurm started again waits for what its first start may seem to hold."""
-
-
-
-
-
 
 
 class RunDir:
@@ -243,25 +228,3 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = str(value)
     return f"{text[:12]}..." if len(text) == 64 else text
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -22,8 +22,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .claims import Claims, left_behind
 from ..errors import UserError
+from .claims import Claims, left_behind
 from .files import TEMPORARY, atomic_path, atomic_write, sha256_of, who
 
 WAIT = 0.5

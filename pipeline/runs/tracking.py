@@ -10,19 +10,17 @@ import json
 import netrc
 import os
 import secrets
-import struct
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from ..errors import warn
 from ..config import Wandb, to_dict
+from ..errors import warn
 from .anonymous import without_folders
-from .folder import RunDir
 from .files import atomic_path, atomic_write
+from .folder import RunDir
 from .wandb_files import readable_steps
 
 INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline
@@ -164,10 +162,6 @@ def _lacking(wandb_run: Any, lines: list[str], folder: Path) -> list[dict[str, A
         return [each for each in figures if each["step"] >= wandb_run.step]
     written = {step for file in folder.rglob("run-*.wandb") for step in readable_steps(file)}
     return [each for each in figures if each["step"] not in written]
-
-
-
-
 
 
 def start_wandb(run: RunDir, stage: str) -> Any:
