@@ -15,7 +15,7 @@ import slurm_cluster
 from helpers import make_run
 from omegaconf import OmegaConf
 from slurm_cluster import NODES, Cluster
-from test_tracking import lines, rows, segments
+from wandb_records import lines, rows, segments
 
 from pipeline.config import load, to_dict
 from pipeline.planning.architecture import facts

@@ -5,7 +5,7 @@ import pytest
 import torch
 from cheats import Discards, with_pending
 from helpers import tiny_backbone
-from test_engine import PROMPT, head_for, load
+from oracles import PROMPT, head_for, load
 
 from pipeline.evaluation import losslessness
 from pipeline.inference.backbone import SplitBackbone

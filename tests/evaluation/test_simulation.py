@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_backbone
-from test_engine import PROMPT, head_for, load
+from oracles import PROMPT, head_for, load
 
 from pipeline.evaluation import simulation
 from pipeline.evaluation.simulation import CostModel, Trace

@@ -8,7 +8,8 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from helpers import tiny_backbone
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from oracles import PROMPT, head_for, load, transformers_greedy
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.inference import decoding, kernels
 from pipeline.inference.backbone import SplitBackbone
@@ -21,19 +22,7 @@ from pipeline.inference.layers import gather, plain
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.stopwatch import Stopwatch, stopwatch
 
-PROMPT = [72, 5, 33, 33, 190, 7, 81, 2, 64, 11, 250]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
-
-
-def load(folder) -> torch.nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def head_for(model, exit_layer: int) -> ExitHead:
-    """An untrained head: the copy of the last layer that distillation starts from."""
-    weights = {k: v.clone() for k, v in new_exit_layer(model).state_dict().items()}
-    record = {"name": "tiny", "fingerprint": fingerprint(model)}
-    return ExitHead(exit_layer, model.config.num_hidden_layers, record, weights)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -45,14 +34,6 @@ def model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return load(tiny_backbone(tmp_path_factory.mktemp("llama"), sharpness=4.0))
-
-
-def transformers_greedy(model, new: int, **kwargs) -> list[int]:
-    ids = torch.tensor([PROMPT])
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, eos_token_id=None, **kwargs
-    )
-    return out[0, len(PROMPT) :].tolist()
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import tiny_backbone
-from test_engine import PROMPT, head_for, load, transformers_greedy
+from oracles import PROMPT, head_for, load, transformers_greedy
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,

@@ -25,7 +25,7 @@ from pipeline.planning import memory, work
 from pipeline.planning.architecture import Architecture, facts
 from pipeline.planning.hardware import GPUS, Layout
 from pipeline.stages.plan import architecture_of, make
-from pipeline.training.module import Engine
+from pipeline.training.module import StepModel
 from pipeline.training.sharding import make_mesh, shard_backbone, shard_engine, shard_head
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,14 +156,14 @@ class Live(TorchDispatchMode):
         return out
 
 
-def small_engine(fields: dict[str, Any], config: Config) -> Engine:
+def small_engine(fields: dict[str, Any], config: Config) -> StepModel:
     """What distill trains, from random weights, on the processes that were set up."""
     dtype = getattr(torch, config.backbone.dtype)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype).requires_grad_(False).eval()
     heads = [new_exit_layer(model) for _ in config.distill.exit_layers]
     mesh = make_mesh("cpu", dist.get_world_size(), config.machine.shard_degree)
     shard_backbone(model, mesh)
-    engine = Engine(model, config.distill.exit_layers, heads, config)
+    engine = StepModel(model, config.distill.exit_layers, heads, config)
     for head in heads:
         shard_head(head, mesh, dtype)
     shard_engine(engine, heads, mesh)

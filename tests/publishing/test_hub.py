@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLIENT = """
 import json, os, sys
 from pathlib import Path
-from pipeline import hub
+from pipeline.publishing import hub
 from pipeline.errors import UserError
 hub.WAITS = (0.01, 0.01)
 for line in sys.stdin:

@@ -137,7 +137,7 @@ def test_a_folder_without_a_head(place, tmp_path, capsys) -> None:
 PUSH = """
 import sys
 from pathlib import Path
-from pipeline import hub
+from pipeline.publishing import hub
 print(hub.push(Path(sys.argv[1]), "org/private", "t")["tag"])
 """
 USE = """

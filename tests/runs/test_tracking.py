@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from wandb_records import lines, rows, segments
 
 from pipeline.config import load
 from pipeline.runs.folder import RunDir
@@ -38,30 +39,6 @@ for process in [*map(int, children), os.getpid()]:
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     return [f"run.dir={tmp_path}", "run.name=run", "wandb.mode=offline"]
-
-
-def segments(run: RunDir) -> list[list[dict]]:
-    """What W&B's own reader finds in its files, each in the order of its records; [run id, rows...]."""
-    found = []
-    for folder in sorted((run / "wandb").rglob("offline-run-*")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-        found.append([json.loads(line) for line in lines])
-    return found
-
-
-def rows(segment: list[dict]) -> dict[int, dict[str, float]]:
-    """Step -> figures."""
-    items = [record["history"]["item"] for record in segment if "history" in record]
-    return {item["_step"]: {k: v for k, v in item.items() if not k.startswith("_")} for item in items}
-
-
-def lines(run: RunDir) -> dict[int, dict[str, float]]:
-    found: dict[int, dict[str, float]] = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        figures = json.loads(line)
-        found.setdefault(figures.pop("step"), {}).update(figures)
-    return found
 
 
 def test_what_a_killed_start_logged_in_vain_is_logged_once_more(words: list[str]) -> None:

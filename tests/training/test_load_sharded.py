@@ -376,7 +376,7 @@ def test_a_process_holds_little_beyond_its_shard(root) -> None:
 FETCHES = """
 import sys
 from pipeline.config import Backbone
-from pipeline.training import loading
+from pipeline.training import load_sharded
 load_sharded.check_checkpoint(Backbone("org/tiny"), sys.argv[1], [1], "last")
 """
 
