@@ -26,7 +26,7 @@ from pipeline.planning.architecture import Architecture, facts
 from pipeline.planning.hardware import GPUS, Layout
 from pipeline.stages.plan import architecture_of, make
 from pipeline.training.module import StepModel
-from pipeline.training.sharding import make_mesh, shard_backbone, shard_engine, shard_head
+from pipeline.training.sharding import make_mesh, shard_backbone, shard_head, shard_step_model
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = [p for p in sorted((ROOT / "configs").glob("*.yaml")) if load(p, []).backbone.name_or_path in facts()]
@@ -101,7 +101,7 @@ def sharded_bytes(model: Any, config: Config, world: int, rank: int) -> tuple[in
             head = new_exit_layer(model)
         shard_backbone(model, mesh)
         shard_head(head, mesh, model.dtype)
-        shard_engine(model, [head], mesh)
+        shard_step_model(model, [head], mesh)
         mine = [[p.to_local() for p in module.parameters()] for module in (model, head)]
         return tuple(sum(p.numel() * p.element_size() for p in ps) for ps in mine)  # type: ignore[return-value]
 
@@ -156,18 +156,18 @@ class Live(TorchDispatchMode):
         return out
 
 
-def small_engine(fields: dict[str, Any], config: Config) -> StepModel:
+def small_step_model(fields: dict[str, Any], config: Config) -> StepModel:
     """What distill trains, from random weights, on the processes that were set up."""
     dtype = getattr(torch, config.backbone.dtype)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype).requires_grad_(False).eval()
     heads = [new_exit_layer(model) for _ in config.distill.exit_layers]
     mesh = make_mesh("cpu", dist.get_world_size(), config.machine.shard_degree)
     shard_backbone(model, mesh)
-    engine = StepModel(model, config.distill.exit_layers, heads, config)
+    step_model = StepModel(model, config.distill.exit_layers, heads, config)
     for head in heads:
         shard_head(head, mesh, dtype)
-    shard_engine(engine, heads, mesh)
-    return engine
+    shard_step_model(step_model, heads, mesh)
+    return step_model
 
 
 def step_inputs(fields: dict[str, Any], config: Config) -> list[torch.Tensor]:
@@ -201,19 +201,19 @@ def test_memory_of_a_step_is_what_was_planned(family: str, words: list[str]) -> 
     planned = memory.distill(Architecture.of("x", "t", AutoConfig.for_model(**fields)), config, Layout(4, 4, 4))
     besides = planned.kept[2].size + 4 * config.distill.loss_chunk * fields["vocab_size"]
     with processes(4):
-        engine = small_engine(fields, config)
-        optimizer = torch.optim.AdamW([p for p in engine.parameters() if p.requires_grad], foreach=True)
+        step_model = small_step_model(fields, config)
+        optimizer = torch.optim.AdamW([p for p in step_model.parameters() if p.requires_grad], foreach=True)
         inputs = step_inputs(fields, config)
 
         def step() -> None:
-            engine(*inputs, 1e-3).sum().backward()
+            step_model(*inputs, 1e-3).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
 
         step()  # makes the moments
         with Live() as live:
             moments = [value for state in optimizer.state.values() for value in state.values()]
-            for tensor in (*engine.parameters(), *moments):  # what is there before the step
+            for tensor in (*step_model.parameters(), *moments):  # what is there before the step
                 tensor.detach()
             step()
     assert (planned.total - besides) / 1.1 <= live.peak <= planned.total
@@ -225,8 +225,8 @@ def test_flops_of_a_step_are_those_of_the_formula(family: str) -> None:
     fields, config = SMALL | {"model_type": family}, small_config("machine.processes_per_node=1")
     a = Architecture.of("x", "test", AutoConfig.for_model(**fields))
     with processes(1), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        engine, inputs = small_engine(fields, config), step_inputs(fields, config)
-        engine(*inputs, 1e-3).sum().backward()
+        step_model, inputs = small_step_model(fields, config), step_inputs(fields, config)
+        step_model(*inputs, 1e-3).sum().backward()
     step = work.step(a, config, Layout(1, 1, 1), GPUS["H100"])
     scores = step.tokens * 2 * config.distill.sequence_length * a.query * len(config.distill.exit_layers)
     assert counter.get_total_flops() == pytest.approx(step.flops - scores, rel=1e-3)
