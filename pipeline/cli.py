@@ -11,8 +11,10 @@ import os
 import sys
 from pathlib import Path
 
-from .config import Config, help_text, load, variations
+from .config import Config, help_text, load
+from .config_words import variations
 from .errors import GateError, LostError, UserError
+from .launchers import Launched, launched
 from .runs.folder import STAGES, RunDir
 
 VERBS = {
@@ -172,8 +174,9 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
         raise UserError(
             f"--redo {redo}: exit-heads {said} does not run that stage. Use `exit-heads {use} --redo {redo}`."
         )
-    if (together := int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("WORLD_SIZE", 1)))) > 1:
-        _check_several(verb, redo, together)
+    by = launched()
+    if by is not None and by.processes > 1:
+        _check_several(verb, redo, by)
     stages = {name: _stage(name) for name in chosen}
     for stage in stages.values():  # before --redo removes anything, and before an early stage works for an hour
         if hasattr(stage, "check"):
@@ -190,18 +193,20 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
         closing_table(run)
 
 
-def _check_several(verb: str, redo: str | None, together: int) -> None:
+def _check_several(verb: str, redo: str | None, by: Launched) -> None:
     """Raises UserError for what only one process may do."""
+    unset = f"Unset {by.variable} if no launcher started this process."
     if verb == "run":
         raise UserError(
-            f"srun or torchrun started {together} processes, and each would run every stage. Start the stages one by "
-            "one: slurm/distill.sh does; only distill (and generate, which shares its work) are for several processes."
+            f"{by.launcher} started {by.processes} processes ({by.variable}), and each would run every stage. Start "
+            "the stages one by one, as slurm/distill.sh does: only generate, cache and distill take several. "
+            + unset
         )
     if redo is not None:
         raise UserError(
-            f"--redo {redo}: srun or torchrun started {together} processes, and a late one would remove what the "
-            f"others have begun. Run `exit-heads {verb} --redo {redo}` once without them, which removes the stage "
-            "(and makes it anew as far as one machine can), or give another run.name."
+            f"--redo {redo}: {by.launcher} started {by.processes} processes ({by.variable}), and a late one would "
+            f"remove what the others have begun. Run `exit-heads {verb} --redo {redo}` once without a launcher, or "
+            f"give another run.name. {unset}"
         )
 
 

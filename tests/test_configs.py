@@ -126,10 +126,10 @@ WRONG = [
     (["prompts.min_tokens=-1"], ["prompts.min_tokens=-1", "0 or above"]),
     (["prompts.max_tokens=-1"], ["prompts.max_tokens=-1", "0 or above"]),
     (["prompts.max_tokens=4", "prompts.min_tokens=5"], ["prompts.max_tokens=4", "below min_tokens=5"]),
-    (["prompts.chat_template=true"], ["prompts.chat_template=True", "none", "tokenizer", ".jinja"]),
-    (["prompts.chat_template=false"], ["prompts.chat_template=False", "none for plain text"]),
+    (["prompts.chat_template=true"], ["prompts.chat_template=true", "none", "tokenizer", ".jinja"]),
+    (["prompts.chat_template=false"], ["prompts.chat_template=false", "none for plain text"]),
     (["evaluate.prompts.chat_template=own.txt"], ["evaluate.prompts.chat_template=own.txt", ".jinja"]),
-    (["prompts.chat_template=null"], ["prompts.chat_template", "None"]),
+    (["prompts.chat_template=null"], ["prompts.chat_template=null", "none for plain text"]),
     (["prompts.mixture=[{pth: a.jsonl}]"], ["prompts.mixture[].pth", "Did you mean prompts.mixture[].path?"]),
     (
         ["evaluate.prompts.mixture=[{path: a.jsonl, weights: 2}]"],

@@ -1,6 +1,5 @@
 """metrics.jsonl and its mirror in W&B, offline: nothing is lost when the process, or W&B's own, is killed."""
 
-import json
 import os
 import shutil
 import signal
