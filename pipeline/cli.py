@@ -199,8 +199,7 @@ def _check_several(verb: str, redo: str | None, by: Launched) -> None:
     if verb == "run":
         raise UserError(
             f"{by.launcher} started {by.processes} processes ({by.variable}), and each would run every stage. Start "
-            "the stages one by one, as slurm/distill.sh does: only generate, cache and distill take several. "
-            + unset
+            "the stages one by one, as slurm/distill.sh does: only generate, cache and distill take several. " + unset
         )
     if redo is not None:
         raise UserError(

@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 
 from ..config import Wandb, to_dict
 from ..errors import warn
-from .anonymous import without_folders
+from .anonymous import anonymous
 from .files import atomic_path, atomic_write
 from .folder import RunDir
 from .wandb_files import readable_steps
@@ -92,9 +92,11 @@ def mirror_report(run: RunDir, summary: dict[str, Any], page: list[Block], folde
         if wandb_run is None:
             return
         try:
-            wandb_run.summary.update(summary)
+            wandb_run.summary.update(anonymous(summary))
             # Behind what distill logged: an offline run begins at 0 and is joined with distill's when it is synced.
-            wandb_run.log(_media(page, folder), step=max(wandb_run.step, _last_step(run / "metrics.jsonl") + 1))
+            wandb_run.log(
+                _media(anonymous(page), folder), step=max(wandb_run.step, _last_step(run / "metrics.jsonl") + 1)
+            )
         finally:
             wandb_run.finish()
 
@@ -182,7 +184,7 @@ def start_wandb(run: RunDir, stage: str) -> Any:
             resume="allow" if mode == "online" else None,
             dir=str(run / "wandb"),
             mode=mode,
-            config=without_folders(to_dict(run.config)),
+            config=anonymous(to_dict(run.config)),
             settings=wandb.Settings(
                 silent=True,
                 quiet=True,
