@@ -183,10 +183,10 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
             stage.check(config)
     run = RunDir(config)
     if redo is not None:
-        for stage in chosen[chosen.index(redo) :]:
-            run.redo(stage)
+        run.redo(*chosen[chosen.index(redo) :])
     for name, stage in stages.items():
-        (stage.run_draft if name == "draft" else stage.run)(run)
+        with run.at(name):
+            (stage.run_draft if name == "draft" else stage.run)(run)
     if verb == "run":
         from .evaluation.report import closing_table
 
@@ -260,7 +260,7 @@ def look(config: Config, status: bool, verify: bool, show: int | None) -> None:
 
     if not (Path(config.run.dir) / config.run.name).is_dir():
         raise UserError(f"run.name={config.run.name}: there is no run folder {config.run.dir}/{config.run.name}")
-    run = RunDir(config)
+    run = RunDir(config, look_only=True)
     if status:
         for line in inspection.status(run):
             print(line)
