@@ -1,8 +1,7 @@
 """The command line: exit-heads VERB --config FILE key=value ...
 
-Takes words, runs stages, gives exit codes: 0 done, 2 the user must change something, 3 the gate refused the head, 75
-another process of the stage is gone. Anything else is a bug and shows its traceback. Knows nothing of what happens
-inside a stage.
+Takes the words after `exit-heads`, loads the config, runs one stage or all, gives an exit code: 0 done, 130 interrupted,
+and those of errors.py. Any other exception is a bug and shows its traceback.
 """
 
 import argparse

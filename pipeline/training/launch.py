@@ -197,6 +197,7 @@ def workers(place: Place, config_file: Path, processes: int) -> Iterator[None]:
         if place.starts_others:
             command = own_command("distill", "--config", str(config_file))
             meet_at = {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port), "WORLD_SIZE": str(processes)}
+            meet_at["PYTHONSAFEPATH"] = "1"  # as -P, for what they start themselves
             for rank in range(1, processes):
                 own = {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "RANK": str(rank)}
                 started.append(subprocess.Popen(command, env=os.environ | meet_at | own))
