@@ -1,7 +1,7 @@
 """The command line: exit-heads VERB --config FILE key=value ...
 
-Takes the words after `exit-heads`, loads the config, runs one stage or all, gives an exit code: 0 done, 130 interrupted,
-and those of errors.py. Any other exception is a bug and shows its traceback.
+Takes the words after `exit-heads`, loads the config, runs one stage or all, gives an exit code: 0 done, 130 interrupted
+or one of errors.py. Any other exception is a bug and shows its traceback.
 """
 
 import argparse

@@ -195,7 +195,7 @@ def workers(place: Place, config_file: Path, processes: int) -> Iterator[None]:
     started: list[subprocess.Popen] = []
     try:
         if place.starts_others:
-            command = own_command("distill", "--config", str(config_file))
+            command = own_command("distill", "--config", str(config_file.absolute()))
             meet_at = {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port), "WORLD_SIZE": str(processes)}
             meet_at["PYTHONSAFEPATH"] = "1"  # as -P, for what they start themselves
             for rank in range(1, processes):
