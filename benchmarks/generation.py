@@ -37,6 +37,7 @@ from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.decoding import Request, autoregressive
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
+from pipeline.launchers import own_command
 from pipeline.prompts.ids import encode
 from pipeline.prompts.sets import load_prompts
 from pipeline.runs.provenance import provenance
@@ -150,7 +151,7 @@ class Run:
 
     def __init__(self, folder: Path, name: str, words: list[str]):
         self.folder = folder / name / "responses"
-        self.command = [sys.executable, "-m", "pipeline", "generate", *words, f"run.dir={folder}", f"run.name={name}"]
+        self.command = own_command("generate", *words, f"run.dir={folder}", f"run.name={name}")
         self.responses = Responses(self.folder)
 
     def start(self) -> subprocess.Popen:

@@ -1,8 +1,7 @@
 """The command line: exit-heads VERB --config FILE key=value ...
 
-Takes words, runs stages, gives exit codes: 0 done, 2 the user must change something, 3 the gate refused the head, 75
-another process of the stage is gone. Anything else is a bug and shows its traceback. Knows nothing of what happens
-inside a stage.
+Takes the words after `exit-heads`, loads the config, runs one stage or all, gives an exit code: 0 done, 130 interrupted
+or one of errors.py. Any other exception is a bug and shows its traceback.
 """
 
 import argparse
@@ -11,8 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-from .config import Config, help_text, load, variations
+from .config import Config, help_text, load
+from .config_words import variations
 from .errors import GateError, LostError, UserError
+from .launchers import Launched, launched
 from .runs.folder import STAGES, RunDir
 
 VERBS = {
@@ -172,36 +173,38 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
         raise UserError(
             f"--redo {redo}: exit-heads {said} does not run that stage. Use `exit-heads {use} --redo {redo}`."
         )
-    if (together := int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("WORLD_SIZE", 1)))) > 1:
-        _check_several(verb, redo, together)
+    by = launched()
+    if by is not None and by.processes > 1:
+        _check_several(verb, redo, by)
     stages = {name: _stage(name) for name in chosen}
     for stage in stages.values():  # before --redo removes anything, and before an early stage works for an hour
         if hasattr(stage, "check"):
             stage.check(config)
     run = RunDir(config)
     if redo is not None:
-        for stage in chosen[chosen.index(redo) :]:
-            run.redo(stage)
+        run.redo(*chosen[chosen.index(redo) :])
     for name, stage in stages.items():
-        (stage.run_draft if name == "draft" else stage.run)(run)
+        with run.at(name):
+            (stage.run_draft if name == "draft" else stage.run)(run)
     if verb == "run":
         from .evaluation.report import closing_table
 
         closing_table(run)
 
 
-def _check_several(verb: str, redo: str | None, together: int) -> None:
+def _check_several(verb: str, redo: str | None, by: Launched) -> None:
     """Raises UserError for what only one process may do."""
+    unset = f"Unset {by.variable} if no launcher started this process."
     if verb == "run":
         raise UserError(
-            f"srun or torchrun started {together} processes, and each would run every stage. Start the stages one by "
-            "one: slurm/distill.sh does; only distill (and generate, which shares its work) are for several processes."
+            f"{by.launcher} started {by.processes} processes ({by.variable}), and each would run every stage. Start "
+            "the stages one by one, as slurm/distill.sh does: only generate, cache and distill take several. " + unset
         )
     if redo is not None:
         raise UserError(
-            f"--redo {redo}: srun or torchrun started {together} processes, and a late one would remove what the "
-            f"others have begun. Run `exit-heads {verb} --redo {redo}` once without them, which removes the stage "
-            "(and makes it anew as far as one machine can), or give another run.name."
+            f"--redo {redo}: {by.launcher} started {by.processes} processes ({by.variable}), and a late one would "
+            f"remove what the others have begun. Run `exit-heads {verb} --redo {redo}` once without a launcher, or "
+            f"give another run.name. {unset}"
         )
 
 
@@ -256,7 +259,7 @@ def look(config: Config, status: bool, verify: bool, show: int | None) -> None:
 
     if not (Path(config.run.dir) / config.run.name).is_dir():
         raise UserError(f"run.name={config.run.name}: there is no run folder {config.run.dir}/{config.run.name}")
-    run = RunDir(config)
+    run = RunDir(config, look_only=True)
     if status:
         for line in inspection.status(run):
             print(line)

@@ -1,70 +1,78 @@
-"""What a run is: dataclasses <- one YAML file <- key=value words, in this order of precedence.
+"""The config of a run: every key with its type, default and help sentence, and how a Config is loaded.
 
-Takes a file and a list of words, gives a checked Config; a mistyped key or value is a UserError that names
-it and says what would be right. Knows nothing of stages; `help_text` is what `exit-heads VERB --help` prints.
+Defaults come from the dataclasses here; one YAML file wins over them, key=value words win over the file. `load` takes
+the file's path and the words, gives a checked Config, and raises UserError that names a mistyped key or value and says
+what would be right. config_words.py converts texts to types, config_paths.py expands ~, config_rules.py checks values;
+`help_text` is the list of keys that `exit-heads VERB --help` prints.
 """
 
 import difflib
-import json
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from . import config_rules
+from . import config_paths, config_rules, config_words
+from .config_paths import entries_of
 from .errors import UserError
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its default and the sentence that --help shows."""
+def option(default: Any, text: str, is_path: bool = False) -> Any:
+    """A dataclass field with its default and the sentence that --help shows.
+
+    `is_path`: the value may be a file or folder of this machine, and a ~ that it begins with is expanded.
+    """
+    metadata = {"help": text, "is_path": is_path}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Run:
     name: str = option("pocket", "name of the run folder")
-    dir: str = option("runs", "folder that holds the run folders")
+    dir: str = option("runs", "folder that holds the run folders", is_path=True)
 
 
 @dataclass
 class Machine:
-    """How the work is laid on this machine. Changing it never makes a finished stage stale."""
+    """On which devices and processes the work is done. Changing it never makes a finished stage stale."""
 
-    device: str = option("auto", "auto, cpu, cuda; auto takes a GPU when there is one")
+    device: str = option("auto", "auto, cpu or cuda; auto takes a GPU if there is one")
     device_map: str | None = option(
         None,
-        "of generate, cache and evaluate, for a backbone larger than one GPU: auto, balanced or sequential, as in "
-        "accelerate; a layer is never split",
+        "generate, cache and evaluate: how a backbone larger than one GPU is spread over the GPUs: auto, balanced or "
+        "sequential, as in accelerate; a layer is never split",
     )
-    cuda_graphs: bool = option(False, "evaluate: record the passes of the decoder as CUDA graphs; nothing on a CPU")
-    threads: int = option(0, "CPU threads of every stage but evaluate; 0 leaves torch's choice")
+    cuda_graphs: bool = option(False, "evaluate: record the decoder's passes as CUDA graphs; it has no effect on a CPU")
+    threads: int = option(0, "CPU threads of every stage except evaluate (evaluate.threads); 0 = torch's default")
     servers: list[str] = option(
-        [], "engine server: OpenAI-compatible servers that hold this backbone, such as [http://node1:8000/v1]"
+        [], "generate.engine=server: OpenAI-compatible servers of this backbone, such as [http://node1:8000/v1]"
     )
-    server_model: str | None = option(None, "engine server: the model's name there; default: the one that it lists")
+    server_model: str | None = option(
+        None, "generate.engine=server: name of the model there; default: the model that the server lists"
+    )
     server_api: str = option(
-        "auto", "engine server: completions, chat, or auto: token ids where the server takes them, else text"
+        "auto",
+        "generate.engine=server: completions, chat, or auto, which sends token ids if the server takes them, else text",
     )
-    server_timeout: float = option(600.0, "engine server: seconds that one answer may take")
-    nodes: int = option(1, "nodes of the distill job")
-    processes_per_node: int = option(1, "distill processes on each node; on GPUs, one per GPU")
+    server_timeout: float = option(600.0, "generate.engine=server: seconds to wait for one answer")
+    nodes: int = option(1, "number of nodes of the distill job")
+    processes_per_node: int = option(1, "number of distill processes on each node; on GPUs, one for each GPU")
     shard_degree: int = option(
         0,
-        "distill processes that share one copy of the backbone; 0 = all. Fewer, such as the GPUs of a node, and every "
-        "such group holds a copy of its own (HSDP): more memory, but weights are gathered inside a group only",
+        "number of distill processes that share one copy of the backbone; 0 = all. With fewer, such as the GPUs of a "
+        "node, each group holds its own copy (HSDP): more memory is taken, but weights are gathered inside groups only",
     )
     timeout: float = option(
-        1800.0, "seconds that distill processes wait for one another before they say who is missing and stop"
+        1800.0, "seconds that distill processes wait for one another before they name the missing ones and stop"
     )
 
     @property
     def processes(self) -> int:
-        """Of distill, on all nodes."""
+        """Number of distill processes on all nodes together."""
         return self.nodes * self.processes_per_node
 
     def processes_of_a_copy(self) -> int:
@@ -80,187 +88,218 @@ class Machine:
 
 @dataclass
 class Backbone:
-    name_or_path: str = option("pocket", "pocket (built in), a Hub id, or a checkpoint folder")
-    revision: str | None = option(None, "Hub commit, tag or branch; pin a commit for a run that can be repeated")
-    dtype: str = option("bfloat16", "float32 or bfloat16: the dtype of the frozen weights in every stage")
-    trust_remote_code: bool = option(False, "run Python code that the checkpoint ships; off unless you trust it")
+    name_or_path: str = option("pocket", "pocket (built in), a Hub id, or a checkpoint folder", is_path=True)
+    revision: str | None = option(None, "Hub commit, tag or branch; a commit makes the run repeatable")
+    dtype: str = option("bfloat16", "dtype of the frozen weights in every stage: float32 or bfloat16")
+    trust_remote_code: bool = option(
+        False, "whether Python code that the checkpoint contains may run; set it only if you trust it"
+    )
 
 
 @dataclass
 class Source:
     """One source of a mixture."""
 
-    path: str | None = option(None, "as prompts.path")
-    weight: float = option(1.0, "its share among the first prompts, relative to the other sources'")
+    path: str | None = option(None, "as prompts.path", is_path=True)
+    weight: float = option(1.0, "share of this source among the first prompts, relative to the weights of the others")
     revision: str | None = option(None, "as prompts.revision")
     split: str = option("train", "as prompts.split")
     column: str | None = option(None, "as prompts.column")
     licence: str | None = option(None, "as prompts.licence")
-    task: str | None = option(None, "task of all its prompts; default: their column task or category")
+    task: str | None = option(None, "task of all prompts of this source; default: their column task or category")
 
 
 @dataclass
 class Prompts:
-    path: str | None = option("pocket", "pocket (built in), a .jsonl, .json, .txt or .parquet file, or a datasets id")
-    revision: str | None = option(None, "datasets id only: commit to pin")
-    split: str = option("train", "datasets id only: split to read")
+    path: str | None = option(
+        "pocket", "pocket (built in), a .jsonl, .json, .txt or .parquet file, or the id of a dataset on the Hub", True
+    )
+    revision: str | None = option(None, "commit of a dataset on the Hub; it must be given for one")
+    split: str = option("train", "split of a dataset on the Hub")
     column: str | None = option(
         None,
-        "column of the prompt; default: a chat in messages, conversations or conversation; prompt, question, "
-        "instruction (and input) or text; turns",
+        "column that holds the prompt; default: the first that is there of messages, conversations and conversation "
+        "(chats), prompt, question, instruction (with input) and text, turns",
     )
-    licence: str | None = option(None, "licence of the prompts, for the records; default: what the dataset says")
+    licence: str | None = option(
+        None, "licence of the prompts, as the card will name it; default: what the dataset says"
+    )
     mixture: list[Source] = option([], "several sources instead of path, such as [{path: a.jsonl, weight: 2}, ...]")
-    held_out: float = option(0.1, "share of the prompts, by hash of the first turn, that only evaluate may see")
-    bad_rows: str = option("stop", "rows that cannot be read: stop, or skip: leave them out and count them")
-    min_tokens: int = option(0, "shorter prompts are dropped; 0 = off")
-    max_tokens: int = option(0, "longer prompts are dropped; 0 = off")
-    too_long: str = option("error", "prompts that leave no room for an answer: error or drop")
+    held_out: float = option(0.1, "share of the prompts, chosen by a hash of the first turn, that only evaluate uses")
+    bad_rows: str = option("stop", "what to do at a row that cannot be read: stop, or skip (leave it out and count it)")
+    min_tokens: int = option(0, "prompts of fewer tokens are dropped; 0 = none")
+    max_tokens: int = option(0, "prompts of more tokens are dropped; 0 = none")
+    too_long: str = option("error", "what to do with prompts that leave no room for an answer: error or drop")
     chat_template: str = option(
-        "none", "none (plain text), tokenizer (the chat template it brings) or the path of a .jinja file"
+        "none", "none (plain text), tokenizer (its own chat template) or the path of a .jinja file", is_path=True
     )
 
 
 @dataclass
 class EvaluatePrompts(Prompts):
-    path: str | None = option(None, "prompts of evaluate; default: the held-out share of prompts.path")
-    held_out: float = option(0.0, "unused here: every prompt of this set is evaluated on")
+    path: str | None = option(None, "prompts of evaluate; default: the held-out share of prompts.path", is_path=True)
+    held_out: float = option(0.0, "no effect: every prompt of this set is used by evaluate")
 
 
 @dataclass
 class Generate:
     engine: str = option(
         "padded",
-        "who answers: in process padded (padded batches), continuous (transformers' continuous batching) or "
-        "speculative (one by one, drafted by an exit head trained before); server (machine.servers); original (nobody: "
-        "the answers that the prompts' source gives)",
+        "how prompts are answered: padded (padded batches in this process), continuous (transformers' continuous "
+        "batching), speculative (one prompt at a time, drafted by an exit head trained before), server "
+        "(machine.servers), or original (the answers given in the prompts' source are taken)",
     )
-    exit_head: str | None = option(None, "of engine speculative: the head's folder, such as runs/NAME/heads/exit-2")
+    exit_head: str | None = option(
+        None, "generate.engine=speculative: folder of the exit head, such as runs/NAME/heads/exit-2", is_path=True
+    )
     controller: str = option(
-        "fixed:2", "of engine speculative: fixed:K, confidence:T or entropy:T, which learn nothing"
+        "fixed:2", "generate.engine=speculative: fixed:K, confidence:T or entropy:T, the controllers that learn nothing"
     )
-    num_prompts: int = option(384, "prompts to answer, the first of the shuffled set; 0 = all")
-    max_new_tokens: int = option(128, "longest response, in tokens")
-    temperatures: list[float] = option([0.0, 1.0], "mixed over the prompts in turn; 0 is greedy")
-    top_p: float = option(1.0, "nucleus of the sampled responses")
-    batch_size: int = option(64, "prompts answered together")
+    num_prompts: int = option(384, "number of prompts to answer, the first of the shuffled set; 0 = all")
+    max_new_tokens: int = option(128, "largest number of tokens of a response")
+    temperatures: list[float] = option([0.0, 1.0], "temperatures, assigned to the prompts in turn; 0 is greedy")
+    top_p: float = option(1.0, "probability mass of the nucleus that responses are sampled from; 1 = off")
+    batch_size: int = option(64, "number of prompts answered together")
     shard_size: int = option(
-        128, "prompts of a shard: what a process claims, and makes anew if another was killed at it"
+        128, "number of prompts of a shard, the unit that one process claims and that is lost if it is killed"
     )
 
 
 @dataclass
 class Distill:
-    exit_layers: list[int] = option([2], "exit layers N, 1 <= N < L; one head is trained for each")
+    exit_layers: list[int] = option(
+        [2], "exit layers N, 1 <= N < L of a backbone with L layers; one head is trained for each"
+    )
     teacher: str = option(
         "online",
-        "online: the backbone runs in every step; cached: `exit-heads cache` runs it once over all sequences and keeps "
-        "its hidden states on disk",
+        "online (the backbone runs in every step) or cached (`exit-heads cache` runs it once over all sequences and "
+        "keeps its hidden states on disk)",
     )
-    init: str = option("last", "weights a head starts from: last (the backbone's last layer), layer (layer N), random")
+    init: str = option(
+        "last", "initial weights of a head: last (the backbone's last layer), layer (its layer N) or random"
+    )
     loss: list[str] = option(
-        ["kl"], "terms of the loss, each NAME or WEIGHT*NAME: kl, tvd, tvd++, overlap, ce; such as [kl, 0.1*ce]"
+        ["kl"], "terms of the loss, each NAME or WEIGHT*NAME, of kl, tvd, tvd++, overlap and ce; such as [kl, 0.1*ce]"
     )
     learn_from: str = option(
-        "responses", "responses, or all: the prompts' tokens too, of which the teacher gives the distributions for free"
+        "responses", "tokens whose distributions are learned: responses, or all (the tokens of the prompts too)"
     )
-    truncated: str = option("drop", "answers cut off by generate.max_new_tokens: drop, or keep to learn from them too")
+    truncated: str = option("drop", "what to do with answers cut off by generate.max_new_tokens: drop or keep")
     repeated_share: float = option(
-        0.5, "an answer of which more than this share of the 8-grams occurred before in it is left out; 1 keeps all"
+        0.5, "answers are left out if more than this share of their 8-grams are repetitions; 1 keeps all answers"
     )
-    max_steps: int = option(120, "optimizer steps")
-    sequence_length: int = option(256, "tokens of a packed sequence")
-    sequences_per_step: int = option(16, "packed sequences of a step, over all processes")
+    max_steps: int = option(120, "number of optimizer steps")
+    sequence_length: int = option(256, "number of tokens of a packed sequence")
+    sequences_per_step: int = option(16, "number of packed sequences of a step, over all processes")
     sequences_per_pass: int = option(
         0,
-        "packed sequences that a process takes through the model at once; 0 = all of its step. Fewer save memory: "
-        "their gradients add up to those of the step",
+        "number of packed sequences that a process passes through the model at once; 0 = all of its step. Fewer take "
+        "less memory; gradients are accumulated over the step",
     )
-    learning_rate: float = option(2e-3, "peak; warm-up is linear, then a cosine to a tenth")
-    warmup_steps: int = option(10, "steps of linear warm-up")
-    weight_decay: float = option(0.0, "AdamW weight decay")
+    learning_rate: float = option(2e-3, "peak learning rate; after a linear warm-up it falls by a cosine to a tenth")
+    warmup_steps: int = option(10, "number of steps of the linear warm-up")
+    weight_decay: float = option(0.0, "weight decay of AdamW")
     clip_norm: float = option(1.0, "largest gradient norm of each head")
     temperature: float = option(1.0, "softmax temperature of teacher and head in the loss")
-    loss_chunk: int = option(512, "rows of logits alive at once in the loss")
-    held_out: float = option(0.05, "share of the responses, by hash, kept for validation")
-    validate_every: int = option(40, "steps between validations")
+    loss_chunk: int = option(512, "number of rows of logits that the loss holds at once")
+    held_out: float = option(0.05, "share of the responses, chosen by a hash, that is kept for validation")
+    validate_every: int = option(40, "number of steps between validations")
     patience: int = option(
-        0, "validations without a longer expected acceptance length after which a head stops learning; 0 = never"
+        0, "a head stops learning after so many validations without a longer expected acceptance length; 0 = never"
     )
-    checkpoint_every: int = option(40, "steps between resumable checkpoints")
+    checkpoint_every: int = option(40, "number of steps between resumable checkpoints")
 
 
 @dataclass
 class Evaluate:
     prompts: EvaluatePrompts = field(default_factory=EvaluatePrompts)
-    num_prompts: int = option(24, "prompts measured, each with all its turns; 0 = all")
-    max_new_tokens: int = option(128, "tokens decoded for each prompt")
-    temperatures: list[float] = option([0.0, 1.0], "0 is greedy; each is a table of its own")
-    top_k: int = option(0, "applied to backbone and exit head alike; 0 = off")
-    top_p: float = option(1.0, "applied to backbone and exit head alike; 1 = off")
+    num_prompts: int = option(24, "number of prompts measured, each with all its turns; 0 = all")
+    max_new_tokens: int = option(128, "number of tokens decoded for each prompt")
+    temperatures: list[float] = option([0.0, 1.0], "temperatures measured, each in a table of its own; 0 is greedy")
+    top_k: int = option(0, "top-k of the sampling, for backbone and exit head alike; 0 = off")
+    top_p: float = option(1.0, "top-p of the sampling, for backbone and exit head alike; 1 = off")
     controllers: list[str] = option(
         ["thompson", "fixed:1", "fixed:2", "fixed:4", "beta"],
-        "who decides how many tokens to draft: thompson, fixed:K, confidence:T, entropy:T, beta, calibration",
+        "controllers, which decide how many tokens to draft: thompson, fixed:K, confidence:T, entropy:T, beta, "
+        "calibration",
     )
     rivals: list[str] = option(
         ["generate", "generate:static", "early_exit", "assistant_model:2", "prompt_lookup"],
-        "what transformers offers, measured beside at temperature 0; early_exit (the layers below N alone) and "
-        "assistant_model:K (the head as a draft model, K drafts a round) at each exit layer; [] for none",
+        "methods of transformers, measured for comparison at temperature 0; early_exit (drafts of the first N layers) "
+        "and assistant_model:K (the head as a draft model, K drafts a round) at each exit layer; [] for none",
     )
     head: str | None = option(
-        None, "measure this published head (--head) instead of the run's own: org/name, org/name@revision or a folder"
+        None,
+        "published head to measure (--head) instead of the run's own: org/name, org/name@revision or a folder",
+        is_path=True,
     )
     states: str | None = option(
-        None, "eval/results.json of an earlier evaluation of the same heads: start from what thompson had learned there"
+        None,
+        "eval/results.json of an earlier evaluation of the same heads; thompson starts from what it had learned there",
+        is_path=True,
     )
-    repeats: int = option(1, "interleaved passes over the prompts")
-    threads: int = option(1, "CPU threads while decoding: one token at a time rarely profits from more")
+    repeats: int = option(1, "number of interleaved passes over the prompts")
+    threads: int = option(1, "CPU threads of decoding, which rarely gains from more as it takes one token at a time")
 
 
 @dataclass
 class Plan:
-    """What `exit-heads plan` assumes. No stage reads it."""
+    """What `exit-heads plan` assumes. No stage reads this section."""
 
     gpu: str = option("H100", "GPU of every process: A100-40GB, A100-80GB, H100, H200, L40S, RTX-4090, or cpu")
-    mfu: float = option(0.4, "share of the GPU's peak that training and prefill are assumed to reach")
+    mfu: float = option(0.4, "assumed share of the GPU's peak that training and prefill reach")
     node_bandwidth: float | None = option(
-        None, "GB/s between nodes for each GPU, one way; default: usual for the GPU, such as 50 (400 Gbit/s) for H100"
+        None, "bandwidth between nodes in GB/s for each GPU, one way; default: the usual one, such as 50 for an H100"
     )
     acceptance: list[float] = option(
-        [], "draft acceptance rate expected at each of distill.exit_layers, such as [0.6, 0.7]; []: not known"
+        [], "expected draft acceptance rate at each of distill.exit_layers, such as [0.6, 0.7]; [] = not known"
     )
     pilot: str | None = option(
-        None, "run folder of a smaller run whose eval/results.json gives acceptance, and costs if of the same backbone"
+        None,
+        "run folder of a smaller run; its eval/results.json gives the acceptance, and for the same backbone the costs",
+        is_path=True,
     )
 
 
 @dataclass
 class Publish:
-    repo_id: str | None = option(None, "org/name the head will live under; written into the card")
+    repo_id: str | None = option(None, "org/name of the published head on the Hub, which the card names")
     target: str = option(
         "folder",
-        "folder: write hub/<N>/ and stop there; hub: push it to publish.repo_id too, with the token of HF_TOKEN or of "
-        "`hf auth login`",
+        "folder (write hub/<N>/) or hub (push that folder to publish.repo_id too, with the token of HF_TOKEN or of "
+        "`hf auth login`)",
     )
-    public: bool = option(False, "target hub: a repo that everyone can read (--public); default: a private one")
-    exit_layer: int | None = option(None, "exit layer of the head to publish; default: that of the best")
+    public: bool = option(False, "publish.target=hub: whether everyone may read the repo (--public)")
+    exit_layer: int | None = option(None, "exit layer of the head to publish; default: that of the best head")
     licence: str | None = option(
-        None, "licence on the card, as the Hub names it, such as apache-2.0; default: what the backbone's card says"
+        None, "licence named on the card, such as apache-2.0; default: what the backbone's card says"
     )
-    min_speedup: float = option(1.0, "the gate: the best controller's 95 % interval must lie above this")
-    force: bool = option(False, "publish a head that the gate refused; the card then says why it was refused")
+    min_speedup: float = option(
+        1.0, "speedup that the 95 % interval of the best controller must lie above for the head to be published"
+    )
+    force: bool = option(
+        False, "whether to publish a head that the gate refused; the card then says why it was refused"
+    )
 
 
 @dataclass
 class Wandb:
-    mode: str = option("auto", "auto (online with a key, else offline), online, offline, disabled")
-    project: str = option("exit-heads", "W&B project")
-    entity: str | None = option(None, "W&B user or team")
+    mode: str = option(
+        "auto",
+        "auto (what WANDB_MODE or W&B's settings file says, else online with a key and offline without), online, "
+        "offline or disabled",
+    )
+    project: str | None = option(
+        None, "W&B project; default: what WANDB_PROJECT or W&B's settings file says, else exit-heads"
+    )
+    entity: str | None = option(
+        None, "W&B user or team; default: what WANDB_ENTITY or W&B's settings file says, else your own"
+    )
 
 
 @dataclass
 class Config:
-    seed: int = option(0, "of every random choice in the run")
+    seed: int = option(0, "seed of every random choice in the run")
     run: Run = field(default_factory=Run)
     machine: Machine = field(default_factory=Machine)
     backbone: Backbone = field(default_factory=Backbone)
@@ -278,45 +317,23 @@ def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | No
 
     `instead` holds defaults, by section and key, that take the place of the dataclasses' own.
     """
-    merged = OmegaConf.merge(OmegaConf.structured(Config()), instead or {})
+    trees = [("defaults", instead or {})]
     if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"--config {path}: no such file. Start from one in configs/.")
-        try:
-            loaded = OmegaConf.load(path)
-        except Exception as error:  # YAML's own errors carry the line
-            raise UserError(f"--config {path}: not YAML: {error}") from None
-        if not OmegaConf.is_dict(loaded):
-            raise UserError(f"--config {path}: `key: value` lines are needed. See configs/.")
-        merged = _merge(merged, loaded, f"--config {path}")
-    for word in words:
-        key, equals, _ = word.partition("=")
-        if not equals or not key:
-            raise UserError(f"{word!r} is not key=value. Example: distill.max_steps=200")
-        try:
-            parsed = OmegaConf.from_dotlist([word])
-        except Exception as error:
-            raise UserError(f"{word!r} cannot be read: {error}") from None
-        merged = _merge(merged, parsed, word)
+        file = Path(config_paths.expanded(str(path), "--config"))
+        trees.append((f"--config {file}", config_words.read_file(file, Config)))
+    trees += [(word, config_words.read_word(word, Config)) for word in words]
+    merged = OmegaConf.structured(Config())
+    for where, tree in trees:
+        config_words.refuse_outside(tree, where)
+        merged = _merge(merged, tree, where)
     try:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # ${a.reference} to nothing
-        where = words if path is None else ["--config", str(path), *words]
-        raise UserError(f"{' '.join(where)}: key {error.full_key}: {str(error).splitlines()[0]}") from None
+        given = words if path is None else ["--config", str(path), *words]
+        raise UserError(f"{' '.join(given)}: key {error.full_key}: {str(error).splitlines()[0]}") from None
+    config_paths.expand(config)
     config_rules.check(config)
     return config
-
-
-def variations(word: str) -> list[str]:
-    """key=[a,b] -> key=a, key=b. Raises UserError for a word that is no list."""
-    key, equals, values = word.partition("=")
-    try:
-        parsed = yaml.safe_load(values)
-    except yaml.YAMLError:
-        parsed = None
-    if not key or not equals or not isinstance(parsed, list) or not parsed:
-        raise UserError(f"--vary {word}: a key and a list of values is needed, such as machine.nodes=[1,2,4]")
-    return [f"{key}={json.dumps(value)}" for value in parsed]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -345,14 +362,9 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
             names += _keys(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
             names.append(prefix + f.name)
-        for entry in _entries(f.type):
+        for entry in entries_of(f.type):
             names += _keys(entry, f"{prefix}{f.name}[].")
     return names
-
-
-def _entries(kind: Any) -> list[type]:
-    """The dataclass that a list is of, if it is one."""
-    return [entry for entry in get_args(kind) if is_dataclass(entry)]  # type: ignore[misc]
 
 
 def help_text(sections: list[str]) -> str:
@@ -368,7 +380,7 @@ def help_text(sections: list[str]) -> str:
             elif prefix or f.name in sections:
                 value = "null" if values[f.name] is None else values[f.name]
                 lines.append(f"  {prefix + f.name}={value}\n      {f.metadata['help']}")
-                for entry in _entries(f.type):
+                for entry in entries_of(f.type):
                     walk(entry, to_dict(entry), f"{prefix}{f.name}[].")
 
     walk(Config, defaults, "")

@@ -75,6 +75,7 @@ _TEMPERATURES = _are_temperatures, "a list, each 0 (greedy) or above"
 # Key -> (is the value right?, what would be). What needs the backbone (N < L, the context) is checked by the stages.
 _RULES: dict[str, tuple[Any, str]] = {
     "run.name": ((lambda name: bool(name) and "/" not in name and name[0] != "."), "a plain folder name is needed"),
+    "run.dir": (bool, "a folder is needed, such as runs"),
     "seed": _NOT_NEGATIVE,
     "machine.device": ((lambda d: d in ("auto", "cpu") or d.startswith("cuda")), "auto, cpu or cuda"),
     "machine.device_map": (

@@ -1,30 +1,32 @@
-"""The ways a run may end on purpose: the user must change something (2), the gate said no (3), another process is gone
-(75, which sysexits.h has for "try again").
+"""The errors that a command ends with on purpose, each with its exit code, and warnings.
 
-Anything else that is raised is a bug and shows its traceback. Knows nothing of who raises or who catches.
+Exit code 2: the user must change something. 3: the gate refused the head. 75: another process of the stage was lost,
+and the same command may be tried again (EX_TEMPFAIL of sysexits.h). cli.py prints the message and no traceback; any
+other exception is a bug and shows its traceback.
 """
 
 import sys
 
 
 class UserError(Exception):
-    """A mistake of the user's: the message names the key, its value and the remedy. Exit code 2."""
+    """The user must change something: the message names the key, its value and the remedy. Exit code 2."""
 
     exit_code = 2
 
 
 class GateError(Exception):
-    """A head that must not be published: the message names every line of the gate that failed. Exit code 3."""
+    """The gate refused to publish a head: the message names every condition that failed. Exit code 3."""
 
     exit_code = 3
 
 
 class LostError(Exception):
-    """Another process of this stage is gone without a word, or its node is: the message names it. Exit code 75."""
+    """Another process of this stage ended without an error of its own, or its node is down: the message names it. The
+    same command goes on from the last checkpoint. Exit code 75."""
 
     exit_code = 75
 
 
 def warn(stage: str, message: str) -> None:
-    """One line on stderr, for what the user should know and need not act on."""
+    """Print one line on stderr: something that the user should know and need not act on."""
     print(f"{stage}: {message}", file=sys.stderr, flush=True)

@@ -18,25 +18,28 @@ PACKAGE = ROOT / "pipeline"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Room -> the rooms it may import. A new room is added here and to docs/architecture.md, on purpose.
-FOUNDATION = {"config", "config_rules", "errors"}
+FOUNDATION = {"config", "config_rules", "errors", "launchers"}
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"stages", "publishing", "evaluation", "generation", "runs"} | FOUNDATION,
+    "cli": {"stages", "publishing", "evaluation", "generation", "runs", "config_words"} | FOUNDATION,
     "stages": {"publishing", "evaluation", "training", "generation", "prompts", "backbones", "inference", "planning",
                "runs"} | FOUNDATION,
     "publishing": {"evaluation", "backbones", "inference", "runs"} | FOUNDATION,
     "evaluation": {"generation", "prompts", "inference", "runs"} | FOUNDATION,
     "planning": {"evaluation", "config", "errors"},
-    "training": {"generation", "backbones", "inference", "runs", "config", "errors"},
+    "training": {"generation", "backbones", "inference", "runs", "config", "errors", "launchers"},
     "generation": {"prompts", "backbones", "inference", "runs", "config", "errors"},
     "prompts": {"pocket", "runs"} | FOUNDATION,
-    "backbones": {"inference", "pocket", "config", "errors"},
+    "backbones": {"inference", "pocket", "runs", "config", "errors"},
     "inference": set(),
     "pocket": set(),
     "runs": FOUNDATION,
-    "config": {"config_rules", "errors"},
+    "config": {"config_paths", "config_rules", "config_words", "errors"},
+    "config_paths": {"errors"},
     "config_rules": {"errors"},
+    "config_words": {"errors"},
+    "launchers": {"errors"},
     "errors": set(),
 }  # fmt: skip
 
@@ -45,7 +48,8 @@ VERBS = {path.stem for path in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
 
 # `exit-heads --help` and a mistyped key must answer at once: no import at the top of these that takes seconds.
 QUICK_TO_IMPORT = [PACKAGE / f"{name}.py" for name in (
-    "__init__", "__main__", "cli", "config", "config_rules", "errors", "runs/folder", "runs/files", "runs/provenance"
+    "__init__", "__main__", "cli", "config", "config_paths", "config_rules", "config_words", "errors", "launchers",
+    "runs/folder", "runs/files", "runs/provenance"
 )]  # fmt: skip
 HEAVY = {"torch", "transformers", "lightning", "datasets", "accelerate", "wandb", "matplotlib", "pandas", "pyarrow"}
 

@@ -11,7 +11,7 @@ from helpers import byte_tokenizer
 from pipeline import config as config_module
 from pipeline.config import Config, Source, help_text, load, to_dict
 from pipeline.errors import UserError
-from pipeline.runs.anonymous import without_folders
+from pipeline.runs.anonymous import anonymous
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -126,10 +126,10 @@ WRONG = [
     (["prompts.min_tokens=-1"], ["prompts.min_tokens=-1", "0 or above"]),
     (["prompts.max_tokens=-1"], ["prompts.max_tokens=-1", "0 or above"]),
     (["prompts.max_tokens=4", "prompts.min_tokens=5"], ["prompts.max_tokens=4", "below min_tokens=5"]),
-    (["prompts.chat_template=true"], ["prompts.chat_template=True", "none", "tokenizer", ".jinja"]),
-    (["prompts.chat_template=false"], ["prompts.chat_template=False", "none for plain text"]),
+    (["prompts.chat_template=true"], ["prompts.chat_template=true", "none", "tokenizer", ".jinja"]),
+    (["prompts.chat_template=false"], ["prompts.chat_template=false", "none for plain text"]),
     (["evaluate.prompts.chat_template=own.txt"], ["evaluate.prompts.chat_template=own.txt", ".jinja"]),
-    (["prompts.chat_template=null"], ["prompts.chat_template", "None"]),
+    (["prompts.chat_template=null"], ["prompts.chat_template=null", "none for plain text"]),
     (["prompts.mixture=[{pth: a.jsonl}]"], ["prompts.mixture[].pth", "Did you mean prompts.mixture[].path?"]),
     (
         ["evaluate.prompts.mixture=[{path: a.jsonl, weights: 2}]"],
@@ -205,16 +205,34 @@ PUBLISHED = {
     "evaluate.states=runs/secret/eval/results.json": "results.json",
     "plan.pilot=runs/secret": "secret",
     "machine.server_model=/models/secret/llama": "llama",
+    "machine.servers=[http://node1:8000/v1, 'https://10.0.0.7/x/v1?api_key=k']": ["server", "server"],
+    "backbone.name_or_path=https://user:secret@hub.corp/org/model?token=t": "model",
+    "backbone.name_or_path=C:\\Users\\me\\model": "model",
+    "backbone.name_or_path=me@node1:/data/model": "model",
+    "backbone.name_or_path=file:///home/me/model": "model",
+    "prompts.path=https://user:secret@node1:8000/a/b.jsonl?token=t#x": "b.jsonl",
+    "prompts.path=s3://bucket-x/a/b.jsonl": "b.jsonl",
+    "prompts.path=http://node1:8000": "server",
+    "prompts.path=data/B.JSONL": "B.JSONL",
+    "prompts.column=/home/me/column": "column",
+    "prompts.mixture=[{path: 'https://node1/a.jsonl?token=t'}, {path: /home/me/b.txt, task: in /home/me/c}]": [
+        {"path": "a.jsonl", "task": None},
+        {"path": "b.txt", "task": "in c"},
+    ],
+    "prompts.licence=as at https://user:secret@site.org/licence?key=k": "as at https://site.org/licence",
+    "prompts.licence=see /home/me/LICENCE": "see LICENCE",
     "publish.repo_id=org/head": "org/head",
 }
 
 
 @pytest.mark.parametrize(("word", "told"), PUBLISHED.items())
-def test_paths_are_not_published_and_ids_are_whole(word: str, told: str, tmp_path: Path, monkeypatch) -> None:
+def test_paths_are_not_published_and_ids_are_whole(word: str, told: Any, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)  # where nothing of all this lies
-    value: Any = without_folders(to_dict(load(None, [word])))
+    value: Any = anonymous(to_dict(load(None, [word])))
     for key in word.partition("=")[0].split("."):
         value = value[key]
+    if told and isinstance(told[0], dict):
+        value = [{key: entry[key] for key in told[0]} for entry in value]
     assert value == told
 
 
@@ -222,7 +240,7 @@ def test_what_is_here_is_no_id(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "models" / "llama").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     mixture = "prompts.mixture=[{path: ../secret/a.jsonl}, {path: org/data}]"
-    tree = without_folders(to_dict(load(None, ["backbone.name_or_path=models/llama", mixture])))
+    tree = anonymous(to_dict(load(None, ["backbone.name_or_path=models/llama", mixture])))
     assert tree["backbone"]["name_or_path"] == "llama"
     assert [source["path"] for source in tree["prompts"]["mixture"]] == ["a.jsonl", "org/data"]
 

@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..inference.exit_head import check_exit_layer
 from ..inference.families import check_family
 from ..pocket.paths import BACKBONE
+from ..runs.anonymous import anonymous
 
 BUILT_IN = {"pocket": BACKBONE}
 
@@ -42,9 +43,9 @@ def source_of(backbone: Backbone) -> str:
 
 
 def public_name(backbone: Backbone) -> str:
-    """The name that may be published: of a local folder only its last part."""
+    """The name that may be published: of a local folder, there or not, and of a URL only the last part."""
     path = Path(backbone.name_or_path)
-    return path.resolve().name if path.is_dir() else backbone.name_or_path
+    return path.resolve().name if path.is_dir() else anonymous(backbone.name_or_path, "name_or_path")
 
 
 @contextlib.contextmanager

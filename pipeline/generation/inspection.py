@@ -37,7 +37,7 @@ def status(run: RunDir) -> Iterator[str]:
         f"{responses.folder}: {state}: {len(entries)} of {len(names)} shards, {total['prompts']} of {asked['prompts']} "
         f"prompts, {total['rows']} responses, {total['tokens']} tokens"
     )
-    holders = responses.claims.holders()
+    holders = responses.claims.holders(look_only=True)
     for name, holder in holders.items():
         gone = ": left behind, the next process takes it over" if holder.is_gone else ""
         yield f"  {name}: {holder.host}, process {holder.pid}, for {_duration(holder.since)}{gone}"

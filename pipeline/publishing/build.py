@@ -10,6 +10,7 @@ import pandas as pd
 
 from ..errors import UserError
 from ..inference.exit_head import ExitHead
+from ..runs.anonymous import anonymous
 from ..runs.files import atomic_path, sha256_of
 from ..runs.folder import RunDir
 from . import card, draft_card, draft_model, gate, head_folder, parity
@@ -53,7 +54,7 @@ def write(run: RunDir, form: Form) -> Path:
         if failed and not settings.force:
             raise gate.refused(n, failed)
         results["gate"] = {"passed": not failed, "reasons": failed, "parity": figures}
-        head_folder.write_json(folder / "results.json", results)
+        head_folder.write_json(folder / "results.json", anonymous(results))
         (card if form == "head" else draft_card).write(folder, run, results)
         summary |= {"folder": target.relative_to(run.path).as_posix(), "sha256": head_folder.digest_of(folder)}
         summary |= {"gate": results["gate"]}

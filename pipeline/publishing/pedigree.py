@@ -1,7 +1,6 @@
 """Where a head comes from, as it may be published: config, records, licences, what it was trained on and how far.
 
-Takes a run folder, gives plain dicts without folders, hosts, users, servers or tokens in them. Knows nothing of how a
-head is evaluated or published.
+Takes a run folder, gives plain dicts without folders, hosts, users, servers or tokens in them (runs/anonymous.py).
 """
 
 import json
@@ -14,7 +13,7 @@ from ..backbones.load import public_name
 from ..backbones.weight_files import file_of
 from ..config import Backbone, Config
 from ..config_rules import is_repo_id
-from ..runs.anonymous import without_folders
+from ..runs.anonymous import anonymous
 from ..runs.folder import RunDir
 
 MADE_BY = ("generate", "distill", "evaluate")
@@ -34,13 +33,14 @@ def config_of(run: RunDir) -> dict[str, Any]:
             sections |= json.loads(mark.read_text())["config"]
     if "backbone" in sections:
         sections["backbone"]["name_or_path"] = public_name(Backbone(**sections["backbone"]))
-    return without_folders(sections)
+    return anonymous(sections)
 
 
 def records_of(run: RunDir) -> list[dict[str, Any]]:
     """One record a stage, the newest: when, with which code, versions and hardware, from inputs of which sha256."""
     newest = {r["stage"]: r for r in run.records()}
-    return [{key: newest[stage][key] for key in TOLD if key in newest[stage]} for stage in MADE_BY if stage in newest]
+    told = [{key: newest[stage][key] for key in TOLD if key in newest[stage]} for stage in MADE_BY if stage in newest]
+    return anonymous(told)
 
 
 def trained(run: RunDir, exit_layer: int) -> dict[str, Any] | None:
@@ -53,7 +53,9 @@ def trained(run: RunDir, exit_layer: int) -> dict[str, Any] | None:
 def responses(run: RunDir) -> dict[str, Any] | None:
     """The manifest of what it learned from, without its shards; None if it is not here."""
     path = run / "responses" / "manifest.json"
-    return {k: v for k, v in json.loads(path.read_text()).items() if k != "shards"} if path.exists() else None
+    return (
+        anonymous({k: v for k, v in json.loads(path.read_text()).items() if k != "shards"}) if path.exists() else None
+    )
 
 
 def prompt_licences(run: RunDir) -> dict[str, str | None]:

@@ -3,16 +3,18 @@
 Takes a folder that all of them see, gives claims. A claim is a file that one process alone can put there; while it
 works it touches the file again and again, so that what a killed process held can be told and taken over. Claims only
 save work: two processes that hold the same one (a clock that jumps, a process stopped for an hour) do no harm where
-results are put in place once and for all (rundir.place_once). Knows nothing of the work.
+results are put in place once and for all (files.place_once).
 """
 
 import contextlib
 import json
+import math
 import os
+import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +53,8 @@ class Claims:
     def __init__(self, folder: Path):
         self.folder = folder
         self.me = {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
+        self._clock = (0.0, -math.inf)
+        """The file system's time when it was last asked for, and when that was by time.monotonic()."""
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[bool]:
@@ -71,9 +75,25 @@ class Claims:
                 if path.read_text() == mine:  # else another took it for left behind
                     path.unlink()
 
-    def holders(self) -> dict[str, Holder]:
-        """Name -> holder of every claim there is."""
-        return {p.name: h for p in sorted(self.folder.glob("[!.]*")) if (h := self._holder(p)) is not None}
+    def names(self) -> set[str]:
+        """The claims that there are, of processes alive or gone: one look at the folder, whatever is in it."""
+        try:
+            return {name for name in os.listdir(self.folder) if not name.startswith(".")}
+        except FileNotFoundError:
+            return set()
+
+    def holders(self, look_only: bool = False) -> dict[str, Holder]:
+        """Name -> holder of every claim there is. `look_only`: by this machine's clock, and nothing is written."""
+        now = time.time() if look_only else None
+        return {name: h for name in sorted(self.names()) if (h := self._holder(self.folder / name, now)) is not None}
+
+    def free_one(self, names: Iterable[str]) -> bool:
+        """Look at one of these claims, whichever; true if its holder was gone and it is free now.
+
+        Who waits for many calls this again and again: a call takes the same time however many they are.
+        """
+        found = sorted(names)
+        return bool(found) and self._take_over(self.folder / random.choice(found))
 
     def _create(self, path: Path, text: str) -> bool:
         if path.exists():  # who waits for others asks again and again: no write for that
@@ -101,9 +121,9 @@ class Claims:
         aside.unlink(missing_ok=True)
         return True
 
-    def _holder(self, path: Path) -> Holder | None:
-        """None if the claim is not there."""
-        now = self._now()
+    def _holder(self, path: Path, now: float | None = None) -> Holder | None:
+        """None if the claim is not there. `now`: the time, if not the file system's."""
+        now = self._now() if now is None else now
         try:
             touched = path.stat().st_mtime
             text = path.read_text()
@@ -117,22 +137,25 @@ class Claims:
         return Holder(host, pid, born, max(0.0, time.time() - made), max(0.0, now - touched))
 
     def _now(self) -> float:
-        """The file system's time: the clocks of machines that share it may differ."""
-        clock = self._temporary("clock")
-        try:
-            clock.touch()
-            now = clock.stat().st_mtime
-            clock.unlink()
-        except OSError:  # a folder that can only be read, or none
-            return time.time()
-        return now
+        """The file system's time, as the clocks of machines that share it may differ. It is asked for once in a while:
+        that takes a file."""
+        at = time.monotonic()
+        if at - self._clock[1] > SILENT:
+            clock = self._temporary("clock")
+            try:
+                clock.touch()
+                self._clock = clock.stat().st_mtime, at
+                clock.unlink()
+            except OSError:  # a folder that can only be read, or none
+                return time.time()
+        return self._clock[0] + at - self._clock[1]
 
     def _temporary(self, name: str) -> Path:
         return temporary_of(self.folder / name)
 
 
 def left_behind(temporary: Path) -> bool:
-    """Whether the process that wrote under this temporary name (rundir.who) is dead, or was silent for too long."""
+    """Whether the process that wrote under this temporary name (files.who) is dead, or was silent for too long."""
     host, _, pid = temporary.name.rpartition("-")
     if host.endswith(f"@{socket.gethostname()}") and pid.isdecimal():
         return not _born(int(pid))

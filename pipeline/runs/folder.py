@@ -1,8 +1,7 @@
 """The run folder: where each stage's files lie, how they are written, and whether a stage is done.
 
-Takes a Config and files, gives paths, atomic writes, done marks and provenance records. A mark holds the
-stage's own config and the hashes of what it read; a rerun with the same does nothing, with other values it
-is refused. Knows nothing of what the stages do.
+Takes a Config, gives paths, done marks and provenance records. A mark holds the stage's own config and the hashes of
+what it read: a rerun with the same values does nothing, one with other values is refused, and --redo forgets the stage.
 
     runs/<name>/
       config.yaml  run.json             the newest resolved config; one provenance record per stage run
@@ -12,22 +11,24 @@ is refused. Knows nothing of what the stages do.
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from ..config import Config, to_dict
 from ..errors import GateError, UserError
 from .files import TEMPORARY, atomic_write, remove, sha256_of, who
+from .presence import Presence
 from .provenance import provenance
 
 STAGES = ("generate", "cache", "distill", "evaluate", "publish")
+SHARED = ("generate", "cache")
+"""Stages at which any number of processes work together."""
 
 # The config a stage depends on: sections, or single keys of them. A change elsewhere leaves it done.
 SUBTREES = {
@@ -64,16 +65,18 @@ OUTPUTS = {
 }
 
 
-RESTARTED = 180.0
-"""Seconds that a job which Slurm started again waits for what its first start may seem to hold."""
-
-
 class RunDir:
-    """Paths and marks of one run. Raises UserError when the folder cannot be written."""
+    """Paths and marks of one run. Raises UserError if the folder cannot be written to.
 
-    def __init__(self, config: Config):
+    `look_only`: nothing will be written, so the folder is neither made nor tried.
+    """
+
+    def __init__(self, config: Config, look_only: bool = False):
         self.config = config
         self.path = Path(config.run.dir) / config.run.name
+        self.presence = Presence(self.path / "stages")
+        if look_only:
+            return
         try:
             (self.path / "stages").mkdir(parents=True, exist_ok=True)
             probe = self.path / "stages" / f".probe-{who()}"
@@ -125,7 +128,7 @@ class RunDir:
         no --redo.
         Once there is work to go on from, the mark stays, or that work could be mixed with another config's.
         """
-        with contextlib.nullcontext() if shared else self._alone(stage):
+        with self.presence.shared(stage) if shared else self.presence.alone(stage):
             yield from self._marked(stage, inputs, outside, shared)
 
     def _marked(
@@ -157,32 +160,28 @@ class RunDir:
         path = self.path / "run.json"
         return json.loads(path.read_text()) if path.exists() else []
 
-    @contextlib.contextmanager
-    def _alone(self, stage: str) -> Iterator[None]:
-        """Raises UserError while another process is at this stage of this folder; a dead one holds nothing."""
-        lock = FileLock(self.path / "stages" / f".{stage}.lock")
-        try:
-            lock.acquire(timeout=_patience())
-        except Timeout:
-            raise UserError(
-                f"{self.path}: another process is at stage {stage} of it. Wait for that, or give another run.name."
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
-
     def _has_output(self, stage: str) -> bool:
         return any(p.is_file() or any(f.is_file() for f in p.rglob("*")) for p in self._outputs(stage))
 
     def _outputs(self, stage: str) -> list[Path]:
         return [path for pattern in OUTPUTS[stage] for path in self.path.glob(pattern)]
 
-    def redo(self, stage: str) -> None:
-        """Forget the stage and remove what it wrote."""
-        for target in self._outputs(stage):
-            remove(target)
-        self._mark(stage).unlink(missing_ok=True)
+    def redo(self, *stages: str) -> None:
+        """Forget the stages and remove what they wrote.
+
+        Raises UserError, with nothing removed, if a process is at one of them or at a later one, which may be reading
+        what they wrote.
+        """
+        order = list(OUTPUTS)
+        with self.presence.alone(*order[min(map(order.index, stages)) :]):
+            for stage in stages:
+                for target in self._outputs(stage):
+                    remove(target)
+                self._mark(stage).unlink(missing_ok=True)
+
+    def at(self, stage: str) -> contextlib.AbstractContextManager[None]:
+        """Around all that a process does for a stage that several share, so that --redo cannot remove it meanwhile."""
+        return self.presence.shared(stage) if stage in SHARED else contextlib.nullcontext()
 
     def _sweep(self, stage: str) -> None:
         """Remove what a killed run of this stage left under temporary names."""
@@ -208,12 +207,6 @@ class RunDir:
 
     def _write_mark(self, stage: str, mark: dict[str, Any]) -> None:
         atomic_write(self._mark(stage), json.dumps(mark, indent=1) + "\n")
-
-
-def _patience() -> float:
-    """Seconds to wait for a lock. A job that Slurm started again may come before the file system has noticed that its
-    first node is dead: NFS keeps the locks of a client for a while."""
-    return RESTARTED if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else 0.0
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

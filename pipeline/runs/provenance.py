@@ -1,6 +1,6 @@
 """Provenance: which code, versions, hardware and command made a result.
 
-Gives one dict for run.json and for benchmarks. It holds no environment variables and no tokens.
+`provenance` gives one dict for run.json and for benchmarks. It holds no environment variables and no tokens.
 """
 
 import getpass
@@ -20,8 +20,7 @@ def provenance() -> dict[str, Any]:
     packages = ("torch", "transformers", "lightning", "datasets", "accelerate", "wandb", "omegaconf")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
+        **_git(),
         "versions": {"exit-heads": version("exit-heads"), "python": platform.python_version()}
         | {p: version(p) for p in packages},
         "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": _gpus()},
@@ -31,14 +30,24 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _git(*words: str) -> str | None:
+def _git() -> dict[str, Any]:
+    """The commit that this code is of, and whether anything was changed since; None for both if git does not track it.
+
+    A package that was installed into a folder of another repository is not part of that repository.
+    """
+    here = Path(__file__).resolve()
+    # Inside a hook of git's, variables name the repository that the hook is of.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
     try:
-        here = Path(__file__).parent
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # installed from a wheel, or no git
+        git("ls-files", "--error-unmatch", here.name)
+        return {"git": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):  # not tracked, no git, or a repository that it does not trust
+        return {"git": None, "git_dirty": None}
 
 
 def _user() -> str | None:

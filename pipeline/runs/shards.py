@@ -1,8 +1,8 @@
 """A folder of numbered shards that any number of processes make together.
 
 Takes a function that makes the shard of a number, gives files on which all agree. A shard is the unit of work: it is
-made whole, put in place once and for all, and then entered; a shard without an entry counts for nothing until somebody
-has looked it over. Knows nothing of what is in a shard: that is for its subclasses.
+made whole, put in place once and for all, and then entered into entries/. A shard without an entry does not count until
+a process has checked it and entered it. Subclasses say what is in a shard.
 
     <folder>/
       shard-00000.<suffix>
@@ -13,6 +13,7 @@ has looked it over. Knows nothing of what is in a shard: that is for its subclas
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,8 +27,8 @@ from ..errors import UserError
 from .claims import Claims, left_behind
 from .files import TEMPORARY, atomic_path, atomic_write, sha256_of, who
 
-WAIT = 0.5
-"""Seconds between two looks at what other processes are doing."""
+WAIT, LONGEST_WAIT = 0.5, 8.0
+"""Seconds between two looks at what other processes are doing: at first, and when nothing has changed for long."""
 
 
 class Shards:
@@ -91,30 +92,35 @@ class Shards:
         `make(number, name)` puts one shard. Gives the entry of each when it is there, whoever made it, once.
         """
         self.sweep()
-        missing, given, told = dict(enumerate(self.names())), set(), False
+        missing, given, told, wait = dict(enumerate(self.names())), set(), False, WAIT
         while missing or not self._completed():
-            missing = missing or dict(enumerate(self.names()))  # some were there and not what their entries said
+            entered, held = self._entered(), self.claims.names()
+            if not missing:  # another process completes the manifest, or shards were not what their entries said
+                missing = {i: name for i, name in enumerate(self.names()) if Path(name).stem not in entered}
             before = len(missing)
             for index, name in list(missing.items()):
-                self._claim_and_make(index, name, make)
+                if name in held and Path(name).stem not in entered:
+                    continue  # another process is at it
+                if self._claim_and_make(index, name, make):
+                    entered, held = self._entered(), self.claims.names()
                 if entry := self.found(name):
                     del missing[index]
                     if name not in given:
                         given.add(name)
                         yield entry
-            if len(missing) == before:
-                told = told or self._tell_who_holds()
-                time.sleep(WAIT)
+            if len(missing) < before or self.claims.free_one(held & set(missing.values())):
+                wait = WAIT
+                continue
+            told = told or self._tell_who_holds()
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
 
     def _completed(self) -> bool:
         """Whether the manifest is complete; the first who sees that all shards are there completes it."""
         with self.claims.hold("manifest") as mine:
             if self.is_complete():
                 return True
-            if mine:
-                return self.finish()
-        time.sleep(WAIT)
-        return False
+            return mine and self.finish()
 
     def finish(self) -> bool:
         """Complete the manifest if every shard is what its entry says; those that are not are removed: False."""
@@ -131,13 +137,15 @@ class Shards:
         self.sweep()
         return True
 
-    def _claim_and_make(self, index: int, name: str, make: Callable[[int, str], None]) -> None:
-        """Make a shard unless it is there, or another process is at it."""
+    def _claim_and_make(self, index: int, name: str, make: Callable[[int, str], None]) -> bool:
+        """Make a shard unless it is there, or another process is at it; true if it was made."""
         if self.has(name):
-            return
+            return False
         with self.claims.hold(name) as mine:
             if mine and not self.has(name) and not self.adopt(name):
                 make(index, name)
+                return True
+        return False
 
     def _tell_who_holds(self) -> bool:
         holders = self.claims.holders()
@@ -211,6 +219,13 @@ class Shards:
         entry = {"file": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)} | facts | {"made": made}
         atomic_write(self._entry_path(name), json.dumps(entry) + "\n")
         return True
+
+    def _entered(self) -> set[str]:
+        """The stems of all shards that are entered: one look at the folder."""
+        try:
+            return {name.removesuffix(".json") for name in os.listdir(self.folder / "entries")}
+        except FileNotFoundError:
+            return set()
 
     def _entry_path(self, name: str) -> Path:
         return self.folder / "entries" / f"{Path(name).stem}.json"

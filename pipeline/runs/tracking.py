@@ -1,27 +1,26 @@
 """Where figures go: metrics.jsonl and report/ always, Weights & Biases as the mirror of both.
 
 Takes a step and a dict of numbers, appends one JSON line, and logs the same to W&B; takes the blocks of a report and
-logs its tables and pictures to the same W&B run. Online with a key, offline without, never a prompt, never a hang,
-every file inside the run folder, no host or folder name in what is logged. Knows nothing of what the numbers mean.
+logs its tables and pictures to the same W&B run. W&B never asks for anything and never keeps a stage waiting; where it
+writes and sends is said by wandb_settings.py; what it is given has passed through anonymous.py.
 """
 
 import contextlib
 import json
-import netrc
 import os
 import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from ..config import Wandb, to_dict
+from ..config import to_dict
 from ..errors import warn
-from .anonymous import without_folders
+from .anonymous import anonymous
 from .files import atomic_path, atomic_write
 from .folder import RunDir
 from .wandb_files import readable_steps
+from .wandb_settings import set_folders, told, wandb_root
 
 INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline
 FINISH_TIMEOUT = 120.0  # seconds for the last upload; what is left stays in the run folder, `wandb sync` sends it
@@ -48,7 +47,7 @@ class Tracker:
         atomic_write(self.path, "".join(kept))
         self.file = self.path.open("a")
         self.wandb = start_wandb(self.run, "distill")
-        for figures in _lacking(self.wandb, kept, self.run / "wandb"):
+        for figures in _lacking(self.wandb, kept, wandb_root(self.run / "wandb")):
             self._mirror(figures.pop("step"), figures)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
@@ -92,9 +91,11 @@ def mirror_report(run: RunDir, summary: dict[str, Any], page: list[Block], folde
         if wandb_run is None:
             return
         try:
-            wandb_run.summary.update(summary)
+            wandb_run.summary.update(anonymous(summary))
             # Behind what distill logged: an offline run begins at 0 and is joined with distill's when it is synced.
-            wandb_run.log(_media(page, folder), step=max(wandb_run.step, _last_step(run / "metrics.jsonl") + 1))
+            wandb_run.log(
+                _media(anonymous(page), folder), step=max(wandb_run.step, _last_step(run / "metrics.jsonl") + 1)
+            )
         finally:
             wandb_run.finish()
 
@@ -160,29 +161,32 @@ def _lacking(wandb_run: Any, lines: list[str], folder: Path) -> list[dict[str, A
     figures = [json.loads(line) for line in lines]
     if not wandb_run.offline:
         return [each for each in figures if each["step"] >= wandb_run.step]
-    written = {step for file in folder.rglob("run-*.wandb") for step in readable_steps(file)}
+    written = {step for file in folder.rglob(f"run-{wandb_run.id}.wandb") for step in readable_steps(file)}
     return [each for each in figures if each["step"] not in written]
 
 
 def start_wandb(run: RunDir, stage: str) -> Any:
     """A W&B run, or None if wandb.mode=disabled or W&B fails: figures are in the run folder in any case."""
-    config = run.config.wandb
-    mode = wandb_mode(config)
-    if mode == "disabled":
+    asked = told(run.config.wandb)
+    if asked.mode == "disabled":
         return None
-    os.environ.update(wandb_folders(run / "wandb"), WANDB_SILENT="true")
+    (run / "wandb").mkdir(parents=True, exist_ok=True)
+    set_folders(run / "wandb")
+    os.environ["WANDB_SILENT"] = "true"
     import wandb
+
+    server = {} if asked.base_url is None else {"base_url": asked.base_url}
 
     def init(mode: Any) -> Any:
         return wandb.init(
-            project=config.project,
-            entity=config.entity,
+            project=asked.project,
+            entity=asked.entity,
             name=run.config.run.name,
             id=wandb_id(run / "wandb"),
             resume="allow" if mode == "online" else None,
-            dir=str(run / "wandb"),
+            dir=str(wandb_root(run / "wandb")),
             mode=mode,
-            config=without_folders(to_dict(run.config)),
+            config=anonymous(to_dict(run.config)),
             settings=wandb.Settings(
                 silent=True,
                 quiet=True,
@@ -194,14 +198,15 @@ def start_wandb(run: RunDir, stage: str) -> Any:
                 x_disable_meta=True,  # command line, program and user
                 x_disable_machine_info=True,
                 host="",
+                **server,
                 x_transaction_log_flush_interval=1,  # seconds; a killed run loses no more than this
             ),
         )
 
     try:
-        return init(mode)
+        return init(asked.mode)
     except Exception as error:  # wandb raises its own, pydantic's and the network's
-        if mode == "offline":
+        if asked.mode == "offline":
             warn(stage, f"W&B cannot start ({type(error).__name__}); the run folder has every figure")
             return None
         warn(stage, f"W&B cannot be reached ({type(error).__name__}); going on offline, `wandb sync` sends it later")
@@ -211,27 +216,6 @@ def start_wandb(run: RunDir, stage: str) -> Any:
     except Exception as error:
         warn(stage, f"W&B cannot start ({type(error).__name__}); the run folder has every figure")
         return None
-
-
-def wandb_mode(config: Wandb) -> str:
-    """`auto` is online iff a key can be found without asking: WANDB_API_KEY, or a login in netrc. WANDB_MODE wins."""
-    if config.mode != "auto":
-        return config.mode
-    if (from_environment := os.environ.get("WANDB_MODE")) in ("online", "offline", "disabled"):
-        return from_environment
-    return "online" if os.environ.get("WANDB_API_KEY") or _netrc_login() else "offline"
-
-
-def _netrc_login() -> bool:
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    path = os.environ.get("NETRC")
-    for candidate in [path] if path else ["~/.netrc", "~/_netrc"]:
-        try:
-            if netrc.netrc(os.path.expanduser(candidate)).hosts.get(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
 
 
 def wandb_id(folder: Path) -> str:
@@ -245,13 +229,3 @@ def wandb_id(folder: Path) -> str:
         with atomic_path(path, once=True) as temporary:
             temporary.write_text(f"exit-heads-{secrets.token_hex(6)}\n")
     return path.read_text().strip()
-
-
-def wandb_folders(folder: Path) -> dict[str, str]:
-    """Environment that keeps every W&B file inside `folder`."""
-    names = {"WANDB_DIR": ".", "WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data",
-             "WANDB_CONFIG_DIR": "config", "WANDB_ARTIFACT_DIR": "artifacts"}  # fmt: skip
-    paths = {name: (folder / part).resolve() for name, part in names.items()}
-    for path in paths.values():
-        path.mkdir(parents=True, exist_ok=True)
-    return {name: str(path) for name, path in paths.items()}

@@ -220,7 +220,7 @@ def set_threads(config: Config) -> None:
     machine = config.machine
     if machine.threads > 0:
         torch.set_num_threads(machine.threads)
-    elif machine.processes_per_node > 1 and "OMP_NUM_THREADS" not in os.environ:  # torch's choice: every core to each
+    elif machine.processes_per_node > 1 and not os.environ.get("OMP_NUM_THREADS"):  # torch's choice: every core to each
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // machine.processes_per_node))
 
 

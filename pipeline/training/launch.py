@@ -1,13 +1,12 @@
-"""Which process this is, and how the others are started: alone, on one machine, under srun or under torchrun.
+"""Which process of distill this is, and who starts the others: this one, srun, torchrun or another launcher.
 
-Takes the `machine` section and the environment, gives the place of this process among all, and worker processes. Knows
-nothing of what the processes do.
+Takes the `machine` section and the environment (launchers.py), gives the place of this process among all, and starts
+the worker processes of one machine where no launcher did.
 """
 
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 from ..config import Machine
 from ..errors import UserError
+from ..launchers import Launched, is_set, launched, number, own_command
 
 
 @dataclass(frozen=True)
@@ -49,36 +49,32 @@ class Place:
 
 
 def find_place(machine: Machine) -> Place:
-    """Raises UserError if machine.nodes and machine.processes_per_node do not fit what launched this process."""
-    world, env = machine.processes, os.environ
-    node = env.get("SLURMD_NODENAME") or socket.gethostname()
-    started = started_together()
-    if "TORCHELASTIC_RUN_ID" in env:
-        _check(machine, started, "torchrun")
-        return Place(
-            int(env["RANK"]), world, int(env["LOCAL_RANK"]), int(env["GROUP_RANK"]), node, env["MASTER_ADDR"],
-            int(env["MASTER_PORT"]), env.get("TORCHELASTIC_RESTART_COUNT", "0"),
-            hosts=env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        )  # fmt: skip
+    """Raises UserError if machine.nodes and machine.processes_per_node do not fit what launched this process, or if
+    its variables do not fit one another."""
+    world, by = machine.processes, launched()
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if by and by.launcher == "torchrun":
+        _check(machine, by)
+        return _place_under_torchrun(machine, node)
     # One process in a step on one node, such as a shell (srun --pty bash), starts the others as on a laptop.
-    if "SLURM_STEP_ID" in env and (started > 1 or machine.nodes > 1):
-        _check(machine, started, "srun")
-        return _place_under_srun(world, node)
-    if "LOCAL_RANK" in env and "MASTER_ADDR" in env and "MASTER_PORT" in env:
-        local, node_rank = int(env["LOCAL_RANK"]), int(env.get("NODE_RANK", 0))
-        rank = node_rank * machine.processes_per_node + local
-        return Place(rank, world, local, node_rank, node, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+    if by and by.launcher == "srun" and (by.processes > 1 or machine.nodes > 1):
+        _check(machine, by)
+        return _place_under_srun(machine, node)
+    # A single process that is said to be alone starts the others too.
+    alone = by is not None and by.variable == "WORLD_SIZE" and by.processes == 1 and world > 1
+    meets = is_set("MASTER_ADDR") and is_set("MASTER_PORT")
+    if meets and is_set("LOCAL_RANK") and not alone:
+        return _place_by_variables(machine, by, node)
+    if by and by.processes > 1 and by.launcher != "srun":
+        if meets and by.variable == "WORLD_SIZE" and is_set("RANK"):
+            return _place_by_variables(machine, by, node)
+        raise UserError(
+            f"{by.variable}={by.processes}: {by.launcher} started {by.processes} processes and does not say which one "
+            f"this is; start distill with torchrun or srun. Unset {by.variable} if no launcher started this process"
+        )
     if machine.nodes > 1:
         raise UserError(f"machine.nodes={machine.nodes}: start them with srun or torchrun, as slurm/distill.sh does")
     return Place(0, world, 0, 0, node, "127.0.0.1", find_free_network_port(), starts_others=world > 1)
-
-
-def started_together() -> int:
-    """How many processes srun or torchrun started at once, this one among them."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        return int(env["WORLD_SIZE"])
-    return int(env.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_STEP_ID" in env else 1
 
 
 def own_device(device: torch.device, place: Place) -> torch.device:
@@ -102,23 +98,49 @@ def own_device(device: torch.device, place: Place) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _place_under_srun(world: int, node: str) -> Place:
-    env = os.environ
-    restarts = int(env.get("SLURM_RESTART_COUNT", 0))
-    # Another port for every job and restart: what is left of the one before may still hold its own.
-    port = 15000 + (int(env["SLURM_JOB_ID"]) * 8 + restarts) % 16000
-    address = SLURMEnvironment.resolve_root_node_address(env["SLURM_STEP_NODELIST"])
+def _place_under_torchrun(machine: Machine, node: str) -> Place:
+    env, world = os.environ, machine.processes
     return Place(
-        int(env["SLURM_PROCID"]), world, int(env["SLURM_LOCALID"]), int(env["SLURM_NODEID"]), node,
-        env.get("MASTER_ADDR", address), int(env.get("MASTER_PORT", port)), f"{env['SLURM_JOB_ID']}.{restarts}",
+        number("RANK", below=world), world, number("LOCAL_RANK", below=machine.processes_per_node),
+        number("GROUP_RANK", below=world), node, env["MASTER_ADDR"], number("MASTER_PORT"),
+        env.get("TORCHELASTIC_RESTART_COUNT", "0"), hosts=env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
     )  # fmt: skip
 
 
-def _check(machine: Machine, started: int, launcher: str) -> None:
-    if started != machine.processes:
+def _place_under_srun(machine: Machine, node: str) -> Place:
+    env, world = os.environ, machine.processes
+    job, restarts = number("SLURM_JOB_ID"), number("SLURM_RESTART_COUNT", 0)
+    # Another port for every job and restart: what is left of the one before may still hold its own.
+    port = 15000 + (job * 8 + restarts) % 16000
+    address = env.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(env.get("SLURM_STEP_NODELIST", node))
+    return Place(
+        number("SLURM_PROCID", below=world), world, number("SLURM_LOCALID", below=machine.processes_per_node),
+        number("SLURM_NODEID", below=machine.nodes), node, address, number("MASTER_PORT", port), f"{job}.{restarts}",
+    )  # fmt: skip
+
+
+def _place_by_variables(machine: Machine, by: Launched | None, node: str) -> Place:
+    """Of processes that this project or another launcher has started: by RANK, or NODE_RANK and LOCAL_RANK, or all."""
+    world, each = machine.processes, machine.processes_per_node
+    if by and by.variable == "WORLD_SIZE":
+        _check(machine, by)
+    rank = number("RANK", below=world) if is_set("RANK") else None
+    of_node = number("NODE_RANK", 0 if rank is None else rank // each, below=machine.nodes)
+    local = number("LOCAL_RANK", (rank or 0) % each, below=each)
+    if rank not in (None, of_node * each + local):
         raise UserError(
-            f"machine.nodes={machine.nodes}, machine.processes_per_node={machine.processes_per_node}: "
-            f"{launcher} started {started} processes; the product must be the same"
+            f"RANK={rank}: is not NODE_RANK={of_node} x machine.processes_per_node={each} + LOCAL_RANK={local}; unset "
+            "what an earlier launcher has left"
+        )
+    address, port = os.environ["MASTER_ADDR"], number("MASTER_PORT")
+    return Place(of_node * each + local, world, local, of_node, node, address, port)
+
+
+def _check(machine: Machine, by: Launched) -> None:
+    if by.processes != machine.processes:
+        raise UserError(
+            f"machine.nodes={machine.nodes}, machine.processes_per_node={machine.processes_per_node}: {by.launcher} "
+            f"started {by.processes} processes ({by.variable}); the product must be the same"
         )
 
 
@@ -173,10 +195,12 @@ def workers(place: Place, config_file: Path, processes: int) -> Iterator[None]:
     started: list[subprocess.Popen] = []
     try:
         if place.starts_others:
-            command = [sys.executable, "-m", "pipeline", "distill", "--config", str(config_file)]
-            meet_at = {"NODE_RANK": "0", "MASTER_ADDR": place.address, "MASTER_PORT": str(place.port)}
+            command = own_command("distill", "--config", str(config_file.absolute()))
+            meet_at = {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port), "WORLD_SIZE": str(processes)}
+            meet_at["PYTHONSAFEPATH"] = "1"  # as -P, for what they start themselves
             for rank in range(1, processes):
-                started.append(subprocess.Popen(command, env=os.environ | meet_at | {"LOCAL_RANK": str(rank)}))
+                own = {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "RANK": str(rank)}
+                started.append(subprocess.Popen(command, env=os.environ | meet_at | own))
         yield
         for rank, process in enumerate(started, 1):
             if code := process.wait(timeout=120):

@@ -1,6 +1,7 @@
 """What `exit-heads generate` tells of responses: --status, --verify, --show, and the figures of the report."""
 
 import json
+import shutil
 from io import StringIO
 
 import pyarrow.parquet as pq
@@ -137,11 +138,23 @@ def test_responses_of_an_older_version(run):
         list(inspection.status(run))
 
 
-def test_the_command_line(run, capsys):
+def test_the_command_line_looks_and_writes_nothing(run, capsys):
     words = [f"run.dir={run.path.parent}", f"run.name={run.path.name}",
              f"backbone.name_or_path={run.config.backbone.name_or_path}", "distill.truncated=keep"]  # fmt: skip
-    for look, expected in (("--status", "2 of 2 shards"), ("--verify", "every sha256"), ("--show=1", "prompt number")):
+    shutil.rmtree(run / "stages")  # a copy of what matters
+    (run / "responses" / "claims" / "shard-00001.parquet").write_text("somebody's")
+
+    def tree() -> dict[str, int]:
+        """A file that came and went shows in the time of its folder."""
+        return {str(p): p.stat().st_mtime_ns for p in (run.path.parent, *run.path.parent.rglob("*"))}
+
+    before = tree()
+    looks = {"--status": "2 of 2 shards", "--verify": "every sha256", "--show=1": "prompt number"}
+    for look, expected in looks.items():
         assert main(["generate", look, *words]) == 0
         assert expected in capsys.readouterr().out
+    assert main(["heads", words[0]]) == main(["run", *words, "--show-config", "seed"]) == main(["plan", *words]) == 0
+    assert tree() == before
+    capsys.readouterr()
     assert main(["generate", "--status", *words, "run.name=none"]) == 2
     assert "there is no run folder" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config import Config, load
 from pipeline.errors import UserError
-from pipeline.runs import folder as rundir
+from pipeline.runs import files, presence
 from pipeline.runs.files import atomic_path, atomic_write, sha256_of, temporary_of
 from pipeline.runs.folder import OUTPUTS, STAGES, SUBTREES, RunDir
 
@@ -224,7 +224,7 @@ WRITTEN = {
 @pytest.mark.parametrize("stage", OUTPUTS)
 def test_a_stage_removes_what_it_wrote_and_nothing_of_the_others(config, monkeypatch, stage: str, host: str) -> None:
     assert SUBTREES.keys() == OUTPUTS.keys() == WRITTEN.keys() >= set(STAGES)
-    monkeypatch.setattr(rundir.socket, "gethostname", lambda: host)
+    monkeypatch.setattr(files.socket, "gethostname", lambda: host)
     run = RunDir(config)
     final = {name: [run / place for place in places] for name, places in WRITTEN.items()}
     half = {name: [temporary_of(path) for path in paths] for name, paths in final.items()}
@@ -326,10 +326,10 @@ def test_a_job_that_slurm_started_again_waits_for_what_its_first_start_may_hold(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with (run / "stages" / ".distill.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        monkeypatch.setattr(rundir, "RESTARTED", 0.1)
+        monkeypatch.setattr(presence, "RESTARTED", 0.1)
         with pytest.raises(UserError, match="another process"), run.stage("distill", []):
             pass
-        monkeypatch.setattr(rundir, "RESTARTED", 60.0)
+        monkeypatch.setattr(presence, "RESTARTED", 60.0)
         threading.Timer(0.5, held.close).start()
         with run.stage("distill", []):
             pass

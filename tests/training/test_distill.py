@@ -21,7 +21,7 @@ from pipeline.generation.documents import Document, read_documents, read_manifes
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.fingerprint import fingerprint
 from pipeline.runs.folder import RunDir
-from pipeline.runs.tracking import wandb_mode
+from pipeline.runs.wandb_settings import wandb_mode
 from pipeline.stages import distill
 from pipeline.training import packing
 from pipeline.training.load_sharded import load_sharded_backbone

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,9 +21,10 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from pipeline.cli import main
 from pipeline.config import Machine
 from pipeline.errors import LostError, UserError
+from pipeline.launchers import launched
 from pipeline.training import rendezvous as rendezvous_module
 from pipeline.training import watchdog
-from pipeline.training.launch import Place, find_place, own_device
+from pipeline.training.launch import Place, find_place, own_device, workers
 from pipeline.training.rank_log import rank_log
 from pipeline.training.rendezvous import Member, described, ranks_of, rendezvous
 
@@ -102,6 +104,88 @@ def test_run_is_for_one_process(started, tmp_path, monkeypatch, capsys) -> None:
     assert main(["run", f"run.dir={tmp_path}"]) == 2
     err = capsys.readouterr().err
     assert "started 4 processes" in err and "slurm/distill.sh" in err and not any(tmp_path.iterdir())
+
+
+GENERIC = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+"""As of Kubeflow; with LOCAL_RANK as of deepspeed, with NODE_RANK too as of Lightning."""
+
+
+@pytest.mark.parametrize("more", [{}, {"LOCAL_RANK": "1"}, {"LOCAL_RANK": "1", "NODE_RANK": "1"}])
+def test_under_another_launcher(more, monkeypatch) -> None:
+    for key, value in (GENERIC | more).items():
+        monkeypatch.setenv(key, value)
+    place = find_place(Machine(nodes=2, processes_per_node=2))
+    assert (place.rank, place.local_rank, place.node_rank, place.address, place.port) == (3, 1, 1, "a", 1)
+    with pytest.raises(UserError, match="started 4 processes"):
+        find_place(Machine(processes_per_node=2))
+
+
+@pytest.mark.parametrize("launcher", [SRUN, TORCHRUN, GENERIC, {"OMPI_COMM_WORLD_SIZE": "4"}, {"PMI_SIZE": "4"},
+                                      {"JSM_NAMESPACE_SIZE": "4"}])  # fmt: skip
+def test_variables_that_are_empty_are_not_there(launcher, monkeypatch) -> None:
+    for key in (*launcher, "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(key, "")
+    assert launched() is None
+    place = find_place(Machine(processes_per_node=3))
+    assert (place.rank, place.world_size, place.address, place.starts_others) == (0, 3, "127.0.0.1", True)
+
+
+WRONG = [
+    (TORCHRUN, "WORLD_SIZE", "four"), (TORCHRUN, "WORLD_SIZE", ""), (TORCHRUN, "WORLD_SIZE", "0"),
+    (TORCHRUN, "RANK", ""), (TORCHRUN, "RANK", "4"), (TORCHRUN, "LOCAL_RANK", "2"), (TORCHRUN, "MASTER_PORT", "x"),
+    (SRUN, "SLURM_STEP_NUM_TASKS", "4(x2)"), (SRUN, "SLURM_PROCID", ""), (SRUN, "SLURM_PROCID", "4"),
+    (SRUN, "SLURM_NODEID", "2"), (SRUN, "SLURM_RESTART_COUNT", "x"), (GENERIC, "WORLD_SIZE", "-1"),
+    (GENERIC, "WORLD_SIZE", "4.0"), (GENERIC, "RANK", "4"), (GENERIC | {"LOCAL_RANK": "0"}, "LOCAL_RANK", "x"),
+    (GENERIC | {"LOCAL_RANK": "1"}, "RANK", "2"), (GENERIC, "MASTER_PORT", "http"), (GENERIC, "RANK", ""),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE", "4"), ({"PMI_SIZE": "2"}, "PMI_SIZE", "x"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("launcher", "name", "value"), WRONG)
+def test_a_variable_that_cannot_be_right_is_named(launcher, name, value, monkeypatch) -> None:
+    for key, said in (launcher | {name: value}).items():
+        monkeypatch.setenv(key, said)
+    with pytest.raises(UserError, match=f"^{name}=|^WORLD_SIZE=4: ") as caught:
+        find_place(Machine(nodes=2, processes_per_node=2))
+    assert "\n" not in str(caught.value) and "nset" in str(caught.value)
+
+
+def test_what_an_earlier_launcher_left_starts_nobody_else(monkeypatch) -> None:
+    for key, value in (GENERIC | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(key, value)
+    place = find_place(Machine(processes_per_node=2))
+    assert (place.rank, place.address, place.starts_others) == (0, "127.0.0.1", True)
+
+
+@pytest.mark.parametrize("variables", [SRUN, TORCHRUN, GENERIC, {"OMPI_COMM_WORLD_SIZE": "4"}])
+def test_the_command_line_counts_as_distill_does(variables, tmp_path, monkeypatch, capsys) -> None:
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    found = launched()
+    assert found is not None and found.processes == 4
+    assert main(["run", f"run.dir={tmp_path}"]) == 2 and main(["distill", "--redo=distill", f"run.dir={tmp_path}"]) == 2
+    assert capsys.readouterr().err.count(f"started 4 processes ({found.variable})") == 2
+    monkeypatch.setenv(found.variable, "four")
+    assert main(["generate", f"run.dir={tmp_path}"]) == 2
+    assert f"{found.variable}=four: " in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+SHADOWS = ("pipeline.py", "torch.py", "wandb.py", "lightning.py", "filelock.py")
+
+
+def test_a_worker_runs_this_package_whatever_lies_in_the_current_folder(tmp_path, monkeypatch) -> None:
+    for name in SHADOWS:
+        (tmp_path / name).write_text("raise SystemExit('the user's own')")
+    (tmp_path / "my.yaml").write_text("distill:\n  exit_layers: [0]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "")
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, stderr=-1, **k)) or started[-1])
+    place = Place(0, 2, 0, 0, "n", "127.0.0.1", find_free_network_port(), starts_others=True)
+    with pytest.raises(RuntimeError, match="ended with code 2"), workers(place, Path("my.yaml"), 2):
+        pass
+    assert b"exit-heads distill: distill.exit_layers=[0]: " in started[0].stderr.read()
 
 
 # ---- they meet
