@@ -1,0 +1,1 @@
+"""Run folders: paths and done marks, atomic files, provenance, work shared by processes, figures."""

@@ -1,0 +1,57 @@
+"""Which steps W&B's offline files hold, so that a resumed run logs anew what a killed one did not write.
+
+Takes a .wandb file (records in the log format of LevelDB), gives the steps of its history records.
+"""
+
+import contextlib
+import json
+import netrc
+import os
+import secrets
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from ..config import Wandb, to_dict
+from .anonymous import without_folders
+from .folder import RunDir
+from .files import atomic_path, atomic_write
+from ..errors import warn
+
+
+def readable_steps(file: Path) -> list[int]:
+    """Those before the first record that cannot be read; what lies behind it is then logged once more."""
+    steps: list[int] = []
+    try:
+        for step in steps_in(file):
+            steps.append(step)
+    except Exception as error:  # protobuf's, the disk's, or of numbers that are none
+        warn("distill", f"W&B's file {file} is damaged ({type(error).__name__}); what it may lack is logged once more")
+    return steps
+
+
+def steps_in(file: Path) -> Iterator[int]:
+    """Steps of a .wandb file: a header of 7 bytes, then records in blocks of 32 KiB, as in a log of LevelDB.
+
+    What is behind the last whole record was being written when the process was killed.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left  # too little for a header: the rest of the block is padding
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        part = data[at + 7 : at + 7 + length]
+        if kind == 0 or len(part) < length:
+            return
+        at += 7 + length
+        record = part if kind in (1, 2) else record + part  # whole, first; middle, last
+        if kind in (1, 4):
+            for item in Record.FromString(record).history.item:
+                if "_step" in (item.key, *item.nested_key):
+                    yield int(item.value_json)
