@@ -42,9 +42,9 @@ from pipeline.runs.provenance import provenance
 from pipeline.training.fsdp_units import resharded
 from pipeline.training.launch import find_free_network_port
 from pipeline.training.losses import LinearDistillation
-from pipeline.training.module import StepModel
 from pipeline.training.packing import Packed
 from pipeline.training.sharding import make_mesh, shard_backbone, shard_head, shard_step_model
+from pipeline.training.step_model import StepModel
 from pipeline.training.teacher_cache import CachedTeacher, TeacherCache, head_of
 
 PARTS = ("step", "heads", "cached", "memory", "processes")

@@ -201,7 +201,8 @@ def die(who: str, step: int, moment: str) -> None:
     if moment == "saving":
         checkpoints.os = type("os", (), {"fsync": before(os.fsync)})  # type: ignore[assignment]
     else:
-        name, call = {"before": ("training_step", 0), "between": ("manual_backward", 1), "after": ("_clip", 0)}[moment]
+        methods = {"before": ("training_step", 0), "between": ("manual_backward", 1), "after": ("_clip_or_skip", 0)}
+        name, call = methods[moment]
         setattr(Distillation, name, before(getattr(Distillation, name), call))
 
 

@@ -25,8 +25,8 @@ from pipeline.runs.tracking import wandb_mode
 from pipeline.stages import distill
 from pipeline.training import packing
 from pipeline.training.load_sharded import load_sharded_backbone
-from pipeline.training.module import StepModel
 from pipeline.training.sharding import shard_step_model
+from pipeline.training.step_model import StepModel
 
 PASSES = "distill.sequences_per_pass=1"  # two a step
 

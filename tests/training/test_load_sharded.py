@@ -29,8 +29,9 @@ from pipeline.inference.families import FAMILIES
 from pipeline.inference.fingerprint import fingerprint
 from pipeline.training import load_sharded
 from pipeline.training.losses import LinearDistillation
-from pipeline.training.module import StepModel, last_layer_arguments
 from pipeline.training.sharding import make_mesh, shard_step_model
+from pipeline.training.step_model import StepModel
+from pipeline.training.teacher import last_layer_arguments
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"

@@ -159,6 +159,19 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed, backbone, wi
     assert names(newest.parent) == ["step-00000006.ckpt", "step-00000009.ckpt"]
 
 
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, backbone, without_heads):
+    """Weights under the names that an earlier version gave them would be left out without an error."""
+    shutil.copytree(without_heads, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000009.ckpt"
+    old = torch.load(newest, weights_only=True)
+    old.pop("format", None)
+    old["state_dict"] = {name.replace("step_model.", "engine."): w for name, w in old["state_dict"].items()}
+    torch.save(old, newest)
+    with pytest.raises(UserError, match=f"^{newest}: this checkpoint has format 1, .* format 2 only.*--redo distill"):
+        distill.run(prepare(tmp_path, backbone, PASSES))
+    assert not (tmp_path / "run" / "heads").exists()
+
+
 def test_without_an_intact_checkpoint_the_run_starts_anew(tmp_path, undisturbed, backbone, without_heads, capsys):
     shutil.copytree(without_heads, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
