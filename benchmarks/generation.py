@@ -82,7 +82,7 @@ def transformers_generate(model: torch.nn.Module, prompts: Ids, temperature: flo
 def answerers(
     model: torch.nn.Module, config: Config, temperature: float, args: argparse.Namespace
 ) -> dict[str, Callable[[Ids, int], Ids]]:
-    """Name -> a function (prompts, seed) -> answers; one without batches answers only the first --sequential prompts."""
+    """Name -> a function (prompts, seed) -> answers; without batches, only of the first --sequential prompts."""
 
     def sampling(seed: int, batch_size: int = args.batch_size) -> Sampling:
         return Sampling(args.new_tokens, 1.0, batch_size, seed)

@@ -1,4 +1,4 @@
-"""The cache of a teacher: the backbone's own numbers, made by any number of processes, killed anywhere."""
+"""The teacher's cache: it holds the backbone's hidden states, whoever made it and however often it was killed."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ def backbone(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch) -> None:
-    """Two sequences each."""
+    """Makes shards of two sequences each."""
     monkeypatch.setattr(folders, "SHARD_BYTES", 2 * SEQUENCE)
 
 
@@ -46,7 +46,7 @@ def cached(folder: Path, backbone: Path, *words: str) -> RunDir:
 
 @pytest.fixture
 def run(tmp_path, backbone) -> RunDir:
-    """With a finished cache."""
+    """A run with a finished cache."""
     run = cached(tmp_path, backbone)
     cache.run(run)
     return run
