@@ -1,14 +1,15 @@
-"""Every controller against every other: paired wall clock, and simulation over recorded traces.
+"""Compares all controllers: by wall clock on the same prompts, and by simulation over recorded traces.
 
     python benchmarks/controllers.py --run runs/pocket --exit-layers 1 2 --prompts 64 --out docs/controllers
 
-Per exit layer and sampling setting: the backbone answers the prompts; every controller decodes them too, the order
-rotating from prompt to prompt (wall clock; these rounds also give the costs); then the answers become traces and
-every controller is replayed over them with those costs, several seeds. The `fixed` rival's K is tuned on the other
-half of the prompts and used on this one, both ways round. Ratios carry 95 % bootstrap intervals over prompts. Also
-printed: what best predicts acceptance (`signals`), and how far the simulation lies from the clock.
+For each exit layer and sampling setting, autoregressive decoding and every controller in TIMED decode the same prompts,
+in an order that rotates from prompt to prompt; their rounds give the wall-clock speedups and the costs. Then the
+backbone's answers are recorded as traces, and every controller is replayed over them with those costs and several
+seeds. The K of the rival "fixed, tuned on other prompts" is tuned on one half of the prompts and used on the other,
+both ways. Ratios have 95 % bootstrap intervals over prompts. `signals` are printed too: how well several quantities
+predict acceptance.
 
-The limit: the oracle knows every outcome beforehand and drafts exactly what will be accepted; no rule can reach it.
+The upper bound is the oracle, which knows every outcome beforehand and drafts exactly the tokens that will be accepted.
 """
 
 import argparse
@@ -58,9 +59,9 @@ def main() -> None:
     parser.add_argument("--prompt-file", default="pocket", help="pocket, or a .jsonl of prompts the head has not seen")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--timed", type=int, default=24, help="prompts of the wall clock, the first of them")
+    parser.add_argument("--timed", type=int, default=24, help="how many of the prompts, from the first, are timed")
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--seeds", type=int, default=3, help="of the simulation")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of the simulation")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     args = parser.parse_args()
@@ -112,7 +113,7 @@ def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
 
 
 def clock(engine, ids, ends, sampler, new: int):
-    """Speedup of each timed controller with its interval; all rounds; seconds of an autoregressive pass."""
+    """(speedup of each timed controller with its interval, all rounds, seconds of an autoregressive pass)"""
     greedy = sampler(0).greedy
     controllers = {name: make_controller(name, greedy=greedy) for name in TIMED}
     names = ["autoregressive", *TIMED]
@@ -139,7 +140,7 @@ def clock(engine, ids, ends, sampler, new: int):
 
 
 def smooth(costs: dict, rounds: pd.DataFrame) -> dict:
-    """Verification of two and more tokens on one line: a width that few rounds used is noise."""
+    """Replaces the costs of verifying two and more tokens by a fitted line: widths that few rounds used are noisy."""
     counts = (rounds.drafted + 1).value_counts()
     several = [w for w in costs["verify"] if w > 1]
     slope, start = np.polyfit(several, [costs["verify"][w] for w in several], 1, w=[counts[w] ** 0.5 for w in several])
@@ -148,7 +149,8 @@ def smooth(costs: dict, rounds: pd.DataFrame) -> dict:
 
 
 def own_costs(name: str, rounds: pd.DataFrame, baseline: float) -> dict:
-    """What the decision itself costs stands in `head` and `rest`: of the controller, or of those like it."""
+    """The costs `head` and `rest`, which include the controller's own decisions: measured for this controller if it was
+    timed, else over the timed controllers of its kind (fixed or not)."""
     like = rounds.controller.str.startswith("fixed") == name.startswith("fixed")
     mine = rounds[rounds.controller == name] if name in TIMED else rounds[like]
     costs = cost_table(mine, baseline)
@@ -156,13 +158,13 @@ def own_costs(name: str, rounds: pd.DataFrame, baseline: float) -> dict:
 
 
 def rated(n, s, m, t) -> list[float]:
-    """[ratio of rates, low, high]"""
+    """[ratio of the rates n/s and m/t, low, high], with a 95 % bootstrap interval over prompts."""
     value, (low, high) = interval(ratio_of_rates, n, s, m, t)
     return [round(x, 4) for x in (value, low, high)]
 
 
 def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
-    """Speedup of every controller over the traces, and thompson over each; the mean over seeds, by prompt."""
+    """Simulated speedup of every controller over the traces, and thompson over several rivals; summed over seeds."""
     names = FIXED + RIVALS
     sums = {name: [np.zeros(len(traces)), np.zeros(len(traces))] for name in [*names, "oracle"]}
     for seed in range(seeds):
@@ -196,8 +198,10 @@ def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
 
 
 def signals(traces) -> dict[str, float]:
-    """Share of the log-loss of acceptance that a signal in 8 bins removes, fitted on one half of the prompts and
-    measured on the other."""
+    """Signal -> share of the log-loss of acceptance that knowing its value, in 8 bins, removes.
+
+    It is fitted on one half of the traces and measured on the other, both ways.
+    """
     found = {}
     for name, of in {
         "max q": lambda t: t.said_TC[:, 0],
@@ -235,7 +239,7 @@ def show(entry: dict) -> None:
 
 
 def draw(record: list[dict], path: Path) -> None:
-    """Simulated speedups, one panel a setting and exit layer, the oracle as a line."""
+    """Plots the simulated speedups, one panel for each setting and exit layer."""
     from matplotlib.figure import Figure
 
     names = ["fixed, tuned on other prompts", "confidence:0.5", "entropy:0.6", "beta", "calibration",

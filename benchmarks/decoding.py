@@ -1,17 +1,18 @@
-"""How much of what drafting promises the engine delivers, on random weights of real shapes with acceptance forced.
+"""Compares the engine's speedup with its theoretical limit, on random weights of real shapes with forced acceptance.
 
     python benchmarks/decoding.py --shape 110M --dtype float32
     python benchmarks/decoding.py --shape 7B --dtype bfloat16 --device cuda --cuda-graphs
 
-The weights say nothing, so whether a draft is accepted is decided by a coin of a given chance instead of by its tokens;
-everything is computed as ever. Each method decodes the same texts, the order rotating. Printed, with 95 % bootstrap
-intervals over texts: this engine's autoregressive loop over transformers' `generate` (dynamic cache, static cache);
-self-speculative decoding of fixed K over that loop, beside the speedup predicted from the costs of the *other* half of
-the texts, and the ideal one, in which a pass of several tokens costs as much as one and nothing else costs anything:
+Random weights give random drafts, so each draft is accepted with a given probability instead of by its token; all
+computation is the usual. Each method decodes the same texts, in rotating order. Printed, with 95 % bootstrap intervals
+over texts: the speed of the engine's autoregressive loop over that of transformers' `generate` (dynamic cache, static
+cache); the speedup of self-speculative decoding with fixed K over that loop, beside the speedup predicted from the
+costs of the *other* half of the texts, and the ideal speedup, where a pass of several tokens costs as much as a pass of
+one and nothing else costs anything:
 
     ideal = (1 + a + ... + a^K) / ((K + 1) N / L  +  K h  +  (L - N) / L),   h: head layer and LM head, by their bytes.
 
-The limit: at batch 1 a token reads every weight once, so tokens/s <= memory bandwidth / bytes of the model.
+At batch 1 a token reads every weight once, so autoregressive tokens/s <= memory bandwidth / bytes of the model.
 """
 
 import argparse
@@ -57,7 +58,7 @@ SHAPES = {
 
 
 class Forced(Sampler):
-    """Accepts by coins of a fixed chance; computes what a greedy sampler computes."""
+    """A greedy sampler that does all of its computation, but accepts each draft with probability `chance`."""
 
     def __init__(self, chance: float, seed: int):
         super().__init__()
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--plain", action="store_true", help="torch's own matrix products, whatever is faster")
+    parser.add_argument("--plain", action="store_true", help="torch's own matrix products, even if others are faster")
     parser.add_argument("--cuda-graphs", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -112,7 +113,7 @@ def random_model(args: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def decode_all(args, model, engine):
-    """Tokens and seconds of each method [texts], and the rounds of each drafting one with their text."""
+    """(method -> tokens of each text, method -> seconds of each text, method -> [(text, round)])"""
     prompts = torch.randint(0, model.config.vocab_size, (args.texts, args.prompt)).tolist()
     names: list = ["autoregressive", rivals.Rival("generate"), rivals.Rival("generate:static")]
     names += [(k, a) for a in args.acceptance for k in args.drafts]
@@ -136,7 +137,7 @@ def decode_all(args, model, engine):
         tokens[name][i], seconds[name][i], made, prefill = decode(name, i)
         rounds[name] += [(i, round) for round in made]
         if name == "autoregressive":
-            # transformers cannot leave prefill out, so it is counted for the loop that is set beside it
+            # the time of transformers' generate includes prefill, so the comparison with it includes ours
             tokens["with prefill"][i], seconds["with prefill"][i] = tokens[name][i], seconds[name][i] + prefill
     return tokens, seconds, rounds
 
@@ -175,7 +176,7 @@ def table(rounds: list[tuple[int, Round]]) -> pd.DataFrame:
 
 
 def predicted(mine: pd.DataFrame, k: int, seconds, tokens) -> float:
-    """From costs and acceptance of each half of the texts for the other; the mean of both."""
+    """The speedup predicted for one half of the texts from costs and acceptance of the other; the mean of both ways."""
     values = []
     for half in (0, 1):
         seen = mine[mine.text % 2 == half]
@@ -185,7 +186,7 @@ def predicted(mine: pd.DataFrame, k: int, seconds, tokens) -> float:
 
 
 def ideal(engine: SplitBackbone, k: int, a: float) -> float:
-    """Every part costs its share of the bytes of a token, however many tokens pass at once."""
+    """The speedup if every pass costs its share of the bytes of the weights, however many tokens it computes."""
     layer = sum(t.numel() for t in engine.layers[0] if t is not None)
     lm_head, n, layers = engine.lm_head_DV.numel(), engine.exit_layer, engine.num_layers
     whole = layers * layer + lm_head

@@ -1,12 +1,15 @@
-"""What does it cost to let a backbone answer prompts? Engines, kills, processes, memory; a Markdown table each.
+"""Measures the stage `generate`: speed of the answerers, and robustness, scaling and memory of the command line.
 
-Takes a backbone and prompts, prints tokens/s of every engine beside transformers' own generate, interleaved in one
-process and as ratios; then runs the command line itself: killed twenty times, as one and as two processes at once, and
-on 1,000 and 20,000 prompts. Knows nothing of what is learned from the answers.
+Each part prints a Markdown table:
+
+    answerers  tokens/s of every answerer and of transformers' generate, interleaved in one process, and the ratios
+    kills      `exit-heads generate` killed twenty times against an undisturbed run
+    processes  one and two processes that share a run
+    memory     peak memory with 1,000 and with 20,000 prompts
 
   python benchmarks/generation.py                      all, on the pocket backbone: 25 minutes on 2 cores
-  python benchmarks/generation.py --part engines generate.exit_head=runs/NAME/heads/exit-1
-  python benchmarks/generation.py --part engines backbone.name_or_path=... machine.device=cuda backbone.dtype=bfloat16
+  python benchmarks/generation.py --part answerers generate.exit_head=runs/NAME/heads/exit-1
+  python benchmarks/generation.py --part answerers backbone.name_or_path=... machine.device=cuda backbone.dtype=bfloat16
 """
 
 import argparse
@@ -46,7 +49,7 @@ Ids = list[list[int]]
 BASELINE = "one by one, transformers' generate"
 
 
-# ---- engines
+# ---- answerers
 
 
 def transformers_generate(model: torch.nn.Module, prompts: Ids, temperature: float, sampling: Sampling) -> Ids:
@@ -77,16 +80,16 @@ def transformers_generate(model: torch.nn.Module, prompts: Ids, temperature: flo
     return answers
 
 
-def engines(
+def answerers(
     model: torch.nn.Module, config: Config, temperature: float, args: argparse.Namespace
 ) -> dict[str, Callable[[Ids, int], Ids]]:
-    """Name -> (prompts, seed) -> answers. Those that answer one by one get the first --sequential prompts."""
+    """Name -> a function (prompts, seed) -> answers; without batches, only of the first --sequential prompts."""
 
     def sampling(seed: int, batch_size: int = args.batch_size) -> Sampling:
         return Sampling(args.new_tokens, 1.0, batch_size, seed)
 
-    def ours(engine, prompts: Ids, seed: int) -> Ids:
-        return [a.ids for a in engine.answer([Question(ids, [], temperature) for ids in prompts], sampling(seed))]
+    def ours(answerer, prompts: Ids, seed: int) -> Ids:
+        return [a.ids for a in answerer.answer([Question(ids, [], temperature) for ids in prompts], sampling(seed))]
 
     padded, continuous = Padded(model), Continuous(model)
     found: dict[str, Callable[[Ids, int], Ids]] = {
@@ -114,7 +117,7 @@ def engines(
     return found
 
 
-def measure_engines(config: Config, args: argparse.Namespace) -> None:
+def measure_answerers(config: Config, args: argparse.Namespace) -> None:
     model = load_model(config.backbone, device_of(config.machine.device))
     found = load_prompts(config.prompts, "distill")[: args.prompts]
     context = model.config.max_position_embeddings
@@ -122,11 +125,11 @@ def measure_engines(config: Config, args: argparse.Namespace) -> None:
     prompts = [ids for _, ids in encode(found, tokenizer, config.prompts, context, args.new_tokens)]
     for temperature in args.temperature or [0.0, 1.0]:
         speeds: dict[str, list[float]] = {}
-        chosen = engines(model, config, temperature, args)
+        chosen = answerers(model, config, temperature, args)
         for repeat in range(-1, args.repeats):  # the round before the first warms up
-            for name, engine in chosen.items():
+            for name, answer in chosen.items():
                 started = time.perf_counter()
-                answers = engine(prompts[:8] if repeat < 0 else prompts, max(repeat, 0))
+                answers = answer(prompts[:8] if repeat < 0 else prompts, max(repeat, 0))
                 if model.device.type == "cuda":
                     torch.cuda.synchronize()
                 if repeat >= 0:
@@ -134,7 +137,7 @@ def measure_engines(config: Config, args: argparse.Namespace) -> None:
         print_facts(config, model.device.type, f"{len(prompts)} prompts ({args.sequential} where one by one), "
                     f"{args.new_tokens} new tokens, batches of {args.batch_size}, temperature {temperature:g}, "
                     f"{args.repeats} interleaved repeats")  # fmt: skip
-        print(f"| engine | tokens/s | range | over {BASELINE} | range |\n|---|---|---|---|---|")
+        print(f"| answerer | tokens/s | range | over {BASELINE} | range |\n|---|---|---|---|---|")
         for name, each in speeds.items():
             ratios = [a / b for a, b in zip(each, speeds[BASELINE], strict=True)]
             print(
@@ -158,7 +161,7 @@ class Run:
         return subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def seconds(self, processes: int = 1) -> float:
-        """From the start of so many processes to the end of the last."""
+        """Seconds from the start of `processes` processes of this run to the end of the last."""
         started = time.perf_counter()
         for process in [self.start() for _ in range(processes)]:
             if process.wait():
@@ -171,7 +174,7 @@ class Run:
         return manifest["responses"]
 
     def making(self) -> float:
-        """Seconds that were spent on shards, of all processes together."""
+        """Seconds spent on shards, summed over all processes."""
         return sum(self.responses.entry(name)["made"].get("seconds", 0.0) for name in self.responses.names())
 
 
@@ -227,7 +230,7 @@ def measure_processes(config: Config, args: argparse.Namespace) -> None:
 
 
 def measure_memory(config: Config, args: argparse.Namespace) -> None:
-    """Peak of one process on a thin backbone: what grows with the number of prompts is not the model's."""
+    """Peak memory of one process for two numbers of prompts, on a backbone so small that its memory is negligible."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(load(None, []).backbone)
         thin = AutoConfig.for_model("llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64,
@@ -264,7 +267,7 @@ def measure_memory(config: Config, args: argparse.Namespace) -> None:
 
 
 def print_facts(config: Config, device: str, what: str) -> None:
-    """When, where and on what the table below was measured."""
+    """Prints when, where and on what the table below it was measured."""
     where = provenance()
     hardware = ", ".join(where["hardware"]["gpus"]) if device == "cuda" else where["hardware"]["cpu"]
     versions = ", ".join(f"{p} {where['versions'][p]}" for p in ("python", "torch", "transformers"))
@@ -274,18 +277,23 @@ def print_facts(config: Config, device: str, what: str) -> None:
     print(f"\n{'; '.join(facts)}.  \n`{shlex.join(['python', *sys.argv])}`\n", flush=True)
 
 
-PARTS = {"engines": measure_engines, "kills": measure_kills, "processes": measure_processes, "memory": measure_memory}
+PARTS = {
+    "answerers": measure_answerers,
+    "kills": measure_kills,
+    "processes": measure_processes,
+    "memory": measure_memory,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be given again")
-    parser.add_argument("--prompts", type=int, default=128, help="prompts answered by each batched engine")
+    parser.add_argument("--prompts", type=int, default=128, help="prompts answered by each batched answerer")
     parser.add_argument("--sequential", type=int, default=6, help="prompts answered one by one")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--temperature", type=float, action="append", help="default: 0 and 1")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds over all engines")
+    parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds over all answerers")
     parser.add_argument("--cli-prompts", type=int, default=512, help="prompts of the runs that are killed or shared")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("words", nargs="*", metavar="key=value", help="of the config: backbone.*, machine.* ...")

@@ -1,18 +1,18 @@
-"""What loading the frozen backbone costs each process: memory above its shard, and time.
+"""Measures what loading the frozen backbone costs each process: memory above its shard, and time.
 
     python benchmarks/loading.py
 
 Writes a random Llama of about 1 GB of float32 in several safetensors files, then loads it with one exit head at world
-size 1, 2 and 4, in float32 and bfloat16, by the loader that distill uses, and by its peer: from_pretrained in every
-process, which is sharded afterwards. Every load is in fresh processes of one thread, and is seen from /proc every
-millisecond. Base is what a process has after imports, joining the group and building the model without memory; what is
-above it is told apart as the kernel does:
+size 1, 2 and 4, in float32 and bfloat16: with the loader of distill, and with from_pretrained in every process followed
+by sharding. Every load runs in fresh processes of one thread, whose memory is read from /proc every millisecond. The
+figures are what a load adds to the memory of a process that has imported everything, joined the group and built the
+model on the meta device, in the kernel's two kinds:
 
-    anonymous   memory that has no file behind it: must fit, else the kernel kills
-    mapped      pages of the weights' files: given back when memory is short
+    anonymous   memory without a file behind it: it must fit, or the kernel kills the process
+    mapped      pages of the weights' files: the kernel takes them back when memory is short
 
-Each figure is the largest of the processes of a load. The aim is shard + 64 MiB anonymous. The last table is computed:
-what the largest tensors of a 70B backbone ask of the loader.
+Each figure is the largest over the processes of a load. The aim is shard + 64 MiB of anonymous memory. The last table
+is computed, not measured: the largest tensors of a 70B backbone.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def write_checkpoint(folder: str, layers: int) -> None:
 
 
 def load(rank: int, world: int, folder: str, dtype: str, way: str, store: str, found: Any) -> None:
-    """One process of a load; puts (shard, anonymous, mapped: bytes; seconds) into `found`."""
+    """One process of a load; puts (bytes of its shard, anonymous, mapped; seconds) into `found`."""
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
@@ -142,7 +142,9 @@ def print_big() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16, help="of 49 MiB, beside 250 of embedding and LM head")
+    parser.add_argument(
+        "--layers", type=int, default=16, help="layers of 49 MiB, beside 250 MiB of embedding and LM head"
+    )
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     args = parser.parse_args()

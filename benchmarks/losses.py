@@ -1,14 +1,14 @@
-"""Which loss, and which weights to start from, give the exit head whose drafts are accepted longest?
+"""Compares losses and initial weights by the acceptance length of the exit heads that they give.
 
-Takes the pocket backbone and its answers to the same prompts for all, trains one exit head a cell (loss, init, seed) in
-equal steps, and prints of each the acceptance length on held-out responses (expected, from the overlap, and greedy) and
-of real decoding with a fixed K, the latter over that of the first loss. Whatever is measured is a count: other work on
-the machine does no harm. What a seed changes is the order of the batches, the weights of init random, and the draws at
-temperature 1; the responses are those of one seed. Knows nothing of speed.
+On the pocket backbone and one set of responses, one exit head is trained for each cell (loss, init, seed), all with the
+same number of steps. Printed for each are its acceptance length on held-out responses (expected, from the overlap, and
+greedy) and in decoding with a fixed K, the latter also over that of the first loss. All of these are counts, so other
+work on the machine does not matter. A seed changes the order of the batches, the weights of init random and the
+sampling at temperature 1, but not the responses.
 
-The learning rate of pocket.yaml was chosen with kl, so each loss is tried on the first seed with every rate of --rates,
-and goes on with the one of the longest expected acceptance length; gradients are clipped at norm 1, hence the columns
-of how long they were. Heads that are trained and texts that are decoded stay in --folder: a second start does the rest.
+The learning rate of pocket.yaml was chosen for kl, so each loss is tried with every rate of --rates on the first seed,
+and keeps the one with the longest expected acceptance length. Gradients are clipped at norm 1; two columns show their
+median norm and how many were clipped. Trained heads and decoded texts stay in --folder, so a second start resumes.
 
   python benchmarks/losses.py            exit layer 2, 3 seeds; about an hour on one core
 """
@@ -63,7 +63,7 @@ class Cell:
 
 
 class Sweep:
-    """Trains, decodes and keeps the figures of cells."""
+    """Trains the heads of cells, decodes with them and keeps the figures."""
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
@@ -99,7 +99,7 @@ class Sweep:
         return run
 
     def learned(self, cell: Cell) -> dict[str, float]:
-        """Of the run's log: the best validation by each criterion, and the gradients' lengths before clipping."""
+        """From the run's log: the best validation by each criterion, and the gradients' norms before clipping."""
         run, head = self.trained(cell), f"exit-{self.args.exit_layer}"
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -115,7 +115,7 @@ class Sweep:
         }
 
     def decoded(self, cell: Cell) -> dict[str, list[list[int]]]:
-        """Temperature -> [tokens, rounds] of each held-out prompt; the first token of a text is nobody's draft."""
+        """Temperature -> [tokens, rounds] of each held-out prompt. The first token, from prefill, is not counted."""
         run = self.trained(cell)
         if (run / "decoded.json").exists():
             return json.loads((run / "decoded.json").read_text())
@@ -146,7 +146,8 @@ def length(cell: dict[str, Any], temperature: str) -> float:
 
 
 def over(cells: list[dict[str, Any]], base: list[dict[str, Any]], temperature: str) -> str:
-    """Ratio of the acceptance lengths of all seeds' rounds, its 95 % bootstrap interval over prompts, seed by seed."""
+    """The ratio of acceptance lengths over all seeds' rounds, its 95 % bootstrap interval over prompts, and the ratio
+    of each seed."""
     ours, theirs = (np.sum([c["decoded"][temperature] for c in group], 0, dtype=float) for group in (cells, base))
     ratio, (low, high) = interval(lambda a, b, c, d: (a / b) / (c / d), *ours.T, *theirs.T)
     each = ", ".join(f"{length(a, temperature) / length(b, temperature):.2f}" for a, b in zip(cells, base, strict=True))

@@ -1,9 +1,9 @@
-"""Is text that the backbone wrote itself the better text to distill on? Heads of both, on the same held-out prompts.
+"""Compares distillation on the backbone's own answers with distillation on the original text.
 
-Takes the pocket backbone and the modules that its prompts were cut from, trains one exit head for each seed on the
-backbone's own answers and one on what the modules themselves go on with (engine `original`), prompts, tokens and steps
-being equal, and prints the acceptance length of both with a fixed K. Whatever is measured is a count: other work on the
-machine does no harm. Knows nothing of speed.
+On the pocket backbone, for each seed, one exit head is trained on the backbone's answers to the prompts, and one on the
+original text after each prompt in the module that it was cut from (generate.engine=original). Prompts, tokens and steps
+are equal. Printed is the acceptance length of both on held-out prompts with a fixed K; it is a count, so other work on
+the machine does not matter.
 
   python benchmarks/original_text.py            exit layer 1, 3 seeds; about 30 minutes on one core
 """
@@ -27,18 +27,18 @@ from pipeline.runs.provenance import provenance
 from pipeline.stages import cache, distill, evaluate, generate
 
 CHARACTERS = 1000
-"""Of a module's own text behind a prompt: more than enough for --new-tokens."""
+"""Length of the original text after a prompt: more than enough for --new-tokens."""
 
 
 def with_originals(path: Path, stdlib: Path | None) -> int:
-    """Write pocket's prompts with what their modules go on with; returns how many were found there."""
+    """Write pocket's prompts with the original text after them; returns how many were found in their modules."""
     modules = corpus.modules(stdlib)["distill"]
     count = 0
     with path.open("w") as file:
         for line in PROMPTS["distill"].read_text().splitlines():
             row = json.loads(line)
             source, said = modules[row["source"]], row["prompt"]
-            while said and said not in source:  # of a method, the head of its class was put before it
+            while said and said not in source:  # a method's prompt begins with the head of its class
                 said = said.partition("\n")[2]
             if said:
                 end = source.index(said) + len(said)
@@ -48,7 +48,7 @@ def with_originals(path: Path, stdlib: Path | None) -> int:
 
 
 def measure(engine: str, seed: int, folder: str, prompts: Path, args: argparse.Namespace) -> pd.DataFrame:
-    """Rounds of the held-out prompts, decoded with a head that learned from the answers of `engine`."""
+    """The rounds of decoding the held-out prompts, with a head trained on the answers of generate.engine=`engine`."""
     words = [
         f"run.dir={folder}", f"run.name={engine}-{seed}", f"seed={seed}", "machine.threads=1", "backbone.dtype=float32",
         f"prompts.path={prompts}", "prompts.held_out=0", "prompts.too_long=drop", f"generate.engine={engine}",

@@ -1,9 +1,10 @@
-"""The published folder as a user has it: plain generate, and the same call with custom_generate, side by side.
+"""Measures the speedup of a published folder through transformers: generate with and without custom_generate.
 
     python benchmarks/serving.py --hub runs/pocket/hub/1
 
-Greedy, prompts of the pocket backbone, the order rotating from prompt to prompt; prefill included. Ids must be
-equal. Speedups are ratios of total time, with 95 % bootstrap intervals over prompts.
+Decoding is greedy on pocket's evaluation prompts, in an order that rotates from prompt to prompt, and the time includes
+prefill. The ids of all methods must be equal. Speedups are ratios of total time, with 95 % bootstrap intervals over
+prompts.
 """
 
 import argparse

@@ -1,21 +1,21 @@
-"""What a distillation step costs, against the FLOPs it cannot avoid.
+"""Measures the time of a distillation step over that of its teacher forward pass, beside the ratio of their FLOPs.
 
     python benchmarks/training.py                                   every part, a backbone of 32 layers, D 512, V 8192
     python benchmarks/training.py --part step --exit-layers 4 8 16  one part, several heads
     python benchmarks/training.py --device cuda --dtype bfloat16 --hidden 4096 --ffn 14336 --vocabulary 128256
 
-Random weights and the very StepModel that distill trains with. Per token, with P parameters a layer, L layers, D
-hidden, V vocabulary and H heads:
+It runs the StepModel that distill trains with, on random weights. FLOPs per token, with P parameters in a layer, L
+layers, hidden size D, vocabulary V and H heads:
 
     teacher = 2 L P + 2 V D        step = teacher + H (6 P + 4 V D)        step with a cached teacher = step - 2 L P
 
-so the floor of step / teacher is 1 + H (6 P + 4 V D) / (2 L P + 2 V D). Parts, each with what is compared taking turns:
+so step / teacher is at least 1 + H (6 P + 4 V D) / (2 L P + 2 V D). Each part runs what it compares in turn:
 
-    step       teacher forward (logits included) and step; on a CPU by CPU time, as other work then counts less
-    heads      steps with 1, 2, ... of the exit layers: what another head costs
-    cached     steps that read their hidden states from a cache on disk over steps that run the backbone; bytes a token
-    memory     peak memory of the chunked linear loss over that of full logits (2048 rows, V 32000), a process each
-    processes  tokens/s of two FSDP processes over those of one: the same step, split (by the clock)
+    step       step over teacher forward (logits included); on a CPU by CPU time, as other work then counts less
+    heads      steps with 1, 2, ... of the exit layers: the cost of another head
+    cached     steps with hidden states from a cache on disk over steps that run the backbone; bytes per token
+    memory     peak memory of the chunked linear loss over that of full logits (2048 rows, V 32000), in a process each
+    processes  tokens/s of two FSDP processes that share a step, over those of one, by wall clock
 """
 
 import argparse
@@ -42,15 +42,15 @@ from pipeline.runs.provenance import provenance
 from pipeline.training.fsdp_units import resharded
 from pipeline.training.launch import find_free_network_port
 from pipeline.training.losses import LinearDistillation
-from pipeline.training.module import StepModel
 from pipeline.training.packing import Packed
 from pipeline.training.sharding import make_mesh, shard_backbone, shard_head, shard_step_model
+from pipeline.training.step_model import StepModel
 from pipeline.training.teacher_cache import CachedTeacher, TeacherCache, head_of
 
 PARTS = ("step", "heads", "cached", "memory", "processes")
 ROWS, DIM, VOCABULARY = 2048, 1024, 32000
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bfloat16 FLOP/s of the makers' data sheets; elsewhere no share of a peak is given."""
+"""Dense bfloat16 FLOP/s from the manufacturer's data sheets; for other GPUs no share of the peak is printed."""
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def main() -> None:
 
 def one_process(args: argparse.Namespace) -> None:
     bench = Bench(args, args.exit_layers)
-    bench.step(1)  # the root must see its own forward first; calls to its parts are then allowed
+    bench.step(1)  # FSDP initialises in the root's forward; only then may its parts be called alone
     if "step" in args.part:
         seconds = bench.in_turn([bench.teacher, lambda: bench.step(1)])
         rate, floor = bench.tokens / np.median(seconds[:, 1]), bench.flops(1) / bench.teacher_flops
@@ -123,7 +123,7 @@ def one_process(args: argparse.Namespace) -> None:
 
 
 class Bench:
-    """An StepModel of random weights on one process of the group, and the work that is timed."""
+    """A StepModel of random weights on one process of the group, and the work that is timed."""
 
     def __init__(self, args: argparse.Namespace, exit_layers: list[int]):
         self.args, self.device, dtype = args, torch.device(args.device), getattr(torch, args.dtype)
@@ -152,17 +152,17 @@ class Bench:
         positions = torch.arange(args.length, device=self.device).expand_as(ids)
         self.inputs = ids, positions, torch.ones_like(ids, dtype=torch.bool)
         self.tokens = args.sequences * args.length
-        """Of a step, all processes."""
+        """Tokens of a step on all processes."""
 
     def teacher(self) -> None:
-        """The backbone's pass, and logits of every token a chunk at a time, as the loss needs them."""
+        """The backbone's forward pass, and the logits of every token, computed in chunks as the loss does."""
         (final_BTD, _), _ = self._pass()
         with torch.no_grad():
             for rows in final_BTD.flatten(0, 1).split(self.step_model.chunk):
                 self.step_model.backbone.lm_head(rows)  # type: ignore[operator]
 
     def step(self, heads: int, teacher_states: Any = None) -> None:
-        """Forward and backward; the optimizer is left out, as it costs per weight and not per token."""
+        """Forward and backward pass. The optimizer is left out: its cost is per weight, not per token."""
         with resharded(self.step_model):
             losses_H = self.step_model(
                 *self.inputs, 1 / self.tokens, teacher_states=teacher_states, heads=self.names[:heads]
@@ -193,11 +193,11 @@ class Bench:
             return self.step_model.teacher(*self.inputs[:2])
 
     def flops(self, heads: int) -> int:
-        """Per token of a step."""
+        """FLOPs of a step per token."""
         return self.teacher_flops + heads * self.head_flops
 
     def in_turn(self, works: list[Callable[[], None]]) -> np.ndarray:
-        """Seconds [repeats, works]: CPU time on a CPU, as other work on the machine counts less in it."""
+        """Seconds [repeats, works]. On a CPU it is CPU time, on which other work on the machine has less influence."""
         clock = time.perf_counter if self.device.type == "cuda" else time.process_time
         seconds = np.zeros((self.args.repeats, len(works)))
         for i in range(self.args.repeats):
@@ -210,7 +210,7 @@ class Bench:
         return seconds
 
     def of_peak(self, tokens_per_second: float, heads: int) -> str:
-        """The share of the GPU's peak that a rate is worth, where the peak is known."""
+        """The share of the GPU's peak FLOP/s that a rate means, if the peak is known."""
         if self.device.type != "cuda":
             return "not known"
         name = torch.cuda.get_device_name()
@@ -243,7 +243,7 @@ def group(device: str, rank: int, world: int, port: int) -> Iterator[None]:
 
 def memory() -> None:
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1, maxtasksperchild=1) as pool:  # a peak can only rise: one process a measurement
+    with spawn.Pool(1, maxtasksperchild=1) as pool:  # a peak never falls, so each measurement has a process of its own
         chunked, naive = pool.map(peak_mib, [False, True], chunksize=1)
     print(f"| linear loss (KL), {ROWS} rows, D {DIM}, V {VOCABULARY} | peak MiB |\n|---|---|")
     print(f"| chunked (256 rows) | {chunked:.0f} |\n| full logits | {naive:.0f} |\n| ratio | {chunked / naive:.2f} |\n")
@@ -252,7 +252,7 @@ def memory() -> None:
 def peak_mib(naive: bool) -> float:
     """Peak resident memory of one forward and backward of the loss above what was there before, in MiB."""
     torch.manual_seed(0)
-    # In place: a temporary copy of the weight would hide as much of the peak.
+    # Scaled in place: a temporary copy of the weight would raise the peak before the measurement.
     teacher, weight = torch.randn(ROWS, DIM), torch.randn(VOCABULARY, DIM).mul_(DIM**-0.5)
     student = torch.randn(ROWS, DIM, requires_grad=True)
     before = peak_rss()
@@ -265,7 +265,7 @@ def peak_mib(naive: bool) -> float:
 
 
 def peak_rss() -> int:
-    """KiB. Not getrusage's: that one begins with what the process was started from."""
+    """Peak resident memory in KiB. getrusage's figure would include that of the parent process."""
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
 
 
@@ -273,7 +273,7 @@ def peak_rss() -> int:
 
 
 def processes(args: argparse.Namespace) -> None:
-    """Rounds of one and of two processes in turn; every process has one thread."""
+    """Runs of one and of two processes in turn; every process has one thread."""
     spawn = multiprocessing.get_context("spawn")
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(3):
@@ -288,7 +288,7 @@ def processes(args: argparse.Namespace) -> None:
 
 
 def steps(rank: int, args: argparse.Namespace, world: int, port: int, found: Any) -> None:
-    """One process of a run: tokens/s of the whole step, all processes', by the clock."""
+    """One process of a run; puts the tokens/s of the whole step, over all processes, into `found`."""
     torch.set_num_threads(1)
     device = f"cuda:{rank}" if args.device.startswith("cuda") else args.device
     if device.startswith("cuda"):

@@ -1,4 +1,4 @@
-"""Runs of distill on a tiny random backbone and random responses, in this process or in several, for the tests of it.
+"""Helpers of the tests of distill: runs on a tiny random backbone and random responses, in one or several processes.
 
 `python tests/distilling.py CONFIG [MANNER]` is one process of such a run; MANNER says how it is to be disturbed.
 """
@@ -131,13 +131,13 @@ def start(run: RunDir, manner: str = "", *, each: bool = False) -> list[subproce
 
 
 def finish(processes: list[subprocess.Popen], run: RunDir) -> None:
-    """Waits for them, all of which must end well. How long is pytest's matter."""
+    """Waits for the processes, all of which must end with code 0; pytest limits the time."""
     codes = list(map(end_of, processes))
     assert not any(codes), f"{codes}\n{run.path.with_suffix('.log').read_text()}"
 
 
 def end_of(process: subprocess.Popen) -> int:
-    """Its exit code, when it has one; it does not outlive the test."""
+    """Waits for its exit code; kills its group if the wait is interrupted."""
     try:
         return process.wait()
     finally:
@@ -201,7 +201,8 @@ def die(who: str, step: int, moment: str) -> None:
     if moment == "saving":
         checkpoints.os = type("os", (), {"fsync": before(os.fsync)})  # type: ignore[assignment]
     else:
-        name, call = {"before": ("training_step", 0), "between": ("manual_backward", 1), "after": ("_clip", 0)}[moment]
+        methods = {"before": ("training_step", 0), "between": ("manual_backward", 1), "after": ("_clip_or_skip", 0)}
+        name, call = methods[moment]
         setattr(Distillation, name, before(getattr(Distillation, name), call))
 
 

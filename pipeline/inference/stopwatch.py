@@ -1,5 +1,7 @@
-"""How long the parts of a round take, by marks between them, without waiting for a GPU more often than decoding does.
-Knows nothing of what the parts are."""
+"""A stopwatch for the parts of repeated work: a mark after each part, the seconds of every part at the end.
+
+On a GPU, marks are events in its stream, so that measuring makes the host wait only when the result is read.
+"""
 
 import operator
 import time
@@ -13,21 +15,25 @@ import torch
 
 
 class Stopwatch:
-    """`moment` notes a point in time, `since` gives the seconds from the second of two to the first."""
+    """Sums the time between marks by the name of the part that each mark ends.
+
+    `moment()` records a point in time; `since(after, before)` gives the seconds between two of them.
+    """
 
     def __init__(self, moment: Callable[[], Any], since: Callable[[Any, Any], float] = operator.sub):
         self._moment, self._since = moment, since
         self.start()
 
     def start(self) -> None:
+        """Forget all marks and begin anew."""
         self._marks: list[tuple[str, Any]] = [("", self._moment())]
 
     def mark(self, part: str) -> None:
-        """What was begun since the mark before belongs to `part`."""
+        """The time since the mark before (or since the start) belongs to `part`."""
         self._marks.append((part, self._moment()))
 
     def read(self) -> defaultdict[str, float]:
-        """Seconds of each part since the start. Waits until the last mark is reached."""
+        """Seconds of each part since the start. On a GPU, waits until it has reached the last mark."""
         seconds: defaultdict[str, float] = defaultdict(float)
         for (_, before), (part, after) in pairwise(self._marks):
             seconds[part] += self._since(after, before)
@@ -35,8 +41,11 @@ class Stopwatch:
 
 
 def stopwatch(devices: Iterable[torch.device], event: Callable[..., Any] = torch.cuda.Event) -> Stopwatch:
-    """On one GPU by events in its stream, which the host sets and runs ahead of. Else by the host's clock, with several
-    devices behind a wait for every GPU at every mark, since events of two cannot be subtracted."""
+    """The stopwatch for work on `devices`.
+
+    On a single GPU it uses events in the GPU's stream. Otherwise it reads the host's clock, and waits for every GPU at
+    every mark, because events of two devices cannot be subtracted.
+    """
     used = set(devices)
     cuda = [device for device in used if device.type == "cuda"]
     if len(used) == len(cuda) == 1:

@@ -1,6 +1,7 @@
-"""One config's whole plan: everything the other files of this package say of it, and what follows from that.
+"""The plan of one config: memory, times and predicted speedups, and the verdicts that follow from them.
 
-Takes a config and its backbone's architecture, gives a Plan and sentences: does it fit, what else would, will it pay.
+`make` takes a config and the backbone's architecture and collects the estimates of the other files in a Plan;
+`verdicts` says in sentences whether it fits the GPUs, which change would make it fit, and whether a head will pay.
 """
 
 import copy
@@ -18,7 +19,7 @@ from .memory import GIB, Memory, Row
 from .work import Stage, Step
 
 SMALL_CHUNK = 128
-"""Rows of logits that are still enough to keep a GPU busy."""
+"""The smallest number of rows in a chunk of logits that still keeps a GPU busy."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Plan:
     config: Config
     architecture: Architecture
     gpu: Gpu | None
-    """None: no peak is known, so there are no seconds, and nothing to fit into."""
+    """None for plan.gpu=cpu: without known peaks there are no times, and no memory to compare with."""
     layout: Layout
     distill: Memory
     generate: list[Row]
@@ -39,21 +40,21 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether distill fits its GPUs."""
+        """True if distill fits the memory of its GPUs; None without a GPU."""
         return None if self.gpu is None else self.distill.total <= memory.usable(self.gpu)
 
     def gpus_of(self, rows: list[Row]) -> int:
-        """GPUs that a copy of the backbone for generate or evaluate needs, at least."""
+        """The least number of GPUs whose memory holds `rows`: one copy of the backbone in generate or evaluate."""
         return 1 if self.gpu is None else max(1, ceil(memory.total(rows) / memory.usable(self.gpu)))
 
     @property
     def best(self) -> Prediction | None:
-        """The exit layer of the largest predicted speedup."""
+        """The prediction with the largest speedup; None without an expected acceptance."""
         able = [p for p in self.predictions if p.speedups]
         return max(able, key=lambda p: p.speedups[p.best]) if able else None
 
     def as_json(self) -> dict[str, Any]:
-        """Bytes, seconds and what they were made of."""
+        """The whole plan, with the terms of every sum of bytes and seconds."""
         rows = {name: [asdict(row) for row in getattr(self, name)] for name in ("generate", "evaluate", "host", "disk")}
         summary = {"largest": self.distill.largest, "total": self.distill.total, "fits": self.fits}
         return {
@@ -70,7 +71,8 @@ class Plan:
 
 
 def make(config: Config, a: Architecture) -> Plan:
-    """Raises UserError for a GPU that is not known, a layout that cannot be, a wrong plan.acceptance or plan.pilot."""
+    """The plan of a config. Raises UserError for an unknown plan.gpu, a machine.shard_degree that does not divide the
+    processes, and a wrong plan.acceptance or plan.pilot."""
     gpu, layout = gpu_of(config.plan.gpu), Layout.of(config.machine)
     plan = Plan(
         config=config,
@@ -101,7 +103,7 @@ def make(config: Config, a: Architecture) -> Plan:
 
 
 def verdicts(plan: Plan) -> list[str]:
-    """What the numbers come to, the worst first."""
+    """The conclusions as sentences: memory first, then each exit layer."""
     lines = _memory_verdicts(plan)
     if storage.set_tokens(plan.config) is None:
         lines.append("generate.num_prompts=0, all: how many is not known before they are read, so generate's time and "
@@ -124,7 +126,7 @@ def _memory_verdicts(plan: Plan) -> list[str]:
 
 
 def what_would_fit(plan: Plan) -> str:
-    """The least change of memory's keys that makes distill fit, by trying them, singly before together."""
+    """The smallest change of config keys that makes distill fit: each key is tried alone, then in combination."""
     config, room = plan.config, memory.usable(plan.gpu) if plan.gpu else 0.0
     changes = []
     if memory.sequences_of_pass(config, plan.layout) > 1:
@@ -146,7 +148,7 @@ def what_would_fit(plan: Plan) -> str:
 
 
 def _verdict(p: Prediction, min_speedup: float) -> str:
-    """Whether one exit layer will pay."""
+    """One sentence: will this exit layer give the speedup that publish.min_speedup demands?"""
     goal = max(1.0, min_speedup)
     where = f"exit layer {p.exit_layer}"
     if p.expected and p.expected.temperature is not None:

@@ -1,7 +1,8 @@
-"""What a head will be worth: speedup of every exit layer and fixed K, from costs and an expected acceptance.
+"""Predicts the speedup that an exit head will give, for every exit layer and fixed draft length K.
 
-Takes an architecture, or the results of a pilot run; gives predictions and the acceptance that would be needed. Costs
-are those of metrics.CostModel, in autoregressive tokens. Knows nothing of memory or training.
+It takes the costs of a round, computed from the backbone's architecture or measured by a pilot run, and an expected
+draft acceptance rate; it gives the speedups and the acceptance rate that a speedup needs. The unit of costs is the time
+of one autoregressive token, as in metrics.CostModel.
 """
 
 import json
@@ -16,25 +17,25 @@ from ..evaluation.metrics import predicted_speedup
 from .architecture import Architecture
 
 DRAFTS = range(1, 9)
-"""K that are looked at: controllers draft no more."""
+"""The draft lengths K that are tried: controllers draft no more."""
 ROUND = 0.05
-"""What a round costs beside its passes, in autoregressive tokens: draws, the controller, reads by the host. Assumed;
-the pocket backbone has 0.01 on a CPU, a small backbone on a fast GPU can have several times as much."""
+"""Cost of a round beside its passes, in autoregressive tokens: sampling, the controller, reads by the host. Assumed;
+measured 0.01 for the pocket backbone on a CPU, and it can be several times 0.05 for a small backbone on a fast GPU."""
 TARGETS = (1.0, 1.3)
-"""Speedups whose acceptance is asked for."""
+"""Speedups for which the needed acceptance rate is computed."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What is expected of one exit layer's drafts."""
+    """The expected draft acceptance of one exit layer."""
 
     exit_layer: int
     temperature: float | None
-    """Of the pilot's measurement; None of a rate that was typed in."""
+    """Temperature at which the pilot measured; None for a rate given in plan.acceptance."""
     rates: list[float]
-    """Conditional rates: draft i is accepted when those before it were. Beyond the last one that holds on."""
+    """Conditional rates: draft i is accepted if all before it were. The last rate also holds for later drafts."""
     costs: dict[str, Any] | None = None
-    """Measured on the pilot; None: by weights."""
+    """Costs that the pilot measured; None: `costs_by_weight`."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,18 @@ class Prediction:
     exit_layer: int
     costs: dict[str, Any]
     measured: bool
-    """Whether the costs were measured by the pilot."""
+    """True if the pilot measured the costs."""
     needed: dict[float, float | None]
-    """Speedup -> acceptance, the same for every draft, that the best K reaches it with; None: not even 1."""
+    """Speedup -> the acceptance rate, the same for every draft, at which the best K reaches it; None: 1 is too low."""
     ceiling: float
-    """Speedup of the best K if every draft is accepted."""
+    """Speedup of the best K if every draft were accepted."""
     expected: Expected | None = None
     speedups: dict[int, float] = field(default_factory=dict)
-    """K -> predicted; empty where nothing is expected."""
+    """K -> predicted speedup; empty without an expected acceptance."""
 
     @property
     def draft(self) -> float:
-        """Time of a draft, in autoregressive tokens."""
+        """Cost of one draft, in autoregressive tokens."""
         return self.costs["shallow"] + self.costs["head"]
 
     @property
@@ -63,9 +64,10 @@ class Prediction:
 
 
 def costs_by_weight(a: Architecture, exit_layer: int) -> dict[str, Any]:
-    """Costs of a round where every pass takes as long as reading its weights, and verifying some tokens as long as one.
+    """Costs of a round if a pass takes as long as reading its weights, however many tokens it computes.
 
-    An autoregressive token reads L P + V D; shallow N P, head P + V D, verification (L - N) P + V D of it.
+    An autoregressive token reads L P + V D weights, the shallow layers N P, the head P + V D, and verification
+    (L - N) P + V D.
     """
     whole = a.layers * a.layer + a.embedding
     return {
@@ -77,24 +79,26 @@ def costs_by_weight(a: Architecture, exit_layer: int) -> dict[str, Any]:
 
 
 def speedups(costs: dict[str, Any], rates: list[float]) -> dict[int, float]:
-    """Of fixed K for each K of DRAFTS."""
+    """K -> predicted speedup with fixed K, for each K of DRAFTS."""
     lasting = [*rates, *[rates[-1]] * len(DRAFTS)]
     return {k: predicted_speedup(k, lasting, costs) for k in DRAFTS}
 
 
 def needed(costs: dict[str, Any], target: float) -> float | None:
-    """The least acceptance, the same for every draft, with which some K reaches `target`; None if 1 does not."""
+    """The lowest acceptance rate, the same for every draft, at which some K reaches the speedup `target`; None if no
+    rate does. Found by bisection."""
     low, high = 0.0, 1.0
     if max(speedups(costs, [high]).values()) < target:
         return None
-    for _ in range(30):  # speedup rises with acceptance, for every K
+    for _ in range(30):  # for every K, the speedup rises with the acceptance rate
         middle = (low + high) / 2
         low, high = (low, middle) if max(speedups(costs, [middle]).values()) >= target else (middle, high)
     return high
 
 
 def predict(a: Architecture, config: Config) -> list[Prediction]:
-    """Of each exit layer, by what plan.acceptance or plan.pilot expect. Raises UserError for either being wrong."""
+    """The predictions of each exit layer: one, or one for each temperature of the pilot. Raises UserError for a wrong
+    plan.acceptance or plan.pilot."""
     everything = expectations(a, config)
     predictions = []
     for n in config.distill.exit_layers:
@@ -111,10 +115,13 @@ def predict(a: Architecture, config: Config) -> list[Prediction]:
 
 
 def expectations(a: Architecture, config: Config) -> list[Expected]:
-    """From plan.acceptance or plan.pilot; [] if neither is given."""
+    """What plan.acceptance or plan.pilot says; [] without either.
+
+    Raises UserError if both are given or one is wrong.
+    """
     p, layers = config.plan, config.distill.exit_layers
     if p.acceptance and p.pilot:
-        raise UserError(f"plan.acceptance={p.acceptance}: plan.pilot={p.pilot} is there too; take one of them out")
+        raise UserError(f"plan.acceptance={p.acceptance}: plan.pilot={p.pilot} is given too; remove one of them")
     if p.pilot:
         return read_pilot(Path(p.pilot), a, on_cpu=p.gpu == "cpu")
     if p.acceptance and len(p.acceptance) != len(layers):
@@ -123,12 +130,12 @@ def expectations(a: Architecture, config: Config) -> list[Expected]:
 
 
 def read_pilot(run: Path, a: Architecture, on_cpu: bool) -> list[Expected]:
-    """What the pilot measured at each exit layer and temperature.
+    """What the pilot run in folder `run` measured at each exit layer and temperature.
 
-    Its costs are taken if its backbone has as many layers and parameters as this one and ran on the same kind of
-    device, else only how often its drafts were accepted. Rates are those of the fixed controller that drafted most: one
-    that chooses when to draft on is accepted more often than one that has no choice.
-    Raises UserError if there are no such results.
+    The pilot's costs are used only if its backbone has the same number of layers and parameters as this one and ran on
+    the same kind of device. The acceptance rates are those of the fixed controller with the largest K: a controller
+    that chooses when to go on drafting is accepted more often than one with a fixed K.
+    Raises UserError if the run has no such results.
     """
     path = run / "eval" / "results.json"
     try:

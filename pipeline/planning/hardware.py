@@ -1,7 +1,8 @@
-"""What GPUs can do, and how the processes of distill lie on nodes of them.
+"""The rates of GPUs, and how the processes of distill are laid out over nodes.
 
-Takes names and the `machine` section, gives rates and the time that collectives need. The numbers are the makers', of
-dense matrices; what share of them is reached is assumed elsewhere or here, in the open.
+It takes the name of a GPU and the `machine` section of the config; it gives rates and the time of collectives. The
+rates are the manufacturers' peaks for dense matrices. The share of a peak that is reached in practice is an assumption,
+written down as a constant here and in work.py.
 """
 
 from dataclasses import dataclass
@@ -11,33 +12,33 @@ from ..config import Machine
 from ..errors import UserError
 
 LINK_SHARE = 0.8
-"""What large collectives reach of a link's rate (nccl-tests on eight H100: all-gather at 340 to 370 of 450 GB/s)."""
+"""Share of a link's rate that large collectives reach (nccl-tests, eight H100: all-gather at 340-370 of 450 GB/s)."""
 BANDWIDTH_SHARE = 0.6
-"""What decoding reaches of the memory's rate: transformers' layers launch many small kernels."""
+"""Share of the memory bandwidth that decoding reaches: transformers' layers launch many small kernels."""
 MARGIN = 0.1
-"""Share of a GPU's memory that is not planned with: the CUDA context, NCCL's buffers, holes between allocations."""
+"""Share of a GPU's memory that is left free: for the CUDA context, NCCL's buffers and fragmentation."""
 
 
 class Gpu(NamedTuple):
-    """One GPU of its kind."""
+    """Memory and peak rates of one GPU."""
 
     memory: float
-    """GiB, as torch counts them."""
+    """GiB, as torch reports it."""
     bfloat16: float
-    """TFLOP/s, dense, summed in float32."""
+    """TFLOP/s, dense, accumulated in float32."""
     float32: float
-    """TFLOP/s without TF32, which torch does not use unless told to."""
+    """TFLOP/s without TF32, which torch does not use by default."""
     bandwidth: float
     """GB/s of its own memory."""
     link: float
     """GB/s one way to the other GPUs of its node, by NVLink or PCIe."""
     network: float
-    """GB/s one way that usual clusters have for each GPU between nodes: InfiniBand HDR 25, NDR 50, Ethernet."""
+    """GB/s one way between nodes, for each GPU, in a typical cluster: InfiniBand HDR 25, NDR 50, or Ethernet."""
 
 
-# TFLOP/s, rates of memory and links: NVIDIA's data sheets of A100 (2021), H100 (2023), H200 (2024) and L40S (2023), and
-# the Ada whitepaper for the RTX 4090; where they print rates with sparsity, half of them. Memory: what torch's
-# out-of-memory messages call the total capacity.
+# TFLOP/s and the rates of memory and links are from NVIDIA's data sheets of A100 (2021), H100 (2023), H200 (2024) and
+# L40S (2023), and the Ada whitepaper for the RTX 4090; rates printed with sparsity are halved. Memory is the total
+# capacity in torch's out-of-memory messages.
 GPUS = {
     "A100-40GB": Gpu(39.4, 312, 19.5, 1555, 300, 25),
     "A100-80GB": Gpu(79.1, 312, 19.5, 2039, 300, 25),
@@ -49,22 +50,22 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu | None:
-    """None for `cpu`, of which no peak is known. Raises UserError for a name that is not in the table."""
+    """The GPU of that name; None for `cpu`, whose peak is not known. Raises UserError for an unknown name."""
     if name == "cpu":
         return None
     if name not in GPUS:
-        raise UserError(f"plan.gpu={name}: known are {', '.join(GPUS)}, and cpu, of which no peak is known")
+        raise UserError(f"plan.gpu={name}: give one of {', '.join(GPUS)}, or cpu, whose peak is not known")
     return GPUS[name]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the processes of distill, one a GPU, share copies of the backbone."""
+    """How the processes of distill, one for each GPU, share copies of the backbone."""
 
     processes: int
     per_node: int
     degree: int
-    """S: processes that share one copy."""
+    """S: the number of processes that share one copy."""
 
     @classmethod
     def of(cls, machine: Machine) -> "Layout":
@@ -80,10 +81,10 @@ class Layout:
         return -(-self.degree // self.per_node)
 
     def gather_seconds(self, size: float, gpu: Gpu, network: float) -> float:
-        """Until every process of a copy has all of `size` bytes; the same for a reduce-scatter of so many.
+        """Seconds of an all-gather of `size` bytes within a copy; a reduce-scatter takes as long.
 
-        Each process takes in (S-1)/S of it over its link. Of a copy over m nodes, (m-1)/m of it enter each node,
-        through the network ports of all its GPUs together, and go on over the links inside.
+        Each process receives (S-1)/S of the bytes over its link. If the copy spans m nodes, (m-1)/m of the bytes enter
+        each node through the network ports of all its GPUs, and travel on over the links inside it. `network`: GB/s.
         """
         inside = size * (self.degree - 1) / self.degree / gpu.link
         nodes = self.nodes_of_a_copy
@@ -91,7 +92,7 @@ class Layout:
         return max(inside, between) / (LINK_SHARE * 1e9)
 
     def sum_seconds(self, size: float, gpu: Gpu, network: float) -> float:
-        """Until the copies have summed the `size` bytes that each process holds (a ring all-reduce)."""
+        """Seconds of a ring all-reduce between the copies, of the `size` bytes that each process holds."""
         rate = network if self.processes > self.per_node else gpu.link
         return 2 * size * (self.copies - 1) / self.copies / (LINK_SHARE * rate * 1e9)
 

@@ -1,7 +1,7 @@
-"""Bytes of a node's host memory while distilling, and of the disk that holds the run and the backbone.
+"""Estimates a node's host memory during distill, and the disk space of the run folder and the backbone.
 
-Takes an architecture, the layout of processes and a config; gives rows as memory.py does. What depends on the number of
-prompts is left out where the config does not say it (generate.num_prompts=0).
+It takes an architecture, the layout of processes and a config, and gives rows as memory.py does. Rows that depend on
+the number of prompts are left out where the config does not give it (generate.num_prompts=0).
 """
 
 from ..config import Config
@@ -10,24 +10,24 @@ from .hardware import Layout
 from .memory import GIB, Row, giga, weight_bytes
 
 PROCESS = 3 * GIB
-"""Host memory of a process before it holds anything of ours: Python, torch, CUDA's libraries. Assumed."""
+"""Host memory of a process for Python, torch and CUDA's libraries alone. Assumed."""
 LISTED = 40
-"""Bytes of a token as an int in a Python list, which is how responses are read before they are packed."""
+"""Bytes of a token in a Python list of ints: responses are read into such lists before they are packed."""
 PACKED = 9
-"""Bytes of a packed token: id and place in 32 bits each, one byte of mask."""
+"""Bytes of a packed token: id and position of 32 bits each, one byte of mask."""
 STORED = 4
-"""Bytes of a token in responses/: ids and text of prompt and answer, compressed; the pocket run has 3.1."""
+"""Bytes of a token in responses/: ids and text of prompt and answer, compressed; measured 3.1 for the pocket run."""
 CHECKPOINTS = 3
-"""Files of training state at once: two are kept while a third is written."""
+"""Checkpoints on disk at once: two are kept while a third is written."""
 
 
 def set_tokens(config: Config) -> int | None:
-    """Tokens of prompts and answers at most, as distill packs them; None if the number of prompts is not known."""
+    """Upper bound of the tokens of all prompts and answers; None if the number of prompts is not known."""
     return config.generate.num_prompts * config.distill.sequence_length or None
 
 
 def host(a: Architecture, config: Config, layout: Layout) -> list[Row]:
-    """Of the node of process 0, which gathers checkpoints, while it distils."""
+    """Host memory during distill on the node of process 0, which gathers the checkpoints."""
     processes, heads = min(layout.per_node, layout.processes), len(config.distill.exit_layers)
     rows = [
         Row("processes", processes * PROCESS, f"{processes} x 3 GiB, assumed; weights go from the file to the GPU"),
@@ -41,7 +41,7 @@ def host(a: Architecture, config: Config, layout: Layout) -> list[Row]:
 
 
 def disk(a: Architecture, config: Config) -> list[Row]:
-    """Of the run folder, and of the backbone where the Hub's files are kept."""
+    """Disk space of the run folder, and of the backbone's files in the Hub's cache."""
     w, heads = weight_bytes(config), len(config.distill.exit_layers)
     rows = [
         Row("backbone's files", a.parameters * 2, f"{giga(a.parameters)} x 2 B, as published"),
@@ -57,5 +57,5 @@ def disk(a: Architecture, config: Config) -> list[Row]:
 
 
 def cached_bytes(a: Architecture, heads: int, w: int) -> int:
-    """Of a token in the teacher's cache: its final hidden state and one for each exit layer."""
+    """Bytes of a token in the teacher's cache: a final hidden state, and one after each exit layer."""
     return (heads + 1) * a.hidden * w

@@ -1,12 +1,12 @@
-"""How the pocket backbone is made and checked, one verb a step.
+"""The commands that make and check the pocket backbone, one verb for each step.
 
   python -m pipeline.pocket train                     the backbone, under 75 minutes on 2 CPU cores
   python -m pipeline.pocket train --layers 3 --out T  its shallow twin, for the depth check
   python -m pipeline.pocket prompts                   cut the prompt files from the held-out modules
-  python -m pipeline.pocket check --twin T            does its code parse, does its depth pay?
+  python -m pipeline.pocket check --twin T            share of code that parses; loss against the twin's
   python -m pipeline.pocket manifest                  record the sha256 of every source file
 
-All read the standard library of CPython 3.11.7; --stdlib says where it lies, if not in the running interpreter.
+All of them read the standard library of CPython 3.11.7: that of the running interpreter, or the folder --stdlib.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Is the pocket backbone worth decoding: does its code parse, and does its depth pay?
+"""Checks that the pocket backbone is a sensible one: its code parses, and its depth lowers the loss.
 
-Takes checkpoint folders that recipe.py wrote, gives the answers as a dict and writes them to checks.json beside
-the weights; the held-out modules are read from the standard library. Knows nothing of how the weights were made.
+`run` takes the checkpoint folders that recipe.py wrote and measures the share of sampled functions that parse, and the
+loss on held-out modules of the standard library, also for a shallow twin. The figures go to checks.json beside the
+weights.
 """
 
 import ast
@@ -27,9 +28,9 @@ SEED = 0
 def run(backbone_folder: Path, twin_folder: Path | None = None, stdlib: Path | None = None) -> dict[str, Any]:
     """Check a backbone, and its shallow twin if given; returns what it writes to `checks.json`.
 
-    parse_share: of completions sampled from function heads, the share that is Python together with its head, cut
-    where the function ends or else at the last whole line (`function`), and at the last whole line of whatever
-    follows (`last_line`). `library`: the same of what the library itself goes on with, the best there is.
+    parse_share: completions are sampled from function heads; the share that parses as Python with its head in front,
+    cut at the end of the function or else at the last whole line (`function`), and always cut at the last whole line
+    (`last_line`). `library` is the same for the library's own continuations: an upper bound.
     held_out_loss: nats per token over the evaluate modules, in float32.
     """
     transformers_logging.disable_progress_bar()
@@ -69,7 +70,7 @@ def heads(count: int) -> list[str]:
 
 
 def parse_share(prompts: list[str], completions: list[str]) -> dict[str, float]:
-    """Share of the prompts that their completion makes a Python program of, cut in both ways."""
+    """The share of prompts that parse as Python with their completion, for both ways of cutting it."""
     pairs = list(zip(prompts, completions, strict=True))
     return {
         "function": round(sum(parses(p + function_body(p, c)) for p, c in pairs) / len(pairs), 3),
@@ -78,7 +79,7 @@ def parse_share(prompts: list[str], completions: list[str]) -> dict[str, float]:
 
 
 def library_text(prompts: list[str], modules: dict[str, dict[str, str]], tokenizer: Any) -> list[str]:
-    """What the library itself writes behind each prompt, as many tokens of it as a completion has."""
+    """The library's own text after each prompt, as many tokens as a completion has at most."""
     sources = [source for role in ("evaluate", "distill") for source in modules[role].values()]
     known = {head: rest for source in sources for head, rest in cutting.continuations(source).items()}
     ids = [tokenizer.encode(known.get(p, ""), add_special_tokens=False)[:MAX_NEW_TOKENS] for p in prompts]
@@ -90,7 +91,7 @@ def function_body(head: str, completion: str) -> str:
     last = head.splitlines()[-1]
     depth = len(last) - len(last.lstrip())
     lines = completion[: completion.rfind("\n") + 1].splitlines(keepends=True)
-    for i, line in enumerate(lines[1:], 1):  # the first is the rest of the head's own
+    for i, line in enumerate(lines[1:], 1):  # the first line is the end of the head
         if line.strip() and len(line) - len(line.lstrip()) <= depth:
             return "".join(lines[:i])
     return "".join(lines)
@@ -106,7 +107,7 @@ def parses(source: str) -> bool:
 
 @torch.inference_mode()
 def complete(model: Any, tokenizer: Any, prompts: list[str], temperature: float) -> list[str]:
-    """A sampled completion of each prompt; one that ends by itself gets a last line break."""
+    """A sampled completion of each prompt, with a line break added to one that ends with the end token."""
     torch.manual_seed(SEED)
     texts = []
     for at in range(0, len(prompts), BATCH):

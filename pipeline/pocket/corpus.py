@@ -1,8 +1,8 @@
-"""Which files of the CPython 3.11 standard library the pocket backbone sees, and which it never does.
+"""Splits the standard library of CPython 3.11 into training text and held-out modules for the pocket backbone.
 
-Takes the folder of a 3.11 standard library, gives the text of its modules by role: `train`, `distill`
-(prompts for distillation come from here) and `evaluate` (prompts and held-out loss). Every file's sha256
-stands in corpus.sha256, so a retraining on other sources is noticed. Knows nothing of models.
+`modules` takes the library's folder and gives the text of its files by role: `train`, `distill` (source of the prompts
+for distillation) and `evaluate` (source of the evaluation prompts, and held-out loss). corpus.sha256 records the hash
+of every file, and other sources are refused.
 """
 
 import hashlib

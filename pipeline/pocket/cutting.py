@@ -1,7 +1,7 @@
-"""Cut the pocket prompts out of the held-out modules: heads of functions, docstrings, first lines of files.
+"""Cuts the pocket prompts out of the held-out modules: function heads, docstrings, first lines of files.
 
-Takes the modules of corpus.py, gives prompts/distill.jsonl, prompts/evaluate.jsonl and the licence notice that
-the excerpts need. Only modules that the backbone never saw are cut. Knows nothing of tokens or models.
+`write_prompts` takes the modules of corpus.py and writes prompts/distill.jsonl, prompts/evaluate.jsonl and the licence
+notice that the excerpts need. The backbone was trained on none of these modules.
 """
 
 import ast
@@ -26,7 +26,7 @@ OPENING_LINES = (3, 5, 8, 12, 16, 20)
 LONGEST_DOCSTRING = 12
 """Lines."""
 SHORTEST_BODY = 3
-"""Lines of a function body below which there is nothing to write."""
+"""The fewest lines of a function body: shorter ones leave a backbone nothing to write."""
 SEED = 0
 
 Row = dict[str, str]
@@ -35,7 +35,7 @@ Row = dict[str, str]
 def write_prompts(modules: dict[str, dict[str, str]]) -> None:
     """Write both prompt files and NOTICE; `modules` is role -> {path: source}."""
     seen: set[str] = set()
-    for role in ("evaluate", "distill"):  # a text that stands in modules of both belongs to evaluate
+    for role in ("evaluate", "distill"):  # a text that occurs in modules of both roles goes to evaluate
         by_kind: dict[str, list[Row]] = defaultdict(list)
         for source, text in modules[role].items():
             for kind, prompt in cut(text):
@@ -51,10 +51,10 @@ def write_prompts(modules: dict[str, dict[str, str]]) -> None:
 
 
 def cut(source: str) -> list[tuple[str, str]]:
-    """(kind, prompt) of everything in one module that makes a prompt.
+    """(kind, prompt) of every prompt that one module gives.
 
-    Each ends before a line break: the backbone's tokenizer joins a line break with the indentation after it, so
-    a prompt that ended with one would already have said that the next line is not indented.
+    Each ends before a line break: the backbone's tokenizer makes one token of a line break and the indentation after
+    it, so a prompt that ended with a line break would fix that the next line is not indented.
     """
     lines = source.splitlines(keepends=True)
     found = [("opening", text) for text in _openings(lines)]
@@ -64,7 +64,7 @@ def cut(source: str) -> list[tuple[str, str]]:
 
 
 def continuations(source: str) -> dict[str, str]:
-    """Head prompt -> what the module itself goes on with."""
+    """Prompt of kind `head` -> the module's own text after it."""
     lines = source.splitlines(keepends=True)
     found = {}
     for node, before in _functions(source, lines):
@@ -76,7 +76,7 @@ def continuations(source: str) -> dict[str, str]:
 
 
 def _functions(source: str, lines: list[str]) -> Iterator[tuple[Function, str]]:
-    """Every function of a module and every method of its classes, with the class head that must stand before it."""
+    """(function, "") of every function of a module, (method, head of its class) of every method of its classes."""
     for node in ast.parse(source).body:
         if isinstance(node, FUNCTIONS):
             yield node, ""
@@ -93,7 +93,8 @@ def _head(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, lines: li
 
 
 def _of_function(node: Function, lines: list[str], before: str) -> list[tuple[str, str]]:
-    """Its head, and its head with the docstring; of a method, behind the head of its class."""
+    """(kind, prompt): the function's head, and its head with the docstring, both after `before`. [] if its body is too
+    short; a prompt that is too long or does not parse is left out."""
     documented = ast.get_docstring(node) is not None
     body = node.body[1:] if documented else node.body
     if not body or _end(body[-1]) - body[0].lineno + 1 < SHORTEST_BODY:
@@ -121,7 +122,7 @@ def _is_python(source: str) -> bool:
 
 
 def _openings(lines: list[str]) -> list[str]:
-    """The first lines of a file, cut at a few places, as a file has one beginning only."""
+    """The first lines of a file, cut at several lengths, because a file has only one beginning."""
     found = []
     for count in OPENING_LINES:
         text = "".join(lines[:count])
@@ -131,7 +132,7 @@ def _openings(lines: list[str]) -> list[str]:
 
 
 def mixed(by_kind: dict[str, list[Row]], count: int) -> list[Row]:
-    """Up to `count` rows, the kinds in turn as long as each lasts, so that any first k are a balanced mix."""
+    """Up to `count` rows, alternating between the kinds while each lasts, so that the first k are always balanced."""
     shuffle = random.Random(SEED)
     piles = []
     for kind in KINDS:
@@ -143,7 +144,7 @@ def mixed(by_kind: dict[str, list[Row]], count: int) -> list[Row]:
 
 
 def _modules_in_turn(pile: list[Row]) -> list[Row]:
-    """The first row of each module, then the second of each ...: otherwise large modules crowd out the rest."""
+    """The first row of each module, then the second of each, and so on: else large modules would dominate."""
     turns: Counter[str] = Counter()
     keyed = []
     for row in pile:

@@ -1,8 +1,7 @@
 """Muon (Jordan et al., 2024): momentum whose matrix updates are orthogonalised by Newton-Schulz steps.
 
-Takes parameters with gradients, gives the update; matrices of one shape are orthogonalised as one batch in
-fp32. torch.optim.Muon does the same one matrix at a time in bfloat16, which a CPU without bf16 units
-emulates at a tenth of the speed (measured: docs/lab-notes.md). Knows nothing of models.
+Matrices of one shape are orthogonalised as one batch, in float32. torch.optim.Muon does the same one matrix at a time
+in bfloat16, which a CPU without bfloat16 units emulates at a tenth of the speed (measured: docs/lab-notes.md).
 """
 
 from collections import defaultdict
@@ -12,7 +11,7 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised; the update's RMS is `lr * 0.2`, as AdamW's is (Liu et al., 2025)."""
+    """Orthogonalised Nesterov momentum. The RMS of an update is 0.2 lr, like that of AdamW (Liu et al., 2025)."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
         super().__init__(params, {"lr": lr, "momentum": momentum})

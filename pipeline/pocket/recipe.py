@@ -1,9 +1,8 @@
-"""The recipe of the pocket backbone: tokenizer, deep thin Llama, one training run with fixed seeds.
+"""Trains the pocket backbone: a tokenizer and a deep, thin Llama, in one run with fixed seeds.
 
-Takes the modules of corpus.py, gives a transformers checkpoint folder and a loss curve. Knows nothing of
-exit heads or of the pipeline that later uses the folder.
+`train` takes the texts of corpus.py and writes a folder in transformers' format and training.json with the loss curve.
 
-B windows, T positions, D hidden, V vocabulary
+Letters: B windows, T positions, D hidden size, V vocabulary.
 """
 
 import json
@@ -23,7 +22,7 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, beside the corpus."""
+    """All settings that, with the corpus, determine the weights."""
 
     layers: int = 32
     hidden: int = 96
@@ -45,7 +44,7 @@ class Recipe:
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which a line break and the indentation after it are one piece of text."""
+    """Byte-level BPE that keeps a line break and the indentation after it in one piece."""
     tokenizer = Tokenizer(models.BPE())
     pieces = r"\s*\n[ \t]*| ?_*[A-Za-z]+|_+|[0-9]| ?[^\sA-Za-z_0-9]+|[ \t]+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -66,7 +65,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one stream of ids, each closed by the end token."""
+    """All texts as one stream of ids, an end token after each."""
     ids: list[int] = []
     for text in texts:
         ids += tokenizer.encode(text, add_special_tokens=False)
@@ -93,7 +92,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForC
     for name, p in model.named_parameters():
         if "embed_tokens" in name:
             torch.nn.init.normal_(p, std=0.05)
-        elif "o_proj" in name or "down_proj" in name:  # every layer starts as the identity, so depth trains
+        elif "o_proj" in name or "down_proj" in name:  # every layer starts as the identity, so that a deep model trains
             torch.nn.init.zeros_(p)
         elif p.ndim == 2:
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
@@ -140,7 +139,7 @@ def train(
         )
         for o in optimizers
     ]
-    for layer in model.model.layers:  # one graph serves all layers; pays from a few minutes of training on
+    for layer in model.model.layers:  # all layers share one graph; worth it for training of more than a few minutes
         layer.compile()
     curve, started = [], time.time()
     bar = tqdm(range(recipe.steps), desc=f"train {recipe.layers} layers", unit="step")

@@ -1,7 +1,8 @@
-"""Responses -> exit heads: checks what can be checked early, assembles the Trainer, saves the best heads.
+"""The stage `distill`: trains exit heads on the responses of a run folder.
 
-Takes responses/ of the run folder, and cache/ if the teacher is cached, gives heads/exit-<N>/, metrics.jsonl and
-checkpoints; killed and run again it resumes. Knows nothing of how a step works: the parts are in training/.
+It reads responses/, and cache/ if distill.teacher=cached, and writes heads/exit-<N>/, metrics.jsonl and checkpoints/.
+A run that was killed or stopped resumes from its newest checkpoint. This file checks the inputs, assembles the Trainer
+and saves the best heads; how a step works is in training/.
 """
 
 import contextlib
@@ -27,10 +28,10 @@ from ..runs.folder import RunDir
 from ..runs.tracking import Tracker
 from ..training import loss_terms, packing
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Signals, Throughput
-from ..training.checkpoints import WholeFile, newest_intact
+from ..training.checkpoints import WholeFile, check_format, newest_intact
 from ..training.dataloader import StepBatches
 from ..training.launch import Place, find_place, own_device, workers
-from ..training.load_sharded import check_checkpoint
+from ..training.load_sharded import check_checkpoint, fail_on_all_ranks
 from ..training.module import Distillation
 from ..training.rank_log import RankLog, rank_log
 from ..training.rendezvous import before_rendezvous
@@ -39,14 +40,17 @@ from ..training.watchdog import Progress, watched_process_group
 
 
 def check(config: Config) -> None:
-    """What can be known before anything is loaded. Raises UserError for a loss that does not exist."""
+    """Checks the config before anything is loaded. Raises UserError for a loss that does not exist."""
     loss_terms.parse(config.distill.loss)
 
 
 def run(run: RunDir) -> None:
-    """Train the heads of distill.exit_layers. Raises UserError for what the user must change, LostError if another
-    process is gone, SystemExit when a signal stopped it after saving (KeyboardInterrupt for Ctrl-C): on the first
-    process with 128 + the signal's number, on the others with 0, so that none is killed for what ended well."""
+    """Train the heads of distill.exit_layers.
+
+    Raises UserError for a mistake of the user's and when training cannot go on, LostError if another process has
+    disappeared, and SystemExit when a signal stopped the run after saving (KeyboardInterrupt for Ctrl-C): with 128 +
+    the signal's number on the first process and with 0 on the others, which a launcher would otherwise take as failed.
+    """
     check(run.config)
     inputs = [run / "responses" / "manifest.json"]
     if run.config.distill.teacher == "cached":
@@ -58,7 +62,7 @@ def run(run: RunDir) -> None:
         return
     with contextlib.ExitStack() as stack:
         with before_rendezvous(place):
-            # Before the stage is marked begun, so that a mistake found here can be corrected without --redo.
+            # These checks precede the mark, so that a mistake found here can be corrected without --redo.
             num_layers = load_config(run.config.backbone).num_hidden_layers
             check_exit_layers(run.config.distill.exit_layers, num_layers)
             device = own_device(device_of(run.config.machine.device), place)
@@ -83,30 +87,31 @@ def run(run: RunDir) -> None:
 
 
 def read(run: RunDir, place: Place) -> tuple[dict[str, Any], packing.Packed, packing.Packed, dict[str, int]]:
-    """`data.read_packed`, checked against the number of processes."""
+    """The result of `packing.read_packed`, checked against the number of processes."""
     d = run.config.distill
     manifest, train, validation, found = packing.read_packed(run / "responses", d)
     StepBatches(len(train), d.sequences_per_step, d.max_steps, 0, world_size=place.world_size)  # checks
     if place.rank == 0:
-        print(told(found))
+        print(response_counts(found))
     return manifest, train, validation, found
 
 
 def open_cached_teacher(
     run: RunDir, backbone: dict[str, Any], train: packing.Packed, validation: packing.Packed
 ) -> CachedTeacher | None:
-    """What a cached teacher says. Raises UserError for a cache that is of something else, or not complete."""
+    """The cached teacher, or None for an online one. Raises UserError for a cache of another backbone, dtype or
+    packing, and for one that is not complete."""
     if run.config.distill.teacher == "online":
         return None
     cache, sequences = TeacherCache(run / "cache"), packing.joined(train, validation)
     cache.check(run.config, backbone["fingerprint"], sequences)
     if not cache.is_complete():
-        raise UserError(f"{cache.folder}: not complete: run `exit-heads cache` again, it goes on with what is missing.")
+        raise UserError(f"{cache.folder} is not complete: run `exit-heads cache` again, it resumes.")
     return CachedTeacher(cache, sequences, run.config.distill.exit_layers)
 
 
-def told(found: dict[str, int]) -> str:
-    """One line on what is learned from and what is left out."""
+def response_counts(found: dict[str, int]) -> str:
+    """One line: how many responses are trained on and how many are left out."""
     line = f"distill: {found['learned']} of {found['answers']} responses in {found['documents']} documents; left out: "
     line += f"{found['truncated']} truncated, {found['repeating']} repeating, {found['too_long']} too long"
     if later := found["joined"] + found["alone"]:
@@ -124,7 +129,7 @@ def fit(
     validation: packing.Packed,
     cached_teacher: CachedTeacher | None,
 ) -> tuple[Distillation, Throughput]:
-    """Train from the newest checkpoint, or from the start, to distill.max_steps or until no head learns any more."""
+    """Train from the newest checkpoint, or from the start, to distill.max_steps or until every head has stopped."""
     d = run.config.distill
     set_threads(run.config)
     (run / "checkpoints").mkdir(exist_ok=True)
@@ -140,8 +145,14 @@ def fit(
             checkpoints.kept += [resumed] if resumed else []
             callbacks = [signals, throughput, recorder, checkpoints, preemption, Progress(watchdog)]
             trainer = build_trainer(run, place, device, callbacks)
-            trainer.fit(module, ckpt_path=resumed, weights_only=True)
-    except SystemExit as error:  # how Lightning ends on Ctrl-C, after switching it off
+            try:
+                trainer.fit(module, ckpt_path=resumed, weights_only=True)
+            except UserError as error:  # every process raises it, and the first one shows it
+                log.line(str(error))
+                if place.rank > 0:
+                    raise SystemExit(error.exit_code) from error
+                raise
+    except SystemExit as error:  # Lightning turns Ctrl-C into it and leaves further ones ignored
         if isinstance(error.__context__, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from None
@@ -152,8 +163,15 @@ def fit(
 
 
 def agree_on_checkpoint(folder: Path, place: Place) -> Path | None:
-    """What to go on from. Process 0 looks: the others may see another moment of a shared disk, and need not read it."""
-    chosen = [newest_intact(folder) if place.rank == 0 else None]
+    """The checkpoint to resume from, or None. Only process 0 looks: on a shared disk, others may see another state.
+
+    Collective. Raises UserError on all processes for a checkpoint of another format.
+    """
+    chosen: list[Path | None] = [None]
+    with fail_on_all_ranks():
+        if place.rank == 0 and (newest := newest_intact(folder)):
+            check_format(newest)
+            chosen = [newest]
     dist.broadcast_object_list(chosen)
     if chosen[0] and place.rank == 0:
         print(f"distill: going on from {chosen[0]}")
@@ -169,12 +187,12 @@ def build_trainer(run: RunDir, place: Place, device: torch.device, callbacks: li
         accelerator=device.type,
         devices=devices,
         num_nodes=machine.nodes,
-        # Both sizes: the defaults would make the processes of a node tensor-parallel.
+        # Both sizes are given: the defaults would make the processes of a node tensor-parallel.
         strategy=ModelParallelStrategy(
             data_parallel_size=place.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
         ),
         plugins=[place.environment, WholeFile()],
-        precision="32-true",  # heads are float32; the backbone has its own dtype
+        precision="32-true",  # the heads are float32; the backbone keeps backbone.dtype
         max_steps=d.max_steps,
         max_epochs=1,
         limit_val_batches=0,
@@ -189,7 +207,7 @@ def build_trainer(run: RunDir, place: Place, device: torch.device, callbacks: li
 
 
 def stop(preemption: Preemption, place: Place) -> None:
-    """End the process the way the signal asks."""
+    """Ends this process as the signal that it received demands: KeyboardInterrupt or SystemExit."""
     number = preemption.received
     if place.rank == 0:
         print(f"distill: {signal.Signals(number).name}: saved {preemption.saved}; the same command goes on from there")
@@ -205,7 +223,7 @@ def save_heads(run: RunDir, module: Distillation, num_layers: int, backbone: dic
 
 
 def describe(module: Distillation, throughput: Throughput) -> dict[str, Any]:
-    """What run.json keeps of the stage."""
+    """The results of the stage that run.json records."""
     heads = {}
     for n, name in zip(module.config.distill.exit_layers, module.names, strict=True):
         best = module.best[name]
@@ -220,13 +238,13 @@ def set_threads(config: Config) -> None:
     machine = config.machine
     if machine.threads > 0:
         torch.set_num_threads(machine.threads)
-    elif machine.processes_per_node > 1 and not os.environ.get("OMP_NUM_THREADS"):  # torch's choice: every core to each
+    elif machine.processes_per_node > 1 and not os.environ.get("OMP_NUM_THREADS"):  # torch gives every core to each
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // machine.processes_per_node))
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's hints; our own warnings and every error still show."""
+    """Hides the hints of Lightning and torch.distributed; our own warnings and every error still show."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,7 +1,7 @@
-"""Draft acceptance expected of a head on given responses: overlap with the teacher, match, acceptance length.
+"""How often the teacher would accept a head's drafts on given responses, estimated without decoding.
 
-Takes final hidden states of teacher and heads, gives figures per position; a head's best checkpoint is chosen by
-them.
+`draft_statistics` takes the final hidden states of teacher and heads and gives figures per row; `acceptance_lengths`
+turns them into expected acceptance lengths, by which the best step of a head is chosen.
 
 Letters: H heads, R rows (positions that predict a response token), C rows of one chunk, D hidden size,
 V vocabulary.
@@ -19,12 +19,12 @@ from .losses import ChunkedLogits
 def draft_statistics(
     weight_VD: Tensor, teacher_RD: Tensor, students_RD: Sequence[Tensor], chunk: int
 ) -> dict[str, Tensor]:
-    """How well each head would draft each row, at temperature 1. Each value is [H, R], float32.
+    """How well each head would draft the token after each row, at temperature 1. Each value is [H, R], float32.
 
     loss     KL(p || q), nats
     overlap  sum_v min(p, q) = 1 - TV(p, q): the probability that speculative sampling accepts a token drawn from
              q (Leviathan et al. 2023, theorem 3.5)
-    match    1 where argmax p = argmax q: greedy decoding accepts
+    match    1 where argmax p = argmax q, so that greedy decoding accepts, else 0
     """
     shape = (len(students_RD), len(teacher_RD))
     found = {name: torch.empty(shape, device=weight_VD.device) for name in ("loss", "overlap", "match")}
@@ -43,14 +43,14 @@ def draft_statistics(
 
 
 def acceptance_lengths(accept_HR: Tensor, index_R: Tensor, horizon: int = 8) -> Tensor:
-    """Expected tokens of a round that starts at each row and drafts up to K = `horizon` tokens: [H, R].
+    """Expected number of tokens of a round that starts at each row and drafts K = `horizon` tokens: [H, R].
 
         E_t = 1 + sum_{j=1..K} prod_{i=0..j-1} a_{t+i}
 
-    a is the probability that the draft of a row is accepted (overlap at temperature 1, match for greedy); the 1 is
-    the bonus token. Rows of one response have consecutive `index_R` (their place in the flattened batch); the
-    product stops where a response ends, as nothing is drafted beyond it. The mean over rows weighs each position
-    alike, while real rounds start after a rejection more often than not: it orders checkpoints, it is no forecast.
+    a is the probability that the draft of a row is accepted (overlap at temperature 1, match for greedy decoding); the
+    1 is the bonus token. Rows of one response have consecutive `index_R` (their place in the flattened batch); the
+    products stop at the end of a response, as nothing is drafted beyond it. The mean over rows serves to compare steps
+    of one head. It is no forecast, because it weighs all positions alike and real rounds often start after a rejection.
     """
     step_R = torch.arange(len(index_R), device=index_R.device)
     run_R = index_R - step_R  # constant along a response, and larger in the next one

@@ -1,12 +1,13 @@
-"""What happens around the steps: speed, logging, validation, checkpoints, preemption, the progress bar.
+"""Lightning callbacks around the training steps: speed, logging, validation, checkpoints, signals, the progress bar.
 
-Takes hooks of the Trainer, writes metrics and checkpoints. The order of the callbacks is the order of a step's
-end: measure, log, validate, show, save, stop; before all of them come the signals, for the first validation. Knows
-nothing of losses or how weights are sharded.
+They take the Trainer's hooks and write metrics.jsonl and checkpoints. At the end of a step they act in the order in
+which stages/distill.py lists them: measure, log and validate, save, stop on a signal. `Signals` comes first, so that a
+signal during the first validation is caught.
 """
 
+import math
 import signal
-import time
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from tqdm import tqdm
 from ..runs.tracking import Tracker
 from .module import Distillation
 
-WARM_UP_STEPS = 2  # left out of the averages: first touches of memory, kernel choice
+WARM_UP_STEPS = 2  # left out of the averages: they pay for allocating memory and choosing kernels
 
 
 class Throughput(Callback):
-    """Tokens per second, and what a step costs in units of the teacher's forward pass (logits of the rows included).
+    """Tokens per second, and the time of a step over the time of the teacher's forward pass and logits in it.
 
     A step is timed from the batch to the updated weights; validation and saving are not part of it.
     """
@@ -33,14 +34,15 @@ class Throughput(Callback):
         self.total = {"seconds": 0.0, "teacher_seconds": 0.0, "timed_tokens": 0, "tokens": 0, "rows": 0}
 
     def on_train_batch_start(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
-        module.step_model.teacher_clock.take()  # type: ignore[union-attr]
-        self.started = time.perf_counter()
+        module.step_model.stopwatch.start()  # type: ignore[union-attr]
 
     def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
-        teacher = module.step_model.teacher_clock.take()  # type: ignore[union-attr]  # waits for the GPU
-        seconds = time.perf_counter() - self.started
+        stopwatch = module.step_model.stopwatch  # type: ignore[union-attr]
+        stopwatch.mark("rest")
+        parts = stopwatch.read()  # waits for the GPU
+        seconds, teacher = sum(parts.values()), parts["teacher"]
         self.last = {"tokens_per_second": module.step_tokens / seconds}
-        if module.cached_teacher is None:  # with a cached teacher only its logits are left in the step
+        if module.cached_teacher is None:  # with a cached teacher, a step computes only its logits
             self.last["step_over_teacher"] = seconds / teacher
         self.total["tokens"] += module.step_tokens
         self.total["rows"] += module.step_rows
@@ -51,7 +53,7 @@ class Throughput(Callback):
             self.total["timed_tokens"] += module.step_tokens
 
     def averages(self) -> dict[str, float | None]:
-        """Over all steps but the first two after each start; None if there were no more."""
+        """The averages over all steps but the first two after each start; None if there were no others."""
         t = self.total
         if not t["seconds"]:
             return {"tokens_per_second": None, "step_over_teacher": None}
@@ -66,7 +68,7 @@ class Throughput(Callback):
 
 
 class Recorder(Callback):
-    """Logs every step, validates before the first, every `validate_every` and after the last, shows both."""
+    """Logs every step; validates before the first step, every `validate_every` steps and after the last; shows both."""
 
     def __init__(self, tracker: Tracker, throughput: Throughput, validate_every: int, max_steps: int, shown: bool):
         self.tracker, self.throughput = tracker, throughput
@@ -77,21 +79,23 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Distillation) -> None:  # type: ignore[override]
         done = trainer.global_step
-        self.tracker.start(done if module.validated_step >= 0 else -1)  # else step 0 is validated and logged again
+        # A checkpoint may precede the first validation, which then validates and logs step 0 again.
+        self.tracker.start(done if module.validated_step >= 0 else -1)
         if self.shown:
             self.bar = tqdm(total=self.max_steps, initial=done, desc="distill", unit="step", disable=None)
         if module.validated_step < 0:
             self._validate(module, 0)
-        if not module.learning:  # killed between its last checkpoint and its heads
+        if not module.learning:  # the run was killed between its last checkpoint and writing its heads
             trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
         step = trainer.global_step
-        self.tracker.log(step, module.train_figures() | self.throughput.last)
+        self._log(step, module.train_figures() | self.throughput.last)
+        self._show_skips(module, step)
         if step % self.validate_every == 0 or step == self.max_steps:
             learning = module.learning
             self._validate(module, step)
-            self._tell_who_stopped(module, step, set(learning) - set(module.learning))
+            self._show_stopped(module, step, set(learning) - set(module.learning))
         if self.bar is not None:
             losses = {n: f"{loss:.3f} -> {self.lengths.get(n, '?')}" for n, loss in module.losses.items()}
             self.bar.set_postfix(losses, refresh=False)
@@ -105,17 +109,28 @@ class Recorder(Callback):
     def on_exception(self, trainer: Trainer, module: Any, exception: BaseException) -> None:
         self._close(failed=True)
 
+    def _log(self, step: int, figures: dict[str, float]) -> None:
+        """Figures that are not finite are left out: JSON has no such numbers."""
+        self.tracker.log(step, {name: value for name, value in figures.items() if math.isfinite(value)})
+
     def _validate(self, module: Distillation, step: int) -> None:
         figures = module.validate(step)
-        self.tracker.log(step, figures)
+        self._log(step, figures)
         lengths = {n: figures.get(f"val/{n}/expected_acceptance_length") for n in module.names}
         self.lengths = {n: f"{length:.2f}" for n, length in lengths.items() if length is not None}
-        if self.bar is not None and self.bar.disable:  # no terminal: a line instead of a bar
+        if self.bar is not None and self.bar.disable:  # there is no terminal: print lines
             heads = ", ".join(f"{n} {figures[f'val/{n}/loss']:.3f} -> {length}" for n, length in self.lengths.items())
             what = "held-out loss -> expected acceptance length"
             print(f"distill: step {step}/{self.max_steps}, {what}: {heads}", flush=True)
 
-    def _tell_who_stopped(self, module: Distillation, step: int, stopped: set[str]) -> None:
+    def _show_skips(self, module: Distillation, step: int) -> None:
+        """One line at the first of the steps in a row that a head skips."""
+        for name in module.losses if self.shown else ():
+            if module.skipped_in_row[name] == 1:
+                line = f"distill: step {step}/{self.max_steps}, {name}: loss or gradient is not finite; step skipped"
+                tqdm.write(line, file=sys.stderr)
+
+    def _show_stopped(self, module: Distillation, step: int, stopped: set[str]) -> None:
         if not self.shown or not stopped or step == self.max_steps:
             return
         bests = ", ".join(f"{n} (best at step {module.best[n]['step']})" for n in sorted(stopped))
@@ -131,21 +146,21 @@ class Recorder(Callback):
 class Checkpoints(Callback):
     """Saves every `every` steps and at the end: heads, optimizer, random generators, best weights, step.
 
-    The last two are kept, and nothing else: neither a damaged one that was passed over nor one of later steps, which
-    are now done anew.
+    The last two checkpoints are kept; every other is removed, also a damaged one that was passed over and those of
+    later steps, which are done again.
     """
 
     def __init__(self, folder: Path, every: int, keep: int = 2):
         self.folder, self.every, self.keep = folder, every, keep
         self.kept: list[Path] = []
-        """Oldest first; whoever resumes puts in what from."""
+        """Paths of the checkpoints to keep, oldest first. A run that resumes adds the checkpoint it resumes from."""
 
     def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]
         if trainer.global_step % self.every == 0 or module.finished:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> Path:
-        """All processes must call it, at the same step."""
+        """Collective: all processes must call it, at the same step."""
         path = self.folder / f"step-{trainer.global_step:08d}.ckpt"
         trainer.save_checkpoint(path)
         self.kept = [*(p for p in self.kept if p != path), path][-self.keep :]
@@ -156,14 +171,16 @@ class Checkpoints(Callback):
 
 
 class Signals(Callback):
-    """From before the first validation a signal sets a flag and nothing else: whatever it asks for is a meeting of all
-    processes, which signals reach at different moments. Lightning's own handler, which this one takes the place of,
-    would talk to the others at once, and end a run that is still validating as if it were done. A second Ctrl-C ends
-    the process."""
+    """Handlers of SIGUSR1, SIGTERM and SIGINT that only set a flag, from before the first validation on.
+
+    Saving and stopping are collective, and a signal reaches the processes at different moments, so `Preemption` acts on
+    the flag at the end of a step. Lightning's own handler, which these replace, would start a collective at once, and
+    would end a run that is still validating as if it were done. A second Ctrl-C ends the process.
+    """
 
     def __init__(self) -> None:
         self.flag = 0
-        """The signal that has come, or 0."""
+        """Number of the signal that this process has received, or 0."""
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
@@ -171,7 +188,7 @@ class Signals(Callback):
             for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._handle)
         except ValueError:
-            pass  # not the main thread, as in some notebooks: no signals arrive here
+            pass  # this is not the main thread, as in some notebooks: signals do not arrive here
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         self._restore()
@@ -191,12 +208,12 @@ class Signals(Callback):
 
 
 class Preemption(Callback):
-    """Behind a step: if a signal has reached any process, save and stop."""
+    """At the end of a step: if any process has received a signal, save a checkpoint and stop."""
 
     def __init__(self, checkpoints: Checkpoints, signals: Signals):
         self.checkpoints, self.signals = checkpoints, signals
         self.received = 0
-        """The signal that stopped the run, or 0."""
+        """Number of the signal that stopped the run, or 0."""
         self.saved: Path | None = None
 
     def on_train_batch_end(self, trainer: Trainer, module: Distillation, *_: Any) -> None:  # type: ignore[override]

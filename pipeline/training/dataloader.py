@@ -1,7 +1,7 @@
-"""Which sequences each process sees at which step: a pure function of step, seed and number of processes.
+"""The batches of a run: which packed sequences each process takes at which step.
 
-Takes the number of packed sequences, gives the indices of every batch. No state is kept, so that a resumed run, or
-one with another number of processes, sees the same sequences.
+They are a pure function of step, seed and number of processes, and no state is kept: a resumed run, also one with
+another number of processes, trains on the same sequences at the same steps.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,11 @@ from ..errors import UserError
 
 
 class StepBatches(Sampler[list[int]]):
-    """This rank's sequences of steps start_step .. total_steps - 1.
+    """The indices of this rank's sequences at the steps start_step .. total_steps - 1.
 
-    Step k takes places [k G, (k+1) G) of endless seeded shuffles of the sequences, laid end to end; rank r takes
-    the r-th part of them. No state is kept, so a resumed run, or one with another world size, sees the same.
+    With G = sequences_per_step, step k takes the places [k G, (k+1) G) of endless seeded shuffles of all sequences,
+    laid end to end; rank r takes the r-th of world_size equal parts of them.
+    Raises UserError if world_size does not divide sequences_per_step.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class StepBatches(Sampler[list[int]]):
         self.seed, self.rank, self.world_size, self.start_step = seed, rank, world_size, start_step
 
     def __len__(self) -> int:
-        return self.total_steps  # of the whole run: Lightning counts the batches from its beginning
+        return self.total_steps  # not the remaining ones: Lightning counts the batches of the whole run
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self.sequences_per_step // self.world_size
@@ -46,7 +47,7 @@ class StepBatches(Sampler[list[int]]):
             yield self.of_all_ranks(step)[self.rank * share : (self.rank + 1) * share]
 
     def of_all_ranks(self, step: int) -> list[int]:
-        """The sequences of a step over all processes: any of them can count its rows without asking the others."""
+        """The sequences of a step over all ranks, known to every rank without communication."""
         first = step * self.sequences_per_step
         return [self._at(place) for place in range(first, first + self.sequences_per_step)]
 
@@ -59,14 +60,16 @@ class StepBatches(Sampler[list[int]]):
 
 
 def validation_batches(num_sequences: int, size: int, rank: int, world_size: int) -> list[list[int]]:
-    """Every sequence once, in order, in batches of `size` over all ranks. Each rank gets as many, filled up with -1,
-    because every forward pass of a sharded model is a meeting of all ranks."""
+    """Every sequence once, in order, in batches of `size`, dealt to the ranks in turn.
+
+    All ranks get the same number of batches, filled up with -1: a forward pass of a sharded model is collective.
+    """
     batches = -(-num_sequences // (size * world_size))
     places = [(b * world_size + rank) * size for b in range(batches)]
     return [[i if i < num_sequences else -1 for i in range(p, p + size)] for p in places]
 
 
 def passes(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """The batch in parts of `size` sequences; the last has what is left. Ranks with equal batches get as many."""
+    """The batch in parts of `size` sequences; the last part may be smaller."""
     for start in range(0, len(batch["ids_BT"]), size):
         yield {name: value_B[start : start + size] for name, value_B in batch.items()}

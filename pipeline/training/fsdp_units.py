@@ -1,6 +1,7 @@
-"""What a training step asks of FSDP2 units: gradient norms and whole weights of a head, and that nothing stays whole.
+"""Operations on sharded modules (FSDP2 units, see sharding.py) that a training step needs.
 
-Takes modules that `fully_shard` has cut, gives tensors. Knows nothing of losses, data or the Trainer.
+They give the gradient norm and the whole weights of a head, scale its gradient, and make sure that no unit stays
+gathered after a pass.
 """
 
 from collections.abc import Iterator
@@ -17,17 +18,17 @@ from torch.distributed.tensor import DTensor
 
 @contextmanager
 def resharded(root: nn.Module) -> Iterator[None]:
-    """Whatever happens in the block, after it every unit under `root` is in shards again.
+    """After the block, also if it raises, every unit under `root` is sharded again.
 
-    A forward pass without gradients leaves the root and the heads whole, as if a backward pass were to follow. A pass
-    that raises leaves whole what it was at, gradients that the next pass would add to, and counters from which none
-    could start: all that goes, too.
+    A forward pass without gradients leaves the root and the heads gathered, as if a backward pass were to follow. A
+    pass that raises also leaves gradients, which the next pass would add to, and FSDP counters from which no pass could
+    start; both are reset.
     """
     try:
         yield
     except BaseException:
         root.zero_grad()
-        if hasattr(root, "reset_iter_state"):  # torch 2.13; before, FSDP2 cannot go on after an exception
+        if hasattr(root, "reset_iter_state"):  # from torch 2.13 on; earlier, FSDP2 cannot continue after an exception
             root.reset_iter_state()  # type: ignore[operator]
         raise
     for unit in root.modules():
@@ -36,22 +37,23 @@ def resharded(root: nn.Module) -> Iterator[None]:
 
 
 def gradient_square(module: nn.Module) -> Tensor:
-    """This process's part of the squared gradient norm: a float64 scalar; the sum over all processes is the square."""
+    """This process's part of the squared gradient norm, a float64 scalar: the sum over all processes is the square."""
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([_local(grad) for grad in grads])
     return norm.double().square() / _copies(grads[0])
 
 
 def scale_gradient(module: nn.Module, factor: float) -> None:
+    """Multiplies the gradient by `factor`, in place."""
     for parameter in module.parameters():
         if parameter.grad is not None:
             _local(parameter.grad).mul_(factor)
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> whole tensor on the CPU, a copy, on process 0; {} on the others. All processes must call it.
+    """Name -> a copy of the whole tensor on the CPU, on process 0; {} on the others. Collective.
 
-    One tensor is whole at a time: no other process ever holds the module.
+    The tensors are gathered one at a time, so no process but the first ever holds all of them.
     """
     weights = {}
     for name, parameter in module.named_parameters():
@@ -64,12 +66,12 @@ def whole_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's shard; in-place changes reach it."""
+    """This process's shard of the tensor; it shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copies(tensor: Tensor) -> int:
-    """How many processes hold the same shard: more than one where shards are replicated over nodes."""
+    """The number of processes that hold the same shard: more than one where shards are replicated (HSDP)."""
     if not isinstance(tensor, DTensor):
         return 1
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)

@@ -1,23 +1,24 @@
-"""What a head learns from: the terms of the loss, each with its formula, its gradient and where it comes from.
+"""The terms of the distillation loss, each with its formula, its gradient and its source.
 
-Takes log-probabilities of teacher and head for one chunk of rows, gives the loss and its gradient with respect to the
-head's logits. Knows nothing of hidden states, chunks or processes: every term is a sum over rows, and what it is of
-one row depends on no other, so it is the same however rows are cut into chunks or spread over processes.
+A term takes the log-probabilities of teacher and head for one chunk of rows, and gives the loss and its gradient with
+respect to the head's logits. Every term is a sum over rows, and the value of a row depends on that row alone, so the
+result does not depend on how rows are cut into chunks or spread over processes.
 
 Letters: C rows of one chunk, V vocabulary. p is the teacher's distribution, q a head's, both at the temperature T of
-the loss; z are the head's logits over T. overlap = sum_v min(p, q) is the probability that speculative sampling accepts
-a token drawn from q (Leviathan et al. 2023, theorem 3.5), and 1 - overlap the total variation distance. r marks the
-tokens with p > q, of which there should be more, and m = sum_v q r is what the head gives them.
+the loss; z are the head's logits divided by T. overlap = sum_v min(p, q) is the probability that speculative sampling
+accepts a token drawn from q (Leviathan et al. 2023, theorem 3.5), and 1 - overlap is the total variation distance. r is
+1 for the tokens with p > q, which the head underrates, and 0 for the others; m = sum_v q r is the head's probability of
+the former.
 
   name     loss of a row               dloss/dz                    length of the gradient (sum of absolute values)
   kl       sum_v p (log p - log q)     q - p                       2 (1 - overlap)
   ce       -log q(argmax p)            q - [argmax p]              2 (1 - q(argmax p))
   tvd      1 - overlap                 q (m - r)                   2 m (1 - m)
-  tvd++    1 - overlap, see there      q (m - r) / sqrt(m (1-m))   2 sqrt(m (1 - m))
+  tvd++    1 - overlap (see below)     q (m - r) / sqrt(m (1-m))   2 sqrt(m (1 - m))
   overlap  -log overlap                q (m - r) / overlap         2 m (1 - m) / overlap, at most 2 (1 - m)
 
-The last three pull a row in the same direction and differ in what the row weighs. Where the head is far off (m near 0)
-tvd all but lets go, overlap pulls as hard as kl does, and tvd++ is in between.
+The gradients of the last three have the same direction in a row and differ in length. Where the head is far off (m near
+0), that of tvd almost vanishes, that of overlap is as long as that of kl, and that of tvd++ lies between.
 """
 
 import difflib
@@ -42,8 +43,8 @@ def kl(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor, out_CV: T
 def ce(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor, out_CV: Tensor) -> Tensor:
     """Cross-entropy of the teacher's most probable token: hard targets.
 
-    Not of the token that the response goes on with: that one was drawn from p, so it would be a noisy estimate of kl
-    where the response was sampled; the argmax is what greedy verification asks for in either case.
+    The target is not the next token of the response: where that was sampled from p, it would be a noisy estimate of kl.
+    The argmax is the token that greedy verification accepts, however the response was made.
     """
     best_C1 = log_p_CV.argmax(-1, keepdim=True)
     loss = -log_q_CV.gather(-1, best_C1).sum()
@@ -54,7 +55,7 @@ def ce(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor, out_CV: T
 def tvd(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor, out_CV: Tensor) -> Tensor:
     """Total variation distance, sum_v |p - q| / 2: the rejection rate itself (Zhou et al. 2023, arXiv 2310.08461).
 
-    Where p = q for some token it has no derivative; r = 0 there.
+    It has no derivative where p = q for some token; r = 0 is used there.
     """
     overlap_C1, _ = _overlap(p_CV, q_CV, out_CV)
     out_CV.neg_()
@@ -65,23 +66,25 @@ def tvd_plus_plus(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor
     """TVD++: the gradient of tvd as a policy gradient with normalised rewards (Goel et al. 2024, arXiv 2403.00858).
 
     The gradient of tvd is -E_{x~q}[r(x) grad log q(x)], with r the reward; TVD++ is -E_{x~q}[(r(x) - mean) / std
-    grad log q(x)], and no loss has this gradient: the value given is tvd's.
+    grad log q(x)]. No loss has this gradient, so the value returned is that of tvd.
 
-    Mean and deviation are those of r under q *in each row*: m and sqrt(m (1 - m)). An expectation over the whole
-    vocabulary is unchanged by any mean, since E_{x~q}[grad log q(x)] = 0 in every row; and one deviation for all rows
-    of a chunk, a batch or all processes would be a common factor, which Adam divides out again, and which would make
-    the gradient depend on how rows are grouped. So the row is the one set over which normalising changes what is
-    learned. (Of the paper only the abstract was read: variance reduction as in policy gradients. That it is this
-    normalisation is how it is quoted elsewhere; the set that the paper takes is not known to us.)
+    Mean and standard deviation are those of r under q *in each row*: m and sqrt(m (1 - m)). Subtracting any mean leaves
+    an expectation over the whole vocabulary unchanged, since E_{x~q}[grad log q(x)] = 0 in every row. One deviation for
+    all rows of a chunk, a batch or all processes would be a common factor, which Adam divides out again, and it would
+    make the gradient depend on how rows are grouped. So only normalising row by row changes what is learned.
+    (Only the abstract of the paper was read, which names variance reduction as in policy gradients. This normalisation
+    is how other papers quote it; over which set the paper itself normalises is not known to us.)
     """
     overlap_C1, mass_C1 = _overlap(p_CV, q_CV, out_CV)
-    variance_C1 = (mass_C1 * (1 - mass_C1)).clamp_(min=torch.finfo(q_CV.dtype).eps)  # rounding is no reward
+    variance_C1 = (mass_C1 * (1 - mass_C1)).clamp_(
+        min=torch.finfo(q_CV.dtype).eps
+    )  # else rounding errors would be divided by 0
     out_CV.div_(variance_C1.sqrt_().neg_())
     return (1 - overlap_C1).sum()
 
 
 def overlap(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor, out_CV: Tensor) -> Tensor:
-    """Minus the log of the probability of acceptance (LK losses, Samarin et al. 2026, arXiv 2602.23881)."""
+    """The negative log of the acceptance probability (LK losses, Samarin et al. 2026, arXiv 2602.23881)."""
     overlap_C1, _ = _overlap(p_CV, q_CV, out_CV)
     overlap_C1.clamp_(min=torch.finfo(q_CV.dtype).tiny)
     out_CV.div_(-overlap_C1)
@@ -100,14 +103,14 @@ class Term(NamedTuple):
     function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     """(log_p, p, log_q, q, out), all [C, V] -> the loss summed over rows; out becomes dloss/dz.
 
-    out may be the memory of log_q, for which reason a term reads log_q before it writes out for the last time.
+    out may share the memory of log_q, so a term must not read log_q after its last write to out.
     """
     power: int
-    """The term counts times T^power, so that the size of dloss/d(T z) stays when T changes: of kl, q - p shrinks like
-    1/T itself (Hinton et al. 2015, section 2); what the others pull with does not."""
+    """The term is multiplied by T^power, so that dloss/d(T z) keeps its size when T changes. For kl, q - p itself
+    shrinks like 1/T (Hinton et al. 2015, section 2), hence T^2; the gradients of the other terms do not."""
 
 
-# Those that read log_q come first: in a mix the later ones write over it.
+# Terms that read log_q come first: when several are mixed, the later ones overwrite it.
 TERMS = {
     "kl": Term(kl, 2),
     "ce": Term(ce, 1),
@@ -118,7 +121,7 @@ TERMS = {
 
 
 def parse(words: Sequence[str]) -> dict[str, float]:
-    """Name -> weight of the terms in distill.loss, each NAME or WEIGHT*NAME. Raises UserError for anything else."""
+    """Name -> weight of the terms in distill.loss, each given as NAME or WEIGHT*NAME. Raises UserError otherwise."""
     weights: dict[str, float] = {}
     for word in words:
         weight, star, name = (part.strip() for part in word.rpartition("*"))

@@ -1,14 +1,13 @@
-"""What an exit head is trained on and judged by: the loss from hidden states, and draft acceptance.
+"""The distillation loss, computed from hidden states without ever holding the logits of all positions.
 
-Takes final hidden states of teacher and heads and the shared LM head, gives losses with exact gradients and
-figures per position, a chunk of logits at a time. Knows nothing of models, packing or processes.
+`LinearDistillation` takes the final hidden states of teacher and heads and the shared LM head, and gives each head's
+loss with its exact gradient, a chunk of logits at a time. The terms that a loss is made of are in loss_terms.py.
 
 Letters: H heads, R rows (positions that predict a response token), C rows of one chunk, D hidden size,
 V vocabulary. p is the teacher's distribution, q a head's.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,20 +17,20 @@ from .loss_terms import TERMS
 
 
 class LinearDistillation(torch.autograd.Function):
-    """The loss of every head, straight from hidden states, without [R, V] logits.
+    """The loss of every head, from hidden states, without [R, V] logits.
 
         p = softmax(W t / T),  q = softmax(W s / T)
         loss_h = scale * sum_terms weight * T^power * sum_r term(p_r, q_hr)
         d loss_h / d s_hr = scale * sum_terms weight * T^(power - 1) * W^T (dterm/dz)_hr
 
-    W is frozen, so this gradient is the only one: it is computed in the forward pass, next to the logits that it
-    needs, and neither logits nor W are saved. The teacher's logits of a chunk are computed once for all heads, which
-    share nothing else. No double backward.
+    W is frozen, so only the hidden states of the heads have a gradient. It is computed in the forward pass, where the
+    logits that it needs are at hand; neither logits nor W are saved. The teacher's logits of a chunk are computed once
+    for all heads, which share nothing else. There is no double backward.
 
-    LinearDistillation.apply(weight_VD, teacher_RD, terms, scale, temperature, chunk, clock, *students_RD) -> losses_H
-    in float32 (float64 if W is). `terms` are name -> weight (terms.py); `clock` is a context manager entered around the
-    teacher's matmul, or None. Peak memory: 4 * chunk * V logits, 5 if there are several terms, and one [R, D] gradient
-    per head.
+    LinearDistillation.apply(weight_VD, teacher_RD, terms, scale, temperature, chunk, mark, *students_RD) -> losses_H
+    in float32 (float64 if W is). `terms` maps the name of a term to its weight (loss_terms.py). `mark` is called with
+    the name of the part of the work that has just ended, "teacher" or "rest" (`Stopwatch.mark`), or is None. Peak
+    memory: 4 * chunk * V logits, 5 with several terms, and one [R, D] gradient per head.
     """
 
     @staticmethod
@@ -43,7 +42,7 @@ class LinearDistillation(torch.autograd.Function):
         scale: float,
         temperature: float,
         chunk: int,
-        clock: AbstractContextManager | None,
+        mark: Callable[[str], None] | None,
         *students_RD: Tensor,
     ) -> Tensor:
         total_H = torch.zeros(len(students_RD), dtype=torch.float64, device=weight_VD.device)
@@ -54,8 +53,11 @@ class LinearDistillation(torch.autograd.Function):
         unit = scale * mix[0][1]
         for start in range(0, len(teacher_RD), chunk):
             rows = slice(start, start + chunk)
-            with clock or nullcontext():
-                log_p_CV = logits.log_softmax(0, teacher_RD[rows], temperature)
+            if mark:
+                mark("rest")
+            log_p_CV = logits.log_softmax(0, teacher_RD[rows], temperature)
+            if mark:
+                mark("teacher")
             p_CV = torch.exp(log_p_CV, out=logits.rows(1, len(log_p_CV)))
             for h, student_RD in enumerate(students_RD):
                 log_q_CV = logits.log_softmax(2, student_RD[rows], temperature)
@@ -82,7 +84,8 @@ def _mixed(
     q_CV: Tensor,
     spare_CV: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, dloss/dz) of a chunk, in units of the first term's weight. Overwrites log_q, and of a mix the spare."""
+    """(loss, dloss/dz) of a chunk, both divided by the first term's weight. Overwrites log_q, and the spare buffer if
+    there are several terms."""
     (first, unit), *others = mix
     grad_CV = spare_CV if others else log_q_CV
     loss = first(log_p_CV, p_CV, log_q_CV, q_CV, grad_CV)
@@ -93,7 +96,7 @@ def _mixed(
 
 
 class ChunkedLogits:
-    """Buffers [C, V] that every chunk uses again: allocating them anew costs more than the softmax."""
+    """Buffers [C, V] that every chunk reuses: allocating them anew costs more than the softmax."""
 
     def __init__(self, weight_VD: Tensor, chunk: int, buffers: int):
         self.weight_VD = weight_VD
@@ -127,7 +130,7 @@ def plain_loss(
     temperature: float,
     students_RD: Sequence[Tensor],
 ) -> Tensor:
-    """losses_H of LinearDistillation through full logits and autograd: the oracle of its tests."""
+    """The losses_H of LinearDistillation by full logits and autograd: the reference in its tests."""
     log_p_RV = torch.log_softmax(teacher_RD @ weight_VD.t() / temperature, -1)
     losses = []
     for student_RD in students_RD:
@@ -142,7 +145,7 @@ def _plain_overlap(log_p_RV: Tensor, log_q_RV: Tensor) -> Tensor:
 
 
 def _plain_tvd_plus_plus(log_p_RV: Tensor, log_q_RV: Tensor) -> Tensor:
-    """The value of tvd, and the gradient of the policy's surrogate -sum_v sg[q (r - mean) / std] log q."""
+    """The value of tvd with the gradient of the policy surrogate -sum_v stop_gradient[q (r - mean) / std] log q."""
     q_RV, reward_RV = log_q_RV.detach().exp(), (log_p_RV > log_q_RV).to(log_q_RV.dtype)
     mean_R1 = (q_RV * reward_RV).sum(-1, keepdim=True)
     std_R1 = (q_RV * (reward_RV - mean_R1) ** 2).sum(-1, keepdim=True).sqrt()

@@ -1,141 +1,46 @@
-"""One training step: teacher and heads in a single forward pass, one optimizer over all heads.
+"""How exit heads are trained: the Lightning module of one run.
 
-Takes packed batches, gives losses, validation figures and a state that resumes exactly. Knows nothing of files,
-processes' launching or logging.
+`Distillation` takes packed sequences and does the optimizer steps, the validations and the checkpoints' contents, so
+that a resumed run ends with the same bits. The forward pass of a step is in step_model.py; what happens around the
+steps (logging, saving, signals) is in callbacks.py.
 
-Letters: B sequences, T tokens of a sequence, R rows (positions that predict a response token), D hidden size,
-V vocabulary, H heads.
+Letters: B sequences, T tokens of a sequence, R rows (positions that predict a response token), H heads that learn.
 """
 
 import math
-import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import Config
-from .acceptance import acceptance_lengths, draft_statistics
+from ..errors import UserError
+from .acceptance import acceptance_lengths
+from .checkpoints import FORMAT
 from .dataloader import StepBatches, passes, validation_batches
 from .fsdp_units import gradient_square, resharded, scale_gradient, whole_weights
 from .load_sharded import fail_on_all_ranks, load_sharded_backbone
-from .loss_terms import parse
-from .losses import LinearDistillation
 from .packing import Packed
+from .random_state import random_state, seed_everything, set_random_state
 from .sharding import make_mesh, shard_step_model
-from .teacher import Teacher, TeacherStates, last_layer_arguments
+from .step_model import StepModel
+from .teacher import TeacherStates
 from .teacher_cache import CachedTeacher
 
 FIGURES = ("loss", "overlap", "match", "expected_acceptance_length", "greedy_acceptance_length")
+"""What a validation measures of each head: means over the rows of the held-out responses."""
 
-
-class Stopwatch:
-    """Adds up the time of `with` blocks; on a GPU by events, so that nothing waits until `take`."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.seconds = 0.0
-        self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-
-    def __enter__(self) -> None:
-        if self.cuda:
-            self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self.events[-1][0].record()
-        else:
-            self.start = time.perf_counter()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.cuda:
-            self.events[-1][1].record()
-        else:
-            self.seconds += time.perf_counter() - self.start
-
-    def take(self) -> float:
-        """Seconds since the last take. On a GPU, waits for the work."""
-        if self.events:
-            torch.cuda.synchronize()
-            self.seconds += sum(a.elapsed_time(b) for a, b in self.events) / 1000
-            self.events.clear()
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-
-class StepModel(nn.Module):
-    """The FSDP2 root: its forward is the whole step, so that every unit is gathered and freed by one root."""
-
-    def __init__(self, backbone: nn.Module, exit_layers: list[int], heads: list[nn.Module], config: Config):
-        super().__init__()
-        self.backbone = backbone
-        self.heads = nn.ModuleDict({f"exit-{n}": head for n, head in zip(exit_layers, heads, strict=True)})
-        self.terms = parse(config.distill.loss)
-        self.temperature, self.chunk = config.distill.temperature, config.distill.loss_chunk
-        self.teacher_clock = Stopwatch(next(heads[0].parameters()).device)
-        # Of a cached teacher no layer is needed.
-        self.teacher = Teacher(backbone, exit_layers) if config.distill.teacher == "online" else None
-
-    def forward(
-        self,
-        ids_BT: Tensor,
-        positions_BT: Tensor,
-        mask_BT: Tensor,
-        scale: float = 1.0,
-        statistics: bool = False,
-        teacher_states: TeacherStates | None = None,
-        heads: Sequence[str] | None = None,
-    ) -> Any:
-        """losses_H of the masked rows, each summed and times `scale`; or their `draft_statistics` and places.
-
-        H are the `heads` named, default all; the others are not run at all.
-        `teacher_states`: hidden states of these sequences from an earlier pass; without it, the teacher runs.
-        """
-        with torch.no_grad(), self.teacher_clock:
-            if teacher_states is None:
-                assert self.teacher is not None
-                teacher_states, arguments = self.teacher(ids_BT, positions_BT)
-            else:
-                arguments = last_layer_arguments(self.backbone, teacher_states[0], positions_BT)
-        final_BTD, hidden = teacher_states
-        index_R = mask_BT.flatten().nonzero().squeeze(1)
-        teacher_RD = final_BTD.flatten(0, 1)[index_R]
-        students_RD = [self._draft(head, hidden[n], arguments, index_R) for n, head in self._numbered(heads)]
-        lm_head = self.backbone.lm_head
-        lm_head.unshard()  # type: ignore[operator]  # once, for teacher and every head, and freed before backward
-        try:
-            if statistics:
-                return draft_statistics(lm_head.weight, teacher_RD, students_RD, self.chunk), index_R
-            return LinearDistillation.apply(
-                lm_head.weight, teacher_RD, self.terms, scale, self.temperature, self.chunk, self.teacher_clock,
-                *students_RD,
-            )  # fmt: skip
-        finally:
-            lm_head.reshard()  # type: ignore[operator]
-
-    def train(self, mode: bool = True) -> "StepModel":
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    def _numbered(self, names: Sequence[str] | None) -> Iterator[tuple[int, nn.Module]]:
-        for name in self.heads if names is None else names:
-            yield int(name.removeprefix("exit-")), self.heads[name]
-
-    def _draft(self, head: nn.Module, hidden_BTD: Tensor, arguments: dict[str, Any], index_R: Tensor) -> Tensor:
-        """The head's final hidden states of the rows that count: [R, D], in the backbone's dtype."""
-        out = head(hidden_BTD, **arguments)
-        out_BTD = out[0] if isinstance(out, tuple) else out
-        # Normalising only these rows, after the layer, leaves out most of the work when prompts are long.
-        return self.backbone.model.norm(out_BTD.flatten(0, 1)[index_R])  # type: ignore[operator,union-attr]
+MAX_SKIPPED_IN_ROW = 5
+"""Training stops when a head has had so many steps in a row without a finite loss and gradient."""
 
 
 def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
-    """Of the step that follows `step` finished ones: linear warm-up, then a cosine down to a tenth."""
+    """The learning rate of the step after `step` finished ones: linear warm-up, then a cosine down to a tenth."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
@@ -145,8 +50,8 @@ def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int) 
 class Distillation(lightning.LightningModule):
     """Distils a frozen backbone into its exit heads.
 
-    Heads share the teacher's pass and nothing else: each has its own loss, gradient clipping, best step and end, so
-    that training several gives what training each alone gives.
+    Heads share the teacher's pass and nothing else: each has its own loss, gradient clipping, skipped steps, best step
+    and end, so that training several heads at once gives the same heads as training each alone.
     """
 
     strict_loading = False  # checkpoints hold the heads only
@@ -164,29 +69,31 @@ class Distillation(lightning.LightningModule):
         self.config, self.fingerprint = config, fingerprint
         self.packed_train, self.packed_validation = train, validation
         self.cached_teacher = cached_teacher
-        """With distill.teacher=cached: what the teacher says of any sequence."""
+        """The teacher's hidden states of any sequence; only with distill.teacher=cached."""
         self.names = [f"exit-{n}" for n in config.distill.exit_layers]
         self.step_model: StepModel | None = None
         self.losses: dict[str, float] = {}
-        """Mean loss of each head that learns over the rows of the last step, all processes."""
+        """Mean loss over the rows of the last step, on all processes, of each head that learns."""
         self.grad_norms: dict[str, float] = {}
-        """Of each head that learns at the last step, before clipping."""
+        """Gradient norm at the last step, before clipping, of each head that learns."""
+        self.skipped = dict.fromkeys(self.names, 0)
+        """Steps that each head has skipped because its loss or gradient was not finite."""
+        self.skipped_in_row = dict.fromkeys(self.names, 0)
+        """The same, since the last step that the head did not skip."""
         self.step_rows = self.step_tokens = 0
-        """Rows and tokens of the last step, all processes."""
+        """Rows and tokens of the last step, on all processes."""
         self.best: dict[str, dict[str, Any]] = {}
-        """Of each head: step and figures of its best validation, how many it has `waited` since for a better one,
-        and, on process 0 only, its whole weights then."""
+        """Head -> step and figures of its best validation, the number of validations since (`waited`) and, on process
+        0 only, its weights at that step."""
         self.first: dict[str, dict[str, float]] = {}
-        """Figures of each head before training."""
+        """Head -> its figures before training."""
         self.validated_step = -1
         self._restore: dict[str, Any] | None = None
 
     @property
     def learning(self) -> list[str]:
-        """The heads that have not stopped: those whose last longer acceptance is less than `patience` validations ago.
-
-        The same on every process, as the figures are.
-        """
+        """Names of the heads that have not stopped: a head stops when distill.patience validations in a row were no
+        better than its best. All processes have the same figures, so they get the same names."""
         patience = self.config.distill.patience
         return [n for n in self.names if not patience or n not in self.best or self.best[n]["waited"] < patience]
 
@@ -255,28 +162,59 @@ class Distillation(lightning.LightningModule):
                 part_H = self.step_model(*inputs, scale, teacher_states=self._teacher_states(part), heads=names)
                 self.manual_backward(part_H.sum())
                 losses_H += part_H.detach().double() / world
-        self._clip(names, losses_H)
+        self._clip_or_skip(names, losses_H)
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(self.global_step)
         optimizer.step()
 
-    def _clip(self, names: list[str], losses_H: Tensor) -> None:
-        """Clips each head's gradient by itself; losses and norms of all heads are one sum over the processes."""
+    def _clip_or_skip(self, names: list[str], losses_H: Tensor) -> None:
+        """Clips the gradient of each head by its own norm; drops it if norm or loss is not finite.
+
+        AdamW passes over parameters without a gradient: weights, moments, step counts and weight decay of a head that
+        skips the step stay as they are. Losses and norms of all heads are one sum over the processes, so every process
+        decides alike without asking the others again.
+        """
         heads = [self.step_model.heads[name] for name in names]  # type: ignore[union-attr]
         squares_H = torch.stack([gradient_square(head) for head in heads])
         losses, squares = self._sum(torch.stack([losses_H, squares_H])).tolist()
         self.losses = dict(zip(names, losses, strict=True))
         self.grad_norms = {name: math.sqrt(square) for name, square in zip(names, squares, strict=True)}
-        for head, norm in zip(heads, self.grad_norms.values(), strict=True):
-            # As torch.nn.utils.clip_grad_norm_ does, which would ask the other processes once for each head.
-            scale_gradient(head, min(1.0, self.config.distill.clip_norm / (norm + 1e-6)))
+        for name, head in zip(names, heads, strict=True):
+            loss, norm = self.losses[name], self.grad_norms[name]
+            if math.isfinite(loss) and math.isfinite(norm):
+                # The same factor as torch.nn.utils.clip_grad_norm_, which would need a collective for each head.
+                scale_gradient(head, min(1.0, self.config.distill.clip_norm / (norm + 1e-6)))
+                self.skipped_in_row[name] = 0
+            else:
+                head.zero_grad()
+                self.skipped[name] += 1
+                self.skipped_in_row[name] += 1
+                self._stop_if_stuck(name)
+
+    def _stop_if_stuck(self, name: str) -> None:
+        """Raises UserError, on every process alike, when the head has skipped too many steps in a row."""
+        count, step = self.skipped_in_row[name], self.global_step + 1
+        if count < min(MAX_SKIPPED_IN_ROW, self.config.distill.max_steps):
+            return
+        raise UserError(
+            f"{name}: no finite loss and gradient in {count} steps in a row, the last of them step {step} (loss "
+            f"{self.losses[name]:g}, gradient norm {self.grad_norms[name]:g}); {self._likely_causes()}"
+        )
+
+    def _likely_causes(self) -> str:
+        rate, backbone = self.config.distill.learning_rate, self.config.backbone
+        overflow = "" if backbone.dtype == "float32" else f"overflow in backbone.dtype={backbone.dtype} (try float32), "
+        return (
+            f"likely causes: distill.learning_rate={rate:g} is too high (give a lower one and --redo distill), "
+            f"{overflow}or broken weights in backbone.name_or_path={backbone.name_or_path} (fetch it again)"
+        )
 
     def learning_rate(self, step: int) -> float:
         d = self.config.distill
         return learning_rate_at(step, d.learning_rate, d.warmup_steps, d.max_steps)
 
     def _sequences_per_pass(self) -> int:
-        """Of this process."""
+        """How many sequences this process takes in one forward pass."""
         d = self.config.distill
         share = d.sequences_per_step // self.trainer.world_size
         return min(share, d.sequences_per_pass or share)
@@ -285,16 +223,20 @@ class Distillation(lightning.LightningModule):
         return None if self.cached_teacher is None else self.cached_teacher(batch["sequences_B"].tolist(), self.device)
 
     def train_figures(self) -> dict[str, float]:
-        """What the last step is logged with."""
+        """The figures of the last step that are logged."""
         figures = {f"train/{name}/loss": loss for name, loss in self.losses.items()}
         figures |= {f"train/{name}/grad_norm": norm for name, norm in self.grad_norms.items()}
+        figures |= {f"train/{name}/skipped_steps": self.skipped[name] for name in self.losses}
         return figures | {"learning_rate": self.learning_rate(self.global_step - 1)}
 
-    # ---- validation: a pure function of the weights, outside Lightning's loop, which would shift it after a resume
+    # ---- validation: not by Lightning's loop, which would validate at other steps after a resume
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
-        """Figures on the held-out responses of every head that learns; keeps the weights of those never better."""
+        """Figures of every head that learns on the held-out responses; keeps the weights of each that is best so far.
+
+        A pure function of the weights. Raises UserError if the figures before training are not finite.
+        """
         assert self.step_model is not None
         packed, names = self.packed_validation, self.learning
         sums = torch.zeros(len(FIGURES), len(names), dtype=torch.float64, device=self.device)
@@ -319,9 +261,17 @@ class Distillation(lightning.LightningModule):
 
     def _compare_with_best(self, name: str, step: int, figures: dict[str, float]) -> None:
         assert self.step_model is not None
+        if name not in self.first and not all(map(math.isfinite, figures.values())):
+            found = ", ".join(f"{figure} {value:g}" for figure, value in figures.items())
+            backbone = self.config.backbone
+            raise UserError(
+                f"{name}: figures before training are not finite ({found}): the weights of "
+                f"backbone.name_or_path={backbone.name_or_path} are broken (fetch it again), or numbers overflow in "
+                f"backbone.dtype={backbone.dtype} (try float32)"
+            )
         self.first.setdefault(name, figures)
         key = "expected_acceptance_length"
-        if name in self.best and not figures[key] > self.best[name]["figures"][key]:
+        if name in self.best and not figures[key] > self.best[name]["figures"][key]:  # nan is not better either
             self.best[name]["waited"] += 1
             return
         weights = whole_weights(self.step_model.heads[name])
@@ -338,7 +288,7 @@ class Distillation(lightning.LightningModule):
             self.step_model.train()
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        """Over all processes."""
+        """The sum over all processes, on each of them."""
         if self.trainer.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -356,15 +306,17 @@ class Distillation(lightning.LightningModule):
         states: list[Any] = [mine] * self.trainer.world_size
         if self.trainer.world_size > 1:
             dist.all_gather_object(states, mine)
-        checkpoint["random"] = states
+        checkpoint["format"], checkpoint["random"] = FORMAT, states
         checkpoint["best"], checkpoint["first"] = self.best, self.first
         checkpoint["validated_step"] = self.validated_step
+        checkpoint["skipped"], checkpoint["skipped_in_row"] = self.skipped, self.skipped_in_row
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.first, self.validated_step = checkpoint["first"], checkpoint["validated_step"]
+        self.skipped, self.skipped_in_row = checkpoint["skipped"], checkpoint["skipped_in_row"]
         for name, best in checkpoint["best"].items():
             kept = best["weights"] if self.global_rank == 0 else {}
-            # Cloned, as the file is only mapped into memory, and will be removed.
+            # Cloned, because the file is only mapped into memory and will be removed.
             self.best[name] = best | {"weights": {n: w.clone() for n, w in kept.items()}}
         states = checkpoint["random"]
         self._restore = states[self.global_rank] if len(states) == self.trainer.world_size else None
@@ -374,26 +326,3 @@ class Distillation(lightning.LightningModule):
             set_random_state(self._restore)
         else:  # fresh, or with another number of processes than before
             seed_everything(self.config.seed + 1009 * self.global_rank + self.global_step)
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def random_state() -> dict[str, Any]:
-    """State of this process's generators, in types that torch.load(weights_only=True) takes."""
-    version, numbers, gauss = random.getstate()
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

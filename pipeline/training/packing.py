@@ -1,8 +1,8 @@
-"""Responses as packed batches: which tokens a step sees, and which of them it learns from.
+"""Packs responses into sequences of one length, and marks the tokens that heads are trained on.
 
-Takes the responses folder, gives fixed-length sequences of whole documents (a conversation, as far as its turns
-continue each other) and the sequences of every step as a pure function of step, seed and world size. What is learned
-from are the very ids that were drawn: no text is tokenized anew. Knows nothing of models, templates, devices or losses.
+`read_packed` takes a folder of responses and gives a training set and a validation set. A sequence holds whole
+documents (a document is a response with its prompt, or several turns of one conversation that continue each other) and
+padding at its end. The token ids are those that the backbone generated: no text is tokenized again.
 
 Letters: S packed sequences, B sequences of one batch, T tokens of a sequence.
 """
@@ -22,26 +22,26 @@ from ..generation.documents import Document, read_documents, read_manifest, spli
 
 
 class Packed(Dataset):
-    """Sequences of whole documents, end to end, padded at the end; see `pack`."""
+    """Packed sequences; see `pack`. An item is the batch of a list of sequences."""
 
     def __init__(self, ids_ST: Tensor, positions_ST: Tensor, mask_ST: Tensor, lengths_S: Tensor, first: int = 0):
         self.ids_ST = ids_ST
         self.positions_ST = positions_ST
-        """Place in the document: restarts at 0 with each one, which is how attention knows the boundaries."""
+        """Position in the document. It restarts at 0 with each one: attention finds the boundaries by that."""
         self.mask_ST = mask_ST
-        """True at the positions whose next-token distribution is learned."""
+        """True at the rows: positions whose next-token distribution the heads are trained on."""
         self.lengths_S = lengths_S
-        """Tokens that are not padding."""
+        """Number of tokens that are not padding."""
         self.rows_S = mask_ST.sum(1)
-        """Positions that are learned."""
+        """Number of rows."""
         self.first = first
-        """Number of the first sequence among all that are packed, the training set's and then the validation set's."""
+        """Number of the first of these sequences, counted over the training set and then the validation set."""
 
     def __len__(self) -> int:
         return len(self.ids_ST)
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The batch of these sequences. An index of -1 is a sequence that counts for nothing."""
+        """The batch of the sequences `indices`. An index of -1 gives a sequence without rows, as a filler."""
         chosen_B = torch.tensor(list(indices), dtype=torch.long)
         real_B = chosen_B >= 0
         chosen_B = chosen_B.clamp(min=0)
@@ -54,14 +54,14 @@ class Packed(Dataset):
 
 
 def pack(documents: Sequence[Document], sequence_length: int, *, prompts_too: bool = False) -> Packed:
-    """Best-fit-decreasing packing of documents no longer than `sequence_length`: a pure function of their order.
+    """Best-fit-decreasing packing of documents, none longer than `sequence_length`: a pure function of their order.
 
-    Learned are the positions before the tokens of every span, or, with `prompts_too`, before every token but a
-    document's first: a turn's prompt holds the answers to the turns before, those that are not learned from too.
-    Padding is a document of its own (positions from 0, nothing to learn), so that no real token attends to it.
+    Rows are the positions before the tokens of each document's spans (its responses). With `prompts_too` they are the
+    positions before every token except a document's first. Padding is a document of its own without rows and with
+    positions from 0, so that no real token attends to it.
     """
     sequences: list[list[Document]] = []
-    by_room: dict[int, list[int]] = {}  # free tokens -> sequences that have exactly so many
+    by_room: dict[int, list[int]] = {}  # number of free tokens -> the sequences that have exactly so many
     rooms: list[int] = []  # its keys, sorted
     for document in sorted(documents, key=lambda d: -len(d.tokens)):
         at = bisect.bisect_left(rooms, len(document.tokens))
@@ -99,9 +99,9 @@ def pack(documents: Sequence[Document], sequence_length: int, *, prompts_too: bo
 
 
 def read_packed(folder: Path, distill: Distill) -> tuple[dict[str, Any], Packed, Packed, dict[str, int]]:
-    """(manifest, packed training set, packed validation set, what became of how many responses) of a responses folder.
+    """(manifest, training set, validation set, counts of used and left-out responses) of a folder of responses.
 
-    Raises UserError for responses that cannot be read, and if nothing in them can be learned from.
+    Raises UserError for responses that cannot be read, and if none of them can be used.
     """
     manifest = read_manifest(folder)
     documents, counts = read_documents(folder, manifest, distill.truncated, distill.repeated_share)
@@ -118,6 +118,6 @@ def read_packed(folder: Path, distill: Distill) -> tuple[dict[str, Any], Packed,
 
 
 def joined(train: Packed, validation: Packed) -> Packed:
-    """All sequences under their numbers: the training set's and then the validation set's."""
+    """All sequences in the order of their numbers: the training set's and then the validation set's."""
     names = ("ids_ST", "positions_ST", "mask_ST", "lengths_S")
     return Packed(**{name: torch.cat([getattr(train, name), getattr(validation, name)]) for name in names})

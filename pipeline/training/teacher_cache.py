@@ -1,12 +1,12 @@
-"""The cache of a teacher: what it says of every packed sequence, on disk (shards.py).
+"""The teacher's hidden states of every packed sequence, cached on disk in shards (runs/shards.py).
 
-Takes the hidden states of a shard's sequences, gives those of any sequences, as large as the sequences that are asked
-for and no larger. Knows nothing of how hidden states are made or what is done with them.
+`TeacherCache` writes and checks the shards, which the stage `cache` fills. `CachedTeacher` reads the hidden states of
+any sequences during training; its memory is that of the sequences requested.
 
     cache/
       shard-00000.safetensors    tensors final and hidden.<N> [P, D], in the backbone's dtype, of its sequences' tokens
                                  laid end to end, without padding
-      entries/  claims/  manifest.json    as in every folder of shards
+      entries/  claims/  manifest.json    see runs/shards.py
 
 Letters: B sequences of a batch, S packed sequences, T tokens of a sequence with its padding, P tokens without padding,
 D hidden size.
@@ -31,12 +31,13 @@ from .teacher import TeacherStates
 
 SCHEMA = 1
 SHARD_BYTES = 256 * 2**20
-"""About how large a shard becomes: what a kill costs, and what a process holds in memory, twice while it writes."""
-REMEDY = "Give another run.name, or make it anew with `exit-heads cache --redo cache`."
+"""Approximate size of a shard: the work that a kill loses, and half the memory that a process needs to write it."""
+REMEDY = "Give another run.name, or make the cache again with `exit-heads cache --redo cache`."
 
 
 def head_of(config: Config, backbone: dict[str, Any], hidden_size: int, sequences: Packed) -> dict[str, Any]:
-    """What a manifest says of a cache before there is any of it. `backbone`: as the responses' manifest has it."""
+    """The manifest's entries that identify a cache, known before it has shards. `backbone` is the entry of that name in
+    the responses' manifest."""
     layers = sorted(config.distill.exit_layers)
     length = config.distill.sequence_length
     per_token = (len(layers) + 1) * hidden_size * getattr(torch, config.backbone.dtype).itemsize
@@ -57,7 +58,7 @@ def head_of(config: Config, backbone: dict[str, Any], hidden_size: int, sequence
 
 
 def packing_sha256(sequences: Packed) -> str:
-    """Of what the teacher reads. What is learned from may change: the hidden states stay the same."""
+    """SHA-256 of the teacher's input. The mask of rows is no part of it: the hidden states do not depend on it."""
     digest = hashlib.sha256()
     for tensor in (sequences.ids_ST, sequences.positions_ST, sequences.lengths_S):
         digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
@@ -66,7 +67,7 @@ def packing_sha256(sequences: Packed) -> str:
 
 
 class TeacherCache(Shards):
-    """One cache folder. Nothing is read or made before it is asked for."""
+    """One cache folder. The constructor neither reads nor creates anything."""
 
     stage, suffix, schema = "cache", "safetensors", SCHEMA
 
@@ -77,30 +78,34 @@ class TeacherCache(Shards):
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("of") != self.of():
-                    raise ValueError(f"{path}: of another cache")
+                    raise ValueError(f"{path}: belongs to another cache")
                 return {"tokens": file.get_slice("final").get_shape()[0]}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def put(self, name: str, tensors: dict[str, Tensor], made: dict[str, Any], of: str) -> None:
-        """Write a shard, put it in place unless another process has, enter what is there then. `of`: what `of()` was
-        when the work began. Raises UserError if the cache has been begun anew since."""
+        """Write a shard unless another process has written it, and register it.
+
+        `of` is the value of `of()` when the work began. Raises UserError if the cache was restarted since.
+        """
         if of != self.of():
-            raise UserError(f"{self.folder}: begun anew by another process since this one began: run it again.")
-        whole = save(tensors, {"of": of})  # not save_file: its error for a full disk is none that says so
+            raise UserError(
+                f"{self.folder}: another process has restarted this cache meanwhile; run the command again."
+            )
+        whole = save(tensors, {"of": of})  # not save_file, whose error hides that the disk is full
         self.place(name, lambda path: path.write_bytes(whole), made)
 
     def check_layers(self, exit_layers: list[int]) -> None:
-        """Raises UserError unless the hidden states after these layers are kept, or being made."""
+        """Raises UserError unless the cache is made for these exit layers, complete or not."""
         manifest = self.manifest()
         if manifest and (missing := set(exit_layers) - set(manifest["exit_layers"])):
             raise UserError(
-                f"distill.exit_layers={exit_layers}: {self.folder} is made of exit layers {manifest['exit_layers']}, "
-                f"without {sorted(missing)}. {REMEDY}"
+                f"distill.exit_layers={exit_layers}: {self.folder} holds the exit layers {manifest['exit_layers']}, "
+                f"not {sorted(missing)}. {REMEDY}"
             )
 
     def check(self, config: Config, fingerprint: str, sequences: Packed) -> None:
-        """Raises UserError unless what is kept, or being made, is what this backbone says of these sequences."""
+        """Raises UserError unless the cache, complete or not, is of this backbone, dtype and packing."""
         self.check_layers(config.distill.exit_layers)
         manifest = self.manifest()
         assert manifest is not None
@@ -110,17 +115,17 @@ class TeacherCache(Shards):
             "the sha256 of the packed responses": (manifest["packing"]["sha256"], packing_sha256(sequences)),
         }
         if differ := [f"{what} was {was[:12]}, is {now[:12]}" for what, (was, now) in pairs.items() if was != now]:
-            raise UserError(f"{self.folder} is of something else: {'; '.join(differ)}. {REMEDY}")
+            raise UserError(f"{self.folder} was made from other inputs: {'; '.join(differ)}. {REMEDY}")
 
     def of(self) -> str:
-        """Which cache a shard is of: a hash of all that the manifest says of it before there are shards."""
+        """The identity of the cache, written into every shard: a hash of the manifest's entries of `head_of`."""
         manifest = self.manifest() or {}
         head = {key: value for key, value in manifest.items() if key not in ("complete", "shards")}
         return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
 
 
 def check_room(folder: Path, head: dict[str, Any]) -> str:
-    """What the cache will take and what is free, in a line. Raises UserError if it does not fit on the disk."""
+    """One line on the size of the cache and the free disk space. Raises UserError if it does not fit on the disk."""
     tokens, per_token = head["packing"]["tokens"], head["bytes_per_token"]
     there = sum(path.stat().st_size for path in folder.glob("shard-*"))
     need, free = tokens * per_token - there, shutil.disk_usage(folder if folder.exists() else folder.parent).free
@@ -130,10 +135,10 @@ def check_room(folder: Path, head: dict[str, Any]) -> str:
     )
     if need > free:
         raise UserError(
-            f"{folder}: {line}; {size(need)} are still to be written, {size(free)} are free. Take fewer "
+            f"{folder}: {line}; {size(need)} are still to be written, {size(free)} are free. Give fewer "
             "distill.exit_layers or generate.num_prompts, another run.dir, or distill.teacher=online, which needs none."
         )
-    return f"{line}, {size(there)} of it there; {size(free)} are free"
+    return f"{line}, {size(there)} of it written; {size(free)} are free"
 
 
 def size(count: float) -> str:
@@ -146,7 +151,7 @@ def size(count: float) -> str:
 
 
 class CachedTeacher:
-    """What the teacher says of any sequences, read when it is asked for. Memory does not grow with the cache."""
+    """Reads the teacher's hidden states of any sequences. Memory does not grow with the size of the cache."""
 
     def __init__(self, cache: TeacherCache, sequences: Packed, exit_layers: list[int]):
         manifest = cache.manifest()
@@ -158,26 +163,27 @@ class CachedTeacher:
         before_S = sequences.lengths_S.cumsum(0) - sequences.lengths_S
         first_S = torch.arange(len(sequences)) // self.per_shard * self.per_shard
         self.starts_S = (before_S - before_S[first_S]).tolist()
-        """Row of each sequence's first token in its shard."""
+        """Index of each sequence's first token in its shard."""
 
     def check(self, rank: int, world_size: int) -> None:
-        """Raises UserError if a shard of this process's share is not what was written: every byte of it is read."""
+        """Raises UserError for damaged shards among this process's share, every byte of which is read."""
         if names := self.cache.damaged(self.names[rank::world_size]):
             raise UserError(
-                f"{self.cache.folder}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}: not what was written "
-                f"({len(names)} in all). Remove it and run `exit-heads cache` again: it makes anew what is missing."
+                f"{self.cache.folder}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}: damaged ({len(names)} "
+                "shards in all). Remove them and run `exit-heads cache` again: it makes missing shards again."
             )
 
     def __call__(self, numbers: list[int], device: torch.device) -> TeacherStates:
-        """Of the sequences of these numbers, the training set's first, then the validation set's."""
+        """The states of the sequences `numbers`, counted over the training set and then the validation set; zeros at
+        padding. final_BTD and the hidden states have the backbone's dtype."""
         shape = (len(numbers), self.length, self.width)
         names = ["final", *(f"hidden.{n}" for n in self.exit_layers)]
-        # Padding is zeros: no real token looks there, but a zero weight times NaN would be NaN.
+        # Padding is set to 0, not left uninitialised: no real token attends to it, but 0 times NaN would be NaN.
         found = {name: torch.zeros(shape, dtype=self.dtype) for name in names}
         for b, s in enumerate(numbers):
             start, length = self.starts_S[s], self.lengths_S[s]
             path = self.cache.folder / self.names[s // self.per_shard]
-            # Mapped no longer than this: what was ever read through a mapping counts as this process's memory.
+            # The file is mapped only here: pages read through a mapping count as this process's memory until it ends.
             with safe_open(path, framework="pt") as file:
                 for name, state_BTD in found.items():
                     state_BTD[b, :length] = file.get_slice(name)[start : start + length]

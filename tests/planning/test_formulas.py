@@ -1,5 +1,7 @@
-"""Plans against what really happens: parameters, shards, live bytes and FLOPs of the real modules, large ones on the
-meta device and small ones on the CPU, in process groups that only pretend. No weights, no network."""
+"""The formulas of plans against the real modules: parameters, shards, live bytes and FLOPs.
+
+Large modules are built on the meta device and small ones on the CPU, in fake process groups. Nothing is downloaded.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
-"""Plans as arithmetic and as words: collectives, speedups, pilots, what fits, and what the verb prints. Whether the
-formulas are those of the real modules: test_planning_modules.py."""
+"""The arithmetic of plans (collectives, speedups, pilots, what fits) and their printed text.
+
+test_formulas.py compares the formulas with the real modules.
+"""
 
 import json
 import re

@@ -84,7 +84,7 @@ def test_the_first_prompts_are_a_balanced_mix():
 
 
 def test_no_prompt_ends_with_a_line_break():
-    """The tokenizer joins a break with the indentation after it: a prompt must not decide half of that token."""
+    """The tokenizer makes one token of a line break and the indentation after it: a prompt must not end inside it."""
     assert not [row for role in ("distill", "evaluate") for row in _rows(role) if row["prompt"].endswith("\n")]
 
 

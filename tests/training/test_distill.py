@@ -25,8 +25,8 @@ from pipeline.runs.wandb_settings import wandb_mode
 from pipeline.stages import distill
 from pipeline.training import packing
 from pipeline.training.load_sharded import load_sharded_backbone
-from pipeline.training.module import StepModel
 from pipeline.training.sharding import shard_step_model
+from pipeline.training.step_model import StepModel
 
 PASSES = "distill.sequences_per_pass=1"  # two a step
 
@@ -56,7 +56,7 @@ def mesh():
 @pytest.mark.parametrize("turns", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, mesh, family, turns):
-    """Every position, the sum over each answer and the gradient, through the StepModel that trains."""
+    """Compares every position, the sum over each answer and the gradient, through the StepModel that trains."""
     fields = {"sliding_window": 16} if family == "mistral" else {"tie_word_embeddings": family == "qwen3"}
     folder = tiny_backbone(tmp_path, family, sharpness=4.0, **fields)
     write_responses(tmp_path / "run" / "responses", folder, turns=turns)
@@ -109,7 +109,7 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
 
 
 def test_the_last_possible_exit_layer_starts_as_the_backbone_itself(tmp_path, backbone):
-    """Copied from layer L and fed the hidden state after layer L - 1, the head is what it copies."""
+    """The head of exit layer L - 1 starts as a copy of layer L, so with it the model is the backbone."""
     run = prepare(tmp_path, backbone, "distill.exit_layers=[3]", "distill.max_steps=1")
     distill.run(run)
     before = json.loads((run / "run.json").read_text())[-1]["heads"]["exit-3"]["before"]
@@ -125,7 +125,7 @@ def test_heads_trained_together_equal_heads_trained_alone(tmp_path, undisturbed,
 
 
 def test_what_is_left_out_is_said_and_recorded(tmp_path, backbone, capsys):
-    """Conversations of three turns, of which the last has no room in some, and a fourth of the answers cut off."""
+    """The conversations have three turns; in some the last does not fit, and a fourth of the answers is truncated."""
     write_responses(tmp_path / "run" / "responses", backbone, turns=3, reasons=["stop", "stop", "stop", "length"])
     run = prepare(tmp_path, backbone, "distill.max_steps=1", "distill.exit_layers=[1]")
     distill.run(run)

@@ -29,8 +29,9 @@ from pipeline.inference.families import FAMILIES
 from pipeline.inference.fingerprint import fingerprint
 from pipeline.training import load_sharded
 from pipeline.training.losses import LinearDistillation
-from pipeline.training.module import StepModel, last_layer_arguments
 from pipeline.training.sharding import make_mesh, shard_step_model
+from pipeline.training.step_model import StepModel
+from pipeline.training.teacher import last_layer_arguments
 
 CPU = torch.device("cpu")
 INDEX = "model.safetensors.index.json"
@@ -58,7 +59,7 @@ def checkpoint(
 
 @pytest.fixture
 def pieces(monkeypatch) -> None:
-    """Every tensor in several pieces, which end at no row where a shard ends."""
+    """Every tensor is read in several pieces, whose ends are not those of the shards."""
     monkeypatch.setattr(load_sharded, "PIECE", 7 * 32)
 
 
@@ -77,7 +78,7 @@ def load_checkpoint(folder: Path, mesh: DeviceMesh, dtype: str = "float32", *arg
 
 
 def full_weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """On every process."""
+    """Name -> the whole tensor, on every process."""
     parameters = ((name, p.detach()) for name, p in module.named_parameters())
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in parameters}
 
@@ -174,7 +175,7 @@ def load_in_company(rank: int, folder: Path, shard_degree: int) -> None:
 
 
 def fail_together(rank: int, folder: Path) -> None:
-    """What only the last process cannot read stops all, and leaves them able to talk."""
+    """A file that only the last process cannot read stops all processes, and their group still works afterwards."""
     world = dist.get_world_size()
     last, mesh = rank == world - 1, make_mesh("cpu", world, 0)
     expected = fingerprint_of_files(Backbone(str(folder / "tiny-llama")))
@@ -244,7 +245,7 @@ def test_random_heads_are_as_the_family_initialises_a_layer(tmp_path, mesh, fami
 
 
 def test_a_head_of_a_bfloat16_backbone_computes_as_the_layer_it_is_copied_from(tmp_path, mesh) -> None:
-    """Forward in bfloat16 like the backbone, to the bit; weights and gradients in float32."""
+    """The forward pass equals one in bfloat16 bit for bit; weights and gradients are float32."""
     folder = checkpoint(tmp_path, "qwen3", tied=True)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).requires_grad_(False).eval()
     model, heads = load_checkpoint(folder, mesh, "bfloat16")

@@ -1,4 +1,4 @@
-"""The loss of distillation and the validation figures against the same formulas written plainly."""
+"""The distillation loss and the validation figures, compared with the same formulas on full logits."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_gradient_is_the_derivative_of_the_loss(weight, terms, temperature):
 
 
 def test_tvd_plus_plus_is_the_policy_gradient_of_normalised_rewards_by_hand():
-    """Three tokens, one row: p = (.5, .3, .2), q = (.2, .2, .6). Tokens 0 and 1 are rewarded, m = .4."""
+    """Three tokens and one row: p = (.5, .3, .2), q = (.2, .2, .6). Tokens 0 and 1 have reward 1, so m = .4."""
     p, q = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64), torch.tensor([[0.2, 0.2, 0.6]], dtype=torch.float64)
     student = q.log().requires_grad_()  # with W = 1 the hidden states are the logits
     loss = LinearDistillation.apply(torch.eye(3).double(), p.log(), {"tvd++": 1.0}, 1.0, 1.0, 4, None, student).sum()
@@ -104,7 +104,7 @@ def test_a_head_that_equals_the_teacher_has_no_loss_and_no_gradient(weight, term
 
 @pytest.mark.parametrize("terms", [{name: 1.0} for name in TERMS], ids=str)
 def test_a_head_that_is_all_but_sure_of_another_token_leaves_numbers(terms):
-    """Logits 300 apart: in float32 the overlap is 0, and some probabilities are too."""
+    """The logits are 300 apart, so in float32 the overlap and some probabilities are 0."""
     weight, teacher = torch.eye(4), torch.tensor([[300.0, 0, 0, 0]])
     student = torch.tensor([[0.0, 300, 0, 0]], requires_grad=True)
     loss = LinearDistillation.apply(weight, teacher, terms, 1.0, 1.0, 4, None, student).sum()

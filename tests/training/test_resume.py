@@ -138,14 +138,14 @@ def empty(path: Path) -> None:
 
 
 def leave_half(path: Path) -> None:
-    """As if killed while writing it."""
+    """What a process leaves that is killed while it writes the checkpoint."""
     path.rename(path.with_name(f".tmp-{path.name}@host-1"))
     cut(path.with_name(f".tmp-{path.name}@host-1"))
 
 
 @pytest.mark.parametrize("damage", [None, flip_the_middle, cut, empty, leave_half])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed, backbone, without_heads, capsys, damage):
-    """On from the one before, and with it whole, from the newest."""
+    """The run resumes from the checkpoint before the damaged one; without damage, from the newest."""
     shutil.copytree(without_heads, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step-00000009.ckpt"
     if damage:
@@ -159,6 +159,19 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed, backbone, wi
     assert names(newest.parent) == ["step-00000006.ckpt", "step-00000009.ckpt"]
 
 
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, backbone, without_heads):
+    """Weights under the names that an earlier version gave them would be left out without an error."""
+    shutil.copytree(without_heads, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000009.ckpt"
+    old = torch.load(newest, weights_only=True)
+    old.pop("format", None)
+    old["state_dict"] = {name.replace("step_model.", "engine."): w for name, w in old["state_dict"].items()}
+    torch.save(old, newest)
+    with pytest.raises(UserError, match=f"^{newest}: this checkpoint has format 1, .* format 2 only.*--redo distill"):
+        distill.run(prepare(tmp_path, backbone, PASSES))
+    assert not (tmp_path / "run" / "heads").exists()
+
+
 def test_without_an_intact_checkpoint_the_run_starts_anew(tmp_path, undisturbed, backbone, without_heads, capsys):
     shutil.copytree(without_heads, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").iterdir():
@@ -170,7 +183,7 @@ def test_without_an_intact_checkpoint_the_run_starts_anew(tmp_path, undisturbed,
 
 
 def test_a_flipped_byte_anywhere_is_noticed_or_changes_nothing(tmp_path):
-    """Every third is tried. There are bytes that nobody reads: padding, dates."""
+    """Every third byte is tried. Some are never read, such as padding and dates."""
     path = tmp_path / "step-1.ckpt"
     state = {"weights": {"a": torch.arange(300.0), "b": torch.ones(7, 3)}, "step": torch.tensor(5)}
     torch.save(state, path)
@@ -206,7 +219,7 @@ def test_the_last_two_checkpoints_are_kept_and_none_of_an_abandoned_future(tmp_p
 
 
 def test_a_full_disk_leaves_the_checkpoints_that_are_there(tmp_path):
-    """No file may grow beyond 100 kB, which is how a full disk looks to a writer."""
+    """A limit of 100 kB on the size of files gives a writer the same kind of error as a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -240,7 +253,7 @@ def two(tmp_path_factory, backbone) -> RunDir:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_ten_times_two_processes_end_with_the_same_bits(tmp_path, backbone, two):
-    """At random steps and moments: the first process, the one that it started, or both. Nobody is left behind."""
+    """Killed are the first process, the one that it started, or both, at random steps and moments. No process stays."""
     rng = random.Random(0)
     run = prepare(tmp_path, backbone, *TORTURE)
     log = run.path.with_suffix(".log")

@@ -1,4 +1,4 @@
-"""The training step against a plain loop in one process, and what its processes tell each other."""
+"""The training step: its losses against a plain loop in one process, and its collectives, which are counted."""
 
 import json
 from collections import Counter
@@ -39,8 +39,8 @@ def backbone(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain_losses(tmp_path_factory, backbone) -> dict[str, list[tuple[float, float]]]:
-    """(loss, gradient norm) of each step of each head: no FSDP, no Lightning, no packing, full logits; one document at
-    a time, one head at a time."""
+    """(loss, gradient norm) of each step of each head, without FSDP, Lightning, packing or chunks of logits: one
+    document at a time, one head at a time."""
     run = prepare(tmp_path_factory.mktemp("plain"), backbone, *EXACT)
     d = run.config.distill
     documents, _ = read_documents(run / "responses", read_manifest(run / "responses"), d.truncated, 0.5)
@@ -87,7 +87,7 @@ def assert_losses_equal(run: RunDir, plain: dict[str, list[tuple[float, float]]]
 
 @pytest.mark.parametrize("words", [[], [ONE_BY_ONE], ["distill.sequences_per_pass=3"]], ids=["whole", "1", "3"])
 def test_losses_equal_a_plain_training_loop(tmp_path, backbone, plain_losses, words):
-    """In one pass, in four, and in one of three sequences and one of what is left."""
+    """A step of four sequences is one pass, four passes, or a pass of three and a pass of one."""
     run = prepare(tmp_path, backbone, *EXACT, *words)
     distill.run(run)
     assert_losses_equal(run, plain_losses)
@@ -119,7 +119,7 @@ def two(tmp_path_factory, backbone) -> tuple[RunDir, dict[str, list[str]]]:
 
 
 def traced_run(folder: Path, backbone: Path, *words: str) -> tuple[RunDir, dict[str, list[str]]]:
-    """A run of several processes, this one of them, with two passes a step, and what it did in one step and one
+    """A run of several processes, one of them this one, with two passes a step; and its profile of one step and one
     validation. After every step and validation it is seen to that nothing is whole."""
     run = prepare(folder, backbone, *EXACT, ONE_BY_ONE, *words)
     traces: dict[str, list[str]] = {}
@@ -154,7 +154,7 @@ GATHERED = [f"FSDP::all_gather{unit}" for unit in (*UNITS, *HEADS, " (backbone.l
 
 
 def units_of(trace: list[str]) -> list[str]:
-    """What FSDP gathered and reduced, in order."""
+    """The names of FSDP's gathers and reductions, in order."""
     return [name for name in trace if name in GATHERED or name.startswith("FSDP::post_backward_reduce")]
 
 
@@ -163,7 +163,7 @@ def test_losses_of_two_processes_equal_a_plain_training_loop(two, plain_losses):
 
 
 def test_a_pass_gathers_each_unit_once_and_reduces_each_head_once(two):
-    """The root stands for the final norm. Nothing is gathered in the backward pass: the heads are still whole."""
+    """The root's own parameter is the final norm. The backward pass gathers nothing: the heads are still whole."""
     trace = two[1]["advance"]
     assert units_of(trace) == 2 * [*GATHERED, *(f"FSDP::post_backward_reduce{head}" for head in HEADS)]
     # One sum of losses and norms and one of the flag of signals a step; the broadcast is Lightning's own such flag.
@@ -177,7 +177,7 @@ def test_a_pass_gathers_each_unit_once_and_reduces_each_head_once(two):
 
 @pytest.mark.slow
 def test_between_copies_only_the_heads_gradients_are_summed(tmp_path, backbone):
-    """Two copies of the backbone, each over two processes, and a pass a step."""
+    """There are two copies of the backbone, each over two processes, and one pass a step."""
     words = "machine.processes_per_node=4", "machine.shard_degree=2"
     trace = traced_run(tmp_path, backbone, *words)[1]["advance"]
     assert units_of(trace) == [*GATHERED, *(f"FSDP::post_backward_reduce{head}" for head in HEADS)]
@@ -254,7 +254,7 @@ def together(tmp_path_factory, backbone) -> RunDir:
 
 
 def curve(run: RunDir, name: str) -> list[dict]:
-    """What is logged of one head, with the step."""
+    """The logged figures of one head, with their steps."""
     picked = [{key: value for key, value in line.items() if key == "step" or name in key} for line in lines(run)]
     return [line for line in picked if len(line) > 1]
 
@@ -269,7 +269,7 @@ def last_state(run: RunDir, name: str) -> dict[str, torch.Tensor]:
 
 
 def test_a_head_that_stops_earlier_is_the_one_trained_alone(tmp_path, backbone, together):
-    """Its file, its figures, and, though the other went on, its last weights and optimizer state."""
+    """Equal are its file, its figures and its last weights and optimizer state, although the other head went on."""
     ends = {}
     for name in ("exit-1", "exit-2"):
         alone = prepare(tmp_path / name, backbone, *STOPS, f"distill.exit_layers=[{name[-1]}]")
@@ -298,7 +298,7 @@ def test_training_ends_when_no_head_learns_any_more(tmp_path, backbone, together
 
 @pytest.mark.parametrize(("owner", "name"), [(Distillation, "training_step"), (distill, "save_heads")])
 def test_who_has_stopped_is_remembered(tmp_path, backbone, together, monkeypatch, owner, name):
-    """When training ended in an error between the two stops, and between the last checkpoint and the heads."""
+    """Training fails between the two stops, or between the last checkpoint and writing the heads, and is resumed."""
     inner = getattr(owner, name)
 
     def fails(self: Any, *args: Any) -> Any:
@@ -317,7 +317,7 @@ def test_who_has_stopped_is_remembered(tmp_path, backbone, together, monkeypatch
 
 @pytest.mark.slow
 def test_a_stopped_head_is_neither_gathered_nor_reduced(tmp_path, backbone, together, monkeypatch):
-    """Of two processes; the step after exit 2 has stopped."""
+    """Two processes; looked at is the step after exit 2 has stopped."""
     run = prepare(tmp_path, backbone, *STOPS, "machine.processes_per_node=2")
     traces = []
     inner = Distillation.training_step

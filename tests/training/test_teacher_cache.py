@@ -1,4 +1,4 @@
-"""The cache of a teacher: the backbone's own numbers, made by any number of processes, killed anywhere."""
+"""The teacher's cache: it holds the backbone's hidden states, whoever made it and however often it was killed."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ def backbone(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch) -> None:
-    """Two sequences each."""
+    """Makes shards of two sequences each."""
     monkeypatch.setattr(folders, "SHARD_BYTES", 2 * SEQUENCE)
 
 
@@ -46,7 +46,7 @@ def cached(folder: Path, backbone: Path, *words: str) -> RunDir:
 
 @pytest.fixture
 def run(tmp_path, backbone) -> RunDir:
-    """With a finished cache."""
+    """A run with a finished cache."""
     run = cached(tmp_path, backbone)
     cache.run(run)
     return run
@@ -329,9 +329,7 @@ def test_another_cache_under_finished_heads_is_noticed(tmp_path, backbone):
 def test_more_exit_layers_than_are_kept(tmp_path, run, backbone):
     other = cached(tmp_path, backbone, "distill.exit_layers=[1,3]")
     for stage in (cache, distill):
-        with pytest.raises(
-            UserError, match=r"exit_layers=\[1, 3\].*made of exit layers \[1, 2\], without \[3\].*--redo"
-        ):
+        with pytest.raises(UserError, match=r"exit_layers=\[1, 3\].*holds the exit layers \[1, 2\], not \[3\].*--redo"):
             stage.run(other)
 
 
@@ -364,7 +362,7 @@ def change_a_byte(path: Path) -> None:
 def test_a_changed_byte_is_found_before_training(tmp_path, run, alone):
     path = run / "cache" / "shard-00001.safetensors"
     change_a_byte(path)
-    with pytest.raises(UserError, match=r"shard-00001\.safetensors: not what was written \(1 in all\)"):
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors: damaged \(1 shards in all\)"):
         distill.run(run)
     assert not (run / "stages" / "distill.json").exists() and not (run / "metrics.jsonl").exists()
     path.unlink()
@@ -404,6 +402,6 @@ def test_who_is_at_work_while_the_cache_is_begun_anew_puts_nothing(tmp_path, bac
         return tensors
 
     monkeypatch.setattr(cache.Worker, "shard", shard)
-    with pytest.raises(UserError, match="begun anew by another process"):
+    with pytest.raises(UserError, match="another process has restarted this cache"):
         cache.run(run)
     assert shards and files(run / "cache") == shards

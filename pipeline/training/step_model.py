@@ -1,0 +1,93 @@
+"""The forward pass of a training step: teacher, heads and loss of one batch.
+
+`StepModel` takes packed sequences and gives the loss of every head, or its figures on held-out responses. It is the
+root of the FSDP2 units (sharding.py): because its forward is the whole step, one root gathers and frees every unit.
+
+Letters: B sequences, T tokens of a sequence, R rows (positions that predict a response token), D hidden size, H heads.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..inference.stopwatch import stopwatch
+from .acceptance import draft_statistics
+from .loss_terms import parse
+from .losses import LinearDistillation
+from .teacher import Teacher, TeacherStates, last_layer_arguments
+
+
+class StepModel(nn.Module):
+    """A frozen backbone and its exit heads, named `exit-N` after their exit layers."""
+
+    def __init__(self, backbone: nn.Module, exit_layers: list[int], heads: list[nn.Module], config: Config):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict({f"exit-{n}": head for n, head in zip(exit_layers, heads, strict=True)})
+        self.terms = parse(config.distill.loss)
+        self.temperature, self.chunk = config.distill.temperature, config.distill.loss_chunk
+        self.stopwatch = stopwatch([next(heads[0].parameters()).device])
+        """Time of the parts "teacher" (its forward pass and logits) and "rest" since the stopwatch was last started."""
+        # A cached teacher has no decoder layers, so there is nothing to run.
+        self.teacher = Teacher(backbone, exit_layers) if config.distill.teacher == "online" else None
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor,
+        mask_BT: Tensor,
+        scale: float = 1.0,
+        statistics: bool = False,
+        teacher_states: TeacherStates | None = None,
+        heads: Sequence[str] | None = None,
+    ) -> Any:
+        """The losses losses_H, summed over the rows of `mask_BT` and multiplied by `scale`; or, with `statistics`, the
+        result of `draft_statistics` and the rows' places index_R in the flattened batch.
+
+        H are the heads named in `heads`, all by default; the others are not run.
+        `teacher_states` are hidden states of these sequences from an earlier pass; without them, the teacher runs.
+        """
+        self.stopwatch.mark("rest")
+        with torch.no_grad():
+            if teacher_states is None:
+                assert self.teacher is not None
+                teacher_states, arguments = self.teacher(ids_BT, positions_BT)
+            else:
+                arguments = last_layer_arguments(self.backbone, teacher_states[0], positions_BT)
+        self.stopwatch.mark("teacher")
+        final_BTD, hidden = teacher_states
+        index_R = mask_BT.flatten().nonzero().squeeze(1)
+        teacher_RD = final_BTD.flatten(0, 1)[index_R]
+        students_RD = [self._draft(head, hidden[n], arguments, index_R) for n, head in self._numbered(heads)]
+        lm_head = self.backbone.lm_head
+        lm_head.unshard()  # type: ignore[operator]  # once, for teacher and every head, and freed before backward
+        try:
+            if statistics:
+                return draft_statistics(lm_head.weight, teacher_RD, students_RD, self.chunk), index_R
+            return LinearDistillation.apply(
+                lm_head.weight, teacher_RD, self.terms, scale, self.temperature, self.chunk, self.stopwatch.mark,
+                *students_RD,
+            )  # fmt: skip
+        finally:
+            lm_head.reshard()  # type: ignore[operator]
+
+    def train(self, mode: bool = True) -> "StepModel":
+        """The heads change mode; the backbone always stays in evaluation mode."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def _numbered(self, names: Sequence[str] | None) -> Iterator[tuple[int, nn.Module]]:
+        """(exit layer, head) of each name."""
+        for name in self.heads if names is None else names:
+            yield int(name.removeprefix("exit-")), self.heads[name]
+
+    def _draft(self, head: nn.Module, hidden_BTD: Tensor, arguments: dict[str, Any], index_R: Tensor) -> Tensor:
+        """The head's final hidden states of the rows index_R: [R, D], in the backbone's dtype."""
+        out = head(hidden_BTD, **arguments)
+        out_BTD = out[0] if isinstance(out, tuple) else out
+        # Only these rows are normalised: where prompts are long, they are a small part of all.
+        return self.backbone.model.norm(out_BTD.flatten(0, 1)[index_R])  # type: ignore[operator,union-attr]
