@@ -84,6 +84,11 @@ class Backbone:
     revision: str | None = option(None, "Hub commit, tag or branch; pin a commit for a run that can be repeated")
     dtype: str = option("bfloat16", "float32 or bfloat16: the dtype of the frozen weights in every stage")
     trust_remote_code: bool = option(False, "run Python code that the checkpoint ships; off unless you trust it")
+    end_tokens: list[Any] = option(
+        [],
+        "tokens that end a text beside the checkpoint's own, as texts or ids, such as ['<|im_end|>']: in every stage, "
+        "and with the published head",
+    )
 
 
 @dataclass
@@ -92,6 +97,7 @@ class Source:
 
     path: str | None = option(None, "as prompts.path")
     weight: float = option(1.0, "its share among the first prompts, relative to the other sources'")
+    name: str | None = option(None, "as prompts.name")
     revision: str | None = option(None, "as prompts.revision")
     split: str = option("train", "as prompts.split")
     column: str | None = option(None, "as prompts.column")
@@ -102,6 +108,7 @@ class Source:
 @dataclass
 class Prompts:
     path: str | None = option("pocket", "pocket (built in), a .jsonl, .json, .txt or .parquet file, or a datasets id")
+    name: str | None = option(None, "datasets id only: one of its configurations, such as main; default: the only one")
     revision: str | None = option(None, "datasets id only: commit to pin")
     split: str = option("train", "datasets id only: split to read")
     column: str | None = option(
