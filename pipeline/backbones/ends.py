@@ -6,11 +6,11 @@ of generation_config.json, config.json and the tokenizer that names any; `backbo
 
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from ..config import Backbone
 from ..errors import UserError
-from .load import load_config, source_of
+from .load import explained, load_config, source_of
 
 
 def end_tokens(backbone: Backbone, tokenizer: Any) -> list[int]:
@@ -18,32 +18,44 @@ def end_tokens(backbone: Backbone, tokenizer: Any) -> list[int]:
 
     Raises UserError for an entry of `backbone.end_tokens` that is no token of this backbone.
     """
-    known = generate_ends(backbone)
-    own = known or _ids(tokenizer)
-    vocabulary = load_config(backbone).get_text_config().vocab_size
+    config, written = load_config(backbone), _as_written(backbone)
+    own = (
+        _ids(_generation_config(backbone))
+        or _ids(written)
+        or _ids(written.get("text_config"))
+        or _ids({"eos_token_id": tokenizer.eos_token_id})
+    )
+    vocabulary = config.get_text_config().vocab_size
     named = [_token_id(entry, tokenizer, vocabulary) for entry in backbone.end_tokens]
     return list(dict.fromkeys(own + named))
 
 
-def generate_ends(backbone: Backbone) -> list[int]:
-    """Those at which transformers' `generate` ends by itself: of the generation config, else of the config."""
-    config = load_config(backbone)
-    try:
-        generation = GenerationConfig.from_pretrained(source_of(backbone), revision=backbone.revision)
-    except OSError:  # most checkpoints have one
-        generation = None
-    return _ids(generation) or _ids(config) or _ids(config.get_text_config())
-
-
 def added_ends(backbone: Backbone, tokenizer: Any) -> list[int]:
-    """Those at which `generate` goes on unless it is told: a published head names them in its config."""
-    known = generate_ends(backbone)
+    """Those at which transformers' `generate` goes on unless it is told: a published head names them in its config."""
+    generation = _generation_config(backbone)
+    if generation is None:  # transformers makes one of the config
+        generation = GenerationConfig.from_model_config(load_config(backbone)).to_dict()
+    known = _ids(generation)
     return [token for token in end_tokens(backbone, tokenizer) if token not in known]
 
 
-def _ids(source: Any) -> list[int]:
-    """eos_token_id of a config or tokenizer as a list; some checkpoints write -1 or [] for none."""
-    ids = getattr(source, "eos_token_id", None)
+def _generation_config(backbone: Backbone) -> dict[str, Any] | None:
+    """generation_config.json; None where there is none, as with some checkpoints."""
+    try:
+        return GenerationConfig.from_pretrained(source_of(backbone), revision=backbone.revision).to_dict()
+    except OSError:
+        return None
+
+
+def _as_written(backbone: Backbone) -> dict[str, Any]:
+    """config.json itself: of what it leaves out a config class has defaults that are no token of this checkpoint."""
+    with explained(backbone):
+        return PretrainedConfig.get_config_dict(source_of(backbone), revision=backbone.revision)[0]
+
+
+def _ids(source: dict[str, Any] | None) -> list[int]:
+    """eos_token_id as a list; some checkpoints write -1 or [] for none."""
+    ids = (source or {}).get("eos_token_id")
     ids = [ids] if isinstance(ids, int) else ids or []
     return [token for token in ids if token >= 0]
 

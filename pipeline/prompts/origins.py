@@ -112,7 +112,7 @@ def load_dataset(origin: Origin) -> Any:
         return datasets.load_dataset(str(source.path), **which, revision=source.revision, split=source.split)
     except Exception as error:  # datasets raises its own, huggingface_hub's, fsspec's and OSError here
         said = reason(error)
-        if "config" in said.lower():  # none was named, or one that is not there: datasets lists those that are
+        if "config name" in said.lower() or "builderconfig" in said.lower():  # it says which there are
             name = "null" if source.name is None else source.name
             raise UserError(
                 f"{origin.key}.name={name}: not a configuration of the dataset {source.path}: {said}. Set "

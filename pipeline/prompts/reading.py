@@ -55,7 +55,7 @@ class Reading:
             print(f"{self.section}.bad_rows=skip: {self.bad} of {self.rows} rows of {self.origin.name} are left out "
                   f"({self._bad_rows()})")  # fmt: skip
         if self.columns.marked:
-            print(f"{label}: marks that editors leave (byte order marks, NULs, zero-width spaces, carriage returns) are "
+            print(f"{label}: marks of editors (byte order marks, NULs, zero-width spaces, carriage returns) are "
                   f"taken out of {self.columns.marked} of {self.rows} rows")  # fmt: skip
         if self.blank:
             column = self.columns.text or "conversation"

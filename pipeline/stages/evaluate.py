@@ -32,7 +32,7 @@ from ..prompts.ids import Encoded
 from ..prompts.origins import section_of
 from ..prompts.prompt import Prompt, count_tasks
 from ..prompts.records import pins, source_record
-from ..prompts.sets import evaluation_prompts, evaluation_settings
+from ..prompts.sets import evaluation_prompts, evaluation_settings, holds_out
 from ..prompts.templates import warn_of_turn_end
 from ..prompts.turns import every_turn
 from ..publishing import draft_model, hub
@@ -255,7 +255,13 @@ def _identity(config: Config, folder: Path, head: ExitHead) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """What can be known before anything is loaded. Raises UserError for a controller or rival that does not exist."""
+    """What can be known before anything is loaded. Raises UserError for a controller or rival that does not exist, and
+    where there are no prompts to evaluate on."""
+    if not holds_out(config):
+        raise UserError(
+            f"prompts.held_out={config.prompts.held_out:g}: no prompt is left to evaluate on. Give a share above 0 "
+            "before the responses are generated, or a set of its own: evaluate.prompts.path."
+        )
     names = config.evaluate.controllers
     for name in names:
         try:

@@ -1,7 +1,7 @@
 """transformers' continuous batching in process, its cache bounded by what the questions in flight can need.
 
 Takes a transformers model, gives each question's new ids. Its sampler has one temperature and one seed per manager, so
-each temperature gets a manager of its own. Knows nothing of text, files or shards.
+each temperature gets a manager of its own.
 """
 
 from collections.abc import Collection

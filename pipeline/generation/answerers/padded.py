@@ -1,7 +1,7 @@
 """Left-padded batches in process: a row leaves its batch when it is finished.
 
 Takes a transformers model, gives each question's new ids; one call is a pure function of its arguments, whatever ran
-before it. Knows nothing of text, files or shards.
+before it.
 
 B rows still generating, T positions, V vocabulary
 """

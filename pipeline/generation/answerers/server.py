@@ -1,7 +1,7 @@
-"""Engine `server`: OpenAI-compatible servers answer the questions, many servers and many questions at once.
+"""OpenAI-compatible servers answer the questions, many servers and many questions at once.
 
-Takes the `machine` section of the config, the backbone's tokenizer and end tokens, and whether the questions wear its
-chat template; gives each question's new token ids. Knows nothing of models, prompt sets or shards.
+Takes the `machine` section of the config, the backbone's tokenizer and end tokens, and whether the questions were made
+with its chat template; gives each question's new token ids.
 
 Every server has workers of its own, which take the questions from one line. A server that fails rests, longer each
 time, and its question goes back to the head of the line, where the next free worker of any server finds it.
@@ -97,10 +97,10 @@ class Servers:
     reproducible = False  # what shares a batch on a server changes its sums, and few servers keep to a seed
 
     def __init__(self, machine: Machine, tokenizer: Any, ends: list[int], *, chat_template: bool, draws: bool):
-        """`ends` end an answer; `chat_template`: questions wear one; `draws`: not all temperatures are 0."""
+        """`ends` end an answer; `chat_template`: questions are made with one; `draws`: not all temperatures are 0."""
         if not machine.servers:
             raise UserError(
-                "machine.servers=[]: engine server needs the URL of one or more, such as [http://node1:8000/v1]"
+                "machine.servers=[]: generate.engine=server needs the URL of one or more, such as [http://node1:8000/v1]"
             )
         if machine.server_api == "chat" and not chat_template:
             raise UserError(

@@ -1,7 +1,7 @@
 """Our own decoder with an exit head trained before: answers one question at a time, each faster.
 
 Takes a backbone, a head and a controller that learns nothing while it runs, so that a text depends on nothing but its
-own seed; gives each question's new ids. Knows nothing of text, files or shards.
+own seed; gives each question's new ids.
 """
 
 from collections.abc import Collection
