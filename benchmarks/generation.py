@@ -29,7 +29,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.backbones.load import device_of, ends_of, load_model, load_tokenizer, public_name
+from pipeline.backbones.ends import end_tokens
+from pipeline.backbones.load import device_of, load_model, load_tokenizer, public_name
 from pipeline.config import Config, load
 from pipeline.generation.answerers.continuous import Continuous
 from pipeline.generation.answerers.interface import Question, Sampling
@@ -52,9 +53,10 @@ BASELINE = "one by one, transformers' generate"
 # ---- answerers
 
 
-def transformers_generate(model: torch.nn.Module, prompts: Ids, temperature: float, sampling: Sampling) -> Ids:
+def transformers_generate(
+    model: torch.nn.Module, ends: list[int], prompts: Ids, temperature: float, sampling: Sampling
+) -> Ids:
     """transformers' own generate on left-padded batches of `sampling.batch_size`, sorted by length."""
-    ends = ends_of(model.generation_config, model.config)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: Ids = [[] for _ in prompts]
     torch.manual_seed(sampling.seed)
@@ -91,11 +93,12 @@ def answerers(
     def ours(answerer, prompts: Ids, seed: int) -> Ids:
         return [a.ids for a in answerer.answer([Question(ids, [], temperature) for ids in prompts], sampling(seed))]
 
-    padded, continuous = Padded(model), Continuous(model)
+    ends = end_tokens(config.backbone, load_tokenizer(config.backbone))
+    padded, continuous = Padded(model, ends), Continuous(model, ends)
     found: dict[str, Callable[[Ids, int], Ids]] = {
-        BASELINE: lambda p, s: transformers_generate(model, p[: args.sequential], temperature, sampling(s, 1)),
+        BASELINE: lambda p, s: transformers_generate(model, ends, p[: args.sequential], temperature, sampling(s, 1)),
         "padded batches, transformers' generate": lambda p, s: transformers_generate(
-            model, p, temperature, sampling(s)
+            model, ends, p, temperature, sampling(s)
         ),
         "`padded`": lambda p, s: ours(padded, p, s),
         "`continuous`": lambda p, s: ours(continuous, p, s),
@@ -103,12 +106,12 @@ def answerers(
     if config.generate.exit_head is not None:
         head = ExitHead.load(Path(config.generate.exit_head))
         plain = SplitBackbone(model, head, timed_kernels=False)
-        speculative = Speculative(model, head, config.generate.controller)
-        ends = frozenset(ends_of(model.generation_config, model.config))
+        speculative = Speculative(model, head, config.generate.controller, ends)
 
         def one_by_one(prompts: Ids, seed: int) -> Ids:
             sampler = Sampler(temperature, generator=torch.Generator(model.device).manual_seed(seed))
-            return [autoregressive(plain, Request(ids, args.new_tokens, ends), sampler).tokens for ids in prompts]
+            asked = [Request(ids, args.new_tokens, frozenset(ends)) for ids in prompts]
+            return [autoregressive(plain, request, sampler).tokens for request in asked]
 
         found["one by one, our decoder without the head"] = lambda p, s: one_by_one(p[: args.sequential], s)
         found[f"`speculative` ({config.generate.controller}, N = {head.exit_layer})"] = lambda p, s: ours(

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.backbones.load import ends_of, load_model, load_tokenizer
+from pipeline.backbones.ends import end_tokens
+from pipeline.backbones.load import load_model, load_tokenizer
 from pipeline.config import load
 from pipeline.evaluation.metrics import interval
 from pipeline.inference.backbone import SplitBackbone
@@ -73,7 +74,7 @@ class Sweep:
         self.given = [answers / "responses", answers / "cache"]
         config = answers.config
         self.model, tokenizer = load_model(config.backbone, torch.device("cpu")), load_tokenizer(config.backbone)
-        self.ends = frozenset(ends_of(self.model.generation_config, tokenizer))
+        self.ends = frozenset(end_tokens(config.backbone, tokenizer))
         chosen, settings = evaluation_prompts(config)[: args.held_out], evaluation_settings(config)
         context = self.model.config.max_position_embeddings
         self.prompts = [ids for _, ids in encode(chosen, tokenizer, settings, context, args.new_tokens)]

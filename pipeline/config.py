@@ -94,6 +94,11 @@ class Backbone:
     trust_remote_code: bool = option(
         False, "whether Python code that the checkpoint contains may run; set it only if you trust it"
     )
+    end_tokens: list[Any] = option(
+        [],
+        "tokens that end a text beside the checkpoint's own, as texts or ids, such as ['<|im_end|>']: in every stage, "
+        "and with the published head",
+    )
 
 
 @dataclass
@@ -102,6 +107,7 @@ class Source:
 
     path: str | None = option(None, "as prompts.path", is_path=True)
     weight: float = option(1.0, "share of this source among the first prompts, relative to the weights of the others")
+    name: str | None = option(None, "as prompts.name")
     revision: str | None = option(None, "as prompts.revision")
     split: str = option("train", "as prompts.split")
     column: str | None = option(None, "as prompts.column")
@@ -114,6 +120,7 @@ class Prompts:
     path: str | None = option(
         "pocket", "pocket (built in), a .jsonl, .json, .txt or .parquet file, or the id of a dataset on the Hub", True
     )
+    name: str | None = option(None, "configuration of a dataset on the Hub, such as main; default: the only one")
     revision: str | None = option(None, "commit of a dataset on the Hub; it must be given for one")
     split: str = option("train", "split of a dataset on the Hub")
     column: str | None = option(

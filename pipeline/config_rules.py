@@ -50,6 +50,10 @@ def _are_temperatures(value: list[float]) -> bool:
     return len(value) > 0 and all(0 <= t < math.inf for t in value)
 
 
+def _are_tokens(value: list[Any]) -> bool:
+    return all(bool(v) if isinstance(v, str) else isinstance(v, int) and not isinstance(v, bool) for v in value)
+
+
 def _differ(value: list[Any]) -> bool:
     return len(set(value)) == len(value)
 
@@ -86,6 +90,7 @@ _RULES: dict[str, tuple[Any, str]] = {
     "machine.nodes": _POSITIVE,
     "machine.processes_per_node": _POSITIVE,
     "backbone.dtype": _one_of("float32", "bfloat16"),
+    "backbone.end_tokens": (_are_tokens, "a list of token texts or ids, such as ['<|im_end|>']"),
     "prompts.held_out": _SHARE,
     **_prompt_rules("prompts"),
     **_prompt_rules("evaluate.prompts"),
@@ -180,7 +185,7 @@ def _check_prompts(section: str, prompts: Any) -> None:
     if 0 < prompts.max_tokens < prompts.min_tokens:
         raise UserError(f"{section}.max_tokens={prompts.max_tokens}: below min_tokens={prompts.min_tokens}")
     default = type(prompts)()
-    for name in ("path", "revision", "split", "column", "licence"):
+    for name in ("path", "name", "revision", "split", "column", "licence"):
         value = getattr(prompts, name)
         if prompts.mixture and value != getattr(default, name):
             raise UserError(

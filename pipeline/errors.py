@@ -27,6 +27,11 @@ class LostError(Exception):
     exit_code = 75
 
 
+def reason(error: BaseException) -> str:
+    """All that another library's exception says, on one line: its remedy often stands on the last of several."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def warn(stage: str, message: str) -> None:
     """Print one line on stderr: something that the user should know and need not act on."""
     print(f"{stage}: {message}", file=sys.stderr, flush=True)

@@ -31,18 +31,18 @@ def arm(manner: str) -> None:
         for name in CALLS:
             setattr(os, name, _fatal(getattr(os, name), count_down, when))
     elif kind == "seconds":
-        from pipeline.stages.generate import Worker
+        from pipeline.generation.shard_answers import AnswerWorker
 
-        inner = Worker.answer_shard
+        inner = AnswerWorker.answer_shard
 
         def answer_shard(self, *args):
-            Worker.answer_shard = inner
+            AnswerWorker.answer_shard = inner
             timer = threading.Timer(float(rest), die)
             timer.daemon = True
             timer.start()
             return inner(self, *args)
 
-        Worker.answer_shard = answer_shard
+        AnswerWorker.answer_shard = answer_shard
     elif kind == "disk":
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(rest), int(rest)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..config import Backbone
@@ -94,24 +94,9 @@ def load_model(backbone: Backbone, device: torch.device, device_map: str | None 
     return model if device_map else model.to(device)
 
 
-def load_ends(backbone: Backbone) -> list[int]:
-    """`ends_of` a checkpoint that is not loaded."""
-    config = load_config(backbone)
-    try:
-        generation = GenerationConfig.from_pretrained(source_of(backbone), revision=backbone.revision)
-    except OSError:  # most checkpoints have one
-        generation = None
-    return ends_of(generation, config)
-
-
-def ends_of(*sources: Any) -> list[int]:
-    """The ids that end an answer: eos_token_id of the first that has one (a model's generation config, then its config
-    or tokenizer). None of them having one means that every answer has full length."""
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return []
+def limit_of(config: Any, tokens: int) -> str:
+    """What a number of tokens that texts may have is, for messages: the whole context or a window of it."""
+    return "context" if tokens == config.max_position_embeddings else "sliding window"
 
 
 def check_exit_layers(exit_layers: list[int], num_layers: int) -> None:

@@ -84,7 +84,8 @@ def read_documents(
         raise UserError(
             f"distill.truncated={truncated}, distill.repeated_share={most_repeated}: nothing to learn from: of "
             f"{counts['answers']} responses {counts['truncated']} are truncated and {counts['repeating']} repeat "
-            "themselves. Raise generate.max_new_tokens, or set distill.truncated=keep or distill.repeated_share=1."
+            "themselves. Raise generate.max_new_tokens (or add to backbone.end_tokens what should have ended them), "
+            "or set distill.truncated=keep or distill.repeated_share=1."
         )
     return kept, counts
 

@@ -1,7 +1,7 @@
 """Look at responses without changing them: how far they are, whether they are what was written, what is in them.
 
 Takes a run folder that generate has written to, or is writing to, gives lines to print, and the figures that the report
-shows. Knows nothing of how answers are made.
+shows.
 """
 
 import json

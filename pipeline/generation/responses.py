@@ -1,7 +1,6 @@
 """The responses folder: what is asked, and the shards of answers (shards.py).
 
-Takes rows and counts, gives files that any number of processes may write at once. Knows nothing of how answers are
-made.
+Takes rows and counts, gives files that any number of processes may write at once.
 
     responses/
       prompts.parquet        what is asked: a row group for each shard
@@ -18,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..runs.files import atomic_path, sha256_of
 from ..runs.shards import Shards
 
@@ -106,4 +105,4 @@ def rows_of(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]
     try:
         return pq.read_table(path, columns=columns).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None

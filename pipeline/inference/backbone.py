@@ -80,7 +80,7 @@ class SplitBackbone:
         self.final_norm_D = model.model.norm.weight.data.to(self.device)
         self.lm_head_DV = model.lm_head.weight.data.t()
         self.dtype = self.embedding_VD.dtype
-        self.max_context = _longest_exact(config)
+        self.max_context = longest_exact(config)
         self._rotary = model.model.rotary_emb
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         last = model.model.layers[-1]
@@ -271,7 +271,7 @@ def _kernels_of(model: nn.Module, layers: list[LayerWeights], timed: bool) -> li
     return known[key]
 
 
-def _longest_exact(config) -> int:
+def longest_exact(config) -> int:
     """Longest sequence for which full attention is what the model computes."""
     limit = config.max_position_embeddings
     window = getattr(config, "sliding_window", None)

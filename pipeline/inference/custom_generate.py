@@ -70,6 +70,7 @@ def generate(
     # transformers 5.23 hands neither of these two to a callable, so they are taken from the call itself.
     streamer = kwargs.get("streamer")
     _stop_at_strings(kwargs)
+    _end_where_measured(model, kwargs, config.get("end_tokens", []))
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         _refuse(generation_config)
@@ -168,6 +169,15 @@ def _stop_at_strings(kwargs: dict[str, Any]) -> None:
             raise ValueError("stop_strings needs tokenizer=")
         criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
         kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), criterion])
+
+
+def _end_where_measured(model, kwargs: dict[str, Any], more: list[int]) -> None:
+    """Let a text end at the head's own end tokens too (backbone.end_tokens), unless the caller gives eos_token_id=."""
+    if more and "eos_token_id" not in kwargs:
+        ends = getattr(kwargs.get("generation_config"), "eos_token_id", None)
+        ends = model.generation_config.eos_token_id if ends is None else ends
+        known = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+        kwargs["eos_token_id"] = list(dict.fromkeys([*known, *more]))
 
 
 def _watch(prompt_row, criteria: list, streamer):

@@ -1,11 +1,13 @@
 """Chats: a list of messages -> system message, what the user says in turn, and what was answered.
 
 Takes messages as ShareGPT (`{"from": "human", "value": ...}`) and OpenAI (`{"role": "user", "content": ...}`) write
-them, gives their texts; what cannot be a conversation of a user and a backbone is a ValueError. Knows nothing of
-rows or files.
+them, gives their texts; what cannot be a conversation of a user and a backbone is a ValueError.
 """
 
 from typing import Any
+
+from .as_text import is_message, messages_in, parsed
+from .marks import is_blank
 
 SPEAKERS = {
     "system": "system",
@@ -37,13 +39,15 @@ def chat(messages: list[Any]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
             originals[-1] = _together(originals[-1], text)
         elif turns:
             originals.append(text)
-    if not all(turn.strip() for turn in turns):
+    if any(map(is_blank, turns)):
         raise ValueError("a user's message is empty")
     return system, tuple(turns), tuple(originals)
 
 
 def answer_in(value: Any) -> str:
     """What an answer column holds: a text, or messages of which the last is the assistant's; else nothing."""
+    if isinstance(value, str):
+        value = messages_in(value) or value
     if isinstance(value, list) and value:
         try:
             speaker, value = _message(value[-1], len(value))
@@ -55,6 +59,8 @@ def answer_in(value: Any) -> str:
 
 def _message(message: Any, number: int) -> tuple[str, str]:
     """(system, user or assistant; text)"""
+    if isinstance(message, str) and is_message(found := parsed(message)):
+        message = found
     if not isinstance(message, dict):
         raise ValueError(f"message {number} is a {type(message).__name__}; role and content are needed")
     role, content = _first(message, "role", "from"), _first(message, "content", "value")

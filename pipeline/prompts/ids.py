@@ -1,12 +1,12 @@
 """Prompts -> the token ids that the backbone is given, those that are too short or too long left out.
 
-Takes Prompts, a tokenizer and the `prompts` section, gives each prompt with its ids. Knows nothing of where prompts
-come from.
+Takes Prompts, a tokenizer and the `prompts` section, gives each prompt with its ids. What a tokenizer or a file puts
+around a prompt by mistake (an end token, a second begin token) is taken off, and said.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import Prompts
 from ..errors import UserError
@@ -21,14 +21,28 @@ BLOCK = 1024
 
 
 def encode(
-    prompts: list[Prompt], tokenizer: Any, settings: Prompts, context: int, max_new_tokens: int, wanted: int = 0
+    prompts: list[Prompt],
+    tokenizer: Any,
+    settings: Prompts,
+    context: int,
+    max_new_tokens: int,
+    wanted: int = 0,
+    **room: str,
 ) -> Encoded:
     """As `fitting`, once the chat template is known to be right; it is a UserError if no prompt is left of some."""
-    return list(encoding(prompts, tokenizer, settings, context, max_new_tokens, wanted))
+    return list(encoding(prompts, tokenizer, settings, context, max_new_tokens, wanted, **room))
 
 
 def encoding(
-    prompts: list[Prompt], tokenizer: Any, settings: Prompts, context: int, max_new_tokens: int, wanted: int = 0
+    prompts: list[Prompt],
+    tokenizer: Any,
+    settings: Prompts,
+    context: int,
+    max_new_tokens: int,
+    wanted: int = 0,
+    *,
+    stage: str = "generate",
+    limit: str = "context",
 ) -> Iterator[tuple[Prompt, list[int]]]:
     """`encode`, one after the other: the ids of many prompts take more memory than their texts."""
     section = section_of(settings)
@@ -37,38 +51,61 @@ def encoding(
         check_template(tokenizer, settings, with_system=systems > 0)
     elif systems:
         print(f"{section}.chat_template=none: {systems} system messages are left out, plain text has no place for them")
+    if settings.chat_template == "none" and (behind := added_by(tokenizer).behind):
+        tokens = " ".join(tokenizer.convert_ids_to_tokens(behind))
+        print(f"{section}: the tokenizer ends every text with {tokens}; behind a prompt, which goes on, it is left out")
     any_kept = False
-    for kept in _fitting(prompts, tokenizer, settings, context, max_new_tokens, wanted):
+    for kept in _fitting(prompts, tokenizer, settings, context, max_new_tokens, wanted, stage, limit):
         any_kept = True
         yield kept
     if prompts and not any_kept:
         limits = [f"too_long={settings.too_long}"] if settings.too_long == "drop" else []
         limits += [f"{n}={getattr(settings, n)}" for n in ("min_tokens", "max_tokens") if getattr(settings, n)]
+        key = f"{section}.{', '.join(limits)}" if limits else section
         raise UserError(
-            f"{section}.{', '.join(limits)}: no prompt is left; let other lengths in or ask for fewer new tokens "
-            "(max_new_tokens)."
+            f"{key}: no prompt is left; let other lengths in or ask for fewer new tokens ({stage}.max_new_tokens)."
         )
 
 
 def fitting(
-    prompts: list[Prompt], tokenizer: Any, settings: Prompts, context: int, max_new_tokens: int, wanted: int = 0
+    prompts: list[Prompt],
+    tokenizer: Any,
+    settings: Prompts,
+    context: int,
+    max_new_tokens: int,
+    wanted: int = 0,
+    *,
+    stage: str = "generate",
+    limit: str = "context",
 ) -> Encoded:
     """Each prompt with the token ids of its conversation, up to the turn to be answered; the first `wanted`, 0 = all.
 
     The ids are those of the chat template around it, or what tokenizer(text) gives, turns and answers joined by
     blank lines. A prompt whose ids and max_new_tokens exceed `context` (in tokens) is a UserError, or is dropped if
-    `settings.too_long` is drop; one whose first turn is below min_tokens or above max_tokens is dropped. What is
-    dropped is counted, one printed line for each reason. The order is kept.
+    `settings.too_long` is drop; one whose first turn is below min_tokens or above max_tokens is dropped, and one that
+    has no tokens at all. What is dropped is counted, one printed line for each reason. The order is kept.
+
+    `stage` asks, and its keys are those that messages name; `limit` says what `context` is (the context, or a window).
     """
-    return list(_fitting(prompts, tokenizer, settings, context, max_new_tokens, wanted))
+    return list(_fitting(prompts, tokenizer, settings, context, max_new_tokens, wanted, stage, limit))
 
 
 def _fitting(
-    prompts: list[Prompt], tokenizer: Any, settings: Prompts, context: int, max_new_tokens: int, wanted: int
+    prompts: list[Prompt],
+    tokenizer: Any,
+    settings: Prompts,
+    context: int,
+    max_new_tokens: int,
+    wanted: int,
+    stage: str,
+    limit: str,
 ) -> Iterator[tuple[Prompt, list[int]]]:
     room, kept = context - max_new_tokens, 0
+    section = section_of(settings)
+    too_long_key = "evaluate.prompts.too_long" if stage == "evaluate" else f"{section}.too_long"
     dropped: Counter[str] = Counter()
-    for prompt, ids in contexts(prompts, tokenizer, settings):
+    found: Counter[str] = Counter()
+    for prompt, ids in contexts(prompts, tokenizer, settings, found):
         reason = _reason_to_drop(prompt, len(ids), settings, room)
         if reason is None:
             yield prompt, ids
@@ -76,41 +113,107 @@ def _fitting(
         elif reason == "too_long" and settings.too_long == "error":
             raise UserError(
                 f"prompt {prompt.id} ({_start(prompt.text)}) has {len(ids)} tokens; with {max_new_tokens} new ones it "
-                f"does not fit into the context of {context}. Set {section_of(settings)}.too_long=drop or ask for "
-                "fewer new tokens (max_new_tokens)."
+                f"does not fit into the {limit} of {context}. Set {too_long_key}=drop or ask for fewer new tokens "
+                f"({stage}.max_new_tokens={max_new_tokens})."
+                + (" No other stage has to be made anew for that." if stage == "evaluate" else "")
             )
         else:
             dropped[reason] += 1
         if kept == wanted > 0:
             break
     looked_at = kept + dropped.total()
-    bounds = {"min_tokens": f"shorter than {settings.min_tokens}", "max_tokens": f"longer than {settings.max_tokens}",
-              "too_long": f"longer than {room}"}  # fmt: skip
+    if empty := dropped.pop("empty", 0):
+        print(f"{section}: {empty} of {looked_at} prompts have no token of their own and are skipped")
+    lines = {
+        "min_tokens": f"{section}.min_tokens={settings.min_tokens}: {{}} (shorter than {settings.min_tokens} tokens)",
+        "max_tokens": f"{section}.max_tokens={settings.max_tokens}: {{}} (longer than {settings.max_tokens} tokens)",
+        "too_long": f"{too_long_key}={settings.too_long}: {{}} (longer than {room} tokens)",
+    }
     for reason, count in sorted(dropped.items()):
-        key = f"{section_of(settings)}.{reason}={getattr(settings, reason)}"
-        print(f"{key}: {count} of {looked_at} prompts dropped ({bounds[reason]} tokens)")
+        print(lines[reason].format(f"{count} of {looked_at} prompts dropped"))
+    _say(found, tokenizer, settings)
 
 
 def _reason_to_drop(prompt: Prompt, length: int, settings: Prompts, room: int) -> str | None:
     """The key that keeps a context of this length out."""
+    if length == 0:
+        return "empty"
     first = not prompt.answers
     if first and length < settings.min_tokens:
         return "min_tokens"
     if first and 0 < settings.max_tokens < length:
         return "max_tokens"
-    return None if 0 < length <= room else "too_long"
+    return None if length <= room else "too_long"
 
 
-def contexts(prompts: list[Prompt], tokenizer: Any, settings: Prompts) -> Iterator[tuple[Prompt, list[int]]]:
-    """Each prompt with the ids of all that is said up to the turn to be answered, whatever their number."""
+# ---- what stands around a prompt
+
+
+class Added(NamedTuple):
+    """The ids that a tokenizer puts around every text by itself."""
+
+    before: list[int]
+    behind: list[int]
+
+    def taken_off(self, ids: list[int], found: Counter[str]) -> list[int]:
+        """The ids of a prompt, which goes on, so nothing stands behind it, and begins once; [] if it says nothing."""
+        before, behind = self
+        if behind and ids[-len(behind) :] == behind:
+            ids = ids[: -len(behind)]
+        if before and ids[len(before) : 2 * len(before)] == before:
+            found["begun twice"] += 1
+            while ids[len(before) : 2 * len(before)] == before:
+                ids = ids[len(before) :]
+        return ids if len(ids) > len(before) else []
+
+
+def added_by(tokenizer: Any) -> Added:
+    """Found by trying: a tokenizer's settings do not always say what it does."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    at = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), None)
+    return Added([], []) if at is None else Added(whole[:at], whole[at + len(plain) :])
+
+
+def contexts(
+    prompts: list[Prompt], tokenizer: Any, settings: Prompts, found: Counter[str] | None = None
+) -> Iterator[tuple[Prompt, list[int]]]:
+    """Each prompt with the ids of all that is said up to the turn to be answered, whatever their number.
+
+    `found` counts what is odd about them, for `_say`.
+    """
+    found = Counter() if found is None else found
+    added = added_by(tokenizer)
+    marks = tuple(str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values())
     for at in range(0, len(prompts), BLOCK):
         block = prompts[at : at + BLOCK]
         if settings.chat_template == "none":
-            ids = tokenizer(["\n\n".join(p.conversation) for p in block], verbose=False)["input_ids"]
+            texts = tokenizer(["\n\n".join(p.conversation) for p in block], verbose=False)["input_ids"]
+            block_ids = [added.taken_off(list(ids), found) for ids in texts]
         else:
             messages = [messages_of(p.conversation, p.system) for p in block]
-            ids = render(messages, tokenizer, settings, add_generation_prompt=True, tokenize=True, return_dict=False)
-        yield from zip(block, map(list, ids), strict=True)
+            rendered = render(
+                messages, tokenizer, settings, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+            block_ids = list(map(list, rendered))
+        for prompt, ids in zip(block, block_ids, strict=True):
+            found["ended"] += bool(ids) and ids[-1] == tokenizer.eos_token_id
+            found["rendered"] += settings.chat_template != "none" and prompt.text.lstrip().startswith(marks)
+            yield prompt, ids
+
+
+def _say(found: Counter[str], tokenizer: Any, settings: Prompts) -> None:
+    """One printed line for each oddity of which some prompts were found."""
+    section = section_of(settings)
+    if count := found["begun twice"]:
+        print(f"{section}: {count} prompts begin with the token that the tokenizer begins every text with; it is given "
+              "once")  # fmt: skip
+    if count := found["ended"]:
+        print(f"{section}: warning: {count} prompts end with {tokenizer.eos_token}, which ends a text: what the "
+              "backbone says behind it answers nothing. Take it out of the prompts")  # fmt: skip
+    if count := found["rendered"]:
+        print(f"{section}.chat_template={settings.chat_template}: warning: {count} prompts begin with a special token, "
+              "as if a template had been applied already; chat_template=none takes them as they are")  # fmt: skip
 
 
 def _start(text: str, length: int = 40) -> str:

@@ -2,9 +2,10 @@
 
 Takes the section, gives Origins; of an Origin its rows one after another, with the place that a message can name
 (`line 3`). A row that is broken is given as a ValueError that says how; a source that cannot be read at all is a
-UserError. Knows nothing of what the rows mean.
+UserError.
 """
 
+import codecs
 import itertools
 import json
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import IO, Any
 
 from ..config import EvaluatePrompts, Prompts, Source
 from ..config_rules import PROMPT_FILES
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..pocket.paths import PROMPTS
 from .prompt import Role
 
@@ -49,7 +50,7 @@ def origins(prompts: Prompts) -> list[Origin]:
     """The sources of the mixture; without one, that of the section itself."""
     section = section_of(prompts)
     if not prompts.mixture:
-        names = ("path", "revision", "split", "column", "licence")
+        names = ("path", "name", "revision", "split", "column", "licence")
         return [Origin(section, _name(prompts.path), Source(**{n: getattr(prompts, n) for n in names}))]
     found: list[Origin] = []
     for i, source in enumerate(prompts.mixture):
@@ -89,7 +90,10 @@ def file_of(origin: Origin) -> Path | None:
     if path.is_file():
         raise UserError(f"{origin.label}: unknown kind of file; these can be read: {', '.join(PROMPT_FILES)}")
     if not origin.source.path or origin.source.path[0] in "./~" or origin.source.path.count("/") > 1:
-        raise UserError(f"{origin.label}: neither a file that is there nor a datasets id")
+        raise UserError(
+            f"{origin.label}: neither a file that is there nor a datasets id, which is name or org/name (one of its "
+            f"configurations is chosen by {origin.key}.name)"
+        )
     return None
 
 
@@ -104,10 +108,17 @@ def load_dataset(origin: Origin) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(str(source.path), revision=source.revision, split=source.split)
+        which = {} if source.name is None else {"name": source.name}
+        return datasets.load_dataset(str(source.path), **which, revision=source.revision, split=source.split)
     except Exception as error:  # datasets raises its own, huggingface_hub's, fsspec's and OSError here
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{origin.label}: neither a file nor a readable dataset: {lines[0]}") from None
+        said = reason(error)
+        if "config name" in said.lower() or "builderconfig" in said.lower():  # it says which there are
+            name = "null" if source.name is None else source.name
+            raise UserError(
+                f"{origin.key}.name={name}: not a configuration of the dataset {source.path}: {said}. Set "
+                f"{origin.key}.name to one of those."
+            ) from None
+        raise UserError(f"{origin.label}: neither a file nor a readable dataset: {said}") from None
 
 
 # ---- each kind of file
@@ -128,14 +139,14 @@ def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, Any]]:
     try:
         yield from _table_rows(pq.ParquetFile(path).iter_batches(BATCH))
     except (ArrowInvalid, OSError) as error:
-        raise UserError(f"{label}: not a parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{label}: not a parquet file: {reason(error)}") from None
 
 
 def _lines(path: Path, label: str) -> Iterator[tuple[str, Any]]:
     """One JSON value a line; read as bytes, which are cut at line feeds alone and not at U+2028 inside strings."""
     with _open(path, label) as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
+            if (line := without_bom(line)).strip():
                 yield f"line {number}", _parsed(line)
 
 
@@ -150,14 +161,15 @@ def _parsed(line: bytes) -> Any:
 
 def _begins_with_a_list(path: Path, label: str) -> bool:
     with _open(path, label) as file:
-        return next((line for line in file if line.strip()), b"").lstrip().startswith(b"[")
+        lines = map(without_bom, file)
+        return next((line for line in lines if line.strip()), b"").lstrip().startswith(b"[")
 
 
 def _list_rows(path: Path, label: str) -> Iterator[tuple[str, Any]]:
     """A .json file may also be one list; it has to be parsed as a whole, and each row is let go once it is given."""
     with _open(path, label) as file:
         try:
-            rows = json.loads(file.read().decode())
+            rows = json.loads(without_bom(file.read()).decode())
         except json.JSONDecodeError as error:
             raise UserError(f"{label}: line {error.lineno}: not JSON: {error.msg}") from None
         except UnicodeDecodeError as error:
@@ -170,11 +182,16 @@ def _text_rows(path: Path, label: str) -> Iterator[tuple[str, Any]]:
     with _open(path, label) as file:
         for number, line in enumerate(file, 1):
             try:
-                texts = line.decode().splitlines()
+                texts = without_bom(line).decode().splitlines()
             except UnicodeDecodeError as error:
                 yield f"line {number}", ValueError(f"not UTF-8 text: {error.reason}")
                 continue
             yield from ((f"line {number}", {"text": text}) for text in texts if text.strip())
+
+
+def without_bom(line: bytes) -> bytes:
+    """Editors begin a file with a byte order mark, and joined files have one in the middle."""
+    return line.removeprefix(codecs.BOM_UTF8)
 
 
 def _open(path: Path, label: str) -> IO[bytes]:

@@ -1,6 +1,6 @@
 """One prompt: what is said, what it is called, when two are the same; and how many there are of which kind.
 
-Takes texts, gives Prompts, their ids and normal forms. Knows nothing of where the texts come from.
+Takes texts, gives Prompts, their ids and normal forms.
 """
 
 import hashlib

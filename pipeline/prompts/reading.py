@@ -1,7 +1,7 @@
 """One pass over a source: rows -> distinct Prompts, and what had to be left out.
 
 Takes an Origin and what was seen before it, gives Prompts one after another and counts; unusable rows stop it or are
-left out, as `bad_rows` says. Knows nothing of roles but which of pocket's files to read, and nothing of order.
+left out, as `bad_rows` says.
 """
 
 import hashlib
@@ -54,6 +54,9 @@ class Reading:
         if self.bad:
             print(f"{self.section}.bad_rows=skip: {self.bad} of {self.rows} rows of {self.origin.name} are left out "
                   f"({self._bad_rows()})")  # fmt: skip
+        if self.columns.marked:
+            print(f"{label}: marks of editors (byte order marks, NULs, zero-width spaces, carriage returns) are "
+                  f"taken out of {self.columns.marked} of {self.rows} rows")  # fmt: skip
         if self.blank:
             column = self.columns.text or "conversation"
             print(f"{label}: {self.blank} of {self.rows} rows have an empty {column} and are skipped")

@@ -1,7 +1,7 @@
 """Where prompts come from, for manifests, marks and cards: names, hashes, licences, counts.
 
 Takes a `prompts` section, gives plain dicts without folders in them. Reads every source once, and so finds what is
-wrong with it too. Knows nothing of which prompts are used.
+wrong with it too.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def _join(prompts: Prompts, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def pins(record: dict[str, Any]) -> dict[str, str]:
     """What of a source record changes with the texts that the backbone sees: equal pins, equal contexts."""
-    pinned = {"prompts": record.get("sha256") or record["revision"]}
+    pinned = {"prompts": record.get("sha256") or " ".join([record["revision"], *filter(None, [record.get("config")])])}
     if "chat_template" in record:
         pinned["chat_template"] = record["chat_template"]["sha256"]
     return pinned
@@ -67,7 +67,9 @@ def _identity(origin: Origin, role: Role) -> dict[str, Any]:
         return {"name": f"pocket/{file.name}", "sha256": sha256_of(file)}
     if path := file_of(origin):
         return {"name": origin.name, "sha256": sha256_of(path)}
-    return {"name": origin.name, "revision": origin.source.revision, "split": origin.source.split}
+    source = origin.source
+    which = {} if source.name is None else {"config": source.name}
+    return {"name": origin.name, **which, "revision": source.revision, "split": source.split}
 
 
 def _contents(origin: Origin, prompts: Prompts, role: Role) -> dict[str, Any]:

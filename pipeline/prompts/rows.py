@@ -1,13 +1,15 @@
 """What a row says: prompts, instructions, lists of turns and chats, by the names of their columns.
 
 Takes rows (dicts), gives system message, turns, the source's own answers and the task; a row that cannot be used is
-a ValueError. Spec-Bench's question file is read as it is. Knows nothing of files.
+a ValueError. Spec-Bench's question file is read as it is.
 """
 
 import sys
 from typing import Any, NamedTuple
 
+from .as_text import begins_as_messages, messages_in, parsed
 from .chats import answer_in, chat
+from .marks import is_blank, without_marks
 
 CHATS = ("messages", "conversations", "conversation")
 TEXTS = ("prompt", "question", "instruction", "text")
@@ -37,6 +39,8 @@ class Columns:
         """Every column that any row has."""
         self.found = False
         """Some row had a column that can be read."""
+        self.marked = 0
+        """Rows of which marks that editors leave were taken out."""
 
     def said(self, row: dict[str, Any]) -> Said | None:
         """What the row says; None if it has the column, and nothing in it."""
@@ -48,7 +52,12 @@ class Columns:
             raise ValueError(f"no {self.text or 'prompt'}")
         self.found = True
         name = next((n for n in names if row[n] is not None), None)
-        return None if name is None else _said(row, name)
+        if name is None:
+            return None
+        read = {n: row[n] for n in (name, "input", *ANSWERS) if n in row}
+        clean = without_marks(read)
+        self.marked += clean[name] != read[name]
+        return _said(clean, name, self.wanted)
 
 
 def task_of(row: dict[str, Any]) -> str:
@@ -56,20 +65,20 @@ def task_of(row: dict[str, Any]) -> str:
     return sys.intern(task)  # one text for all rows of a task
 
 
-def _said(row: dict[str, Any], name: str) -> Said | None:
-    value = row[name]
+def _said(row: dict[str, Any], name: str, wanted: str | None) -> Said | None:
+    value = _written(row[name], name, wanted)
     system = ""
     turns: tuple[str, ...]
     originals: tuple[str, ...] = ()
     if name == "turns":
-        if not isinstance(value, list) or not value or not all(isinstance(t, str) and t.strip() for t in value):
+        if not isinstance(value, list) or not value or not all(isinstance(t, str) and not is_blank(t) for t in value):
             raise ValueError('turns must be a list of texts, none of them empty, such as ["first", "second"]')
         turns = tuple(value)
     elif isinstance(value, list):
         system, turns, originals = chat(value)
     elif isinstance(value, str):
         turns = (_with_input(row, value),) if name == "instruction" else (value,)
-        turns = tuple(turn for turn in turns if turn.strip())
+        turns = tuple(turn for turn in turns if not is_blank(turn))
     else:
         raise ValueError(f"column {name} holds a {type(value).__name__}; a text or a list of messages is needed")
     if not turns:
@@ -78,6 +87,19 @@ def _said(row: dict[str, Any], name: str) -> Said | None:
         answers = (answer_in(row.get(column)) for column in ANSWERS if column != name)
         originals += tuple(answer for answer in answers if answer.strip())[:1]
     return Said(system, turns, originals)
+
+
+def _written(value: Any, name: str, wanted: str | None) -> Any:
+    """The value, or the list that its text is of: any list in a column of chats or turns, else messages alone."""
+    if not isinstance(value, str):
+        return value
+    if messages := messages_in(value):
+        return messages
+    if name in (*CHATS, "turns") and isinstance(found := parsed(value), list):
+        return found
+    if (name in CHATS and name != wanted) or begins_as_messages(value):
+        raise ValueError(f"column {name} holds text that is no list of messages as JSON has it")
+    return value
 
 
 def _with_input(row: dict[str, Any], instruction: str) -> str:

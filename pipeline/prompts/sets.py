@@ -1,11 +1,12 @@
 """Which prompts distill and evaluate get, and in which order: the held-out share, mixtures, no leak.
 
 Takes the config, gives lists of Prompts. Whatever evaluate may measure, distill never sees, not even in other
-capitals or spaces. Knows nothing of tokens.
+capitals or spaces.
 """
 
 import hashlib
 from collections.abc import Set
+from dataclasses import replace
 
 from ..config import Config, Prompts, Source
 from ..errors import UserError
@@ -54,7 +55,7 @@ def load_prompts(prompts: Prompts, role: Role, seed: int = 0, avoid: Set[str] = 
 def training_prompts(config: Config) -> list[Prompt]:
     """What distill learns from: nothing that evaluate would measure, wherever that comes from."""
     avoid: set[str] = set()
-    by_hash = evaluation_settings(config) is config.prompts and not any(o.is_pocket for o in origins(config.prompts))
+    by_hash = not has_own_prompts(config) and not any(o.is_pocket for o in origins(config.prompts))
     if not by_hash:
         avoid = {normal_form(p.text) for p in evaluation_prompts(config)}
     return load_prompts(config.prompts, "distill", config.seed, avoid)
@@ -63,7 +64,7 @@ def training_prompts(config: Config) -> list[Prompt]:
 def evaluation_prompts(config: Config) -> list[Prompt]:
     """All prompts of evaluate.prompts if it names some, in their own order; else the held-out share of prompts."""
     settings = evaluation_settings(config)
-    if settings is config.prompts:
+    if not has_own_prompts(config):
         return load_prompts(settings, "evaluate", config.seed)
     learnt = {_place(o.source) for o in origins(config.prompts) if not o.is_pocket}
     seen: set[bytes] = set()
@@ -78,14 +79,29 @@ def evaluation_prompts(config: Config) -> list[Prompt]:
     return _mixed(parts)
 
 
+def has_own_prompts(config: Config) -> bool:
+    """Whether evaluate.prompts names a set of its own; else evaluate takes the held-out share of prompts."""
+    return bool(config.evaluate.prompts.mixture) or config.evaluate.prompts.path is not None
+
+
+def holds_out(config: Config) -> bool:
+    """Whether the config leaves any prompts to evaluate; how many there are, only reading them shows."""
+    return has_own_prompts(config) or config.prompts.held_out > 0 or any(o.is_pocket for o in origins(config.prompts))
+
+
 def evaluation_settings(config: Config) -> Prompts:
-    """The section that decides chat template and length handling of evaluation_prompts."""
-    own = config.evaluate.prompts
-    return own if own.mixture or own.path is not None else config.prompts
+    """The section that decides source, chat template and lengths of evaluation_prompts.
+
+    evaluate.prompts.too_long=drop holds for the held-out share too: no other stage has to be made anew for it.
+    """
+    if has_own_prompts(config):
+        return config.evaluate.prompts
+    drops = "drop" in (config.prompts.too_long, config.evaluate.prompts.too_long)
+    return replace(config.prompts, too_long="drop" if drops else "error")
 
 
-def _place(source: Source) -> tuple[str | None, str | None, str]:
-    return source.path, source.revision, source.split
+def _place(source: Source) -> tuple[str | None, str | None, str | None, str]:
+    return source.path, source.name, source.revision, source.split
 
 
 def _share(prompt: Prompt) -> float:

@@ -1,14 +1,15 @@
 """Chat templates: the tokenizer's own or a .jinja file, and whether the backbone would answer after it.
 
 Takes the `prompts` section, a tokenizer and messages, gives what apply_chat_template makes of them; a template that
-cannot be right is a UserError before anything is answered. Knows nothing of prompt sets.
+cannot be right is a UserError before anything is answered, and one whose answers would not end is warned of.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..config import Prompts
-from ..errors import UserError
+from ..errors import UserError, reason, warn
 from .origins import section_of
 
 SYSTEM, QUESTION, ANSWER = "Speak plainly.", "Which colour has the sky?", "Blue, as a rule."
@@ -41,8 +42,8 @@ def render(messages: list[Any], tokenizer: Any, settings: Prompts, **how: Any) -
         text = file.read_text("utf-8") if file else None
         return tokenizer.apply_chat_template(messages, chat_template=text, **how)
     except Exception as error:  # a template is a program, and may fail as any program does
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{_key(settings)}: the template cannot be rendered: {lines[0]}. Mend it.") from None
+        said = reason(error).rstrip(".")
+        raise UserError(f"{_key(settings)}: the template cannot be rendered: {said}. Mend it.") from None
 
 
 def check_template(tokenizer: Any, settings: Prompts, *, with_system: bool) -> None:
@@ -81,13 +82,41 @@ def _check_system(text: Any, settings: Prompts) -> None:
     try:
         shown = SYSTEM in text(system=SYSTEM)
     except UserError as error:
-        reason = str(error).partition(": ")[2]
+        said = str(error).partition(": ")[2]
         raise UserError(
-            f"{_key(settings)}: some prompts have a system message, which this template does not take ({reason}) "
+            f"{_key(settings)}: some prompts have a system message, which this template does not take ({said}) "
             "Give a .jinja file that does, or take the system messages out of the prompts."
         ) from None
     if not shown:
         print(f"{_key(settings)}: warning: this template leaves the prompts' system messages out")
+
+
+def warn_of_turn_end(stage: str, tokenizer: Any, settings: Prompts, ends: Collection[int]) -> None:
+    """Say so if none of the `ends` is in what the template writes behind an answer: then answers run on behind it."""
+    if settings.chat_template == "none":
+        return
+    messages = messages_of([QUESTION, ANSWER])
+    whole = render(messages, tokenizer, settings, add_generation_prompt=False, tokenize=False)
+    behind = whole.rpartition(ANSWER)[2]
+    ids = [i for i in tokenizer(behind, add_special_tokens=False)["input_ids"] if tokenizer.decode([i]).strip()]
+    if not ids or not set(ends).isdisjoint(ids):
+        return
+    known = ", ".join(f"{tokenizer.convert_ids_to_tokens(end)} (id {end})" for end in ends) or "none"
+    if ids[0] in getattr(tokenizer, "added_tokens_decoder", {}):
+        token = tokenizer.convert_ids_to_tokens(ids[0])
+        warn(
+            stage,
+            f"{_key(settings)}: warning: the template ends an answer with {token} (id {ids[0]}), which ends no text "
+            f"of this backbone (end tokens: {known}), so answers run on behind it. Add it: "
+            f"backbone.end_tokens=['{token}']",
+        )
+    else:
+        warn(
+            stage,
+            f"{_key(settings)}: warning: the template writes {behind.strip()!r} behind an answer, {len(ids)} tokens of "
+            f"this tokenizer and none that ends a text (end tokens: {known}), so answers may run on behind it. Is it "
+            "the template of this backbone? backbone.end_tokens adds a token that ends texts",
+        )
 
 
 def _key(settings: Prompts) -> str:

@@ -1,8 +1,7 @@
 """Conversations: each turn of a prompt becomes an entry of its own, behind the backbone's answers to the turns before.
 
 Takes prompts, what encodes them and a function that answers token ids, gives every turn with the ids of its whole
-context. Each earlier turn is answered once, so whatever is measured afterwards starts from the same ids. Knows
-nothing of how the answers are decoded, or of what is measured.
+context. Each earlier turn is answered once, so whatever is measured afterwards starts from the same ids.
 """
 
 from collections.abc import Callable
@@ -23,12 +22,13 @@ def every_turn(
     context: int,
     max_new_tokens: int,
     answer: Callable[[list[int]], list[int]],
+    limit: str = "context",
 ) -> Encoded:
     """The first turns as `encode` gives them, each followed by its later turns, whose ids are `<id>.2`, `<id>.3` ...
 
     A turn that does not fit the context is treated as `settings.too_long` says; the turns after it go with it.
     """
-    turns = encode(prompts, tokenizer, settings, context, max_new_tokens)
+    turns = encode(prompts, tokenizer, settings, context, max_new_tokens, stage="evaluate", limit=limit)
     order = {prompt.id: i for i, (prompt, _) in enumerate(turns)}
     found = list(turns)
     earlier = sum(len(prompt.turns) - 1 for prompt, _ in turns)
@@ -39,7 +39,7 @@ def every_turn(
                 if len(prompt.answers) + 1 < len(prompt.turns):
                     later.append(next_turn(prompt, tokenizer.decode(answer(ids), skip_special_tokens=True)))
                     bar.update()
-            turns = fitting(later, tokenizer, settings, context, max_new_tokens)
+            turns = fitting(later, tokenizer, settings, context, max_new_tokens, stage="evaluate", limit=limit)
             found += turns
     return sorted(found, key=lambda entry: order[_first_id(entry[0])])  # stable: turns stay in their order
 

@@ -22,7 +22,7 @@ from ..backbones.weight_files import WeightFiles, file_of
 from ..config import Backbone
 from ..evaluation.rivals import assisted
 from ..inference.exit_head import ExitHead
-from .head_folder import write_json
+from .head_folder import ends_of_texts, write_json
 
 SHARD = 4 * 2**30
 """Bytes of a safetensors file at most, and so what is held in memory at once."""
@@ -69,6 +69,7 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
     fields.pop("_name_or_path", None)  # may be a folder of whoever saved the checkpoint
     write_json(folder / "config.json", fields)
     settings = _json_of(backbone, "generation_config.json") or GenerationConfig.from_model_config(config).to_diff_dict()
+    settings |= ends_of_texts(backbone)
     write_json(folder / "generation_config.json", settings | assisted(num_drafts))
     if tokenizer := _json_of(backbone, "tokenizer_config.json"):
         told = {key: value for key, value in tokenizer.items() if key not in FOLDERS_OF_SAVER}

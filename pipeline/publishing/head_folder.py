@@ -3,11 +3,12 @@
 Takes a run, the results of its head and a folder, gives the files. Knows nothing of gates, of how anything was
 measured, or of how a folder gets to the Hub.
 
-    config.json               which backbone, which N, default controller, what it learned, canary; AutoModel's auto_map
+    config.json               which backbone, which N, default controller, what it learned, canary, added end tokens;
+                              AutoModel's auto_map
     model.safetensors         the decoder layer, under its own names
     modeling_exit_head.py     the class that AutoModel loads
     custom_generate/          the decoder, byte for byte what was evaluated; origin.py, written by a push
-    generation_config.json    the backbone's own: what ended a text here ends it there
+    generation_config.json    the backbone's own, with all tokens that ended a text here
     training_config.yaml      what made it: exit-heads run --config training_config.yaml
     provenance.json           when, with which code, versions and hardware, from inputs of which sha256
     speculation_profile.json  acceptance per draft position, in NVIDIA's schema
@@ -23,8 +24,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ..backbones.load import load_config, public_name
+from ..backbones.ends import added_ends, end_tokens
+from ..backbones.load import load_config, load_tokenizer, public_name
 from ..backbones.weight_files import file_of
+from ..config import Backbone
 from ..runs.files import atomic_write, sha256_of
 from ..runs.folder import RunDir
 from . import pedigree, speculation_profile
@@ -46,20 +49,44 @@ def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
     write_json(folder / "config.json", config_of(json.loads((head / "config.json").read_text()), run, results))
     shutil.copyfile(MODELING, folder / MODELING.name)
     write_code(folder)
-    if settings := file_of(run.config.backbone, "generation_config.json"):
-        shutil.copyfile(settings, folder / "generation_config.json")
+    write_generation_config(folder, run.config.backbone)
 
 
 def config_of(head: dict[str, Any], run: RunDir, results: dict[str, Any]) -> dict[str, Any]:
     """What distill wrote, how it was measured best, and what transformers needs to load it as a model."""
-    return head | {
-        "architectures": ["ExitHeadModel"],
-        "auto_map": AUTO_MAP,
-        "backbone_config": one_layer(load_config(run.config.backbone)),
-        "controller": results["best"]["controller"],
-        "states": states(results),
-        "canary": results["canary"],
-    }
+    return (
+        head
+        | {
+            "architectures": ["ExitHeadModel"],
+            "auto_map": AUTO_MAP,
+            "backbone_config": one_layer(load_config(run.config.backbone)),
+            "controller": results["best"]["controller"],
+            "states": states(results),
+            "canary": results["canary"],
+        }
+        | added_ends_of(run.config.backbone)
+    )
+
+
+def added_ends_of(backbone: Backbone) -> dict[str, Any]:
+    """`end_tokens`, where texts ended at ids at which transformers' generate would go on by itself."""
+    more = added_ends(backbone, load_tokenizer(backbone))
+    return {"end_tokens": more} if more else {}
+
+
+def ends_of_texts(backbone: Backbone) -> dict[str, Any]:
+    """`eos_token_id` for a generation config, where the backbone's own does not name all tokens that end a text."""
+    tokenizer = load_tokenizer(backbone)
+    return {"eos_token_id": end_tokens(backbone, tokenizer)} if added_ends(backbone, tokenizer) else {}
+
+
+def write_generation_config(folder: Path, backbone: Backbone) -> None:
+    """The backbone's own file; where more tokens ended a text than it names, with all of them."""
+    settings, more = file_of(backbone, "generation_config.json"), ends_of_texts(backbone)
+    if more:
+        write_json(folder / "generation_config.json", (json.loads(settings.read_text()) if settings else {}) | more)
+    elif settings:
+        shutil.copyfile(settings, folder / "generation_config.json")
 
 
 def one_layer(config: Any) -> dict[str, Any]:

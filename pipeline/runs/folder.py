@@ -215,7 +215,15 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
         return [d for n in names for d in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and _are_dicts(old + new):
+        return [d for i, (o, n) in enumerate(zip(old, new, strict=True)) for d in _differences(o, n, f"{key}[{i}]")]
+    if old is None and new == []:  # a mark from before there was this key
+        return []
     return [] if old == new else [f"{key} was {_short(old)}, is {_short(new)}"]
+
+
+def _are_dicts(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, dict) for value in values)
 
 
 def _short(value: Any) -> str:

@@ -1,21 +1,19 @@
 """cache: the backbone passes once over the packed responses; distill.teacher=cached learns from what it says there.
 
-Takes responses/ of the run folder, gives cache/ (training/cache.py). A shard is a pure function of responses, weights
-and its number, so any number of processes share the work, and a killed one loses no more than the shard it was at.
-Knows nothing of exit heads but after which layers they sit.
+Takes responses/ of the run folder, gives cache/ (training/teacher_cache.py). A shard is a pure function of responses,
+weights and its number, so any number of processes share the work, and a killed one loses no more than the shard it was
+at.
 """
 
-import time
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import nn
 
 from ..backbones.load import check_exit_layers, device_of, load_config, load_model, rounds_by
-from ..config import Config
 from ..runs.folder import RunDir
-from ..runs.shards import made
+from ..runs.shard_worker import Report, ShardWorker
 from ..training import packing
 from ..training.load_sharded import check_checkpoint
 from ..training.teacher import Teacher
@@ -25,11 +23,9 @@ TOKENS_PER_PASS = 4096
 """Padding included. Enough for a GPU to be busy; no key, as it may decide the last bits of what is kept."""
 
 
-Report = Callable[[int], None]
-"""Told after every pass: tokens that are new."""
-
-
 def run(run: RunDir) -> None:
+    """Fill cache/, or what is missing of it; nothing with distill.teacher=online. Raises UserError for what the user
+    must change."""
     config, cache = run.config, TeacherCache(run / "cache")
     if config.distill.teacher == "online":
         print("cache: distill.teacher=online: the backbone runs in every step, nothing is kept")
@@ -49,53 +45,43 @@ def run(run: RunDir) -> None:
     sequences = packing.joined(train, validation)
     head = cache.manifest() or head_of(config, manifest["backbone"], architecture.hidden_size, sequences)
     print(f"cache: {check_room(cache.folder, head)}")
-    worker = Worker(config, cache, sequences)
+    if config.machine.threads > 0:
+        torch.set_num_threads(config.machine.threads)
+    device = device_of(config.machine.device)
+    backbone = load_model(config.backbone, device, config.machine.device_map)
     with run.stage("cache", inputs, shared=True) as summary:
         cache.begin(head)
         cache.check(config, fingerprint, sequences)  # whoever began it
-        speed = worker.work()
+        speed = TeacherWorker(cache, sequences, backbone, device).work()
         bytes_ = sum(shard["bytes"] for shard in (cache.manifest() or {})["shards"])
         summary |= {"tokens": head["packing"]["tokens"], "bytes": bytes_, "tokens_per_second": speed}
     at = f" at {speed:.0f} tokens/s in this process" if speed else ""
     print(f"cache: what the backbone says of {summary['tokens']} tokens, {size(bytes_)}{at}")
 
 
-class Worker:
-    """What one process needs to make shards: the backbone, the packed sequences, and the folder all of them share."""
+class TeacherWorker(ShardWorker):
+    """Passes the packed sequences of a begun cache through the backbone."""
 
-    def __init__(self, config: Config, cache: TeacherCache, sequences: packing.Packed):
-        if config.machine.threads > 0:
-            torch.set_num_threads(config.machine.threads)
-        self.cache, self.sequences = cache, sequences
-        self.device = device_of(config.machine.device)
-        self.backbone = load_model(config.backbone, self.device, config.machine.device_map)
-        self.by = rounds_by(self.device)
+    unit = "token"
 
-    def work(self) -> float:
-        """Make what is missing, together with whoever else is at it, until all is there; returns the tokens/s of this
-        process (0 if there was nothing left for it)."""
-        manifest = self.cache.manifest()
+    def __init__(self, cache: TeacherCache, sequences: packing.Packed, backbone: nn.Module, device: torch.device):
+        super().__init__(cache, rounds_by(device))
+        self.cache, self.sequences, self.device = cache, sequences, device
+        manifest = cache.manifest()
         assert manifest is not None
-        self.teacher = Teacher(self.backbone, manifest["exit_layers"])
-        self.per_shard, self.of = manifest["sequences_per_shard"], self.cache.of()
-        self.cache.compare(self.by)
-        started, tokens = time.time(), 0
-        bar = tqdm(total=manifest["packing"]["tokens"], desc="cache", unit="token", unit_scale=True)
+        self.tokens, self.per_shard = manifest["packing"]["tokens"], manifest["sequences_per_shard"]
+        self.of = cache.of()
+        self.teacher = Teacher(backbone, manifest["exit_layers"])
 
-        def report(new_tokens: int) -> None:
-            nonlocal tokens
-            tokens += new_tokens
-            bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s", refresh=False)
-            bar.update(0)
+    def total(self) -> int:
+        return self.tokens
 
-        with bar:
-            for entry in self.cache.complete(partial(self._make, report)):
-                bar.update(entry["tokens"])
-        return round(tokens / (time.time() - started), 1) if tokens else 0.0
+    def units(self, entry: dict[str, Any]) -> int:
+        return entry["tokens"]
 
-    def _make(self, report: Report, index: int, name: str) -> None:
-        started = time.time()
-        self.cache.put(name, self.shard(index, report), made(started, self.by), self.of)
+    def make(self, index: int, name: str, report: Report) -> Callable[[dict[str, Any]], None]:
+        tensors = self.shard(index, report)
+        return lambda made: self.cache.put(name, tensors, made, self.of)
 
     def shard(self, index: int, report: Report) -> dict[str, torch.Tensor]:
         """Tensor name -> [P, D] on the host: a pure function of weights, sequences and the shard's number."""

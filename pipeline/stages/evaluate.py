@@ -11,14 +11,16 @@ from typing import Any
 import pandas as pd
 import torch
 
-from ..backbones.load import device_of, ends_of, load_model, load_tokenizer
+from ..backbones.ends import end_tokens
+from ..backbones.load import device_of, limit_of, load_model, load_tokenizer
 from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config
-from ..errors import UserError
+from ..errors import UserError, warn
 from ..evaluation import losslessness, report, rivals
 from ..evaluation.measuring import Measured, Method, measure
 from ..evaluation.metrics import SCHEMA, beside, best, summarise
 from ..generation import inspection
+from ..generation.leaks import check_not_trained_on
 from ..generation.repetition import LOOP
 from ..inference import canary
 from ..inference.backbone import SplitBackbone
@@ -27,9 +29,11 @@ from ..inference.decoding import Request, autoregressive
 from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
 from ..prompts.ids import Encoded
-from ..prompts.prompt import count_tasks
+from ..prompts.origins import section_of
+from ..prompts.prompt import Prompt, count_tasks
 from ..prompts.records import pins, source_record
-from ..prompts.sets import evaluation_prompts, evaluation_settings
+from ..prompts.sets import evaluation_prompts, evaluation_settings, holds_out
+from ..prompts.templates import warn_of_turn_end
 from ..prompts.turns import every_turn
 from ..publishing import draft_model, hub
 from ..runs import tracking
@@ -52,16 +56,20 @@ def run(run: RunDir) -> None:
     if not run.plan("evaluate", inputs, outside):
         print("evaluate: done already")
         return
+    chosen = evaluation_prompts(run.config)[: config.num_prompts or None]
+    _check_not_trained_on(run, chosen)
     device = device_of(run.config.machine.device)
     tokenizer = load_tokenizer(run.config.backbone)
+    ends = frozenset(end_tokens(run.config.backbone, tokenizer))
+    warn_of_turn_end("evaluate", tokenizer, settings, ends)
     model = load_model(run.config.backbone, device, run.config.machine.device_map)
     with _threads(config.threads):  # kernels are timed as they will run
         engines, heads = _engines(folders, model, run.config.machine.cuda_graphs)
     drafts = _drafts(heads, model, config.rivals)
     hashes = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, hashes)
-    ends = frozenset(ends_of(model.generation_config, tokenizer))
-    encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
+    engine = next(iter(engines.values()))
+    encoded = _encode(run.config, chosen, engine, tokenizer, ends, limit_of(model.config, engine.max_context))
     with run.stage("evaluate", inputs, outside) as summary, _threads(config.threads):
         measured = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
         generations, rounds, others = measured.tables()
@@ -165,16 +173,34 @@ def _states(path: str | None, heads: dict[int, str]) -> dict[Method, dict[str, A
     return {method: state for method, (_, state) in found.items()}
 
 
-def _encode(config: Config, engine: SplitBackbone, tokenizer: Any, ends: frozenset[int]) -> Encoded:
-    """The prompts to measure, an entry a turn; earlier turns are answered greedily, whatever is measured after."""
-    chosen = evaluation_prompts(config)[: config.evaluate.num_prompts or None]
+def _check_not_trained_on(run: RunDir, chosen: list[Prompt]) -> None:
+    """Raises UserError for prompts that the heads learned from; says so where that cannot be known."""
+    head, folder = run.config.evaluate.head, run / "responses"
+    if head is None and (folder / "manifest.json").exists():
+        learned = next((r for r in reversed(run.records()) if r["stage"] == "distill"), None)
+        if learned and learned["inputs"]["responses/manifest.json"] != sha256_of(folder / "manifest.json"):
+            raise UserError(
+                f"{run.path}: the heads learned from other responses than those that are in responses/ now, so whether "
+                "they were trained on the prompts of evaluate is not known. Make them anew: --redo distill."
+            )
+        check_not_trained_on(folder, chosen, section_of(evaluation_settings(run.config)))
+        return
+    missing = f"{folder} holds no responses" if head is None else f"evaluate.head={head} brings no training prompts"
+    unknown = "whether some of the prompts that are evaluated on were trained on could not be checked"
+    warn("evaluate", f"warning: {missing}: {unknown}")
+
+
+def _encode(
+    config: Config, chosen: list[Prompt], engine: SplitBackbone, tokenizer: Any, ends: frozenset[int], limit: str
+) -> Encoded:
+    """The chosen prompts, an entry a turn; earlier turns are answered greedily, whatever is measured after."""
     settings, new = evaluation_settings(config), config.evaluate.max_new_tokens
 
     def answer(ids: list[int]) -> list[int]:
         return autoregressive(engine, Request(ids, new, ends), Sampler()).tokens
 
     with _threads(config.evaluate.threads):
-        return every_turn(chosen, tokenizer, settings, engine.max_context, new, answer)
+        return every_turn(chosen, tokenizer, settings, engine.max_context, new, answer, limit)
 
 
 def _results(
@@ -229,7 +255,13 @@ def _identity(config: Config, folder: Path, head: ExitHead) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """What can be known before anything is loaded. Raises UserError for a controller or rival that does not exist."""
+    """What can be known before anything is loaded. Raises UserError for a controller or rival that does not exist, and
+    where there are no prompts to evaluate on."""
+    if not holds_out(config):
+        raise UserError(
+            f"prompts.held_out={config.prompts.held_out:g}: no prompt is left to evaluate on. Give a share above 0 "
+            "before the responses are generated, or a set of its own: evaluate.prompts.path."
+        )
     names = config.evaluate.controllers
     for name in names:
         try:

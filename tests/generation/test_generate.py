@@ -1,4 +1,4 @@
-"""generate: both engines answer as the model itself does, and a run that was killed loses and doubles nothing."""
+"""generate: batches are answered as the model itself answers, and a run that was killed loses and doubles nothing."""
 
 import contextlib
 import json
@@ -23,13 +23,15 @@ from pipeline.generation.answerers.continuous import Continuous
 from pipeline.generation.answerers.interface import Question, Sampling
 from pipeline.generation.answerers.padded import Padded, sample
 from pipeline.generation.responses import Responses
+from pipeline.generation.shard_answers import shard_seed
 from pipeline.inference.families import FAMILIES
 from pipeline.inference.fingerprint import fingerprint
 from pipeline.runs.folder import RunDir
 from pipeline.stages import generate
 
 END = 256
-ENGINES = {"padded": Padded, "continuous": Continuous}
+ENDS = [END, *range(10)]
+ANSWERERS = {"padded": Padded, "continuous": Continuous}
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +43,16 @@ def backbone(tmp_path_factory) -> Path:
 
 
 def _end_early(folder: Path) -> None:
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, *range(10)]}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
 
 
 def _load(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def _answers(engine, prompts: list[list[int]], temperatures: list[float], sampling: Sampling) -> list[list[int]]:
+def _answers(answerer, prompts: list[list[int]], temperatures: list[float], sampling: Sampling) -> list[list[int]]:
     questions = [Question(ids, [], t) for ids, t in zip(prompts, temperatures, strict=True)]
-    return [answer.ids for answer in engine.answer(questions, sampling)]
+    return [answer.ids for answer in answerer.answer(questions, sampling)]
 
 
 def _prompts(count: int, seed: int = 0) -> list[list[int]]:
@@ -66,26 +68,26 @@ def _alone(model, ids: list[int], max_new_tokens: int) -> list[int]:
     return out[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ANSWERERS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_each_prompt_alone(tmp_path, family, engine):
+def test_greedy_answers_are_those_of_each_prompt_alone(tmp_path, family, name):
     folder = tiny_backbone(tmp_path, family, **({"sliding_window": 8} if family == "mistral" else {}))
     _end_early(folder)
     model, prompts = _load(folder), _prompts(9)
     expected = [_alone(model, p, 20) for p in prompts]
     assert len({len(e) for e in expected}) > 2, "rows should leave their batch at different times"
-    assert _answers(ENGINES[engine](model), prompts, [0.0] * 9, Sampling(20, 1.0, 4, seed=1)) == expected
+    assert _answers(ANSWERERS[name](model, ENDS), prompts, [0.0] * 9, Sampling(20, 1.0, 4, seed=1)) == expected
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_call_is_a_pure_function_of_its_arguments(backbone, engine):
+@pytest.mark.parametrize("name", ANSWERERS)
+def test_a_call_is_a_pure_function_of_its_arguments(backbone, name):
     model, prompts = _load(backbone), _prompts(10)
     temperatures = [0.0, 1.0, 0.7, 0.0, 1.0] * 2
     answers = []
     for seed in (5, 5, 6):
         torch.manual_seed(len(answers))  # what ran before must not matter
         before = torch.get_rng_state()
-        answers.append(_answers(ENGINES[engine](model), prompts, temperatures, Sampling(16, 0.9, 4, seed)))
+        answers.append(_answers(ANSWERERS[name](model, ENDS), prompts, temperatures, Sampling(16, 0.9, 4, seed)))
         assert torch.equal(before, torch.get_rng_state())
     assert answers[0] == answers[1]
     greedy = [i for i, t in enumerate(temperatures) if t == 0]
@@ -165,7 +167,7 @@ def test_what_is_written(tmp_path, backbone):
     assert len(rows) == counts["rows"] == 60 - counts["empty"]
     assert counts["stop"] + counts["length"] == len(rows) and counts["stop"] > 5 and counts["length"] > 5
     assert {r["temperature"] for r in rows} == {0.0, 0.7, 1.0}
-    assert {r["seed"] for r in rows} == {generate.shard_seed(0, i) for i in range(4)}
+    assert {r["seed"] for r in rows} == {shard_seed(0, i) for i in range(4)}
     ends = {END, *range(10)}
     for row in rows:
         assert not set(row["response_ids"][:-1]) & ends, "nothing follows the end token: no padding"
@@ -384,7 +386,7 @@ def test_made_anew_the_manifest_is_the_same(tmp_path, backbone):
     assert manifest.read_bytes() == before
 
 
-def test_engines_write_the_same_greedy_responses(tmp_path, backbone):
+def test_answerers_write_the_same_greedy_responses(tmp_path, backbone):
     greedy = ("generate.temperatures=[0.0]", "generate.num_prompts=20")
     padded = _rows(_run(_config(tmp_path, backbone, "run.name=padded", *greedy)))
     continuous = _rows(_run(_config(tmp_path, backbone, "run.name=cb", "generate.engine=continuous", *greedy)))

@@ -1,4 +1,4 @@
-"""Engine server: against a stub that errs on demand, and against a real `transformers serve`."""
+"""Answerer server: against a stub that errs on demand, and against a real `transformers serve`."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.generation.answerers import server
 from pipeline.generation.answerers.interface import Answer, Question, Sampling
-from pipeline.generation.answerers.server import ServerAnswerer
+from pipeline.generation.answerers.server import Servers
 from pipeline.generation.responses import Responses, rows_of
 from pipeline.runs.folder import RunDir
 from pipeline.stages import generate
@@ -139,12 +139,12 @@ def expected(asked: list[Question]) -> list[Answer]:
     return [Answer(ids_for(q.ids), finished=True, exact=True) for q in asked]
 
 
-def engine(
+def answerer_of(
     *stubs: Stub | str, words: tuple[str, ...] = (), chat_template: bool = False, tokenizer=TOKENIZER, ends=None
 ):
     urls = ",".join(s if isinstance(s, str) else s.url for s in stubs)
     config = load(None, [f"machine.servers=[{urls}]", "generate.temperatures=[0.0]", *words])
-    return ServerAnswerer(
+    return Servers(
         config.machine,
         tokenizer,
         [END] if ends is None else ends,
@@ -175,7 +175,7 @@ def no_waiting(monkeypatch):
 def test_ids_go_out_and_come_back_with_every_setting_of_the_checkpoint_overruled():
     with Stub() as stub:
         asked = questions(3, temperature=0.7)
-        assert engine(stub).answer(asked, sampling(1)) == expected(asked)
+        assert answerer_of(stub).answer(asked, sampling(1)) == expected(asked)
         assert stub.bodies[2] == {
             "path": "/v1/completions",
             "model": "stub",
@@ -195,7 +195,7 @@ def test_ids_go_out_and_come_back_with_every_setting_of_the_checkpoint_overruled
 
 def test_a_backbone_without_end_tokens_is_answered_to_the_full_length():
     with Stub() as stub:
-        engine(stub, ends=[]).answer(questions(1), sampling())
+        answerer_of(stub, ends=[]).answer(questions(1), sampling())
         assert stub.bodies[0]["ignore_eos"] is True
         assert "stop_token_ids" not in stub.bodies[0]
 
@@ -207,7 +207,7 @@ def test_answers_keep_the_order_of_the_questions_and_all_are_reported():
 
     with Stub(reply) as one, Stub(reply) as other:
         asked, told = questions(40), []
-        found = engine(one, other).answer(asked, sampling(8), lambda *counts: told.append(counts))
+        found = answerer_of(one, other).answer(asked, sampling(8), lambda *counts: told.append(counts))
         assert found == expected(asked)
         assert told == [(1, 4)] * 40
         assert len(one.bodies) + len(other.bodies) == 40
@@ -223,16 +223,16 @@ def test_batch_size_questions_are_in_flight_over_all_servers():
 
     with Stub(reply) as one, Stub(reply) as other:
         asked = questions(12)
-        assert engine(one, other).answer(asked, sampling(6)) == expected(asked)
+        assert answerer_of(one, other).answer(asked, sampling(6)) == expected(asked)
         assert (len(one.bodies), len(other.bodies)) == (6, 6)
 
 
 def test_a_server_is_greeted_once_for_many_calls():
     with Stub() as stub:
-        asking = engine(stub)
+        answerer = answerer_of(stub)
         for _ in range(3):
-            asking.answer(questions(2), sampling())
-        assert asking.answer([], sampling()) == []
+            answerer.answer(questions(2), sampling())
+        assert answerer.answer([], sampling()) == []
         assert len(stub.headers) - len(stub.bodies) == 1
 
 
@@ -240,13 +240,13 @@ def test_the_key_of_the_environment_is_sent_and_never_shown(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     refusal = (401, {"error": {"message": "wrong key sk-secret"}}, {})
     with Stub(lambda stub, body: refusal) as stub, pytest.raises(UserError, match="OPENAI_API_KEY") as error:
-        engine(stub).answer(questions(1), sampling())
+        answerer_of(stub).answer(questions(1), sampling())
     assert stub.headers[0]["Authorization"] == "Bearer sk-secret"
     assert "sk-secret" not in str(error.value)
     assert "wrong key ***" in str(error.value)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\nsecret")
     with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
-        engine(stub)
+        answerer_of(stub)
     assert "secret" not in str(error.value)
 
 
@@ -275,7 +275,7 @@ def test_a_question_that_fails_twice_is_asked_a_third_time(mishap):
 
     with Stub(reply) as stub:
         asked = questions(4)
-        assert engine(stub).answer(asked, sampling(1)) == expected(asked)
+        assert answerer_of(stub).answer(asked, sampling(1)) == expected(asked)
         assert [b["prompt"] for b in stub.bodies] == [asked[i].ids for i in (0, 1, 1, 1, 2, 3)]
 
 
@@ -289,7 +289,7 @@ def test_a_server_that_hangs_is_left_and_the_question_asked_again():
 
     with Stub(reply) as stub:
         asked = questions(3)
-        assert engine(stub, words=("machine.server_timeout=0.5",)).answer(asked, sampling(1)) == expected(asked)
+        assert answerer_of(stub, words=("machine.server_timeout=0.5",)).answer(asked, sampling(1)) == expected(asked)
         assert len(stub.bodies) == 4
         hanging.set()
 
@@ -297,7 +297,7 @@ def test_a_server_that_hangs_is_left_and_the_question_asked_again():
 def test_one_of_two_servers_is_dead_from_the_start():
     with Stub() as stub:
         asked = questions(20)
-        assert engine(f"http://127.0.0.1:{free_port()}/v1", stub).answer(asked, sampling()) == expected(asked)
+        assert answerer_of(f"http://127.0.0.1:{free_port()}/v1", stub).answer(asked, sampling()) == expected(asked)
         assert len(stub.bodies) == 20
 
 
@@ -308,7 +308,7 @@ def test_a_server_that_errs_at_everything_takes_no_question_with_it():
 
     with Stub(lambda stub, body: (500, {"error": "always"}, {})) as one, Stub(slowly) as other:
         asked = questions(40)
-        assert engine(one, other).answer(asked, sampling(2)) == expected(asked)
+        assert answerer_of(one, other).answer(asked, sampling(2)) == expected(asked)
         assert len(other.bodies) == 40
 
 
@@ -320,33 +320,33 @@ def test_one_of_two_servers_dies_in_the_middle_and_another_comes_to_its_place(tm
         return vllm(body)
 
     with Stub(dies) as one, Stub() as other:
-        asking, asked = engine(one, other), questions(30)
-        assert asking.answer(asked, sampling()) == expected(asked)
-        assert asking.servers[0].way is None, "what comes back there has to be greeted"
+        answerer, asked = answerer_of(one, other), questions(30)
+        assert answerer.answer(asked, sampling()) == expected(asked)
+        assert answerer.servers[0].way is None, "what comes back there has to be greeted"
 
 
 def test_pauses_double_up_to_a_minute_and_respect_the_server(monkeypatch):
     monkeypatch.setattr(server, "FIRST_PAUSE", 0.5)
     monkeypatch.setattr(random, "uniform", lambda low, high: (low + high) / 2)
-    paused = [server._pause(server._Server("", failures=n)) for n in range(1, 10)]
+    paused = [server._pause(server._Endpoint("", failures=n)) for n in range(1, 10)]
     assert paused == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
-    assert server._pause(server._Server("", failures=1, pause_it_wants=7)) == 7
-    assert server._pause(server._Server("", failures=1, pause_it_wants=7000)) == 60
+    assert server._pause(server._Endpoint("", failures=1, pause_it_wants=7)) == 7
+    assert server._pause(server._Endpoint("", failures=1, pause_it_wants=7000)) == 60
 
 
 # ---- what goes wrong and stays so
 
 
-def _error(asking: ServerAnswerer, asked: list[Question] | None = None) -> str:
+def _error(answerer: Servers, asked: list[Question] | None = None) -> str:
     with pytest.raises(UserError) as error:
-        asking.answer(asked or questions(6), sampling())
+        answerer.answer(asked or questions(6), sampling())
     return str(error.value)
 
 
 def test_dead_servers_end_the_stage_with_what_each_said():
     dead = f"http://127.0.0.1:{free_port()}/v1"
     with Stub(lambda stub, body: (500, {"error": {"message": "out of memory\nsecond line"}}, {})) as stub:
-        said = _error(engine(dead, stub))
+        said = _error(answerer_of(dead, stub))
     assert f"{dead}: no connection" in said
     assert f"{stub.url}: out of memory" in said
     assert "second line" not in said
@@ -356,7 +356,7 @@ def test_dead_servers_end_the_stage_with_what_each_said():
 def test_servers_that_hang_end_the_stage_after_three_timeouts():
     hanging = threading.Event()
     with Stub(lambda stub, body: hanging.wait(30)) as stub:
-        said = _error(engine(stub, words=("machine.server_timeout=0.2",)), questions(2))
+        said = _error(answerer_of(stub, words=("machine.server_timeout=0.2",)), questions(2))
         hanging.set()
     assert "nothing within 0.2 s" in said
     assert "Raise machine.server_timeout=0.2 or lower generate.batch_size" in said
@@ -369,7 +369,7 @@ def test_a_question_that_no_server_answers_ends_the_stage():
 
     with Stub(reply) as one, Stub(reply) as other:
         asked = questions(200)
-        said = _error(engine(one, other), asked)
+        said = _error(answerer_of(one, other), asked)
     assert "question 4 of 200" in said
     assert "assertion" in said
 
@@ -379,7 +379,7 @@ def test_a_question_that_no_server_answers_ends_the_stage():
 )
 def test_a_refusal_is_told_at_once(status, remedy):
     with Stub(lambda stub, body: (status, {"error": {"message": "no such thing"}}, {})) as stub:
-        said = _error(engine(stub), questions(1))
+        said = _error(answerer_of(stub), questions(1))
     assert "no such thing" in said
     assert remedy in said
     assert len(stub.bodies) == 1
@@ -388,7 +388,7 @@ def test_a_refusal_is_told_at_once(status, remedy):
 @pytest.mark.parametrize("changed", [{"prompt_tokens": 3}, {"prompt_token_ids": [1, 2, 3]}])
 def test_another_tokenizer_or_template_is_told(changed):
     with Stub(lambda stub, body: vllm(body, **changed)) as stub:
-        said = _error(engine(stub))
+        said = _error(answerer_of(stub))
     assert "has 10 for this backbone" in said
     assert "another" in said
 
@@ -396,18 +396,18 @@ def test_another_tokenizer_or_template_is_told(changed):
 def test_another_model_behind_the_server_shows_in_its_words():
     with Stub() as stub:
         stub.probed = lambda body: vllm(body, text="Hello")
-        assert "'Hello'" in _error(engine(stub))
+        assert "'Hello'" in _error(answerer_of(stub))
         assert not stub.bodies
 
 
 def test_no_question_is_asked_until_it_is_clear_which_model():
     with Stub(models=("one", "two")) as stub:
-        assert "lists one, two" in _error(engine(stub))
+        assert "lists one, two" in _error(answerer_of(stub))
         asked = questions(1)
-        assert engine(stub, words=("machine.server_model=two",)).answer(asked, sampling()) == expected(asked)
+        assert answerer_of(stub, words=("machine.server_model=two",)).answer(asked, sampling()) == expected(asked)
         assert stub.bodies[0]["model"] == "two"
     with Stub(models=()) as stub:
-        engine(stub).answer(asked, sampling())
+        answerer_of(stub).answer(asked, sampling())
         assert "model" not in stub.bodies[0]
 
 
@@ -416,7 +416,7 @@ def test_answers_of_nothing_and_of_too_much():
     replies = [nothing, {"token_ids": [END], "text": ""}, nothing | {"finish_reason": "length"}]
     replies += [{"token_ids": [5] * 50, "finish_reason": "length"}, {"token_ids": [5, 7]}]
     with Stub(lambda stub, body: vllm(body, **replies[body["seed"] - 100])) as stub:
-        assert engine(stub).answer(questions(5), sampling()) == [
+        assert answerer_of(stub).answer(questions(5), sampling()) == [
             Answer([], finished=False),
             Answer([END], finished=True),
             Answer([], finished=False),
@@ -433,7 +433,7 @@ def test_text_is_encoded_anew_and_held_against_the_count_of_tokens():
     with Stub(lambda stub, body: vllm(body, **replies[body["seed"] - 100])) as stub:
         stub.probed = lambda body: vllm(body, token_ids=None)
         abc = TOKENIZER("abc")["input_ids"]
-        assert engine(stub).answer(questions(4), sampling()) == [
+        assert answerer_of(stub).answer(questions(4), sampling()) == [
             Answer([*abc, END], finished=True, exact=True),
             Answer([*abc, END], finished=True, exact=False),
             Answer(abc, finished=False, exact=True),
@@ -466,8 +466,8 @@ def test_a_server_that_only_chats_gets_the_conversation():
     said = ["first", "answer", "second"]
     with Stub(_chats()) as stub:
         stub.probed = lambda body: stub.reply(stub, body)
-        asking = engine(stub, chat_template=True)
-        answers = asking.answer([Question(_templated(said), said)], sampling())
+        answerer = answerer_of(stub, chat_template=True)
+        answers = answerer.answer([Question(_templated(said), said)], sampling())
         assert answers == [Answer([*TOKENIZER("abc")["input_ids"], END], finished=True)]
         assert stub.bodies == [
             {
@@ -485,14 +485,14 @@ def test_a_server_that_only_chats_gets_the_conversation():
             }
         ]
         words = ("machine.server_api=completions",)
-        assert "unknown" in _error(engine(stub, chat_template=True, words=words))
+        assert "unknown" in _error(answerer_of(stub, chat_template=True, words=words))
 
 
 def test_reasoning_that_was_cut_out_of_the_answer_is_refused():
     with Stub(_chats(None, reasoning_content="hm")) as stub:
         stub.probed = lambda body: stub.reply(stub, body)
         asked = [Question(_templated(["hello"]), ["hello"])]
-        assert "reasoning parser" in _error(engine(stub, chat_template=True), asked)
+        assert "reasoning parser" in _error(answerer_of(stub, chat_template=True), asked)
 
 
 @pytest.mark.parametrize(("drawn_at", "wrong"), [(0.0, "equal answers at temperature 2"), (1.0, "different answers")])
@@ -507,7 +507,7 @@ def test_a_server_that_keeps_one_temperature_for_all_is_refused(drawn_at, wrong)
 
     with Stub(reply) as stub:
         stub.probed = lambda body: stub.reply(stub, body)
-        said = _error(engine(stub, words=("generate.temperatures=[1.0]",)), questions(3, 1.0))
+        said = _error(answerer_of(stub, words=("generate.temperatures=[1.0]",)), questions(3, 1.0))
     assert wrong in said
     assert "--continuous-batching" in said
 
@@ -527,11 +527,11 @@ def test_a_server_that_keeps_one_temperature_for_all_is_refused(drawn_at, wrong)
 )
 def test_settings_that_cannot_be(words, complaint):
     with pytest.raises(UserError, match=re.escape(complaint)):
-        ServerAnswerer(load(None, words).machine, TOKENIZER, [END], chat_template=False, draws=False)
+        Servers(load(None, words).machine, TOKENIZER, [END], chat_template=False, draws=False)
 
 
 def test_an_address_that_is_none():
-    assert "http://ü-/v1 is no URL" in _error(engine("http://ü-/v1"))
+    assert "http://ü-/v1 is no URL" in _error(answerer_of("http://ü-/v1"))
 
 
 @pytest.fixture
@@ -542,7 +542,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-def test_an_interrupt_closes_everything_and_the_engine_can_be_asked_again(caplog, interruptible):
+def test_an_interrupt_closes_everything_and_the_answerer_can_be_asked_again(caplog, interruptible):
     hanging = threading.Event()
 
     def reply(stub, body):
@@ -552,11 +552,11 @@ def test_an_interrupt_closes_everything_and_the_engine_can_be_asked_again(caplog
         return vllm(body)
 
     with Stub(reply) as stub, caplog.at_level(logging.WARNING):
-        asking, asked = engine(stub), questions(5)
+        answerer, asked = answerer_of(stub), questions(5)
         with pytest.raises(KeyboardInterrupt):
-            asking.answer(asked, sampling())
+            answerer.answer(asked, sampling())
         hanging.set()
-        assert asking.answer(asked, sampling()) == expected(asked)
+        assert answerer.answer(asked, sampling()) == expected(asked)
     assert not caplog.records
 
 
@@ -627,8 +627,8 @@ def served(backbone, tmp_path_factory):
     serve.close()
 
 
-def _served_engine(url: str, backbone: Path, *words: str, chat_template: bool = False) -> ServerAnswerer:
-    return engine(url, words=words, tokenizer=AutoTokenizer.from_pretrained(backbone), chat_template=chat_template)
+def _served_answerer(url: str, backbone: Path, *words: str, chat_template: bool = False) -> Servers:
+    return answerer_of(url, words=words, tokenizer=AutoTokenizer.from_pretrained(backbone), chat_template=chat_template)
 
 
 def _by_itself(backbone: Path, asked: list[Question], max_new_tokens: int) -> list[Answer]:
@@ -656,21 +656,21 @@ def test_transformers_serve_answers_as_the_backbone_does_here(served, backbone, 
         asked = [Question(_templated(q.conversation), q.conversation) for q in asked]
     alone = _by_itself(backbone, asked, REAL)
     assert {a.finished for a in alone} == {True, False}, "some should end early, some not"
-    assert _served_engine(served, backbone, chat_template=chat_template).answer(asked, sampling()) == alone
+    assert _served_answerer(served, backbone, chat_template=chat_template).answer(asked, sampling()) == alone
 
 
 def test_transformers_serve_draws_where_it_is_told_to(served, backbone):
-    asking = _served_engine(served, backbone, "generate.temperatures=[0.0,1.0]")
+    answerer = _served_answerer(served, backbone, "generate.temperatures=[0.0,1.0]")
     asked = [q for pair in zip(questions(6), questions(6, 1.0), strict=True) for q in pair]
-    answers = asking.answer(asked, sampling())
+    answers = answerer.answer(asked, sampling())
     assert answers[0::2] == _by_itself(backbone, asked[0::2], REAL)
     assert all(a.ids != b.ids for a, b in zip(answers[0::2], answers[1::2], strict=True))
 
 
 def test_transformers_serve_of_another_tokenizer_is_refused(served, backbone):
     asked = [Question([1, *q.ids], q.conversation) for q in questions(2)]
-    assert "has 11 for this backbone" in _error(_served_engine(served, backbone), asked)
-    told = _error(_served_engine(served, backbone, "machine.server_model=other"))
+    assert "has 11 for this backbone" in _error(_served_answerer(served, backbone), asked)
+    told = _error(_served_answerer(served, backbone, "machine.server_model=other"))
     assert f"pinned to '{backbone}'" in told
     assert "machine.server_model" in told
 
@@ -710,8 +710,8 @@ def test_transformers_serve_with_continuous_batching_cannot_mix_temperatures(bac
     serve = Serve(backbone, tmp_path, "--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "256")
     try:
         asked = questions(6)
-        assert _served_engine(serve.url, backbone).answer(asked, sampling()) == _by_itself(backbone, asked, REAL)
-        mixed = _served_engine(serve.url, backbone, "generate.temperatures=[0.0,1.0]")
+        assert _served_answerer(serve.url, backbone).answer(asked, sampling()) == _by_itself(backbone, asked, REAL)
+        mixed = _served_answerer(serve.url, backbone, "generate.temperatures=[0.0,1.0]")
         assert "--continuous-batching" in _error(mixed, questions(6, 1.0))
     finally:
         serve.close()

@@ -4,11 +4,14 @@ from dataclasses import replace
 
 import pytest
 from helpers import byte_tokenizer
+from tokenizers.normalizers import Replace
+from tokenizers.processors import TemplateProcessing
 
 from pipeline.config import EvaluatePrompts, Prompts
 from pipeline.errors import UserError
 from pipeline.prompts.ids import encode, fitting
 from pipeline.prompts.prompt import Prompt
+from pipeline.prompts.templates import warn_of_turn_end
 from pipeline.prompts.turns import every_turn, next_turn
 
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -167,3 +170,89 @@ def test_a_template_that_refuses_system_messages(tokenizer) -> None:
         "prompts.chat_template=tokenizer: some prompts have a system message, which this template does not take"
     )
     assert "System role not supported" in str(caught.value) and "take the system messages out" in str(caught.value)
+
+
+# ---- what stands around a prompt
+
+
+def adding(tokenizer, *, before: str = "", behind: str = ""):
+    """A tokenizer that puts these special tokens around every text by itself."""
+    named = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (before, behind) if token]
+    single = " ".join(filter(None, [before, "$A", behind]))
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, pair=None, special_tokens=named)
+    return tokenizer
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_left_out_behind_a_prompt(tokenizer, capsys) -> None:
+    adding(tokenizer, behind="<|endoftext|>")
+    assert tokenizer("a?")["input_ids"][-1] == 256
+    assert contexts(prompts("a?", "b?"), tokenizer, Prompts()) == ["a?", "b?"]
+    assert capsys.readouterr().out.startswith("prompts: the tokenizer ends every text with <|endoftext|>; behind a")
+    talk = Prompt("abc", ("one?", "two?"), "")
+    turns = every_turn([talk], tokenizer, Prompts(), 64, 8, lambda ids: [65, 66, 256])
+    assert all(256 not in ids for _, ids in turns) and len(turns) == 2
+
+
+def test_a_begin_token_is_given_once(tokenizer, capsys) -> None:
+    adding(tokenizer, before="<|pad|>")
+    found = prompts("<|pad|>a?", "b?", "<|pad|><|pad|>c?")
+    assert contexts(found, tokenizer, Prompts()) == ["<|pad|>a?", "<|pad|>b?", "<|pad|>c?"]
+    assert (
+        "prompts: 2 prompts begin with the token that the tokenizer begins every text with" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("before", ["", "<|pad|>"])
+def test_a_prompt_without_tokens_of_its_own_is_skipped(tokenizer, capsys, before) -> None:
+    tokenizer._tokenizer.normalizer = Replace("~", "")
+    adding(tokenizer, before=before)
+    assert [p.text for p, _ in encode(prompts("a?", "~~"), tokenizer, Prompts(), 64, 8)] == ["a?"]
+    assert "prompts: 1 of 2 prompts have no token of their own and are skipped" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^prompts: no prompt is left"):
+        encode(prompts("~~"), tokenizer, Prompts(), 64, 8)
+
+
+def test_an_end_token_in_the_prompts_own_text_is_warned_of(tokenizer, capsys) -> None:
+    encode(prompts("a?<|endoftext|>", "b?"), tokenizer, Prompts(), 64, 8)
+    assert "prompts: warning: 1 prompts end with <|endoftext|>, which ends a text" in capsys.readouterr().out
+
+
+def test_prompts_that_were_rendered_already_are_warned_of(tokenizer, capsys) -> None:
+    tokenizer.chat_template = TURNS + GENERATION
+    encode(prompts("<|pad|>user: a?", "b?"), tokenizer, Prompts(chat_template="tokenizer"), 64, 8)
+    assert "warning: 1 prompts begin with a special token, as if a template" in capsys.readouterr().out
+
+
+def test_evaluates_remedy_for_a_long_prompt_leaves_generate_as_it_is(tokenizer) -> None:
+    with pytest.raises(
+        UserError, match=r"sliding window of 48\. Set evaluate\.prompts\.too_long=drop .*evaluate\.max_new"
+    ):
+        every_turn(prompts("x" * 60), tokenizer, Prompts(), 48, 8, list, "sliding window")
+
+
+# ---- where an answer ends
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_whose_turns_end_nothing_is_warned_of(tokenizer, tmp_path, capsys) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.chat_template = CHATML
+    settings = Prompts(chat_template="tokenizer")
+    warn_of_turn_end("generate", tokenizer, settings, [256])
+    told = capsys.readouterr().err
+    assert f"ends an answer with <|im_end|> (id {end}), which ends no text" in told
+    assert "<|endoftext|> (id 256)" in told and "backbone.end_tokens=['<|im_end|>']" in told
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "</s>")
+    warn_of_turn_end("generate", tokenizer, settings, [256])
+    assert "writes '</s>' behind an answer, 4 tokens of this tokenizer" in capsys.readouterr().err
+    tokenizer.chat_template = CHATML
+    warn_of_turn_end("generate", tokenizer, settings, [256, end])
+    warn_of_turn_end("generate", tokenizer, Prompts(), [256])  # plain text has no turns
+    tokenizer.chat_template = TURNS + GENERATION  # nothing behind an answer
+    warn_of_turn_end("generate", tokenizer, settings, [256])
+    assert not capsys.readouterr().err

@@ -100,6 +100,83 @@ CHATS = {
 }
 
 
+SAID = [
+    {"role": "user", "content": "a?"},
+    {"role": "assistant", "content": "it's A"},
+    {"role": "user", "content": "b?"},
+]
+HUMAN = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "it's A"}, {"from": "human", "value": "b?"}]
+AS_TEXT = {
+    **{f"{name} as JSON": {name: json.dumps(SAID)} for name in ("messages", "conversations", "conversation", "prompt")},
+    **{f"{name} as Python prints it": {name: str(HUMAN)} for name in ("messages", "conversations", "text")},
+    "each message as JSON": {"messages": [json.dumps(message) for message in SAID]},
+    "indented": {"messages": "\n " + json.dumps(SAID, indent=2)},
+}
+
+
+@pytest.mark.parametrize("row", AS_TEXT.values(), ids=AS_TEXT.keys())
+def test_a_chat_written_as_text_is_a_chat(tmp_path, row) -> None:
+    """Its answer must not become part of the prompt."""
+    prompt = one(tmp_path, row)
+    assert (prompt.turns, prompt.originals) == (("a?", "b?"), ("it's A",))
+
+
+def test_other_lists_as_text(tmp_path) -> None:
+    assert one(tmp_path, {"turns": '["a?", "b?"]'}).turns == ("a?", "b?")
+    assert one(tmp_path, {"prompt": json.dumps(SAID[0])}).turns == ("a?",)
+    chosen = {"prompt": "a?", "chosen": json.dumps(SAID[:2])}
+    assert one(tmp_path, chosen).originals == ("it's A",)
+    for text in ('[{"name": "Ann"}, {"name": "Bob"}]', "[1, 2]", "{x}", "[INST] a? [/INST]"):
+        assert one(tmp_path, {"prompt": text}).turns == (text,), "a prompt about lists, or in brackets"
+
+
+BROKEN_CHATS = {
+    "cut off": ("messages", json.dumps(SAID)[:40]),
+    "commas lost": ("conversations", str(HUMAN).replace("}, {", "}\n {")),
+    "cut off, in prompt": ("prompt", json.dumps(SAID)[:40]),
+    "rendered": ("messages", "User: a?\nAssistant: A"),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), BROKEN_CHATS.values(), ids=BROKEN_CHATS.keys())
+def test_text_that_should_be_a_chat_and_is_none_is_refused(tmp_path, name, text) -> None:
+    with pytest.raises(UserError, match=f"column {name} holds text that is no list of messages"):
+        one(tmp_path, {name: text})
+
+
+MARKS = {
+    "byte order mark": "\ufeffwhat is it?",
+    "zero-width spaces around it": "\u200bwhat is it?\u2060\u200b",
+    "a NUL": "what\0 is it?\0",
+    "carriage returns": "what is it?\r\n",
+}
+
+
+@pytest.mark.parametrize("text", MARKS.values(), ids=MARKS.keys())
+def test_marks_that_editors_leave_are_taken_out(tmp_path, capsys, text) -> None:
+    expected = "what is it?\n" if text.endswith("\n") else "what is it?"
+    rows = [{"prompt": text}, openai(("user", text), ("assistant", "A")), {"turns": [text, text]}]
+    for row in rows:
+        assert set(one(tmp_path, row).turns) == {expected}
+        assert "are taken out of 1 of 1 rows" in capsys.readouterr().out
+    assert one(tmp_path, {"prompt": "\u0e01\u200b\u0e02"}).text == "\u0e01\u200b\u0e02", "as in Thai"
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "txt"])
+def test_a_file_that_begins_with_a_byte_order_mark(tmp_path, kind) -> None:
+    text = {"jsonl": '{"prompt": "a"}\n\ufeff{"prompt": "b"}\n', "json": '[{"prompt": "a"}, {"prompt": "b"}]',
+            "txt": "a\r\n\ufeffb\r\n"}[kind]  # fmt: skip
+    (tmp_path / f"p.{kind}").write_bytes(("\ufeff" + text).encode())
+    assert sorted(p.text for p in read(tmp_path / f"p.{kind}")) == ["a", "b"]
+
+
+def test_prompts_that_cannot_be_seen_are_empty(tmp_path, capsys) -> None:
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "\u200b \ufeff"}, {"prompt": "\u200e\u00ad"}])
+    assert [p.text for p in read(path)] == ["a"]
+    assert "2 of 3 rows have an empty prompt and are skipped" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("row", "expected"), CHATS.values(), ids=CHATS.keys())
 def test_what_a_row_says(tmp_path, row, expected) -> None:
     prompt = one(tmp_path, row)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import byte_tokenizer
 
-from pipeline.config import Config, EvaluatePrompts, Prompts
+from pipeline.config import Config, EvaluatePrompts, Prompts, Source
 from pipeline.errors import UserError
 from pipeline.pocket.paths import PROMPTS
 from pipeline.prompts.ids import encode
@@ -78,6 +78,42 @@ def test_a_dataset_is_read_at_its_revision(monkeypatch):
     assert {p.source for p in found} == {"someone/questions"}
     with pytest.raises(UserError, match=r"prompts.revision=null: pin a commit"):
         load_prompts(replace(chosen, revision=None), "distill")
+    load_prompts(replace(chosen, name="main"), "distill")
+    assert asked[-1] == (("someone/questions",), {"name": "main", "revision": "abc123", "split": "test"})
+    assert source_record(replace(chosen, name="main"))["config"] == "main"
+
+
+def test_a_set_of_several_configurations_needs_a_name(tmp_path, monkeypatch):
+    """datasets itself reads it, from a folder laid out as such a set on the Hub."""
+    for name in ("main", "other"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        write(tmp_path / "set" / name / "train.jsonl", [{"question": f"{name} {i}"} for i in range(20)])
+    front = "".join(f"- config_name: {n}\n  data_files: {n}/train.jsonl\n" for n in ("main", "other"))
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{front}---\n")
+    real, cache = datasets.load_dataset, str(tmp_path / "cache")
+
+    def load_dataset(path, **how):
+        return real(str(tmp_path / "set"), **how | {"revision": None, "cache_dir": cache})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for section in (Prompts, EvaluatePrompts):
+        key = "prompts" if section is Prompts else "evaluate.prompts"
+        chosen = section(path="org/set", revision="abc123", held_out=0.0)
+        with pytest.raises(UserError) as caught:
+            load_prompts(chosen, "distill")
+        said = str(caught.value)
+        assert said.startswith(f"{key}.name=null: ") and "'main', 'other'" in said, "the names stand on a later line"
+        with pytest.raises(UserError, match=rf"^{key}\.name=third: .*main.*other"):
+            load_prompts(replace(chosen, name="third"), "distill")
+        found = load_prompts(replace(chosen, name="other"), "distill")
+        assert sorted(texts_of(found)) == sorted(f"other {i}" for i in range(20))
+    both = Prompts(held_out=0.0, mixture=[
+        Source(path="org/set", name=n, revision="abc123") for n in ("main", "other")
+    ])  # fmt: skip
+    assert len(load_prompts(both, "distill")) == 40
+    config = Config(prompts=Prompts(path="org/set", name="main", revision="abc123", held_out=0.0))
+    config.evaluate.prompts = EvaluatePrompts(path="org/set", name="other", revision="abc123")
+    assert {t.split()[0] for t in texts_of(evaluation_prompts(config))} == {"other"}, "another set, no leak"
 
 
 def test_no_prompt_leaks_and_duplicates_drop_out(tmp_path):

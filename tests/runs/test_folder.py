@@ -339,3 +339,22 @@ def test_a_shared_stage_is_for_many(config):
     with RunDir(config).stage("generate", [], shared=True), again(config).stage("generate", [], shared=True):
         pass
     assert [r["stage"] for r in json.loads((RunDir(config) / "run.json").read_text())] == ["generate"] * 2
+
+
+def test_a_mark_from_before_a_key_was_there_is_no_other_config(tmp_path) -> None:
+    words = [f"run.dir={tmp_path}", "prompts.mixture=[{path: a.jsonl}, {path: b.jsonl}]"]
+    run = RunDir(load(None, words))
+    with run.stage("generate", []):
+        pass
+    path = run / "stages" / "generate.json"
+    mark = json.loads(path.read_text())
+    del mark["config"]["backbone"]["end_tokens"], mark["config"]["prompts"]["name"]
+    for source in mark["config"]["prompts"]["mixture"]:
+        del source["name"]
+    path.write_text(json.dumps(mark))
+    assert run.plan("generate", []) is False
+    words[1] = "prompts.mixture=[{path: a.jsonl}, {path: b.jsonl, name: main}]"
+    with pytest.raises(UserError, match=r"prompts\.mixture\[1\]\.name was None, is main"):
+        RunDir(load(None, words)).plan("generate", [])
+    with pytest.raises(UserError, match=r"backbone\.end_tokens was None, is \[5\]"):
+        RunDir(load(None, [words[0], "backbone.end_tokens=[5]"])).plan("generate", [])

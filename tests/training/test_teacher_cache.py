@@ -391,17 +391,17 @@ def test_a_shard_of_another_cache_is_not_taken(tmp_path, run, backbone, alone):
 
 def test_who_is_at_work_while_the_cache_is_begun_anew_puts_nothing(tmp_path, backbone, monkeypatch):
     run, other = cached(tmp_path, backbone), cached(tmp_path, backbone, "distill.exit_layers=[2]")
-    plain, shards = cache.Worker.shard, {}
+    plain, shards = cache.TeacherWorker.shard, {}
 
     def shard(self, *args):
-        monkeypatch.setattr(cache.Worker, "shard", plain)
+        monkeypatch.setattr(cache.TeacherWorker, "shard", plain)
         tensors = plain(self, *args)
         other.redo("cache")
         cache.run(other)
         shards.update(files(other / "cache"))
         return tensors
 
-    monkeypatch.setattr(cache.Worker, "shard", shard)
+    monkeypatch.setattr(cache.TeacherWorker, "shard", shard)
     with pytest.raises(UserError, match="another process has restarted this cache"):
         cache.run(run)
     assert shards and files(run / "cache") == shards

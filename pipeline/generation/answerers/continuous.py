@@ -1,14 +1,15 @@
 """transformers' continuous batching in process, its cache bounded by what the questions in flight can need.
 
 Takes a transformers model, gives each question's new ids. Its sampler has one temperature and one seed per manager, so
-each temperature gets a manager of its own. Knows nothing of text, files or shards.
+each temperature gets a manager of its own.
 """
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from ...backbones.load import ends_of
 from .interface import Answer, Question, Report, Sampling
 
 
@@ -17,29 +18,34 @@ class Continuous:
 
     reproducible = True
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.ends = set(ends_of(model.generation_config, model.config))
+    def __init__(self, model: nn.Module, ends: Collection[int]):
+        """`ends`: the ids that end an answer."""
+        self.model, self.ends = model, list(ends)
 
     def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:
         answers: dict[int, Answer] = {}
         for number, temperature in enumerate(sorted({q.temperature for q in questions})):
             rows = [i for i, q in enumerate(questions) if q.temperature == temperature]
             prompts = [questions[i].ids for i in rows]
-            found = _one_manager(self.model, prompts, temperature, sampling, sampling.seed + number, report)
+            found = _one_manager(self.model, self.ends, prompts, temperature, sampling, sampling.seed + number, report)
             answers |= {i: Answer(ids, ids[-1] in self.ends) for i, ids in zip(rows, found, strict=True)}
         return [answers[i] for i in range(len(questions))]
 
 
 def _one_manager(
-    model: nn.Module, prompts: list[list[int]], temperature: float, sampling: Sampling, seed: int, report: Report | None
+    model: nn.Module,
+    ends: list[int],
+    prompts: list[list[int]],
+    temperature: float,
+    sampling: Sampling,
+    seed: int,
+    report: Report | None,
 ) -> list[list[int]]:
     hot = (
         {"do_sample": True, "temperature": temperature, "top_p": sampling.top_p, "top_k": 0}
         if temperature
         else {"do_sample": False}
     )
-    ends = ends_of(model.generation_config, model.config)
     config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=ends or -1,

@@ -1,7 +1,6 @@
 """What every answerer takes and gives: questions, how to draw, and answers as token ids.
 
-Takes nothing, gives the types that the answerers of this folder and the stage that calls them share. Knows nothing of
-how an answer is made.
+Takes nothing, gives the types that the answerers of this folder and those who call them share.
 """
 
 from collections.abc import Callable

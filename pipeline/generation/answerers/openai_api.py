@@ -1,13 +1,14 @@
 """OpenAI's API as the servers of language models speak it: what a question becomes, and what a reply says.
 
-Takes a Question and a way of asking, gives the path and the JSON body; takes the JSON of a reply, gives an Answer once
-it is checked against the backbone's tokenizer. Knows nothing of connections, or of what else is asked meanwhile.
+Takes a Question and a Way (which path, which fields), gives the JSON body of the request; takes the JSON of the reply,
+gives an Answer whose token ids were checked against the backbone's tokenizer.
 """
 
 import json
 import re
 from typing import Any, NamedTuple
 
+from ...prompts.templates import messages_of
 from .interface import Answer, Question
 
 DIALECTS = ("vllm", "transformers", "none")
@@ -58,9 +59,7 @@ def body_of(
     elif way.prompt == "text":
         body["prompt"] = "\n\n".join(question.conversation)
     else:
-        roles = ("user", "assistant")
-        said = [{"role": roles[i % 2], "content": text} for i, text in enumerate(question.conversation)]
-        body["messages"] = [{"role": "system", "content": question.system}, *said] if question.system else said
+        body["messages"] = messages_of(question.conversation, question.system)
     if way.dialect == "transformers":
         return body | {"generation_config": json.dumps(_for_transformers(question, top_p, max_new_tokens, ends))}
     body |= {"temperature": question.temperature, "top_p": top_p}

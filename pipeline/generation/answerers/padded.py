@@ -1,16 +1,17 @@
 """Left-padded batches in process: a row leaves its batch when it is finished.
 
 Takes a transformers model, gives each question's new ids; one call is a pure function of its arguments, whatever ran
-before it. Knows nothing of text, files or shards.
+before it.
 
 B rows still generating, T positions, V vocabulary
 """
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ...backbones.load import ends_of
 from .interface import Answer, Question, Report, Sampling
 
 
@@ -23,9 +24,9 @@ class Padded:
 
     reproducible = True
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.ends = set(ends_of(model.generation_config, model.config))
+    def __init__(self, model: nn.Module, ends: Collection[int]):
+        """`ends`: the ids that end an answer."""
+        self.model, self.ends = model, frozenset(ends)
 
     def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:
         generator = torch.Generator(self.model.device).manual_seed(sampling.seed)
@@ -33,7 +34,7 @@ class Padded:
         answers: dict[int, Answer] = {}
         for start in range(0, len(order), sampling.batch_size):
             rows = order[start : start + sampling.batch_size]
-            found = _Batch(self.model, [questions[i] for i in rows], sampling).run(generator, report)
+            found = _Batch(self.model, [questions[i] for i in rows], sampling, self.ends).run(generator, report)
             answers |= {i: Answer(ids, ids[-1] in self.ends) for i, ids in zip(rows, found, strict=True)}
         return [answers[i] for i in range(len(questions))]
 
@@ -41,9 +42,8 @@ class Padded:
 class _Batch:
     """One left-padded batch on its way through the model."""
 
-    def __init__(self, model: nn.Module, questions: list[Question], sampling: Sampling):
-        self.model, self.sampling = model, sampling
-        self.ends = set(ends_of(model.generation_config, model.config))
+    def __init__(self, model: nn.Module, questions: list[Question], sampling: Sampling, ends: frozenset[int]):
+        self.model, self.sampling, self.ends = model, sampling, ends
         prompts = [q.ids for q in questions]
         longest = max(map(len, prompts))
         pad = [longest - len(p) for p in prompts]

@@ -1,13 +1,13 @@
 """Answerers by the name that generate.engine gives them.
 
-Takes a config, and loads a model only where the answerer runs one itself.
+Takes a config, the end tokens and a tokenizer, gives an answerer; a model is loaded only where the answerer runs one
+itself.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...backbones.load import load_ends
 from ...config import Config
 from ...errors import UserError
 from ...inference.exit_head import ExitHead
@@ -15,27 +15,29 @@ from .continuous import Continuous
 from .interface import Answerer
 from .original import Original
 from .padded import Padded
-from .server import ServerAnswerer
+from .server import Servers
 from .speculative import Speculative
 
 
-def make_answerer(config: Config, load_model: Callable[[], Any], tokenizer: Any) -> Answerer:
-    """The answerer that generate.engine names. Raises UserError for a head or a server that will not do."""
+def make_answerer(config: Config, load_model: Callable[[], Any], tokenizer: Any, ends: list[int]) -> Answerer:
+    """The answerer that generate.engine names; `ends` are the ids that end an answer.
+
+    Raises UserError for a head or a server that will not do.
+    """
     name = config.generate.engine
     if name == "original":
-        return Original(tokenizer)
+        return Original(tokenizer, ends)
     if name == "server":
-        ends = load_ends(config.backbone)
-        wears = config.prompts.chat_template != "none"
+        has_template = config.prompts.chat_template != "none"
         draws = any(config.generate.temperatures)
-        return ServerAnswerer(config.machine, tokenizer, ends, chat_template=wears, draws=draws)
+        return Servers(config.machine, tokenizer, ends, chat_template=has_template, draws=draws)
     if name == "speculative":
         head = _head(config)  # before a large model is loaded
         try:
-            return Speculative(load_model(), head, config.generate.controller)
+            return Speculative(load_model(), head, config.generate.controller, ends)
         except ValueError as error:
             raise UserError(f"generate.exit_head={config.generate.exit_head}: {error}") from None
-    return Continuous(load_model()) if name == "continuous" else Padded(load_model())
+    return Continuous(load_model(), ends) if name == "continuous" else Padded(load_model(), ends)
 
 
 def _head(config: Config) -> ExitHead:

@@ -1,7 +1,7 @@
-"""Engine `server`: OpenAI-compatible servers answer the questions, many servers and many questions at once.
+"""OpenAI-compatible servers answer the questions, many servers and many questions at once.
 
-Takes the `machine` section of the config, the backbone's tokenizer and end tokens, and whether the questions wear its
-chat template; gives each question's new token ids. Knows nothing of models, prompt sets or shards.
+Takes the `machine` section of the config, the backbone's tokenizer and end tokens, and whether the questions were made
+with its chat template; gives each question's new token ids.
 
 Every server has workers of its own, which take the questions from one line. A server that fails rests, longer each
 time, and its question goes back to the head of the line, where the next free worker of any server finds it.
@@ -51,7 +51,7 @@ class Refused(Exception):
 
 
 @dataclass
-class _Server:
+class _Endpoint:
     url: str
     model: str | None = None
     way: Way | None = None
@@ -91,16 +91,16 @@ class _Call:
         self.line.task_done()
 
 
-class ServerAnswerer:
+class Servers:
     """Reads the keys machine.servers and machine.server_*, and OPENAI_API_KEY of the environment."""
 
     reproducible = False  # what shares a batch on a server changes its sums, and few servers keep to a seed
 
     def __init__(self, machine: Machine, tokenizer: Any, ends: list[int], *, chat_template: bool, draws: bool):
-        """`ends` end an answer; `chat_template`: questions wear one; `draws`: not all temperatures are 0."""
+        """`ends` end an answer; `chat_template`: questions are made with one; `draws`: not all temperatures are 0."""
         if not machine.servers:
             raise UserError(
-                "machine.servers=[]: engine server needs the URL of one or more, such as [http://node1:8000/v1]"
+                "machine.servers=[]: generate.engine=server needs the URL of one or more, such as [http://node1:8000/v1]"
             )
         if machine.server_api == "chat" and not chat_template:
             raise UserError(
@@ -110,7 +110,7 @@ class ServerAnswerer:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not re.fullmatch("[!-~]*", self.key):  # the client's own error would show it
             raise UserError("OPENAI_API_KEY: holds characters that cannot be in a key; set it anew or unset it")
-        self.servers = [_Server(url.rstrip("/")) for url in machine.servers]
+        self.servers = [_Endpoint(url.rstrip("/")) for url in machine.servers]
         self.model, self.timeout = machine.server_model, machine.server_timeout
         self.draws = draws
         self.ways = ways(machine.server_api, chat_template)
@@ -145,7 +145,7 @@ class ServerAnswerer:
 
     # ---- who asks, and what happens when it goes wrong
 
-    async def _work(self, server: _Server, call: _Call) -> None:
+    async def _work(self, server: _Endpoint, call: _Call) -> None:
         try:
             while True:
                 if server.is_well:
@@ -159,7 +159,7 @@ class ServerAnswerer:
         except Refused as refusal:
             raise UserError(self._explained(server, refusal)) from None
 
-    async def _come_back(self, server: _Server, call: _Call) -> None:
+    async def _come_back(self, server: _Endpoint, call: _Call) -> None:
         """Greet the server if it must be; after failures, one question then shows whether it is well again."""
         if server.failures:
             await asyncio.sleep(_pause(server))
@@ -173,7 +173,7 @@ class ServerAnswerer:
         if server.failures:
             await self._take(server, call, on_trial=True)
 
-    async def _take(self, server: _Server, call: _Call, *, on_trial: bool = False) -> None:
+    async def _take(self, server: _Endpoint, call: _Call, *, on_trial: bool = False) -> None:
         """Answer the next question of the line, or put it back there."""
         way = server.way
         assert way is not None
@@ -203,12 +203,12 @@ class ServerAnswerer:
                 call.report(1, len(answer.ids))
             call.line.task_done()
 
-    def _is_hopeless(self, failures: Counter[str], server: _Server) -> bool:
+    def _is_hopeless(self, failures: Counter[str], server: _Endpoint) -> bool:
         """A question's failures so far: were they enough, and not of one server that is itself to blame?"""
         others_are_well = any(s.is_well for s in self.servers if s is not server)
         return failures.total() >= TRIES and (len(failures) > 1 or not others_are_well)
 
-    def _note(self, server: _Server, failure: Failed, began: float) -> None:
+    def _note(self, server: _Endpoint, failure: Failed, began: float) -> None:
         """One more failure of this server. Raises UserError when all servers are dead."""
         if failure.gone:
             server.way = None
@@ -233,7 +233,7 @@ class ServerAnswerer:
         )
         return f"{remedy}; then give the same command again: the responses that are written are kept."
 
-    def _explained(self, server: _Server, refusal: Refused) -> str:
+    def _explained(self, server: _Endpoint, refusal: Refused) -> str:
         remedy = {
             401: "Its key belongs into the environment variable OPENAI_API_KEY.",
             403: "Its key belongs into the environment variable OPENAI_API_KEY.",
@@ -243,7 +243,7 @@ class ServerAnswerer:
 
     # ---- getting to know a server
 
-    async def _greet(self, server: _Server, call: _Call) -> Way:
+    async def _greet(self, server: _Endpoint, call: _Call) -> Way:
         """The first way of asking that this server takes, once it is clear that it holds this backbone."""
         server.model = self.model or await self._only_model(server, call)
         question, refused = replace(call.questions[0], temperature=0.0), Refused(0, "")
@@ -259,7 +259,7 @@ class ServerAnswerer:
             return way
         raise refused
 
-    async def _only_model(self, server: _Server, call: _Call) -> str | None:
+    async def _only_model(self, server: _Endpoint, call: _Call) -> str | None:
         """The one that it lists; None if it lists none, as `transformers serve` does with the model of a folder."""
         try:
             listed = await self._send(server, call, "GET", "models", min(LIST_SECONDS, self.timeout))
@@ -276,7 +276,7 @@ class ServerAnswerer:
             )
         return names[0] if names else None
 
-    async def _check_temperatures(self, server: _Server, call: _Call, way: Way) -> None:
+    async def _check_temperatures(self, server: _Endpoint, call: _Call, way: Way) -> None:
         """Raises UserError if the server does not draw as it is told, by two answers each to some questions.
 
         `transformers serve --continuous-batching` keeps the temperature of its first request for all that follow.
@@ -301,7 +301,7 @@ class ServerAnswerer:
     # ---- one request
 
     async def _ask(
-        self, server: _Server, call: _Call, way: Way, question: Question, max_new_tokens: int, seed: int
+        self, server: _Endpoint, call: _Call, way: Way, question: Question, max_new_tokens: int, seed: int
     ) -> tuple[Answer, str]:
         body = body_of(question, way, call.sampling.top_p, max_new_tokens, seed, self.ends)
         if server.model is not None:
@@ -313,7 +313,7 @@ class ServerAnswerer:
             raise Failed(str(error)) from None
 
     async def _send(
-        self, server: _Server, call: _Call, method: str, path: str, seconds: float, body: dict[str, Any] | None = None
+        self, server: _Endpoint, call: _Call, method: str, path: str, seconds: float, body: dict[str, Any] | None = None
     ) -> Any:
         """The JSON that comes back within so many seconds. Raises Failed or Refused."""
         try:
@@ -349,7 +349,7 @@ class ServerAnswerer:
         return line.replace(self.key, "***") if self.key else line
 
 
-def _pause(server: _Server) -> float:
+def _pause(server: _Endpoint) -> float:
     """Seconds of rest: twice as many after each failure, and not in step with others who ask the same server."""
     grown = min(FIRST_PAUSE * 2 ** (server.failures - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
     return max(grown, min(server.pause_it_wants, LONGEST_PAUSE))

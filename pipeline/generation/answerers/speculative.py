@@ -1,13 +1,14 @@
 """Our own decoder with an exit head trained before: answers one question at a time, each faster.
 
 Takes a backbone, a head and a controller that learns nothing while it runs, so that a text depends on nothing but its
-own seed; gives each question's new ids. Knows nothing of text, files or shards.
+own seed; gives each question's new ids.
 """
+
+from collections.abc import Collection
 
 import torch
 from torch import nn
 
-from ...backbones.load import ends_of
 from ...errors import UserError
 from ...inference.backbone import SplitBackbone
 from ...inference.controllers import make_controller
@@ -25,9 +26,10 @@ class Speculative:
 
     reproducible = True
 
-    def __init__(self, model: nn.Module, head: ExitHead, controller: str):
+    def __init__(self, model: nn.Module, head: ExitHead, controller: str, ends: Collection[int]):
+        """`ends`: the ids that end an answer."""
         self.controller = steady_controller(controller)
-        self.ends = frozenset(ends_of(model.generation_config, model.config))
+        self.ends = frozenset(ends)
         # kernels chosen by timing could differ from process to process, and a near tie with them
         self.backbone = SplitBackbone(model, head, timed_kernels=False)
         self.device = model.device
