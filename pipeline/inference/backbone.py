@@ -14,16 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .exit_head import ExitHead, check_exit_layer
-from .families import check_family
+from .families import check_config, longest_exact
 from .fixed_shapes import FixedShapes, rounded
 from .kernels import choose
 from .kv_cache import KVCache
 from .layers import LayerWeights, Rows, Shape, attend, causal_mask, gather, mlp, rms_norm, rotate, run_layers, write
 from .rounds import WIDTHS
-
-# Rotary tables of these types depend on the length of the sequence; a table made once would be wrong.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-
+from .unmodified import check_unmodified
 
 class Block(NamedTuple):
     """Neighbouring layers on one device, all shallow, all deep, or the exit head."""
@@ -56,18 +53,16 @@ class SplitBackbone:
         timed_kernels: bool = True,
     ):
         config = model.config
-        check_family(config.model_type)
+        check_config(config)
         check_exit_layer(head.exit_layer, config.num_hidden_layers)
         devices = [_device_of(layer, f"layer {i}") for i, layer in enumerate(model.model.layers)]
         for name, part in (("embed_tokens", model.model.embed_tokens), ("norm", model.model.norm)):
             _device_of(part, name)
         self.device = _device_of(model.lm_head, "lm_head")
         """Where logits are."""
+        check_unmodified(model)
         if check:
             head.check_fits(model)
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type", "default") in LENGTH_DEPENDENT_ROPE:
-            raise ValueError(f"rope_type={rope['rope_type']}: its tables depend on the sequence length; not supported")
         self.exit_layer, self.num_layers = head.exit_layer, config.num_hidden_layers
         self.shape = Shape(
             heads=config.num_attention_heads,
@@ -80,7 +75,7 @@ class SplitBackbone:
         self.final_norm_D = model.model.norm.weight.data.to(self.device)
         self.lm_head_DV = model.lm_head.weight.data.t()
         self.dtype = self.embedding_VD.dtype
-        self.max_context = _longest_exact(config)
+        self.max_context = longest_exact(config)
         self._rotary = model.model.rotary_emb
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         last = model.model.layers[-1]
@@ -269,12 +264,3 @@ def _kernels_of(model: nn.Module, layers: list[LayerWeights], timed: bool) -> li
     if key not in known:
         known[key] = choose(layers, timed)
     return known[key]
-
-
-def _longest_exact(config) -> int:
-    """Longest sequence for which full attention is what the model computes."""
-    limit = config.max_position_embeddings
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in kinds if kinds else config.model_type == "mistral"
-    return min(limit, window) if window and slides else limit
