@@ -1,8 +1,10 @@
 """A causal LM cut after layer N: shallow (embedding, layers 1..N), exit head, deep (layers N+1..L, norm, LM head).
 
 Takes a transformers model of a known family, on one device or laid over several by whole layers, and an exit head;
-gives hidden states and logits of rows at absolute positions, reading and writing a KVCache. Its own layer loop over the
-model's weights makes a third of the kernel calls of the transformers one. Knows nothing of drafting, sampling or text.
+returns hidden states and logits of rows at absolute positions, reading and writing a KVCache. Its own layer loop over
+the model's weights makes a third of the kernel calls of the transformers one. As the model's modules are never called,
+a model in which one of them was changed is refused (unmodified.py), and so is a config whose layers do what this loop
+does not (families.py).
 
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, V vocabulary
 """
@@ -18,9 +20,23 @@ from .families import check_config, longest_exact
 from .fixed_shapes import FixedShapes, rounded
 from .kernels import choose
 from .kv_cache import KVCache
-from .layers import LayerWeights, Rows, Shape, attend, causal_mask, gather, mlp, rms_norm, rotate, run_layers, write
+from .layers import (
+    LayerWeights,
+    Rows,
+    Shape,
+    addresses,
+    attend,
+    causal_mask,
+    gather,
+    mlp,
+    rms_norm,
+    rotate,
+    run_layers,
+    write,
+)
 from .rounds import WIDTHS
 from .unmodified import check_unmodified
+
 
 class Block(NamedTuple):
     """Neighbouring layers on one device, all shallow, all deep, or the exit head."""
@@ -39,8 +55,8 @@ class SplitBackbone:
     timed_kernels: choose matrix products by timing (kernels.py); without, the same everywhere, which another process
     needs to compute the same to the last bit.
 
-    Raises ValueError for an unknown family, N out of range, a head of another backbone, or a device map that splits or
-    offloads a layer.
+    Raises ValueError for a config or a module that is not computed exactly, N out of range, a head of another backbone,
+    or a device map that splits or offloads a layer.
     """
 
     def __init__(
@@ -89,6 +105,7 @@ class SplitBackbone:
         self.layers.append(gather(exit_layer.to(self.device, self.dtype)))
         self._fixed = FixedShapes(self.shape) if fixed_shapes else None
         self._fixed_cache: KVCache | None = None
+        self._addresses = addresses(model)
         self.blocks = self._cut([*devices, self.device])
         self._kernels = _kernels_of(model, self.layers[:-1], timed_kernels)
 
@@ -100,6 +117,14 @@ class SplitBackbone:
                 blocks.append(Block(start, stop, devices[start], self.layers[start:stop]))
                 start = stop
         return blocks
+
+    def still_is(self, model: nn.Module) -> bool:
+        """Whether the weights in use are those of `model`; False once others were put in their place.
+
+        Raises ValueError if the model was changed otherwise since: given an adapter or a hook, for example.
+        """
+        check_unmodified(model)
+        return self._addresses == addresses(model)
 
     # ---- what the decoder calls
 

@@ -95,12 +95,17 @@ def check_not_quantised(config: Any) -> None:
     for field in QUANTISED:
         found = getattr(config, field, None)
         if found:
-            get = found.get if isinstance(found, dict) else lambda key: getattr(found, key, None)
-            method = get("quant_method") or get("quant_algo") or ", ".join(sorted(found))
             raise ValueError(
-                f"{field}: {getattr(method, 'value', method)}: quantised weights are not supported; give the "
-                "unquantised checkpoint that this one was made from"
+                f"{field}: {_method(found)}: quantised weights are not supported; give the unquantised checkpoint that "
+                "this one was made from"
             )
+
+
+def _method(found: Any) -> str:
+    """The name of a quantisation, of a dictionary or of an object of transformers; without one, its fields."""
+    fields = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+    method = fields.get("quant_method") or fields.get("quant_algo") or ", ".join(sorted(map(str, fields)))
+    return str(getattr(method, "value", method))
 
 
 def window_of(config: Any, layer: int) -> int | None:
@@ -124,7 +129,8 @@ def _check_heads(config: Any) -> None:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if not groups or heads % groups:
         raise ValueError(
-            f"num_key_value_heads={groups}: does not divide num_attention_heads={heads}; mend the backbone's config.json"
+            f"num_key_value_heads={groups}: does not divide num_attention_heads={heads}; "
+            "mend the backbone's config.json"
         )
 
 

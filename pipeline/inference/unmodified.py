@@ -36,7 +36,8 @@ def check_unmodified(model: nn.Module) -> None:
     The config must have passed `families.check_config`.
     """
     config: Any = model.config
-    expected = _as_built(type(config), config.to_json_string(use_diff=False))
+    kind: Any = type(config)
+    expected = _as_built(kind, config.to_json_string(use_diff=False))
     kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     order = list(dict.fromkeys(kinds))
     dtypes: dict[torch.dtype, str] = {}
@@ -60,7 +61,7 @@ def check_unmodified(model: nn.Module) -> None:
 
 
 @functools.lru_cache(maxsize=4)
-def _as_built(kind: type, fields: str) -> Any:
+def _as_built(kind: Any, fields: str) -> Any:
     """transformers' own model of a config, on the meta device, one decoder layer for each type of layer."""
     config: Any = kind(**json.loads(fields))
     kinds = getattr(config, "layer_types", None)
@@ -119,7 +120,7 @@ def _check_parameters(found: nn.Module, wanted: nn.Module, path: str, dtypes: di
         dtypes.setdefault(w.dtype, f"{path}.{name}")
         if w.dtype not in DTYPES or len(dtypes) > 1:
             others = " and ".join(f"{where} is {str(dtype).removeprefix('torch.')}" for dtype, where in dtypes.items())
-            raise ValueError(f"{others}: one of float32, bfloat16, float16 for all weights is needed; load it with dtype=")
+            raise ValueError(f"{others}: all weights must be one of float32, bfloat16, float16; load it with dtype=")
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
@@ -173,8 +174,8 @@ def _check_calls(model: Any) -> None:
         )
     if model.training and model.config.attention_dropout:
         raise ValueError(
-            f"attention_dropout={model.config.attention_dropout}: the model is in training mode, which drops at random; "
-            "call model.eval()"
+            f"attention_dropout={model.config.attention_dropout}: the model is in training mode, which drops attention "
+            "at random; call model.eval()"
         )
 
 

@@ -23,7 +23,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from ..backbones.load import load_config, public_name
+from ..backbones.load import public_name
+from ..backbones.source import load_config
 from ..backbones.weight_files import file_of
 from ..runs.files import atomic_write, sha256_of
 from ..runs.folder import RunDir

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from ..backbones.load import check_exit_layers, device_of, load_config, load_model, rounds_by
+from ..backbones.load import check_exit_layers, device_of, load_model, rounds_by
+from ..backbones.source import load_config
 from ..config import Config
 from ..runs.folder import RunDir
 from ..runs.shards import made

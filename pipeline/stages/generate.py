@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..backbones.load import device_of, load_config, load_model, load_tokenizer, public_name, rounds_by
+from ..backbones.load import device_of, load_model, load_tokenizer, public_name, rounds_by
+from ..backbones.source import load_config
 from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config, to_dict
 from ..errors import UserError
