@@ -86,10 +86,12 @@ def states(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_code(folder: Path) -> None:
-    """custom_generate/: the decoder, byte for byte what was evaluated."""
+    """custom_generate/: the decoder, byte for byte what was evaluated, and which transformers it needs.
+
+    transformers reads requirements.txt before it imports the code, which an older one could not."""
     code = folder / "custom_generate"
     code.mkdir()
-    for file in sorted(CODE.glob("*.py")):
+    for file in sorted([*CODE.glob("*.py"), CODE / "requirements.txt"]):
         shutil.copyfile(file, code / PUBLISHED_AS.get(file.name, file.name))
 
 

@@ -12,10 +12,11 @@ import pandas as pd
 import torch
 
 from ..backbones.load import device_of, ends_of, load_model, load_tokenizer
+from ..backbones.source import load_config
 from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config
 from ..errors import UserError
-from ..evaluation import losslessness, report, rivals
+from ..evaluation import against_transformers, losslessness, report, rivals
 from ..evaluation.measuring import Measured, Method, measure
 from ..evaluation.metrics import SCHEMA, beside, best, summarise
 from ..generation import inspection
@@ -31,6 +32,7 @@ from ..prompts.prompt import count_tasks
 from ..prompts.records import pins, source_record
 from ..prompts.sets import evaluation_prompts, evaluation_settings
 from ..prompts.turns import every_turn
+from ..prompts.vocabulary import check_ids, check_prompts, has_ids_beyond
 from ..publishing import draft_model, hub
 from ..runs import tracking
 from ..runs.files import atomic_path, atomic_write, sha256_of
@@ -54,6 +56,10 @@ def run(run: RunDir) -> None:
         return
     device = device_of(run.config.machine.device)
     tokenizer = load_tokenizer(run.config.backbone)
+    vocab_size = load_config(run.config.backbone).vocab_size
+    if has_ids_beyond(tokenizer, vocab_size):
+        chosen = evaluation_prompts(run.config)[: config.num_prompts or None]
+        check_prompts(chosen, tokenizer, evaluation_settings(run.config), vocab_size)
     model = load_model(run.config.backbone, device, run.config.machine.device_map)
     with _threads(config.threads):  # kernels are timed as they will run
         engines, heads = _engines(folders, model, run.config.machine.cuda_graphs)
@@ -62,12 +68,17 @@ def run(run: RunDir) -> None:
     states = _states(config.states, hashes)
     ends = frozenset(ends_of(model.generation_config, tokenizer))
     encoded = _encode(run.config, next(iter(engines.values())), tokenizer, ends)
+    compared = against_transformers.check(model, engines, encoded, config.max_new_tokens)
     with run.stage("evaluate", inputs, outside) as summary, _threads(config.threads):
         measured = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
         generations, rounds, others = measured.tables()
         results = _results(run, model, engines, encoded, source, generations, rounds, measured)
         results |= _identity(run.config, folders[0], heads[0])
-        results |= {"ends": sorted(ends), "canary": canary.record(next(iter(engines.values())))}
+        results |= {
+            "transformers": compared,
+            "ends": sorted(ends),
+            "canary": canary.record(next(iter(engines.values()))),
+        }
         for entry in results["heads"]:
             entry["head_sha256"] = hashes[entry["exit_layer"]]
         results["rivals"] = beside(others, generations)
@@ -171,10 +182,14 @@ def _encode(config: Config, engine: SplitBackbone, tokenizer: Any, ends: frozens
     settings, new = evaluation_settings(config), config.evaluate.max_new_tokens
 
     def answer(ids: list[int]) -> list[int]:
+        check_ids(ids, tokenizer, len(engine.embedding_VD), "a prompt")
         return autoregressive(engine, Request(ids, new, ends), Sampler()).tokens
 
     with _threads(config.evaluate.threads):
-        return every_turn(chosen, tokenizer, settings, engine.max_context, new, answer)
+        encoded = every_turn(chosen, tokenizer, settings, engine.max_context, new, answer)
+    for prompt, ids in encoded:
+        check_ids(ids, tokenizer, len(engine.embedding_VD), f"prompt {prompt.id}")
+    return encoded
 
 
 def _results(

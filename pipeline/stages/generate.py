@@ -34,6 +34,7 @@ from ..prompts.prompt import Prompt, count_sources
 from ..prompts.records import pins, source_pins, source_record
 from ..prompts.sets import training_prompts
 from ..prompts.turns import next_turn
+from ..prompts.vocabulary import check_ids, check_prompts, has_ids_beyond
 from ..runs.files import sha256_of
 from ..runs.folder import RunDir
 from ..runs.shards import made
@@ -50,12 +51,14 @@ def run(run: RunDir) -> None:
     # All that a user can get wrong comes before the stage is marked as begun: a mark would ask for --redo.
     _check_source(run.config, manifest)
     prompts = source_record(run.config.prompts) if manifest is None else manifest["prompts"]  # before a model is loaded
+    if manifest is None:
+        _check_vocabulary(run.config)
     worker = Worker(run.config, responses)
     head = worker.head() | {"prompts": prompts}
     _check_backbone(run.config, manifest, head)
     with run.stage("generate", [], shared=True) as summary:
         if manifest is None:
-            asked = _asked(run.config, worker.tokenizer, worker.context)
+            asked = _asked(run.config, worker.tokenizer, worker.context, worker.vocab_size)
             responses.ask(head, _in_shards(asked, run.config.generate.shard_size))
         speed = worker.work()
         summary |= _summary(responses, speed)
@@ -65,12 +68,21 @@ def run(run: RunDir) -> None:
 # ---- what is asked
 
 
-def _asked(config: Config, tokenizer: Any, context: int) -> Iterator[tuple[Prompt, list[int]]]:
+def _check_vocabulary(config: Config) -> None:
+    """Raises UserError, before the backbone is loaded, for prompts with token ids that it does not have."""
+    tokenizer, vocab_size = load_tokenizer(config.backbone), load_config(config.backbone).vocab_size
+    if has_ids_beyond(tokenizer, vocab_size):
+        first = training_prompts(config)[: config.generate.num_prompts or None]
+        check_prompts(first, tokenizer, config.prompts, vocab_size)
+
+
+def _asked(config: Config, tokenizer: Any, context: int, vocab_size: int) -> Iterator[tuple[Prompt, list[int]]]:
     """Prompts and their ids in the order of the shards."""
     g = config.generate
     taken: list[Prompt] = []
     found = encoding(training_prompts(config), tokenizer, config.prompts, context, g.max_new_tokens, g.num_prompts)
     for prompt, ids in found:
+        check_ids(ids, tokenizer, vocab_size, f"prompt {prompt.id}")
         taken.append(prompt)
         yield prompt, ids
     if g.num_prompts > len(taken):
@@ -145,6 +157,7 @@ class Worker:
         self.tokenizer = load_tokenizer(config.backbone)
         model_config = load_config(config.backbone)
         self.context, self.model_type = model_config.max_position_embeddings, model_config.model_type
+        self.vocab_size = model_config.vocab_size
         self.device = device_of(config.machine.device)
         self.answerer: Answerer = make_answerer(
             config, partial(load_model, config.backbone, self.device, config.machine.device_map), self.tokenizer
@@ -220,6 +233,7 @@ class Worker:
             answers = self.answerer.answer(questions, Sampling(g.max_new_tokens, g.top_p, g.batch_size, seed), report)
             later: list[tuple[int, Prompt]] = []
             for (place, prompt, _), question, answer in zip(now, questions, answers, strict=True):
+                check_ids(answer.ids, self.tokenizer, self.vocab_size, f"the answer to prompt {prompt.id}")
                 counts["tokens"] += len(answer.ids)
                 left = len(prompt.turns) - len(prompt.answers) - 1
                 if len(answer.ids) <= answer.finished:  # nothing, or an end token alone
@@ -234,6 +248,7 @@ class Worker:
             now = []
             with_ids = contexts([prompt for _, prompt in later], self.tokenizer, self.config.prompts)
             for (place, _), (prompt, ids) in zip(later, with_ids, strict=True):
+                check_ids(ids, self.tokenizer, self.vocab_size, f"prompt {prompt.id}")
                 if len(ids) <= self.context - g.max_new_tokens:
                     now.append((place, prompt, ids))
                 else:
