@@ -32,7 +32,8 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from pipeline.backbones.load import load_config, load_model
+from pipeline.backbones.load import load_model
+from pipeline.backbones.source import load_config
 from pipeline.backbones.weight_files import fingerprint_of_files
 from pipeline.config import Backbone
 from pipeline.inference.exit_head import new_exit_layer

@@ -35,3 +35,11 @@ def reason(error: BaseException) -> str:
 def warn(stage: str, message: str) -> None:
     """Print one line on stderr: something that the user should know and need not act on."""
     print(f"{stage}: {message}", file=sys.stderr, flush=True)
+
+
+def reason_of(error: BaseException, length: int = 400) -> str:
+    """What another library says went wrong, in one line: all of it up to `length` characters, cut between words.
+
+    Libraries put the cause in the first line as often as in the last."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[:length].rpartition(" ")[0] + " ..."

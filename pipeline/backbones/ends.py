@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from ..config import Backbone
 from ..errors import UserError
-from .load import explained, load_config, source_of
+from .source import explained, load_config, source_of
 
 
 def end_tokens(backbone: Backbone, tokenizer: Any) -> list[int]:

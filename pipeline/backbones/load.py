@@ -1,25 +1,26 @@
 """Load the backbone and its tokenizer that a config names, as one module that every stage can use.
 
-Takes the `backbone` and `machine` sections, gives transformers objects; anything wrong with the name is a
-UserError. Knows nothing of what the stages do with them.
+Takes the `backbone` and `machine` sections, gives transformers objects. Whatever is wrong with the checkpoint is a
+UserError, before its weights are loaded where its headers show it.
 """
 
-import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ..config import Backbone
 from ..errors import UserError
 from ..inference.exit_head import check_exit_layer
-from ..inference.families import check_family
-from ..pocket.paths import BACKBONE
 from ..runs.anonymous import anonymous
+from .source import explained, source_of
+from .weight_files import check_weights
 
-BUILT_IN = {"pocket": BACKBONE}
+SNAPSHOT = re.compile(r"models--(?P<repository>[^/]+)/snapshots/[^/]+")
+"""The end of a snapshot's path in the cache of the Hub; `org/name` is written org--name there."""
 
 
 def device_of(name: str) -> torch.device:
@@ -37,38 +38,16 @@ def rounds_by(device: torch.device) -> dict[str, Any]:
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def source_of(backbone: Backbone) -> str:
-    """What from_pretrained takes: a folder or a Hub id."""
-    return str(BUILT_IN.get(backbone.name_or_path, backbone.name_or_path))
-
-
 def public_name(backbone: Backbone) -> str:
-    """The name that may be published: of a local folder, there or not, and of a URL only the last part."""
+    """The name that may be published: of a local folder, there or not, and of a URL only the last part; of a snapshot
+    in the Hub's cache the repository that it is of."""
     path = Path(backbone.name_or_path)
-    return path.resolve().name if path.is_dir() else anonymous(backbone.name_or_path, "name_or_path")
-
-
-@contextlib.contextmanager
-def explained(backbone: Backbone):
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"backbone.name_or_path={backbone.name_or_path}: cannot be loaded: {first}") from None
-
-
-def load_config(backbone: Backbone, local: bool = False) -> Any:
-    """The checkpoint's config, with `local` only if it is on this machine; refuses families that the engine does not
-    know."""
-    with explained(backbone):
-        config = AutoConfig.from_pretrained(
-            source_of(backbone),
-            revision=backbone.revision,
-            trust_remote_code=backbone.trust_remote_code,
-            local_files_only=local,
-        )
-        check_family(config.model_type)
-    return config
+    if not path.is_dir():
+        return anonymous(backbone.name_or_path, "name_or_path")
+    for folder in (path.absolute(), path.resolve()):
+        if snapshot := SNAPSHOT.fullmatch("/".join(folder.parts[-3:])):
+            return snapshot["repository"].replace("--", "/", 1)
+    return path.resolve().name
 
 
 def load_tokenizer(backbone: Backbone) -> Any:
@@ -79,8 +58,10 @@ def load_tokenizer(backbone: Backbone) -> Any:
 
 
 def load_model(backbone: Backbone, device: torch.device, device_map: str | None = None) -> Any:
-    """The frozen backbone in `backbone.dtype`, in eval mode, on one device or laid over all by accelerate's map."""
-    load_config(backbone)
+    """The frozen backbone in `backbone.dtype`, in eval mode, on one device or laid over all by accelerate's map.
+
+    Raises UserError for a config that is not supported and for weights that are damaged, incomplete or quantised."""
+    check_weights(backbone)
     transformers_logging.disable_progress_bar()
     with explained(backbone):
         model = AutoModelForCausalLM.from_pretrained(

@@ -4,18 +4,28 @@ Takes the `backbone` section of the config, gives files, tensors and the fingerp
 """
 
 import json
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from ..config import Backbone
 from ..errors import UserError
 from ..inference.fingerprint import fingerprint_of
-from .load import explained, load_config, source_of
+from .damaged import what_is_wrong
+from .source import explained, load_config, source_of
+
+DTYPES = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of what weights may be stored as; others are quantised."""
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS = 4096
+"""Rows of the vocabulary compared at once."""
 
 
 def file_of(backbone: Backbone, name: str) -> Path | None:
@@ -50,21 +60,73 @@ class WeightFiles:
                     "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
                 )
             with explained(backbone):
-                self.files = json.loads(Path(index).read_text())["weight_map"]
+                self.files = dict(json.loads(Path(index).read_text())["weight_map"])
 
     def __iter__(self) -> Iterator[str]:
         """The names of all tensors."""
+        return iter(self.names)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The names of all tensors, in the files' order, each with the file that should hold it."""
         if self.single is None:
-            return iter(self.files)
+            return self.files
         with explained(self.backbone), safe_open(self.single, framework="pt") as file:
-            return iter(file.keys())
+            return dict.fromkeys(file.keys(), Path(self.single).name)
+
+    def tensor_of(self, parameter: str, config: Any) -> str:
+        """The name of the tensor that fills a parameter.
+
+        An LM head that is in the files is the model's LM head, whatever `config.tie_word_embeddings` says: so does
+        from_pretrained. Of tied ones that are there once, either name may be missing.
+        """
+        other = {LM_HEAD: EMBEDDING, EMBEDDING: LM_HEAD}.get(parameter)
+        tied = other is not None and config.tie_word_embeddings and parameter not in self.names and other in self.names
+        return other if tied and other is not None else parameter
+
+    def ties_embeddings(self, config: Any) -> bool:
+        """Whether LM head and embedding are one tensor, by config and files together; where the config says so and the
+        files hold two, they are read and compared, as from_pretrained does."""
+        if not config.tie_word_embeddings or not {LM_HEAD, EMBEDDING} <= self.names.keys():
+            return config.tie_word_embeddings
+        head, embedding = self.rows(LM_HEAD), self.rows(EMBEDDING)
+        return head.shape == embedding.shape and all(
+            torch.equal(head[at : at + ROWS], embedding[at : at + ROWS]) for at in range(0, head.shape[0], ROWS)
+        )
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Raises UserError unless every one of these tensors is in its file, unquantised and of the shape given. Only
+        headers are read; files of a Hub id are fetched."""
+        by_file: dict[str, list[str]] = defaultdict(list)
+        for name in shapes:
+            by_file[self.path(name)].append(name)
+        for path, names in by_file.items():
+            with explained(self.backbone), safe_open(path, framework="pt") as file:
+                present = set(file.keys())
+                found = {n: file.get_slice(n) for n in names if n in present}
+                kinds = {n: (s.get_dtype(), list(s.get_shape())) for n, s in found.items()}
+            where = Path(path).name
+            for name in names:
+                if name not in kinds:
+                    raise self._error(f"{where}: no tensor {name} in it: {self._instead(name, present)}")
+                dtype, shape = kinds[name]
+                if dtype not in DTYPES:
+                    raise self._error(
+                        f"{where}: {name} is {dtype}: give a checkpoint that is not quantised, in one of "
+                        f"{', '.join(DTYPES)}"
+                    )
+                if shape != list(shapes[name]):
+                    raise self._error(
+                        f"{where}: {name} is {shape}, by config.json it should be {list(shapes[name])}: give the "
+                        "config and the weights of one model"
+                    )
 
     def path(self, tensor: str) -> str:
         """Of the file that should hold `tensor`."""
         if self.single is not None:
             return self.single
         if tensor not in self.files:
-            raise self._error(f"the index of its files has no tensor {tensor}: give a complete, unquantised checkpoint")
+            raise self._error(f"the index of its files has no tensor {tensor}: {self._instead(tensor, self.files)}")
         file = self.files[tensor]
         if file not in self.paths:
             found = self._find(file)
@@ -77,27 +139,48 @@ class WeightFiles:
         """Its shape and dtype, and rows of it when they are asked for. The file stays mapped as long as this lives."""
         path = self.path(tensor)
         with explained(self.backbone), safe_open(path, framework="pt") as file:
-            return Rows(file.get_slice(tensor))
+            present = set(file.keys())
+            if tensor in present:
+                return Rows(file.get_slice(tensor))
+        raise self._error(f"{Path(path).name}: no tensor {tensor} in it: {self._instead(tensor, present)}")
 
     def _find(self, file: str) -> str | None:
+        """Its path, None if the checkpoint has no such file. Raises UserError for one that is damaged."""
         path = file_of(self.backbone, file)
-        return str(path) if path else None
+        if path is None:
+            return None
+        if wrong := what_is_wrong(path):
+            raise self._error(wrong)
+        return str(path)
+
+    def _instead(self, tensor: str, names: Any) -> str:
+        """The remedy for a missing tensor; names of a quantised layer's parts begin as the layer's weight does."""
+        part = tensor.rpartition(".")[0] + "."
+        others = sorted(name for name in names if name.startswith(part) and not name.endswith(".bias"))
+        held = f"it has {others[0]} instead, as quantised checkpoints have; " if others else ""
+        return f"{held}give a complete, unquantised checkpoint"
 
     def _error(self, text: str) -> UserError:
         return UserError(f"backbone.name_or_path={self.backbone.name_or_path}: {text}")
 
 
+def check_weights(backbone: Backbone) -> WeightFiles:
+    """The checkpoint's files, found complete, undamaged and unquantised by their headers. Raises UserError otherwise.
+
+    from_pretrained would draw what is missing at random, and warn."""
+    config, files = load_config(backbone), WeightFiles(backbone)
+    with explained(backbone), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    files.check({files.tensor_of(name, config): weight.shape for name, weight in model.named_parameters()})
+    files.check({files.tensor_of(LM_HEAD, config): model.get_output_embeddings().weight.shape})
+    return files
+
+
 def fingerprint_of_files(backbone: Backbone, files: WeightFiles | None = None) -> str:
     """The backbone's fingerprint from a few rows of its safetensors files, without loading it."""
     config, files = load_config(backbone), files or WeightFiles(backbone)
-    with explained(backbone):
-        return fingerprint_of(config, lambda name: files.rows(tensor_name(name, config)))
-
-
-def tensor_name(parameter: str, config: Any) -> str:
-    """A parameter's name in the checkpoint: tied embeddings are there once."""
-    tied = parameter == "lm_head.weight" and config.tie_word_embeddings
-    return "model.embed_tokens.weight" if tied else parameter
+    found = files
+    return fingerprint_of(config, lambda name: found.rows(found.tensor_of(name, config)))
 
 
 class Rows:

@@ -16,6 +16,7 @@ from ..config import Config
 from ..prompts.ids import contexts
 from ..prompts.prompt import Prompt
 from ..prompts.turns import next_turn
+from ..prompts.vocabulary import check_ids
 from ..runs.shard_worker import Report, ShardWorker
 from .answerers.interface import Answer, Answerer, Question, Sampling
 from .repetition import repeated_share
@@ -47,12 +48,13 @@ class AnswerWorker(ShardWorker):
         answerer: Answerer,
         tokenizer: Any,
         context: int,
+        vocab_size: int,
         by: dict[str, Any],
     ):
-        """`context`: tokens of a context and its answer together."""
+        """`context`: tokens of a context and its answer together. Raises UserError for ids beyond `vocab_size`."""
         super().__init__(responses, by)
         self.config, self.responses, self.answerer = config, responses, answerer
-        self.tokenizer, self.context = tokenizer, context
+        self.tokenizer, self.context, self.vocab_size = tokenizer, context, vocab_size
 
     def total(self) -> int:
         manifest = self.responses.manifest()
@@ -84,6 +86,7 @@ class AnswerWorker(ShardWorker):
             seed = shard_seed(self.config.seed, index, number)
             answered: list[tuple[Turn, Answer]] = []
             for turn, question, answer in self._answers(turns, index, seed, report):
+                check_ids(answer.ids, self.tokenizer, self.vocab_size, f"the answer to prompt {turn.prompt.id}")
                 counts["tokens"] += len(answer.ids)
                 has_text = len(answer.ids) > (1 if answer.finished else 0)  # an end token is no text
                 if not has_text:
@@ -129,6 +132,7 @@ class AnswerWorker(ShardWorker):
         with_ids = contexts([prompt for _, prompt in later], self.tokenizer, self.config.prompts)
         turns = []
         for (place, _), (prompt, ids) in zip(later, with_ids, strict=True):
+            check_ids(ids, self.tokenizer, self.vocab_size, f"prompt {prompt.id}")
             if len(ids) <= room:
                 turns.append(Turn(place, prompt, ids))
             else:

@@ -1,8 +1,10 @@
 """A causal LM cut after layer N: shallow (embedding, layers 1..N), exit head, deep (layers N+1..L, norm, LM head).
 
 Takes a transformers model of a known family, on one device or laid over several by whole layers, and an exit head;
-gives hidden states and logits of rows at absolute positions, reading and writing a KVCache. Its own layer loop over the
-model's weights makes a third of the kernel calls of the transformers one. Knows nothing of drafting, sampling or text.
+returns hidden states and logits of rows at absolute positions, reading and writing a KVCache. Its own layer loop over
+the model's weights makes a third of the kernel calls of the transformers one. As the model's modules are never called,
+a model in which one of them was changed is refused (unmodified.py), and so is a config whose layers do what this loop
+does not (families.py).
 
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, V vocabulary
 """
@@ -14,15 +16,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .exit_head import ExitHead, check_exit_layer
-from .families import check_family
+from .families import check_config, longest_exact
 from .fixed_shapes import FixedShapes, rounded
 from .kernels import choose
 from .kv_cache import KVCache
-from .layers import LayerWeights, Rows, Shape, attend, causal_mask, gather, mlp, rms_norm, rotate, run_layers, write
+from .layers import (
+    LayerWeights,
+    Rows,
+    Shape,
+    addresses,
+    attend,
+    causal_mask,
+    gather,
+    mlp,
+    rms_norm,
+    rotate,
+    run_layers,
+    write,
+)
 from .rounds import WIDTHS
-
-# Rotary tables of these types depend on the length of the sequence; a table made once would be wrong.
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+from .unmodified import check_unmodified
 
 
 class Block(NamedTuple):
@@ -42,8 +55,8 @@ class SplitBackbone:
     timed_kernels: choose matrix products by timing (kernels.py); without, the same everywhere, which another process
     needs to compute the same to the last bit.
 
-    Raises ValueError for an unknown family, N out of range, a head of another backbone, or a device map that splits or
-    offloads a layer.
+    Raises ValueError for a config or a module that is not computed exactly, N out of range, a head of another backbone,
+    or a device map that splits or offloads a layer.
     """
 
     def __init__(
@@ -56,18 +69,16 @@ class SplitBackbone:
         timed_kernels: bool = True,
     ):
         config = model.config
-        check_family(config.model_type)
+        check_config(config)
         check_exit_layer(head.exit_layer, config.num_hidden_layers)
         devices = [_device_of(layer, f"layer {i}") for i, layer in enumerate(model.model.layers)]
         for name, part in (("embed_tokens", model.model.embed_tokens), ("norm", model.model.norm)):
             _device_of(part, name)
         self.device = _device_of(model.lm_head, "lm_head")
         """Where logits are."""
+        check_unmodified(model)
         if check:
             head.check_fits(model)
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type", "default") in LENGTH_DEPENDENT_ROPE:
-            raise ValueError(f"rope_type={rope['rope_type']}: its tables depend on the sequence length; not supported")
         self.exit_layer, self.num_layers = head.exit_layer, config.num_hidden_layers
         self.shape = Shape(
             heads=config.num_attention_heads,
@@ -94,6 +105,7 @@ class SplitBackbone:
         self.layers.append(gather(exit_layer.to(self.device, self.dtype)))
         self._fixed = FixedShapes(self.shape) if fixed_shapes else None
         self._fixed_cache: KVCache | None = None
+        self._addresses = addresses(model)
         self.blocks = self._cut([*devices, self.device])
         self._kernels = _kernels_of(model, self.layers[:-1], timed_kernels)
 
@@ -105,6 +117,14 @@ class SplitBackbone:
                 blocks.append(Block(start, stop, devices[start], self.layers[start:stop]))
                 start = stop
         return blocks
+
+    def still_is(self, model: nn.Module) -> bool:
+        """Whether the weights in use are those of `model`; False once others were put in their place.
+
+        Raises ValueError if the model was changed otherwise since: given an adapter or a hook, for example.
+        """
+        check_unmodified(model)
+        return self._addresses == addresses(model)
 
     # ---- what the decoder calls
 
@@ -269,12 +289,3 @@ def _kernels_of(model: nn.Module, layers: list[LayerWeights], timed: bool) -> li
     if key not in known:
         known[key] = choose(layers, timed)
     return known[key]
-
-
-def longest_exact(config) -> int:
-    """Longest sequence for which full attention is what the model computes."""
-    limit = config.max_position_embeddings
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in kinds if kinds else config.model_type == "mistral"
-    return min(limit, window) if window and slides else limit

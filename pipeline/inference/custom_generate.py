@@ -53,8 +53,8 @@ def generate(
 
     A controller given by name keeps what it learns from call to call; one given as an object is the caller's.
 
-    Raises ValueError for a backbone the head does not belong to, an unknown controller, beams, or a request
-    for anything but ids.
+    Raises ValueError for a backbone the head does not belong to, or that was changed since transformers loaded it (by
+    an adapter, a hook, quantisation), an unknown controller, beams, or a request for anything but ids.
     """
     kwargs.pop("use_model_defaults", None)
     fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
@@ -131,7 +131,7 @@ def _engine(
         raise ValueError("no exit head: give exit_head=<folder or Hub id>")
     known = model.__dict__.setdefault("_exit_heads", {})
     key = (source, revision, model.device, model.dtype, cuda_graphs)
-    if key not in known:
+    if key not in known or not known[key][0].still_is(model):  # an adapter may have been added since the last call
         where = {"revision": revision, **fetching}
         paths = [Path(cached_file(source, name, **where)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())

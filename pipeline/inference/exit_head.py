@@ -1,8 +1,8 @@
 """An exit head: one decoder layer of the backbone's own class, fed the hidden state after layer N.
 
-Takes and gives a folder of two files, config.json (N, and which backbone it belongs to) and
+Reads and writes a folder of two files, config.json (N, and which backbone it belongs to) and
 model.safetensors (the layer's weights under the layer's own names). The backbone's final norm and LM head
-turn the layer's output into draft logits. Knows nothing of decoding or training.
+turn the layer's output into draft logits.
 """
 
 import hashlib
@@ -54,8 +54,10 @@ class ExitHead:
         try:
             config = json.loads((Path(folder) / "config.json").read_text())
             found = _sha256(Path(folder) / "model.safetensors")
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:  # not JSON, not even text
             raise ValueError(f"{folder}: no exit head here: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{folder}: no exit head here: config.json holds no object")
         if config.get("model_type") != "exit_head" or config.get("schema") != SCHEMA:
             raise ValueError(
                 f"{folder}: model_type={config.get('model_type')}, schema={config.get('schema')}: "
@@ -71,7 +73,10 @@ class ExitHead:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder}: model.safetensors cannot be read: {error}") from None
-        return cls(config["exit_layer"], config["num_layers"], config["backbone"], weights)
+        try:
+            return cls(config["exit_layer"], config["num_layers"], config["backbone"], weights)
+        except KeyError as error:
+            raise ValueError(f"{folder}/config.json: {error} is missing: get the head anew") from None
 
     def check_fits(self, model: nn.Module) -> None:
         """Raises ValueError unless `model` is the backbone this head was trained for."""

@@ -1,12 +1,176 @@
-"""The model families whose decoder layers this engine computes exactly.
+"""Which configs the engine computes exactly: the model families, and the fields that change what a layer does.
 
-Takes a model_type, raises ValueError for one that is not known.
+Takes a transformers config; raises ValueError that names the field, its value and the remedy. Nothing is loaded for it,
+so that `plan` and `generate` refuse what decoding would refuse later.
+
+The layers of a family do what they do for any checkpoint of that family unless a field of its config says otherwise.
+Some fields are read by transformers (`hidden_act`, `rope_parameters`, `layer_types`). Others are written by other
+libraries for models of their own that share a family's name, and transformers ignores them: then neither its logits nor
+ours are the ones that the checkpoint was trained to give, and the checkpoint is refused as well.
 """
 
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ACTIVATIONS = ("silu", "swish")
+"""Two names of x * sigmoid(x)."""
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+"""Types whose rotary tables are the same for every length of the sequence: they are made once."""
+LAYER_TYPES = ("full_attention", "sliding_attention")
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+"""Fields by which transformers and other libraries mark quantised weights."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "use_bidirectional_attention": (False,),
+    "partial_rotary_factor": (1,),
+    "rotary_pct": (1,),
+    "attention_chunk_size": (),
+    "no_rope_layers": ([],),
+    "no_rope_layer_interval": (),
+    "attn_logit_softcapping": (0,),
+    "attn_logit_softcap": (0,),
+    "attention_logit_cap": (0,),
+    "final_logit_softcapping": (0,),
+    "final_logit_softcap": (0,),
+    "logits_soft_cap": (0,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "lm_head_multiplier": (1,),
+    "output_multiplier_scale": (1,),
+    "embedding_multiplier": (1,),
+    "embedding_multiplier_scale": (1,),
+    "scale_emb": (1,),
+    "residual_multiplier": (1,),
+    "scale_depth": (1,),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+    "dim_model_base": (),
+    "mup_width_scale": (1,),
+    "clip_qkv": (),
+    "qkv_clip": (),
+    "alibi": (False,),
+    "use_alibi": (False,),
+    "parallel_attn": (False,),
+    "use_parallel_residual": (False,),
+    "num_local_experts": (0, 1),
+    "num_experts": (0, 1),
+    "n_routed_experts": (0,),
+    "num_kv_shared_layers": (0,),
+}
+"""Fields that change what a layer or the logits are -> the values, beside None, with which they change nothing."""
 
 
-def check_family(model_type: str) -> None:
-    """Raises ValueError for architectures whose layers this code does not know."""
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type={model_type}: not supported; these are: {', '.join(FAMILIES)}")
+def check_config(config: Any) -> None:
+    """Raises ValueError for a config whose model the engine does not compute exactly; see the module's docstring."""
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type={kind}: not supported; these are: {', '.join(FAMILIES)}")
+    check_not_quantised(config)
+    if type(config) is not CONFIG_MAPPING[kind]:
+        raise ValueError(
+            f"model_type={kind}: its config is a {type(config).__module__}.{type(config).__qualname__}, not the one of "
+            "transformers, so its layers may be others; set backbone.trust_remote_code=false to take transformers' own"
+        )
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(
+            f"hidden_act={config.hidden_act}: the decoder computes {ACTIVATIONS[0]} only; "
+            "give a backbone that was trained with it"
+        )
+    for field, harmless in NEUTRAL.items():
+        value = getattr(config, field, None)
+        if value is not None and value not in harmless:
+            raise ValueError(f"{field}={value}: the decoder's layers do not do that; give a backbone without it")
+    _check_heads(config)
+    _check_rope(config)
+    _check_windows(config)
+
+
+def check_not_quantised(config: Any) -> None:
+    """Raises ValueError for a config that says that the weights are quantised, by whichever library."""
+    for field in QUANTISED:
+        found = getattr(config, field, None)
+        if found:
+            raise ValueError(
+                f"{field}: {_method(found)}: quantised weights are not supported; give the unquantised checkpoint that "
+                "this one was made from"
+            )
+
+
+def _method(found: Any) -> str:
+    """The name of a quantisation, of a dictionary or of an object of transformers; without one, its fields."""
+    fields = found if isinstance(found, dict) else getattr(found, "__dict__", {})
+    method = fields.get("quant_method") or fields.get("quant_algo") or ", ".join(sorted(map(str, fields)))
+    return str(getattr(method, "value", method))
+
+
+def window_of(config: Any, layer: int) -> int | None:
+    """How many positions, its own among them, a row of decoder layer `layer` (from 0) sees; None if all before it.
+
+    As transformers masks it: mistral's `sliding_window` holds for every layer, qwen's for those of `layer_types`.
+    """
+    if config.model_type == "mistral":
+        return config.sliding_window
+    kinds = getattr(config, "layer_types", None)
+    return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
+
+
+def longest_exact(config: Any) -> int:
+    """Positions of the longest sequence for which full attention, which the engine has, is what every layer does."""
+    windows = [window_of(config, layer) for layer in range(config.num_hidden_layers)]
+    return min([config.max_position_embeddings, *(window for window in windows if window is not None)])
+
+
+def _check_heads(config: Any) -> None:
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if not groups or heads % groups:
+        raise ValueError(
+            f"num_key_value_heads={groups}: does not divide num_attention_heads={heads}; "
+            "mend the backbone's config.json"
+        )
+
+
+def _check_rope(config: Any) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = sorted(key for key, value in rope.items() if isinstance(value, dict))
+    if nested:
+        raise ValueError(f"rope_parameters: of its own for {', '.join(nested)}; one for all layers is supported")
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        why = "its tables depend on the sequence length" if kind in ("dynamic", "longrope") else "not known here"
+        raise ValueError(f"rope_type={kind}: {why}; not supported. Supported are {', '.join(ROPE_TYPES)}")
+    factor = rope.get("partial_rotary_factor")
+    if factor not in (None, 1):
+        raise ValueError(f"partial_rotary_factor={factor}: every channel of a head is rotated here; not supported")
+
+
+def _check_windows(config: Any) -> None:
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    kinds = list(kinds or [])
+    if window is not None and window < 1:
+        raise ValueError(f"sliding_window={window}: must be positive, or null; mend the backbone's config.json")
+    if kinds and len(kinds) != config.num_hidden_layers:
+        raise ValueError(
+            f"layer_types: {len(kinds)} of them for num_hidden_layers={config.num_hidden_layers}; "
+            "mend the backbone's config.json"
+        )
+    for kind in kinds:
+        if kind not in LAYER_TYPES:
+            raise ValueError(f"layer_types: {kind} is not supported; these are: {', '.join(LAYER_TYPES)}")
+    slides = "sliding_attention" in kinds
+    if config.model_type == "llama" and (slides or window is not None):
+        raise ValueError(
+            f"sliding_window={window}: transformers' llama has no windows, though its cache would; give the backbone "
+            "as the family that it was trained as"
+        )
+    if config.model_type == "mistral" and kinds and set(kinds) != {LAYER_TYPES[window is not None]}:
+        raise ValueError(
+            f"layer_types: {', '.join(sorted(set(kinds)))} with sliding_window={window}: transformers' mistral has one "
+            "type for all layers; not supported"
+        )
+    if slides and window is None:
+        raise ValueError("sliding_window=null: layer_types has sliding_attention; mend the backbone's config.json")

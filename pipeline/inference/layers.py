@@ -1,7 +1,7 @@
 """One decoder layer, and a run of them, as plain functions on tensors: what every pass of the engine is made of.
 
-Takes hidden states of rows at absolute positions, gives those behind the layers, and writes the rows' keys and values.
-Knows nothing of devices, of caches' lengths, or of which layers are shallow.
+Takes hidden states of rows at absolute positions, returns those behind the layers, and writes the rows' keys and values
+into the tensors of a cache. Which layers are shallow, and on which device they lie, backbone.py decides.
 
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, T positions of the cache
 """
@@ -37,27 +37,31 @@ class LayerWeights(NamedTuple):
 
 
 def join(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Stack the weights of linears that read the same input, [in, out]; they become views of the joint tensor.
+    """Stack weights, [in, out], and biases of linears that read the same input; they become views of the joint tensors.
 
     The model keeps working and no memory is used twice.
     """
     weight = torch.cat([linear.weight.data for linear in linears])
     for linear, part in zip(linears, weight.split([x.out_features for x in linears]), strict=True):
         linear.weight.data = part
-    biases = [linear.bias for linear in linears]
-    return weight.t(), torch.cat([b.data for b in biases]) if biases[0] is not None else None
+    if linears[0].bias is None:
+        return weight.t(), None
+    bias = torch.cat([linear.bias.data for linear in linears])
+    for linear, part in zip(linears, bias.split([x.out_features for x in linears]), strict=True):
+        linear.bias.data = part
+    return weight.t(), bias
 
 
 def gather(layer: nn.Module) -> LayerWeights:
     """The weights of a Llama, Mistral, Qwen2 or Qwen3 decoder layer; joined once, however many heads use them."""
     attention, mlp = layer.self_attn, layer.mlp
-    known = layer.__dict__.get("_joined")
-    if known is not None and known.qkv_weight.data_ptr() == attention.q_proj.weight.data_ptr():
+    known, where = layer.__dict__.get("_joined", (None, None))
+    if known is not None and where == addresses(layer):
         return known
     qkv_weight, qkv_bias = join([attention.q_proj, attention.k_proj, attention.v_proj])
     gate_up_weight, gate_up_bias = join([mlp.gate_proj, mlp.up_proj])
     q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    layer._joined = LayerWeights(
+    joined = LayerWeights(
         attention_norm_D=layer.input_layernorm.weight.data,
         qkv_weight=qkv_weight,
         qkv_bias=qkv_bias,
@@ -71,7 +75,13 @@ def gather(layer: nn.Module) -> LayerWeights:
         down_weight=mlp.down_proj.weight.data.t(),
         down_bias=mlp.down_proj.bias,
     )
-    return layer._joined
+    layer.__dict__["_joined"] = joined, addresses(layer)
+    return joined
+
+
+def addresses(module: nn.Module) -> tuple[int, ...]:
+    """Where a module's weights lie: other numbers mean that somebody put other tensors in their place."""
+    return tuple(parameter.data_ptr() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)

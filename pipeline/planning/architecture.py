@@ -1,7 +1,7 @@
 """The numbers of a backbone's architecture, and how many parameters they make.
 
 Takes a config of transformers, or the facts of well-known backbones in architectures.yaml beside this file; gives
-counts. Knows nothing of machines.
+counts of parameters. What machines hold and compute is in memory.py and work.py.
 """
 
 from dataclasses import dataclass
@@ -43,9 +43,9 @@ class Architecture:
         biases: tuple[str, ...] = ()
         if config.model_type == "qwen2":
             biases = ("q", "k", "v")
-        elif getattr(config, "attention_bias", False):
+        elif config.model_type in ("llama", "qwen3") and getattr(config, "attention_bias", False):
             biases = ("q", "k", "v", "o")
-        if getattr(config, "mlp_bias", False):
+        if config.model_type == "llama" and getattr(config, "mlp_bias", False):
             biases += ("gate", "up", "down")
         return cls(
             name=name,

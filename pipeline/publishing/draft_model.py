@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from ..backbones.load import load_config
+from ..backbones.source import load_config
 from ..backbones.weight_files import WeightFiles, file_of
 from ..config import Backbone
 from ..evaluation.rivals import assisted
@@ -65,7 +65,7 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
     config = load_config(backbone)
     dtype = str(files.rows("model.embed_tokens.weight").dtype).removeprefix("torch.")
     fields = _json_of(backbone, "config.json") | _cut(config, head.exit_layer) | _rope(config.rope_parameters)
-    fields |= {"dtype": dtype, "torch_dtype": dtype}
+    fields |= {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": files.ties_embeddings(config)}
     fields.pop("_name_or_path", None)  # may be a folder of whoever saved the checkpoint
     write_json(folder / "config.json", fields)
     settings = _json_of(backbone, "generation_config.json") or GenerationConfig.from_model_config(config).to_diff_dict()

@@ -25,7 +25,8 @@ import pandas as pd
 import yaml
 
 from ..backbones.ends import added_ends, end_tokens
-from ..backbones.load import load_config, load_tokenizer, public_name
+from ..backbones.load import load_tokenizer, public_name
+from ..backbones.source import load_config
 from ..backbones.weight_files import file_of
 from ..config import Backbone
 from ..runs.files import atomic_write, sha256_of
@@ -112,10 +113,12 @@ def states(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_code(folder: Path) -> None:
-    """custom_generate/: the decoder, byte for byte what was evaluated."""
+    """custom_generate/: the decoder, byte for byte what was evaluated, and which transformers it needs.
+
+    transformers reads requirements.txt before it imports the code, which an older one could not."""
     code = folder / "custom_generate"
     code.mkdir()
-    for file in sorted(CODE.glob("*.py")):
+    for file in sorted([*CODE.glob("*.py"), CODE / "requirements.txt"]):
         shutil.copyfile(file, code / PUBLISHED_AS.get(file.name, file.name))
 
 

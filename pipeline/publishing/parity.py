@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..backbones.load import device_of, load_model, source_of
+from ..backbones.load import device_of, load_model
+from ..backbones.source import source_of
 from ..config import Config
 from ..errors import UserError
 from ..evaluation import losslessness

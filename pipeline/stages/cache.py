@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backbones.load import check_exit_layers, device_of, load_config, load_model, rounds_by
+from ..backbones.load import check_exit_layers, device_of, load_model, rounds_by
+from ..backbones.source import load_config
 from ..runs.folder import RunDir
 from ..runs.shard_worker import Report, ShardWorker
 from ..training import packing

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from ..backbones.load import check_exit_layers, device_of, load_config
+from ..backbones.load import check_exit_layers, device_of
+from ..backbones.source import load_config
 from ..config import Config
 from ..errors import UserError
 from ..inference.exit_head import ExitHead

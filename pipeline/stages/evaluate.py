@@ -13,10 +13,11 @@ import torch
 
 from ..backbones.ends import end_tokens
 from ..backbones.load import device_of, limit_of, load_model, load_tokenizer
+from ..backbones.source import load_config
 from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config
 from ..errors import UserError, warn
-from ..evaluation import losslessness, report, rivals
+from ..evaluation import against_transformers, losslessness, report, rivals
 from ..evaluation.measuring import Measured, Method, measure
 from ..evaluation.metrics import SCHEMA, beside, best, summarise
 from ..generation import inspection
@@ -35,6 +36,7 @@ from ..prompts.records import pins, source_record
 from ..prompts.sets import evaluation_prompts, evaluation_settings, holds_out
 from ..prompts.templates import warn_of_turn_end
 from ..prompts.turns import every_turn
+from ..prompts.vocabulary import check_ids, check_prompts, has_ids_beyond
 from ..publishing import draft_model, hub
 from ..runs import tracking
 from ..runs.files import atomic_path, atomic_write, sha256_of
@@ -62,6 +64,9 @@ def run(run: RunDir) -> None:
     tokenizer = load_tokenizer(run.config.backbone)
     ends = frozenset(end_tokens(run.config.backbone, tokenizer))
     warn_of_turn_end("evaluate", tokenizer, settings, ends)
+    vocab_size = load_config(run.config.backbone).vocab_size
+    if has_ids_beyond(tokenizer, vocab_size):
+        check_prompts(chosen, tokenizer, settings, vocab_size)
     model = load_model(run.config.backbone, device, run.config.machine.device_map)
     with _threads(config.threads):  # kernels are timed as they will run
         engines, heads = _engines(folders, model, run.config.machine.cuda_graphs)
@@ -70,12 +75,17 @@ def run(run: RunDir) -> None:
     states = _states(config.states, hashes)
     engine = next(iter(engines.values()))
     encoded = _encode(run.config, chosen, engine, tokenizer, ends, limit_of(model.config, engine.max_context))
+    compared = against_transformers.check(model, engines, encoded, config.max_new_tokens)
     with run.stage("evaluate", inputs, outside) as summary, _threads(config.threads):
         measured = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
         generations, rounds, others = measured.tables()
         results = _results(run, model, engines, encoded, source, generations, rounds, measured)
         results |= _identity(run.config, folders[0], heads[0])
-        results |= {"ends": sorted(ends), "canary": canary.record(next(iter(engines.values())))}
+        results |= {
+            "transformers": compared,
+            "ends": sorted(ends),
+            "canary": canary.record(next(iter(engines.values()))),
+        }
         for entry in results["heads"]:
             entry["head_sha256"] = hashes[entry["exit_layer"]]
         results["rivals"] = beside(others, generations)
@@ -197,10 +207,14 @@ def _encode(
     settings, new = evaluation_settings(config), config.evaluate.max_new_tokens
 
     def answer(ids: list[int]) -> list[int]:
+        check_ids(ids, tokenizer, len(engine.embedding_VD), "a prompt")
         return autoregressive(engine, Request(ids, new, ends), Sampler()).tokens
 
     with _threads(config.evaluate.threads):
-        return every_turn(chosen, tokenizer, settings, engine.max_context, new, answer, limit)
+        encoded = every_turn(chosen, tokenizer, settings, engine.max_context, new, answer, limit)
+    for prompt, ids in encoded:
+        check_ids(ids, tokenizer, len(engine.embedding_VD), f"prompt {prompt.id}")
+    return encoded
 
 
 def _results(

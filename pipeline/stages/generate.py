@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..backbones.ends import end_tokens
-from ..backbones.load import device_of, limit_of, load_config, load_model, load_tokenizer, public_name, rounds_by
+from ..backbones.load import device_of, limit_of, load_model, load_tokenizer, public_name, rounds_by
+from ..backbones.source import load_config
 from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config, to_dict
 from ..errors import UserError
@@ -30,6 +31,7 @@ from ..prompts.prompt import Prompt, count_sources
 from ..prompts.records import pins, source_pins, source_record
 from ..prompts.sets import training_prompts
 from ..prompts.templates import warn_of_turn_end
+from ..prompts.vocabulary import check_ids, check_prompts, has_ids_beyond
 from ..runs.files import sha256_of
 from ..runs.folder import RunDir
 
@@ -51,6 +53,9 @@ def run(run: RunDir) -> None:
         warn_of_turn_end("generate", tokenizer, config.prompts, ends)
         exact = longest_exact(architecture)
         check_evaluation_prompts(config, tokenizer, exact, limit_of(architecture, exact))
+        if has_ids_beyond(tokenizer, architecture.vocab_size):  # before the backbone is loaded
+            first = training_prompts(config)[: config.generate.num_prompts or None]
+            check_prompts(first, tokenizer, config.prompts, architecture.vocab_size)
     prompts = source_record(config.prompts) if manifest is None else manifest["prompts"]  # before a model is loaded
     answerer = _answerer(config, tokenizer, ends)
     head = _head(config, architecture, answerer) | {"prompts": prompts}
@@ -60,7 +65,8 @@ def run(run: RunDir) -> None:
             responses.ask(head, _in_shards(_asked(config, tokenizer, architecture), config.generate.shard_size))
         responses.check_asked()
         by = rounds_by(device_of(config.machine.device))
-        worker = AnswerWorker(config, responses, answerer, tokenizer, _context(config, architecture), by)
+        context = _context(config, architecture)
+        worker = AnswerWorker(config, responses, answerer, tokenizer, context, architecture.vocab_size, by)
         summary |= _summary(responses, worker.work())
     _print_summary(summary)
 
@@ -77,6 +83,7 @@ def _asked(config: Config, tokenizer: Any, architecture: Any) -> Iterator[tuple[
         training_prompts(config), tokenizer, config.prompts, context, g.max_new_tokens, g.num_prompts, limit=limit
     )
     for prompt, ids in found:
+        check_ids(ids, tokenizer, architecture.vocab_size, f"prompt {prompt.id}")
         taken.append(prompt)
         yield prompt, ids
     if g.num_prompts > len(taken):

@@ -1,14 +1,18 @@
 """What a run will need and whether it will pay, before any GPU is asked for: checks the config, prints the plan.
 
-Takes configs and nothing else; writes nothing. Knows no formula: those are in planning/ (docs/planning.md).
+Takes configs, reads at most config.json and the headers of weights that lie on this machine, and writes nothing. The
+formulas are in planning/ (docs/planning.md).
 """
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import AutoConfig
 
-from ..backbones.load import check_exit_layers, load_config, public_name
+from ..backbones.load import check_exit_layers, public_name
+from ..backbones.source import load_config, source_of
+from ..backbones.weight_files import check_weights
 from ..config import Backbone, Config
 from ..errors import UserError
 from ..planning import estimate, tables
@@ -51,6 +55,8 @@ def architecture_of(backbone: Backbone) -> Architecture:
     known = facts().get(name)
     try:
         config, source = load_config(backbone, local=known is not None), "its config.json"
+        if any(Path(source_of(backbone)).glob("*.safetensors")):  # its weights lie here too: what they are is decisive
+            config.tie_word_embeddings = check_weights(backbone).ties_embeddings(config)
     except UserError:
         if known is None:
             raise

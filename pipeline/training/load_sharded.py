@@ -2,7 +2,8 @@
 
 Takes a backbone's name and a device mesh, gives sharded modules. Modules are built on the meta device and cut before
 they have any memory, then every tensor's rows are copied from where its file is mapped: no process holds a model, a
-layer or a whole tensor at any time, on the host or on a GPU. Knows nothing of data, losses or the Trainer.
+layer or a whole tensor at any time, on the host or on a GPU. Which tensor fills which parameter, the files decide
+(backbones/weight_files.py).
 
 torch.distributed.checkpoint's HuggingFaceStorageReader needs the same memory, but opens every safetensors file that
 lies in the folder and reads each tensor into one parameter only.
@@ -13,25 +14,23 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM
 
-from ..backbones.load import load_config
-from ..backbones.weight_files import WeightFiles, fingerprint_of_files, tensor_name
+from ..backbones.source import load_config
+from ..backbones.weight_files import WeightFiles, fingerprint_of_files
 from ..config import Backbone
 from ..errors import UserError
 from .sharding import own_rows, shard_backbone, shard_head
 
 PIECE = 2**22
 """Elements copied at once: a change of dtype on the way to a GPU, or a random draw, holds as many for a moment."""
-DTYPES = ("F64", "F32", "F16", "BF16")
 
 Wanted = dict[str, list[Tensor]]
 """Tensor in the checkpoint -> the parameters that it fills."""
@@ -66,7 +65,7 @@ def load_sharded_backbone(
     with fail_on_all_ranks():
         for module in (model, *heads):
             module.to_empty(device=device)
-        _read(files, _wanted(model, heads, exit_layers, init))
+        _read(files, _wanted(files, model, heads, exit_layers, init))
         if init == "random":
             for n, head in zip(exit_layers, heads, strict=True):
                 _draw(head, model.config.initializer_range, f"{seed} exit-{n}")
@@ -83,10 +82,9 @@ def check_checkpoint(backbone: Backbone, expected_fingerprint: str, exit_layers:
     """
     where = f"backbone.name_or_path={backbone.name_or_path}"
     model, heads = _on_meta(backbone, len(exit_layers))
-    wanted = _wanted(model, heads, exit_layers, init)
     files = WeightFiles(backbone)
-    for path, names in _by_file(files, wanted).items():
-        _check_header(path, {name: wanted[name][0].shape for name in names}, where)
+    wanted = _wanted(files, model, heads, exit_layers, init)
+    files.check({name: parameters[0].shape for name, parameters in wanted.items()})
     found = fingerprint_of_files(backbone, files)
     if found != expected_fingerprint:
         raise UserError(
@@ -114,29 +112,6 @@ def fail_on_all_ranks() -> Iterator[None]:
             raise failure
 
 
-def _check_header(path: str, shapes: dict[str, Sequence[int]], where: str) -> None:
-    where += f": {Path(path).name}"
-    try:
-        with safe_open(path, framework="pt") as file:
-            present = set(file.keys())
-            for name, shape in shapes.items():
-                if name not in present:
-                    raise UserError(f"{where}: no tensor {name} in it: give a complete, unquantised checkpoint")
-                tensor = file.get_slice(name)
-                if tensor.get_dtype() not in DTYPES:
-                    raise UserError(
-                        f"{where}: {name} is {tensor.get_dtype()}: give a checkpoint that is not quantised, in one of "
-                        f"{', '.join(DTYPES)}"
-                    )
-                if list(tensor.get_shape()) != list(shape):
-                    raise UserError(
-                        f"{where}: {name} is {tensor.get_shape()}, by config.json it should be {list(shape)}: give the "
-                        "config and the weights of one model"
-                    )
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: damaged ({error}): fetch it again") from None
-
-
 def _on_meta(backbone: Backbone, num_heads: int) -> tuple[Any, list[nn.Module]]:
     """Backbone and heads without memory."""
     config = load_config(backbone)
@@ -152,10 +127,10 @@ def _on_meta(backbone: Backbone, num_heads: int) -> tuple[Any, list[nn.Module]]:
     return model.requires_grad_(False).eval(), heads
 
 
-def _wanted(model: Any, heads: list[nn.Module], exit_layers: list[int], init: str) -> Wanted:
+def _wanted(files: WeightFiles, model: Any, heads: list[nn.Module], exit_layers: list[int], init: str) -> Wanted:
     wanted: Wanted = defaultdict(list)
     for name, parameter in model.named_parameters():
-        wanted[tensor_name(name, model.config)].append(parameter)
+        wanted[files.tensor_of(name, model.config)].append(parameter)
     if init != "random":
         for n, head in zip(exit_layers, heads, strict=True):
             layer = (n if init == "layer" else model.config.num_hidden_layers) - 1

@@ -1,7 +1,7 @@
 """The teacher: the frozen backbone's pass over packed sequences, and what an exit head needs of it.
 
-Takes token ids and positions, gives the final hidden state, the hidden state after each exit layer and what the last
-decoder layer is called with; the last also without a pass. Knows nothing of heads, losses or files.
+Takes token ids and positions, returns the final hidden state, the hidden state after each exit layer and the arguments
+that the last decoder layer is called with; `last_layer_arguments` makes those without a pass.
 
 Letters: B sequences, T tokens of a sequence, D hidden size.
 """
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from ..inference.families import window_of
 
 TeacherStates = tuple[Tensor, dict[int, Tensor]]
 """final_BTD (behind the final norm), and the hidden state [B, T, D] after each exit layer N."""
@@ -65,10 +67,8 @@ def last_layer_arguments(backbone: Any, hidden_BTD: Tensor, positions_BT: Tensor
     """Attention mask and rotary angles as the backbone's last layer would get them, without a pass: of the backbone
     only its config and its rotary embedding are used."""
     config = backbone.config
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    slides = kinds[-1] == "sliding_attention" if kinds else config.model_type == "mistral" and window is not None
-    make = create_sliding_window_causal_mask if slides else create_causal_mask
+    window = window_of(config, config.num_hidden_layers - 1)
+    make = create_causal_mask if window is None else create_sliding_window_causal_mask
     mask = make(
         config=config, inputs_embeds=hidden_BTD, attention_mask=None, past_key_values=None, position_ids=positions_BT
     )

@@ -1,0 +1,91 @@
+"""Where a checkpoint lies, and its config: read and judged before anything of the checkpoint is loaded.
+
+Takes the `backbone` section of the config; gives a transformers config that the engine supports, or a UserError with
+one sentence that says what is wrong and what to do.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers.utils import cached_file
+
+from ..config import Backbone
+from ..errors import UserError, reason_of
+from ..inference.families import check_config
+from ..pocket.paths import BACKBONE
+from .damaged import damage_in
+
+BUILT_IN = {"pocket": BACKBONE}
+QUANTISED_BY = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files beside config.json in which AutoGPTQ, AutoAWQ and ModelOpt say that the weights are quantised."""
+
+
+def source_of(backbone: Backbone) -> str:
+    """What from_pretrained takes: a folder or a Hub id."""
+    return str(BUILT_IN.get(backbone.name_or_path, backbone.name_or_path))
+
+
+@contextlib.contextmanager
+def explained(backbone: Backbone) -> Iterator[None]:
+    """Whatever a library raises over the checkpoint's files becomes a UserError with one sentence.
+
+    Libraries raise all kinds of exceptions there (SafetensorError, KeyError, ZeroDivisionError, a bare Exception from
+    tokenizers), so only calls of libraries belong into the block. Running out of memory is passed on.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        where = f"backbone.name_or_path={backbone.name_or_path}"
+        folder = _folder(backbone)
+        if folder and (damage := damage_in(folder)):
+            raise UserError(f"{where}: {damage}") from None
+        raise UserError(f"{where}: cannot be loaded: {reason_of(error)}") from None
+
+
+def load_config(backbone: Backbone, local: bool = False) -> Any:
+    """The checkpoint's config, with `local` only if it is on this machine.
+
+    Raises UserError where it cannot be read, and for whatever the engine does not compute exactly (families.py)."""
+    with explained(backbone):
+        config = AutoConfig.from_pretrained(
+            source_of(backbone),
+            revision=backbone.revision,
+            trust_remote_code=backbone.trust_remote_code,
+            local_files_only=local,
+        )
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise UserError(f"backbone.name_or_path={backbone.name_or_path}: {error}") from None
+    custom = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if custom and backbone.trust_remote_code:
+        raise UserError(
+            f"backbone.trust_remote_code=true: {backbone.name_or_path} brings a model class of its own ({custom}), and "
+            "its layers are not known here; set it to false to take transformers' own, or give another backbone"
+        )
+    folder = Path(source_of(backbone))
+    for name in QUANTISED_BY:
+        if (folder / name).is_file():
+            raise UserError(
+                f"backbone.name_or_path={backbone.name_or_path}: its {name} says that the weights are quantised, which "
+                "is not supported; give the unquantised checkpoint that this one was made from"
+            )
+    return config
+
+
+def _folder(backbone: Backbone) -> Path | None:
+    """Where the checkpoint's files lie on this machine, if they do."""
+    folder = Path(source_of(backbone))
+    if folder.is_dir():
+        return folder
+    with contextlib.suppress(Exception):
+        where = {"revision": backbone.revision, "local_files_only": True}
+        found = cached_file(source_of(backbone), "config.json", _raise_exceptions_for_missing_entries=False, **where)
+        return Path(found).parent if found else None
+    return None

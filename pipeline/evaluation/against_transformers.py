@@ -1,0 +1,50 @@
+"""The engine's logits against transformers' own, before anything is timed.
+
+Takes the model, its engines and the prompts to measure, returns a record for results.json. Autoregressive and
+speculative decoding run in the same engine: only a comparison with `model(...)` finds what both get wrong.
+"""
+
+from typing import Any
+
+import transformers
+
+from ..errors import UserError
+from ..inference.backbone import SplitBackbone
+from ..inference.canary import compare, rounding
+from ..prompts.ids import Encoded
+
+TEXTS = 4
+"""Prompts compared: the longest, and the first others."""
+
+
+def check(model: Any, engines: dict[int, SplitBackbone], encoded: Encoded, max_new_tokens: int) -> dict[str, Any]:
+    """Every engine on a few prompts, each followed by its own beginning up to the longest text that will be measured.
+
+    Raises UserError where they differ by more than rounding explains.
+    """
+    longest = max(encoded, key=lambda entry: len(entry[1]))
+    others = [entry for entry in encoded if entry is not longest]
+    largest, positions = 0.0, 0
+    for n, engine in engines.items():
+        limit = rounding(engine.dtype, engine.num_layers)
+        for prompt, ids in [longest, *others][:TEXTS]:
+            length = min(len(ids) + max_new_tokens, engine.max_context)
+            text = (ids * (length // len(ids) + 1))[:length]
+            found = compare(engine, model, text)
+            if not found.largest <= limit:
+                dtype = str(engine.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"evaluate: the decoder (exit layer {n}) and transformers {transformers.__version__} give "
+                    f"different logits on prompt {prompt.id}: at position {found.position} they differ by "
+                    f"{found.largest:.2g} of their spread, where rounding in {dtype} explains {limit:.2g}. "
+                    "Nothing was measured, as no figure would hold for this backbone: give one whose layers the decoder "
+                    "knows (README), or report this"
+                )
+            largest, positions = max(largest, found.largest), positions + found.positions
+    return {
+        "version": transformers.__version__,
+        "prompts": min(TEXTS, len(encoded)),
+        "positions": positions,
+        "largest_difference": largest,
+        "tolerance": limit,
+    }
