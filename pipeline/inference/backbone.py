@@ -7,6 +7,7 @@ model's weights makes a third of the kernel calls of the transformers one. Knows
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, V vocabulary
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,8 @@ class SplitBackbone:
     is one cache, and one text at a time.
     timed_kernels: choose matrix products by timing (kernels.py); without, the same everywhere, which another process
     needs to compute the same to the last bit.
+    beyond_context: allow texts longer than max_position_embeddings, as transformers' generate does. A sliding window
+    remains the limit: beyond it full attention is not what the model computes.
 
     Raises ValueError for an unknown family, N out of range, a head of another backbone, or a device map that splits or
     offloads a layer.
@@ -54,6 +57,7 @@ class SplitBackbone:
         check: bool = True,
         fixed_shapes: bool = False,
         timed_kernels: bool = True,
+        beyond_context: bool = False,
     ):
         config = model.config
         check_family(config.model_type)
@@ -80,7 +84,7 @@ class SplitBackbone:
         self.final_norm_D = model.model.norm.weight.data.to(self.device)
         self.lm_head_DV = model.lm_head.weight.data.t()
         self.dtype = self.embedding_VD.dtype
-        self.max_context = _longest_exact(config)
+        self.max_context = _longest_exact(config, beyond_context)
         self._rotary = model.model.rotary_emb
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         last = model.model.layers[-1]
@@ -271,9 +275,9 @@ def _kernels_of(model: nn.Module, layers: list[LayerWeights], timed: bool) -> li
     return known[key]
 
 
-def _longest_exact(config) -> int:
+def _longest_exact(config, beyond_context: bool = False) -> int:
     """Longest sequence for which full attention is what the model computes."""
-    limit = config.max_position_embeddings
+    limit = sys.maxsize if beyond_context else config.max_position_embeddings
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else config.model_type == "mistral"
