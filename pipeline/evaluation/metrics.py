@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..generation.repetition import first_loop
+from ..inference.controllers import fixed_length
 
 SCHEMA = 2
 """Of results.json."""
@@ -130,6 +131,12 @@ class CostModel:
         return sum(parts) + self.rest, *parts
 
 
+def of_fixed(controllers: dict[str, Any]) -> dict[int, Any]:
+    """What stands under each `fixed:K` that drafts anything, by K."""
+    lengths = {fixed_length(name): figures for name, figures in controllers.items()}
+    return {k: figures for k, figures in lengths.items() if k}
+
+
 def conditional_rates(rounds: pd.DataFrame) -> list[float]:
     """P(draft i+1 accepted | it was drafted and the first i were accepted), for each position i that was drafted."""
     tested = [(rounds.drafted > i) & (rounds.accepted >= i) for i in range(int(rounds.drafted.max() or 0))]
@@ -242,8 +249,9 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
     # every token but the first of each text comes from a round
     assert abs(figures["acceptance_length"] - 1 - sum(marginal)) < 1e-9
     assert figures["tokens"] == int(rounds.tokens.sum()) + len(rows)
-    if name.startswith("fixed:"):
-        figures["predicted_speedup"] = _cross_predicted(int(name.split(":")[1]), base, rounds)
+    k = fixed_length(name)
+    if k is not None:
+        figures["predicted_speedup"] = _cross_predicted(k, base, rounds)
     return figures
 
 

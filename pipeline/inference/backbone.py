@@ -54,6 +54,8 @@ class SplitBackbone:
     is one cache, and one text at a time.
     timed_kernels: choose matrix products by timing (kernels.py); without, the same everywhere, which another process
     needs to compute the same to the last bit.
+    beyond_context: allow texts longer than max_position_embeddings, as transformers' generate does. A sliding window
+    remains the limit: beyond it full attention is not what the model computes.
 
     Raises ValueError for a config or a module that is not computed exactly, N out of range, a head of another backbone,
     or a device map that splits or offloads a layer.
@@ -67,6 +69,7 @@ class SplitBackbone:
         check: bool = True,
         fixed_shapes: bool = False,
         timed_kernels: bool = True,
+        beyond_context: bool = False,
     ):
         config = model.config
         check_config(config)
@@ -91,7 +94,7 @@ class SplitBackbone:
         self.final_norm_D = model.model.norm.weight.data.to(self.device)
         self.lm_head_DV = model.lm_head.weight.data.t()
         self.dtype = self.embedding_VD.dtype
-        self.max_context = longest_exact(config)
+        self.max_context = longest_exact(config, beyond_context)
         self._rotary = model.model.rotary_emb
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         last = model.model.layers[-1]

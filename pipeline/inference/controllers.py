@@ -1,9 +1,9 @@
-"""Who decides how many tokens to draft: one class a rule, and the name of each. Ours is in thompson.py.
+"""The controllers, which decide how many tokens to draft, and the name of each. The default one is in thompson.py.
 
 Takes what the condition of losslessness allows, gives yes or no: whether to draft token k+1 may depend on
 committed text, earlier rounds, this round's drafted tokens and their q, q of token k+1, and random numbers of
 its own; never on token k+1 itself, an accept draw of this round, or the deep layers' view of it. Then the next
-token is distributed as the backbone's whatever the controller's state (docs/control.md). Knows nothing of models.
+token is distributed as the backbone's whatever the controller's state (docs/control.md).
 """
 
 import math
@@ -136,6 +136,12 @@ class Calibration:
 NAMES = "thompson, fixed:K, confidence:T, entropy:T (0 < T < 1), beta, calibration, calibration:shift or none"
 
 
+def fixed_length(name: str) -> int | None:
+    """K of a controller's name `fixed:K`; None for any other name."""
+    kind, _, argument = name.partition(":")
+    return int(argument) if kind == "fixed" and argument.isdecimal() else None
+
+
 def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller:
     """The controller of a name, such as `thompson`, `fixed:3` or `confidence:0.6`; `none` drafts nothing.
 
@@ -143,8 +149,9 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
     or a parameter out of range.
     """
     kind, _, argument = name.partition(":")
-    if kind == "fixed" and argument.isdecimal():
-        return Fixed(int(argument))
+    k = fixed_length(name)
+    if k is not None:
+        return Fixed(k)
     if kind in ("confidence", "entropy"):
         try:
             threshold = float(argument)

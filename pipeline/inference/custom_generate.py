@@ -2,9 +2,9 @@
 
 Takes what `generate` takes, and `controller=` (`thompson`, `fixed:3`, `none`, ...), `exit_head=` (a folder or a
 Hub id; default: the head this file was published with), `revision=`, `token=`, `cache_dir=`, `local_files_only=` (of a
-Hub id, as in `from_pretrained`) and `cuda_graphs=True` (fewer launches on a GPU). Sampling, logits processors, stopping
-criteria and streamers work as ever; several rows are decoded one after the other. Knows nothing of how heads are
-trained.
+Hub id, as in `from_pretrained`) and `cuda_graphs=True` (fewer launches on a GPU). Sampling, stopping criteria and
+streamers work as in `generate`, and so do logits processors that keep nothing between calls (processors.py); others are
+refused. Several rows are decoded one after the other.
 """
 
 import json
@@ -23,6 +23,7 @@ from .controllers import make_controller
 from .decoding import Request, self_speculative
 from .exit_head import ExitHead
 from .origin import HEAD, REVISION
+from .processors import check_stateless, for_row
 from .rounds import Controller
 from .sampling import Sampler
 from .thompson import Thompson
@@ -54,7 +55,8 @@ def generate(
     A controller given by name keeps what it learns from call to call; one given as an object is the caller's.
 
     Raises ValueError for a backbone the head does not belong to, or that was changed since transformers loaded it (by
-    an adapter, a hook, quantisation), an unknown controller, beams, or a request for anything but ids.
+    an adapter, a hook, quantisation), an unknown controller, beams, a request for anything but ids, a logits processor
+    that may keep a state, or a prompt longer than the backbone's sliding window.
     """
     kwargs.pop("use_model_defaults", None)
     fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
@@ -74,6 +76,7 @@ def generate(
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         _refuse(generation_config)
+        check_stateless(logits_processor)
         key = name, not generation_config.do_sample  # greedy and sampled texts teach different things
         if name is not None and key not in controllers:
             controllers[key] = _new_controller(name, key[1], config)
@@ -85,18 +88,20 @@ def generate(
         mask = model_kwargs.get("attention_mask")
         rows = []
         for i, row in enumerate(input_ids):
-            kept = row if mask is None else row[mask[i].bool()]
+            prompt = (row if mask is None else row[mask[i].bool()]).tolist()
             request = Request(
-                prompt=kept.tolist(),
-                max_new_tokens=generation_config.max_length - input_ids.shape[1],
+                prompt=prompt,
+                max_new_tokens=_room(backbone, len(prompt), generation_config.max_length - input_ids.shape[1]),
                 end_tokens=ends,
                 on_token=_watch(row, own, streamer),
             )
             sampler = Sampler(
                 temperature=1.0 if generation_config.do_sample else 0.0,
-                processors=logits_processor if len(logits_processor) else None,
+                processors=for_row(logits_processor, i, len(input_ids)),
+                shown=row.tolist(),
             )
             rows.append(self_speculative(backbone, request, sampler, decide).tokens)
+            _warn_beyond_context(model, len(prompt) + len(rows[-1]))
         if streamer is not None:
             streamer.end()
         longest = max(len(tokens) for tokens in rows)
@@ -135,7 +140,8 @@ def _engine(
         where = {"revision": revision, **fetching}
         paths = [Path(cached_file(source, name, **where)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
-        known[key] = SplitBackbone(model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda"), config, {}
+        recorded = cuda_graphs and model.device.type == "cuda"
+        known[key] = SplitBackbone(model, head, fixed_shapes=recorded, beyond_context=True), config, {}
         _warn_of_another(model, config)
     return known[key]
 
@@ -197,6 +203,31 @@ def _watch(prompt_row, criteria: list, streamer):
         return any(bool(torch.as_tensor(c(ids, None)).all()) for c in criteria)
 
     return on_token
+
+
+def _room(backbone: SplitBackbone, prompt: int, wanted: int) -> int:
+    """New tokens that can follow a prompt of that length: at a sliding window fewer than wanted, with a warning."""
+    room = backbone.max_context - prompt
+    if 1 <= room < wanted:
+        warnings.warn(
+            f"at most {room} of {wanted} new tokens are made: prompt and text then fill the backbone's sliding window "
+            f"of {backbone.max_context}, beyond which the exit head's decoder does not compute what the "
+            "backbone does. Call generate without custom_generate= for a longer text",
+            stacklevel=2,
+        )
+        return room
+    return wanted  # a prompt that leaves no room is refused by the decoder
+
+
+def _warn_beyond_context(model, length: int) -> None:
+    """As transformers' generate says it, and goes on."""
+    limit = model.config.max_position_embeddings
+    if length > limit:
+        warnings.warn(
+            f"the text has {length} tokens, more than the backbone's maximum length of {limit}: it is what generate "
+            "gives, which may be worth less there",
+            stacklevel=2,
+        )
 
 
 def _refuse(config) -> None:

@@ -3,8 +3,7 @@
 A round: the pending token (committed, processed by no layer) goes through the shallow layers; the exit head
 drafts tokens one by one while the controller says so, each going through the shallow layers too; the deep
 layers then verify all of them in one pass on the hidden states already made, and yield one bonus token, which
-is the next round's pending token (Liu et al., ACL Findings 2024, figure 2). Knows nothing of text or of how
-the controller decides.
+is the next round's pending token (Liu et al., ACL Findings 2024, figure 2).
 """
 
 from collections.abc import Callable
@@ -88,7 +87,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
     cache.commit(len(request.prompt))
     watch.mark("prefill")
     # The first token follows the prompt; nothing can be drafted before it.
-    first_1V = sampler.shape(backbone.logits(hidden_MD[-1:]), request.prompt, [])
+    first_1V = sampler.shape(backbone.logits(hidden_MD[-1:]), request.prompt, out.tokens)
     out.commit([sampler.draw(first_1V[0])], request)
     while out.goes_on(request):
         parts.start()
@@ -99,7 +98,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         drafted = [draft.token for draft in drafts]
         parts.mark("rest")
         logits_MV = backbone.logits(backbone.deep(base, base + len(drafted) + 1, cache))
-        p_logits_MV = sampler.shape(logits_MV, request.prompt, out.tokens + drafted)
+        p_logits_MV = sampler.shape(logits_MV, request.prompt, out.tokens, drafted)
         round.accepted, bonus = sampler.accept(drafts, q, p_logits_MV)
         parts.mark("verify")
         round.drafted = len(drafted)
@@ -126,7 +125,7 @@ def _draft(backbone, request, sampler, controller, out, cache, room, round, part
             return drafts, q
         parts.mark("rest")
         logits_1V = backbone.draft_logits(cache.length + len(drafted) + 1, cache)[None]
-        confidence = Confidence(sampler.shape(logits_1V, request.prompt, out.tokens + drafted)[0])
+        confidence = Confidence(sampler.shape(logits_1V, request.prompt, out.tokens, drafted)[0])
         draft = sampler.propose(confidence)  # read by nobody before the controller has decided
         round.head_passes += 1
         wanted = controller.draft(len(drafted), confidence)

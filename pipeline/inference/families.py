@@ -9,6 +9,7 @@ libraries for models of their own that share a family's name, and transformers i
 ours are the ones that the checkpoint was trained to give, and the checkpoint is refused as well.
 """
 
+import sys
 from typing import Any
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -119,10 +120,14 @@ def window_of(config: Any, layer: int) -> int | None:
     return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
 
 
-def longest_exact(config: Any) -> int:
-    """Positions of the longest sequence for which full attention, which the engine has, is what every layer does."""
+def longest_exact(config: Any, beyond_context: bool = False) -> int:
+    """Positions of the longest sequence for which full attention, which the engine has, is what every layer does.
+
+    `beyond_context`: max_position_embeddings is no limit, as it is none to transformers' generate.
+    """
     windows = [window_of(config, layer) for layer in range(config.num_hidden_layers)]
-    return min([config.max_position_embeddings, *(window for window in windows if window is not None)])
+    longest = sys.maxsize if beyond_context else config.max_position_embeddings
+    return min([longest, *(window for window in windows if window is not None)])
 
 
 def _check_heads(config: Any) -> None:

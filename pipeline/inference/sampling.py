@@ -1,18 +1,19 @@
 """From logits to tokens: the processors that shape p and q alike, drawing, and the exact accept rule.
 
 Takes logits of the exit head (q) and of the backbone (p), gives drafted tokens, how many of them are accepted
-and the bonus token; the emitted text is distributed as the backbone's own. Knows nothing of layers or caches.
+and the bonus token; the emitted text is distributed as the backbone's own.
 
 K drafted tokens this round, V vocabulary, M rows;  p: backbone's distribution, q: exit head's
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from .processors import Prefix
 from .rounds import Confidence
 
 
@@ -47,22 +48,29 @@ class Sampler:
     generator: torch.Generator | None = None
     processors: Callable[[Tensor, Tensor], Tensor] | None = None
     """transformers' LogitsProcessorList: (ids [1, T], logits [1, V]) -> logits [1, V]. Replaces the three above,
-    except that temperature 0 still means greedy."""
+    except that temperature 0 still means greedy. Called for rejected drafts too: it must be a function of its two
+    arguments alone (processors.py)."""
+    shown: list[int] | None = None
+    """The ids that processors see in place of the prompt: those of a left-padded row, padding included."""
+    _prefix: Prefix = field(default_factory=Prefix, init=False, repr=False, compare=False)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
-    def shape(self, logits_MV: Tensor, context: list[int], drafted: list[int]) -> Tensor:
+    def shape(
+        self, logits_MV: Tensor, prompt: list[int], tokens: list[int], drafted: list[int] | None = None
+    ) -> Tensor:
         """Processed logits [M, V] of M consecutive positions.
 
-        The first row follows `context` and all but the last M-1 of `drafted`; each further row one token more.
+        The last row follows prompt + tokens + drafted, each row before it one token less. While one text is decoded
+        `prompt` and `tokens` must be the same two lists, of which `tokens` grows: only what is new is then copied.
         """
         if self.processors is not None:
-            # non_blocking: to bring numbers to a GPU would be a wait like reading them
-            ids = torch.tensor([context + drafted]).to(logits_MV.device, non_blocking=True)
-            first = ids.shape[1] - len(logits_MV) + 1
-            rows = [self.processors(ids[:, : first + i], row[None]) for i, row in enumerate(logits_MV)]
+            shown = prompt if self.shown is None else self.shown
+            ids_1T = self._prefix.ids(shown, tokens, drafted or [], logits_MV.device)
+            first = ids_1T.shape[1] - len(logits_MV) + 1
+            rows = [self.processors(ids_1T[:, : first + i], row[None]) for i, row in enumerate(logits_MV)]
             return torch.cat(rows)
         if self.greedy:
             return logits_MV
@@ -71,10 +79,7 @@ class Sampler:
             kth = logits_MV.topk(min(self.top_k, logits_MV.shape[-1])).values[:, -1:]
             logits_MV = logits_MV.masked_fill(logits_MV < kth, float("-inf"))
         if self.top_p < 1.0:
-            ordered, order = logits_MV.sort(-1, descending=True)
-            mass = ordered.softmax(-1)
-            outside = mass.cumsum(-1) - mass >= self.top_p  # the token that crosses the line stays
-            logits_MV = logits_MV.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
+            logits_MV = logits_MV.masked_fill(outside_nucleus(logits_MV, self.top_p), float("-inf"))
         return logits_MV
 
     def draw(self, logits_V: Tensor) -> int:
@@ -134,6 +139,15 @@ class Sampler:
         """Independent coins [K] that show True with these chances; above 1 is always."""
         u_K = torch.rand(len(chance_K), generator=self.generator, device=chance_K.device, dtype=chance_K.dtype)
         return u_K < chance_K
+
+
+def outside_nucleus(logits_MV: Tensor, top_p: float) -> Tensor:
+    """Mask [M, V] of the tokens outside the nucleus: the most probable tokens that together reach `top_p`, the one that
+    crosses the line included (Holtzman et al., ICLR 2020, section 3.1)."""
+    ordered_MV, order_MV = logits_MV.sort(-1, descending=True)
+    mass_MV = ordered_MV.softmax(-1)
+    outside_MV = mass_MV.cumsum(-1) - mass_MV >= top_p
+    return outside_MV.scatter(-1, order_MV, outside_MV)
 
 
 def residual(p_V: Tensor, q_V: Tensor) -> Tensor:

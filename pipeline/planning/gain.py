@@ -6,14 +6,13 @@ of one autoregressive token, as in metrics.CostModel.
 """
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..errors import UserError
-from ..evaluation.metrics import predicted_speedup
+from ..evaluation.metrics import of_fixed, predicted_speedup
 from .architecture import Architecture
 
 DRAFTS = range(1, 9)
@@ -145,9 +144,9 @@ def read_pilot(run: Path, a: Architecture, on_cpu: bool) -> list[Expected]:
         found = []
         for entry in results["heads"]:
             fixed = {
-                int(name.partition(":")[2]): figures["conditional_rates"]
-                for name, figures in entry["controllers"].items()
-                if re.fullmatch(r"fixed:[1-9]\d*", name) and figures["conditional_rates"]
+                k: figures["conditional_rates"]
+                for k, figures in of_fixed(entry["controllers"]).items()
+                if figures["conditional_rates"]
             }
             if fixed:
                 costs = entry["costs"] if same else None

@@ -70,8 +70,10 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
         "",
         *verdict(results),
         f'Default controller `{best["controller"]}`; `controller="thompson"`, `"fixed:2"`, `"beta"` or `"none"` (no '
-        "drafts) choose another. Sampling, logits processors, stopping criteria and streamers work as in `generate`; "
-        "the rows of a batch are decoded one after the other.",
+        "drafts) choose another. Sampling, stopping criteria and streamers work as in `generate`, and so do logits "
+        "processors that keep nothing between calls; others (`guidance_scale`, SynthID watermarks) are refused. A "
+        "processor of your own is called for drafts that may be rejected: if it depends on nothing but `input_ids` and "
+        "`scores`, declare it by `stateless = True`. The rows of a batch are decoded one after the other.",
         "",
         *_example(run, repo),
         *backbone(results, name),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backbones.load import public_name
+from ..evaluation.metrics import of_fixed
 from ..runs.folder import RunDir
 from . import card, gate
 from .card import code
@@ -62,11 +63,10 @@ def _per_k(results: dict[str, Any]) -> list[str]:
     """Acceptance of each fixed K that was measured, which holds in any engine."""
     rows = []
     for entry in results["heads"]:
-        for name, c in entry["controllers"].items():
-            if name.startswith("fixed:"):
-                rate, rates = c["draft_acceptance_rate"], ", ".join(f"{r:.2f}" for r in c["conditional_rates"])
-                share = "-" if rate is None else f"{rate:.0%}"
-                rows.append([name.partition(":")[2], f"{entry['temperature']:g}", card.length(c), share, rates])
+        for k, c in of_fixed(entry["controllers"]).items():
+            rate, rates = c["draft_acceptance_rate"], ", ".join(f"{r:.2f}" for r in c["conditional_rates"])
+            share = "-" if rate is None else f"{rate:.0%}"
+            rows.append([str(k), f"{entry['temperature']:g}", card.length(c), share, rates])
     header = ["K", "temperature", "acceptance length (95 %)", "draft acceptance rate", "conditional rate at 1, 2, ..."]
     return card.table(header, rows)
 

@@ -77,14 +77,8 @@ def failures(results: dict[str, Any], min_speedup: float, head_sha256: str) -> l
 
 def best_fixed(results: dict[str, Any]) -> int | None:
     """K of the fastest fixed:K in greedy decoding: the draft length for engines that fix it. None if there is none."""
-    greedy = (entry["controllers"].items() for entry in results["heads"] if entry["temperature"] == 0)
-    speedups = {
-        int(name.partition(":")[2]): figures["speedup"]
-        for items in greedy
-        for name, figures in items
-        if name.startswith("fixed:")
-    }
-    speedups.pop(0, None)  # no drafts at all
+    greedy = (metrics.of_fixed(entry["controllers"]) for entry in results["heads"] if entry["temperature"] == 0)
+    speedups = {k: figures["speedup"] for by_k in greedy for k, figures in by_k.items()}
     return max(speedups, key=lambda k: speedups[k]) if speedups else None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..evaluation.metrics import conditional_rates
+from ..evaluation.metrics import conditional_rates, of_fixed
 
 SCHEMA = "1.0"
 CHAINS = ("draft_model",)
@@ -25,9 +25,8 @@ def build(results: dict[str, Any], rounds: pd.DataFrame, method: str, draft: str
     method: `draft_model` or `exit_head`. draft: the name the draft is published under.
     """
     n = results["best"]["exit_layer"]
-    mine = rounds[(rounds.exit_layer == n) & (rounds.temperature == 0) & rounds.controller.str.startswith("fixed:")]
-    by_k = {int(name.partition(":")[2]): part for name, part in mine.groupby("controller")}
-    by_k.pop(0, None)  # no drafts at all
+    mine = rounds[(rounds.exit_layer == n) & (rounds.temperature == 0)]
+    by_k = of_fixed(dict(iter(mine.groupby("controller"))))
     if not by_k:
         return None
     k = max(by_k)

@@ -13,9 +13,10 @@ from pipeline.evaluation import simulation
 from pipeline.evaluation.simulation import CostModel, Trace
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed, make_controller
+from pipeline.inference.costs import Costs
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.sampling import Sampler
-from pipeline.inference.thompson import Costs, Thompson
+from pipeline.inference.thompson import Thompson
 
 COSTS = CostModel({"shallow": 0.1, "head": 0.1, "rest": 0.02, "verify": {1: 0.9, 2: 1.0, 4: 1.1}})
 NEW = 40

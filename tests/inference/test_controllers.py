@@ -1,5 +1,6 @@
 """Controllers decide and learn as their docstrings say."""
 
+import itertools
 import json
 import math
 import random
@@ -7,9 +8,18 @@ import random
 import pytest
 import torch
 
-from pipeline.inference.controllers import Beta, Calibration, ConfidenceStop, EntropyStop, Fixed, make_controller
+from pipeline.inference.controllers import (
+    Beta,
+    Calibration,
+    ConfidenceStop,
+    EntropyStop,
+    Fixed,
+    fixed_length,
+    make_controller,
+)
+from pipeline.inference.costs import PROBES, Costs
 from pipeline.inference.rounds import Confidence, Round
-from pipeline.inference.thompson import Costs, Thompson
+from pipeline.inference.thompson import Thompson
 
 
 def lengths(controller, rounds: int) -> list[int]:
@@ -95,6 +105,13 @@ def test_calibration_joins_confidence_and_outcomes() -> None:
         assert variance == pytest.approx(0.04 * 0.25 / 4.25)
 
 
+def test_one_parser_reads_fixed_lengths() -> None:
+    assert [fixed_length(n) for n in ("fixed:0", "fixed:3", "fixed:12")] == [0, 3, 12]
+    assert [fixed_length(n) for n in ("fixed", "fixed:", "fixed:-1", "fixed:x", "thompson", "confidence:3")] == [
+        None
+    ] * 6
+
+
 # ---- thompson, on rounds whose law is known
 
 
@@ -160,26 +177,73 @@ def test_a_jump_in_cost_is_looked_over() -> None:
     """Verifying 2 tokens costs half a round more, further ones nothing: one step ahead no draft ever pays."""
 
     class Jump(Costs):
-        def verify_seconds(self, width: int) -> float:
-            return 0.9 if width == 1 else 1.4
+        def verify_seconds(self, widest: int) -> list[float]:
+            return [0.9] + [1.4] * (widest - 1)
 
     costs = Jump()
     costs.shallow.add(0.05), costs.head.add(0.05), costs.rest.add(0.0)
     controller = Thompson(costs=costs)
     controller.counts = [[800.0, 200.0] for _ in range(8)]
-    controller.tokens, controller.seconds = 190.0, 100.0
+    controller.tokens, controller.lengths[0] = 190.0, 100.0  # of rounds of one second
     assert controller.peek(0)
     one_step = controller.theta[5] - controller.rate * (controller.times[1] - controller.times[0] - 0.05)
     assert one_step < 0 < controller._worth(0, controller.theta[5])
 
 
+def of_width(width: int, verify: float, factor: float = 1.0) -> Round:
+    shallow, head = 0.1 * width * factor, 0.2 * width * factor
+    return Round(width - 1, 0, 1, width, shallow + head + (verify + 0.05) * factor, shallow, head, verify * factor)
+
+
 def test_costs_are_measured_by_part_and_interpolated() -> None:
+    """The first round of each width is left out, whatever it says."""
     costs = Costs()
-    for width, verify in ((1, 1.0), (3, 1.2), (5, 1.4), (1, 1.0), (5, 1.4)):
-        costs.observe(Round(width - 1, 0, 1, width, 0.1 * width + 0.2 * width + verify + 0.05, 0.1 * width,
-                            0.2 * width, verify))  # fmt: skip
-    assert [costs.verify_seconds(w) for w in (1, 2, 3, 4, 5, 7)] == pytest.approx([1.0, 1.1, 1.2, 1.3, 1.4, 1.6])
+    for width, verify in ((1, 9.0), (3, 7.0), (5, 8.0), (1, 1.0), (3, 1.2), (5, 1.4), (1, 1.0), (3, 1.2), (5, 1.4)):
+        costs.observe(of_width(width, verify))
+    assert costs.verify_seconds(7) == pytest.approx([1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6])
     assert costs.rounds(2) == pytest.approx([1.15, 1.15 + 0.4, 1.15 + 0.8])
+
+
+def test_one_slow_round_in_three_has_no_effect_on_costs() -> None:
+    quiet, disturbed = Costs(), Costs()
+    for i in range(18):
+        width = (1, 3, 5)[i % 3]
+        quiet.observe(of_width(width, 0.9 + 0.1 * width))
+        disturbed.observe(of_width(width, 0.9 + 0.1 * width, factor=1000.0 if i in (1, 8, 9, 10) else 1.0))
+    assert disturbed.rounds(8) == pytest.approx(quiet.rounds(8))
+
+
+def test_costs_follow_the_machine_both_ways() -> None:
+    costs = Costs()
+    for factor in (1.0, 2.0, 1.0):
+        for i in range(150):
+            costs.observe(of_width((1, 3, 5)[i % 3], 1.0, factor))
+        assert costs.rounds(2) == pytest.approx([factor * c for c in (1.15, 1.45, 1.75)])
+
+
+def test_no_cost_is_negative_whatever_was_timed() -> None:
+    """Nor falls with the width, nor rises faster than the width does (above one token, which is timed apart)."""
+    dice = random.Random(0)
+    for _ in range(300):
+        costs = Costs()
+        for _ in range(dice.randrange(1, 30)):
+            costs.observe(of_width(dice.randrange(1, 10), dice.choice([0.0, 1e-6, 1.0, 1e3])))
+        times, line = costs.rounds(8), costs.verify_seconds(9)[1:]
+        assert min(times) >= 0 and line == sorted(line)
+        per_token = [seconds / width for width, seconds in enumerate(line, start=2)]
+        assert all(b <= a + 1e-9 for a, b in itertools.pairwise(per_token))
+
+
+def test_lengths_not_drafted_for_long_are_tried_again_and_seldom() -> None:
+    """Also where a text never lets them be drafted: then not in every round."""
+    costs, asked = Costs(), []
+    for n in range(2000):
+        drafts = costs.due(8)
+        asked += [] if drafts is None else [(n, drafts)]
+        costs.observe(of_width(3, 1.0))
+    for k in PROBES:
+        rounds = [n for n, drafts in asked if drafts == k]
+        assert 12 <= len(rounds) <= 20 and rounds[-1] > 1800 and rounds[0] < 40
 
 
 def test_thompson_learns_only_from_tested_drafts() -> None:
@@ -209,11 +273,67 @@ def test_thompson_state_survives_json_and_is_checked() -> None:
         again.load_state_dict({})
 
 
+def disturbed(seed: int, count: int, factor) -> tuple[float, int]:
+    """Tokens per undisturbed second of the rounds from 200 on, the total drafted there.
+
+    Round i is `factor(i)` times as slow for the controller. Acceptances and noise of round i are the same whatever the
+    controller did before: common random numbers.
+    """
+    controller, tokens, seconds, drafted = make_controller("thompson", seed), 0, 0.0, 0
+    for i in range(count):
+        dice = random.Random(1000 * seed + i)
+        chances = [bimodal(dice) for _ in range(9)]
+        coins = [dice.random() for _ in range(9)]
+        noise = dice.lognormvariate(0, 0.08)
+        k = passes = 0
+        while controller.peek(k):
+            passes += 1
+            if not controller.draft(k, Said(chances[k])):
+                break
+            k += 1
+        accepted = next((j for j in range(k) if coins[j] >= chances[j]), k)
+        parts = [0.06 * (k + 1), 0.05 * passes, 0.94 + 0.02 * k]
+        shallow, head, verify = (part * noise * factor(i) for part in parts)
+        controller.observe(Round(k, accepted, accepted + 1, passes, shallow + head + verify, shallow, head, verify))
+        if i >= 200:
+            tokens, seconds, drafted = tokens + accepted + 1, seconds + sum(parts), drafted + k
+    return tokens / seconds, drafted
+
+
+SLOW_ROUNDS = [(at, factor) for factor in (5, 10, 50) for at in range(21)]
+SLOW_TIMES = [(0, 20), (0, 60), (20, 80), (100, 160)]
+QUICK = [(3, 50)]
+
+
+def shares_kept(factor, seeds: int, quiet: list[float]) -> float:
+    return sum(disturbed(s, 350, factor)[0] / quiet[s] for s in range(seeds)) / seeds
+
+
+@pytest.fixture(scope="module")
+def quiet() -> list[float]:
+    """What the undisturbed controller reaches, for each seed."""
+    return [disturbed(seed, 350, lambda i: 1.0)[0] for seed in range(50)]
+
+
+@pytest.mark.parametrize(
+    "at, slow", [pytest.param(*c, marks=[] if c in QUICK else pytest.mark.slow) for c in SLOW_ROUNDS]
+)
+def test_one_slow_round_does_not_trap_thompson(quiet, at: int, slow: int) -> None:
+    assert shares_kept(lambda i: slow if i == at else 1.0, 50, quiet) > 0.97
+
+
+@pytest.mark.parametrize(
+    "start, end", [pytest.param(*c, marks=[] if c[0] == 20 else pytest.mark.slow) for c in SLOW_TIMES]
+)
+def test_a_machine_slower_for_a_while_does_not_trap_thompson(quiet, start: int, end: int) -> None:
+    assert shares_kept(lambda i: 2.0 if start <= i < end else 1.0, 50, quiet) > 0.97
+
+
 def test_shortcuts_decide_as_the_formulas_do() -> None:
     """peek and draft against the written-out sums, on what was learned in play and on acceptances of all kinds."""
     controller, dice = make_controller("thompson"), random.Random(2)
     rounds_of(controller, bimodal, 200)
-    head, answers = controller.costs.head.value, []
+    head, answers = controller.head, []
     for _ in range(3000):
         controller.theta = [dice.betavariate(0.7, 0.7) for _ in range(8)]
         controller.product, k = dice.random(), dice.randrange(8)

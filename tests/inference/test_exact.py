@@ -15,10 +15,11 @@ from cheats import Discards, LooksAtAcceptDraw, with_pending
 
 from pipeline.inference import decoding
 from pipeline.inference.controllers import make_controller
+from pipeline.inference.costs import Costs, Recent
 from pipeline.inference.decoding import Request, self_speculative
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.stopwatch import Stopwatch
-from pipeline.inference.thompson import Costs, Thompson
+from pipeline.inference.thompson import Thompson
 
 PROMPT = [1]
 
@@ -137,7 +138,9 @@ def experienced(seed: int) -> Thompson:
     """Past its calibration, with something learned: peeks and drafts are both refused at times."""
     costs = Costs()
     costs.shallow.add(0.5), costs.head.add(0.5), costs.rest.add(1)
-    costs.single.add(6), costs.several.add(2, 7), costs.several.add(4, 9)
+    for width, seconds in ((1, 6), (2, 7), (4, 9)):
+        costs.verify[width] = Recent()
+        costs.verify[width].add(seconds)
     controller = Thompson(greedy=False, seed=seed, costs=costs)
     controller.counts = [[2.0, 6.0] if b < 6 else [8.0, 2.0] for b in range(8)]
     return controller

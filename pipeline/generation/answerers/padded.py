@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ...inference.sampling import outside_nucleus
 from .interface import Answer, Question, Report, Sampling
 
 
@@ -146,10 +147,9 @@ def sample(logits_BV: Tensor, temperatures_B: Tensor, top_p: float, generator: t
     chosen_B = logits_BV.argmax(-1)
     hot = temperatures_B > 0
     if hot.any():
-        p_BV = (logits_BV[hot] / temperatures_B[hot, None]).softmax(-1)
+        logits_BV = logits_BV[hot] / temperatures_B[hot, None]
+        p_BV = logits_BV.softmax(-1)
         if top_p < 1:
-            ordered, order = p_BV.sort(-1, descending=True)
-            outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses the line stays
-            p_BV = p_BV.masked_fill(outside.scatter(-1, order, outside), 0)
+            p_BV = p_BV.masked_fill(outside_nucleus(logits_BV, top_p), 0)
         chosen_B[hot] = torch.multinomial(p_BV, 1, generator=generator)[:, 0]
     return chosen_B
