@@ -6,11 +6,12 @@ speculative decoding run in the same engine: only a comparison with `model(...)`
 
 from typing import Any
 
+import torch
 import transformers
 
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
-from ..inference.canary import compare, rounding
+from ..inference.canary import Difference, compare, rounding
 from ..prompts.ids import Encoded
 
 TEXTS = 4
@@ -32,14 +33,7 @@ def check(model: Any, engines: dict[int, SplitBackbone], encoded: Encoded, max_n
             text = (ids * (length // len(ids) + 1))[:length]
             found = compare(engine, model, text)
             if not found.largest <= limit:
-                dtype = str(engine.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"evaluate: the decoder (exit layer {n}) and transformers {transformers.__version__} give "
-                    f"different logits on prompt {prompt.id}: at position {found.position} they differ by "
-                    f"{found.largest:.2g} of their spread, where rounding in {dtype} explains {limit:.2g}. "
-                    "Nothing was measured, as no figure would hold for this backbone: give one whose layers the decoder "
-                    "knows (README), or report this"
-                )
+                raise UserError(_differ(n, prompt.id, found, limit, engine.dtype))
             largest, positions = max(largest, found.largest), positions + found.positions
     return {
         "version": transformers.__version__,
@@ -48,3 +42,12 @@ def check(model: Any, engines: dict[int, SplitBackbone], encoded: Encoded, max_n
         "largest_difference": largest,
         "tolerance": limit,
     }
+
+
+def _differ(exit_layer: int, prompt: str, found: Difference, limit: float, dtype: torch.dtype) -> str:
+    return (
+        f"evaluate: the decoder (exit layer {exit_layer}) and transformers {transformers.__version__} give different "
+        f"logits on prompt {prompt}: at position {found.position} they differ by {found.largest:.2g} of their spread, "
+        f"where rounding in {str(dtype).removeprefix('torch.')} explains {limit:.2g}. Nothing was measured, as no "
+        "figure would hold for this backbone: give one whose layers the decoder knows, or report this"
+    )

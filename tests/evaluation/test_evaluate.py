@@ -7,10 +7,13 @@ import re
 import pandas as pd
 import pytest
 import torch
+import transformers
 from helpers import make_run, plant_heads, tiny_backbone
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
+from pipeline.evaluation import against_transformers
+from pipeline.inference import layers
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.canary import distance
 from pipeline.stages import evaluate
@@ -127,10 +130,28 @@ def test_a_second_run_does_nothing_and_another_config_is_refused(run, tmp_path, 
         run.config.evaluate.max_new_tokens = 20
 
 
+def test_an_engine_that_differs_from_transformers_measures_nothing(tmp_path, monkeypatch) -> None:
+    """Autoregressive and speculative ids stay equal under such a change, so no other comparison would find it."""
+    run = make_run(tmp_path, "evaluate.temperatures=[0.0]")
+    plant_heads(run, 2)
+    monkeypatch.setattr(layers, "mlp", lambda residual_MD, *_: residual_MD)
+    with pytest.raises(UserError, match=r"exit layer 2\) and transformers \S+ give different logits on prompt \S+: at"):
+        evaluate.run(run)
+    assert not (run / "eval").exists() and not (run / "report").exists()
+    monkeypatch.undo()
+    evaluate.run(run)  # no --redo is asked for
+    compared = json.loads((run / "eval" / "results.json").read_text())["transformers"]
+    assert 0 < compared["largest_difference"] < 1e-5 < compared["tolerance"] == 1e-4
+    assert compared["prompts"] == 4 and compared["positions"] == 4 * 36
+    assert compared["version"] == transformers.__version__
+
+
 def test_a_wrong_engine_is_caught(tmp_path, monkeypatch) -> None:
     """If the deep layers went wrong in drafted rounds, the ids would differ and the verdict must say so."""
     run = make_run(tmp_path, "evaluate.temperatures=[0.0]")
     plant_heads(run, 2)
+    # The comparison with transformers would see it first: here, what stands behind it is looked at.
+    monkeypatch.setattr(against_transformers, "check", lambda *_: {})
     honest = SplitBackbone.deep
 
     def broken(self, base, end, cache):

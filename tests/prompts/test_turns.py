@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from pipeline import cli
 from pipeline.config import EvaluatePrompts, Prompts, to_dict
 from pipeline.errors import UserError
-from pipeline.evaluation import measuring, report
+from pipeline.evaluation import against_transformers, measuring, report
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.prompts.prompt import SPEC_BENCH, Prompt
 from pipeline.prompts.turns import every_turn
@@ -177,6 +177,7 @@ def test_a_backbone_that_says_nothing_is_refused(tmp_path, monkeypatch) -> None:
         return logits
 
     monkeypatch.setattr(SplitBackbone, "logits", ends_at_once)
+    monkeypatch.setattr(against_transformers, "check", lambda *_: {})  # it would refuse such logits
     with pytest.raises(UserError, match=r"evaluate\.temperatures=\[0\.0, 1\.0\]: the backbone ended every text"):
         evaluate.run(run)
 
