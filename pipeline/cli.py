@@ -18,67 +18,68 @@ from .runs.folder import STAGES, RunDir
 
 VERBS = {
     "plan": (
-        "What a run will need and whether it will pay, before any GPU is asked for.",
-        "Writes nothing and needs no weights: prints memory, disk, time and predicted speedups (docs/planning.md).",
+        "Estimate the memory, disk and time that a run takes, and the speedup that it can give.",
+        "Needs neither weights nor a GPU, and writes nothing; prints the estimates (docs/planning.md).",
         ["machine", "backbone", "generate", "distill", "evaluate", "publish", "plan"],
     ),
     "generate": (
-        "The backbone answers prompts; the answers are what the exit heads learn from.",
-        "Writes responses/. Any number of processes may run it at once, on machines that share the run folder; killed "
-        "and run again, it goes on with what is missing.",
+        "Let the backbone answer prompts; exit heads are trained on its answers.",
+        "Writes responses/. Any number of processes can share the work, on machines that share the run folder. If "
+        "killed, the same command goes on with what is missing.",
         ["seed", "run", "machine", "backbone", "prompts", "generate"],
     ),
     "cache": (
-        "The backbone passes once over the responses and keeps its hidden states, for distill.teacher=cached.",
-        "Writes cache/. Any number of processes may run it at once, on machines that share the run folder; killed "
-        "and run again, it goes on with what is missing. With distill.teacher=online there is nothing to do.",
+        "Run the backbone once over the responses and keep its hidden states, for distill.teacher=cached.",
+        "Writes cache/. Any number of processes can share the work, on machines that share the run folder. If "
+        "killed, the same command goes on with what is missing. With distill.teacher=online it does nothing.",
         ["run", "machine", "backbone", "distill"],
     ),
     "distill": (
-        "Train one exit head per exit layer N on the responses; the backbone stays frozen.",
-        "Writes heads/exit-<N>/ and metrics.jsonl. Killed and run again, it goes on from the last checkpoint.",
+        "Train one exit head for each exit layer N on the responses; the backbone stays frozen.",
+        "Writes heads/exit-<N>/ and metrics.jsonl. If it is killed, the same command goes on from the last checkpoint.",
         ["seed", "run", "machine", "backbone", "distill", "wandb"],
     ),
     "evaluate": (
-        "Is it lossless, and how much faster? Autoregressive decoding against every head and controller, interleaved.",
-        "Writes eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/. With --head: of a head that "
-        "is published, on the backbone that it names, in a run folder named after it.",
+        "Test that decoding with each head is lossless, and measure its speedup over autoregressive decoding.",
+        "Writes eval/ (rounds.parquet, rivals.parquet, results.json) and report/. With --head it measures a published "
+        "head, on the backbone that the head names, in a run folder named after the head.",
         ["seed", "run", "machine", "backbone", "prompts", "evaluate", "wandb"],
     ),
     "publish": (
-        "Gate the best head, then write the folder that transformers loads with custom_generate, or a draft model.",
-        "Writes hub/<N>/; with --as draft hub/<N>-draft/, a checkpoint for engines that take a draft model. With "
-        "publish.target=hub pushes it: one commit and one tag, private unless --public. Exit code 3 if the gate "
-        "refuses the head.",
+        "Check the best head against the gate, and write the folder that transformers loads, or a draft model.",
+        "Writes hub/<N>/, or with --as draft hub/<N>-draft/, a checkpoint for engines that take a draft model. With "
+        "publish.target=hub it also pushes the folder as one commit and one tag, to a private repo unless --public is "
+        "given. The exit code is 3 if the gate refuses the head.",
         ["run", "machine", "backbone", "publish"],
     ),
     "run": (
-        "All stages in order, skipping what is done: generate, (cache,) distill, evaluate, publish.",
-        "Ends with the table of results and the one line that uses the head.",
+        "Run every stage except plan in order, skipping finished ones.",
+        "The stages are generate, cache (with distill.teacher=cached), distill, evaluate and publish. It ends with "
+        "the table of results and the line of Python that uses the head.",
         ["seed", "run", "machine", "backbone", "prompts", "generate", "distill", "evaluate", "publish", "wandb"],
     ),
     "heads": (
-        "The runs in run.dir and what each of them gives: backbone, exit layer, speedup, lossless, published where.",
-        "Writes nothing; runs that are half done are listed too.",
+        "List the runs in run.dir: backbone, exit layer, speedup, whether lossless, and where published.",
+        "Writes nothing. Unfinished runs are listed too.",
         ["run"],
     ),
 }
 
 VARY = """\
-to compare, a row for each combination:
+to compare several values, with a row for each combination:
   exit-heads plan --config FILE --vary machine.nodes=[1,2,4] --vary distill.exit_layers=[[2],[4],[8]]
 
 """
 
 OVERVIEW = """\
-Train early-exit draft heads for a frozen language model, prove that decoding with them is lossless, measure how
-much faster it is, and publish them.
+Train early-exit draft heads for a frozen language model, test that decoding with them is lossless, measure how much
+faster it is, and publish them.
 
   exit-heads run --config configs/pocket.yaml              everything, on the built-in tiny backbone
-  exit-heads plan --config configs/llama2-70b.yaml         will it fit, what will it cost, will it pay
+  exit-heads plan --config configs/llama2-70b.yaml         memory, time and speedup of a run, before it starts
   exit-heads distill --config my.yaml distill.max_steps=500     one stage, one key changed
-  exit-heads evaluate --help                               every key that a stage reads
-  exit-heads heads                                         what the runs here give
+  exit-heads evaluate --help                               every key that the stage reads
+  exit-heads heads                                         the results of all runs in ./runs
 """
 
 
@@ -90,45 +91,65 @@ def build_parser() -> argparse.ArgumentParser:
         keys = "keys (key=default), given as key=value or in the YAML file:\n" + help_text(sections)
         epilog = VARY + keys if verb == "plan" else keys
         sub = verbs.add_parser(verb, help=does, description=f"{does}\n{writes}", epilog=epilog, formatter_class=raw)
-        sub.add_argument("--config", metavar="FILE", help="YAML file; see configs/")
+        sub.add_argument("--config", metavar="FILE", help="YAML file with values of keys; examples are in configs/")
         if verb == "plan":
-            sub.add_argument("--vary", action="append", default=[], metavar="KEY=[A,B]", help="a row for each value")
-            sub.add_argument("--json", action="store_true", help="everything, for programs: bytes and seconds")
+            sub.add_argument(
+                "--vary",
+                action="append",
+                default=[],
+                metavar="KEY=[A,B]",
+                help="make a plan for each value; may be given several times",
+            )
+            sub.add_argument("--json", action="store_true", help="print all figures as JSON, in bytes and seconds")
         if verb == "run" or verb in STAGES:
             stages = (*STAGES, "draft") if verb == "publish" else STAGES
             sub.add_argument(
-                "--redo", choices=stages, metavar="STAGE", help="make this stage anew (with run: and all after it)"
+                "--redo",
+                choices=stages,
+                metavar="STAGE",
+                help="remove what this stage wrote and run it anew (verb run: and all stages after it)",
             )
         if verb == "publish":
             sub.add_argument(
                 "--as", dest="form", choices=("head", "draft"), default="head",
-                help="head (default), or draft: layers, head, norm and LM head as a checkpoint (--redo draft)"
+                help="what to write: head (default), or draft, a checkpoint of shallow layers, head, norm and LM head"
             )  # fmt: skip
             sub.add_argument(
-                "--force", dest="asked", action="append_const", const="publish.force=true", help="publish.force=true"
+                "--force",
+                dest="asked",
+                action="append_const",
+                const="publish.force=true",
+                help="the same as publish.force=true",
             )
         if verb == "generate":
             looks = sub.add_mutually_exclusive_group()
-            looks.add_argument("--status", action="store_true", help="print progress, who works, rate and time left")
-            looks.add_argument("--verify", action="store_true", help="hash every shard again, count every turn")
             looks.add_argument(
-                "--show", type=int, metavar="N", help="print N documents as distill will learn from them"
+                "--status", action="store_true", help="print progress, the processes at work, rate and time left"
+            )
+            looks.add_argument(
+                "--verify", action="store_true", help="check every shard against its hash and count every turn"
+            )
+            looks.add_argument(
+                "--show", type=int, metavar="N", help="print the first N documents as distill will learn from them"
             )
         if verb == "run":
             sub.add_argument(
-                "--show-config", nargs="*", metavar="KEY", help="print the values of these keys, or all; run nothing"
+                "--show-config",
+                nargs="*",
+                metavar="KEY",
+                help="print the values of these keys, or of all, and run nothing",
             )
         if verb == "evaluate":
             sub.add_argument(
                 "--head", dest="asked", action="append", type="evaluate.head={}".format,
-                help="measure this published head: org/name, org/name@revision or a folder",
+                help="published head to measure: org/name, org/name@revision or a folder",
             )  # fmt: skip
         if verb in ("publish", "run"):
             sub.add_argument(
                 "--public", dest="asked", action="append_const", const="publish.public=true",
-                help="let everyone read the repo that is pushed to",
+                help="let everyone read the repo (the same as publish.public=true)",
             )  # fmt: skip
-        sub.add_argument("words", nargs="*", metavar="key=value", help="wins over the file")
+        sub.add_argument("words", nargs="*", metavar="key=value", help="value of a key; it wins over the file")
     return parser
 
 
@@ -209,7 +230,7 @@ def _check_several(verb: str, redo: str | None, by: Launched) -> None:
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
-    """What the verb `run` runs: a teacher that is online needs no cache."""
+    """The stages of the verb `run`: without distill.teacher=cached there is no cache to make."""
     return tuple(name for name in STAGES if name != "cache" or config.distill.teacher == "cached")
 
 

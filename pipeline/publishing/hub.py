@@ -1,8 +1,8 @@
-"""The Hub, or what speaks its protocol at HF_ENDPOINT: published folders go up whole or not at all, heads come down.
+"""Uploads published folders to the Hub, or to a server at HF_ENDPOINT with its protocol, and downloads heads from it.
 
-Takes a folder and a repo id, gives one commit of it and one tag; takes org/name[@revision] or a folder, gives a folder
-that holds a head. The token is the environment's or the client's own; it is written nowhere and shown nowhere. Knows
-nothing of how a folder was made or measured.
+`push` takes a folder and a repo id and makes one commit and one tag, or nothing; `pull` takes org/name[@revision] or a
+folder and gives a folder that holds a head. The token is that of HF_TOKEN or of the client (HF_TOKEN_PATH, HF_HOME); it
+is never written or shown.
 """
 
 import json
@@ -317,7 +317,7 @@ def _told(error: BaseException) -> str:
     """What it is, and what the user can do about it; nothing of what was sent."""
     host = _host()
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it"
+        return "is not in the cache (HF_HOME), and HF_HUB_OFFLINE is set; unset it"
     if isinstance(error, HFValidationError):
         return str(error)
     if isinstance(error, PermissionError):  # XetAuthenticationError

@@ -1,7 +1,7 @@
-"""What the run folders of one place give: a row for each exit head, and for each run that has none yet.
+"""The table of `exit-heads heads`: a row for each exit head of the runs in one folder, and for each run without one.
 
-Takes the folder that holds them, prints a table. Reads marks, records and results and loads no model, so that it
-answers at once. Knows nothing of how any of them came about.
+Takes the folder that holds the run folders, prints the table. It reads marks, records and results, loads no model and
+writes nothing, so that it answers at once and works where nothing can be written.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""What every process of distill says, in a file of its own: logs/distill-rank-00003.log, with the time of each line.
+"""The log of each process of distill, such as logs/distill-rank-00003.log, with the time of each line.
 
-Takes the place of a process, gives a log that also keeps what is printed meanwhile, warnings and errors among it.
-Knows nothing of what is said.
+Takes the place of a process, gives a RankLog for as long as a block lasts. It also records what the process prints
+meanwhile, with warnings and errors, and how the block ended.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from .launch import Place
 
 
 class RankLog:
-    """Lines with their time, on disk at once. A disk that is full costs lines, and nothing else."""
+    """Writes lines with their time to disk at once. On a full disk lines are lost, and nothing else happens."""
 
     def __init__(self, file: TextIO):
         self.file = file
@@ -30,12 +30,12 @@ class RankLog:
                 self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def stacks(self) -> None:
-        """What every thread of this process is doing now."""
+        """Write the stack of every thread of this process."""
         faulthandler.dump_traceback(self.file)
 
 
 class Tee:
-    """A stream whose lines go to a log too; of a progress bar, which writes over its line, the last state."""
+    """A stream that also writes its lines to a log. Of a progress bar, which overwrites its line, the last state."""
 
     def __init__(self, stream: Any, log: RankLog):
         self.stream, self.log, self.rest = stream, log, ""
@@ -52,7 +52,7 @@ class Tee:
 
 @contextlib.contextmanager
 def rank_log(folder: Path, place: Place) -> Iterator[RankLog]:
-    """Goes on in the file of an earlier start."""
+    """The log of this process while the block runs; lines are added to the file of an earlier start."""
     folder.mkdir(exist_ok=True)
     with (folder / f"distill-rank-{place.rank:05d}.log").open("a", buffering=1) as file:
         log = RankLog(file)

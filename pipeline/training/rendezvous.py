@@ -1,7 +1,7 @@
 """The processes of distill meet before torch.distributed starts, so that one that does not come is named.
 
-Takes the place of this process and a time limit, gives a store that all of them reach, who they are, and
-torch.distributed started on that store. Knows nothing of training.
+Takes the place of this process (launch.py) and a time limit, gives a store that all of them reach, who they are, and
+torch.distributed started on that store. If not all come, every process that came ends with the same UserError.
 """
 
 import json

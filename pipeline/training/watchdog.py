@@ -1,8 +1,8 @@
-"""While processes train together: who is behind, who failed, who is gone.
+"""Watches the processes of distill while they train together: which one is behind, which failed, which is gone.
 
-Takes the place of this process, gives torch.distributed for as long as a block lasts, lines that name ranks, and an end
-to a process that would wait for another for ever. A thread of each process shows, in the store of rank 0, that it is
-alive, which step it has finished and where it is, and looks there for the others. Knows nothing of what is trained.
+Takes the place of this process, gives torch.distributed for as long as a block lasts. A thread of each process writes
+into the store of rank 0 that the process is alive, which step it has finished and where in the code it is, and reads
+the same of the others. It prints lines that name ranks, and ends a process that would wait for another one for ever.
 """
 
 import json
@@ -39,7 +39,7 @@ TOLD = 60.0
 
 @contextmanager
 def watched_process_group(place: Place, device: torch.device, timeout: float, log: RankLog) -> Iterator["Watchdog"]:
-    """Meet, start torch.distributed, watch one another; when the block ends, all that is over.
+    """Wait for all processes, start torch.distributed and the watch; both end with the block.
 
     Raises UserError if not all come (rendezvous.py), LostError if a process vanishes, SystemExit(1) if another one
     failed: that one shows the error.
@@ -69,7 +69,7 @@ def watched_process_group(place: Place, device: torch.device, timeout: float, lo
 
 
 class Progress(Callback):
-    """Tells the watchdog which step this process has finished."""
+    """A Lightning callback that tells the watchdog which step this process has finished."""
 
     def __init__(self, watchdog: "Watchdog"):
         self.watchdog, self.told = watchdog, time.monotonic()
@@ -111,7 +111,7 @@ class Signs:
 
 
 class Watchdog:
-    """One process among others; alone it does nothing."""
+    """The watch of one process. If it is the only one, nothing is watched."""
 
     def __init__(self, place: Place, members: list[Member], timeout: float, log: RankLog):
         self.place, self.members, self.timeout, self.log = place, members, timeout, log
@@ -147,7 +147,7 @@ class Watchdog:
                 time.sleep(BEAT / 4)
 
     def explain(self, error: Exception) -> None:
-        """Raises what this process should end with if `error` comes of the end of another one."""
+        """Raises what this process should end with if `error` was caused by the end of another process."""
         if self._thread.ident is None:
             return
         try:
@@ -242,7 +242,7 @@ def _in_communication(error: Exception) -> bool:
 
 
 class Stall:
-    """Has any rank finished a step of late?"""
+    """Notices when no rank has finished a step for too long."""
 
     def __init__(self, timeout: float):
         self.timeout = timeout
