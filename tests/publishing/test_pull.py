@@ -16,7 +16,7 @@ from pipeline.cli import main
 from pipeline.config import load, to_dict
 from pipeline.evaluation import report
 from pipeline.publishing import pedigree
-from pipeline.runs import overview
+from pipeline.evaluation import overview
 from pipeline.runs.files import atomic_write, sha256_of
 from pipeline.runs.folder import RunDir
 from pipeline.stages import evaluate, publish
