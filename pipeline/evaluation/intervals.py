@@ -35,15 +35,16 @@ def ratio_of_rates(n, s, m, t):
 
 
 def joint_intervals(methods: Sequence[Columns], resamples: int = RESAMPLES, seed: int = 0) -> list[list[float]] | None:
-    """Intervals of the speedups of all methods that hold all at once with 95 %; None for fewer than FEWEST conversations.
+    """Intervals of all methods' speedups that hold all at once with 95 %; None for fewer than FEWEST conversations.
 
-    Because they hold together, the interval of whichever method is picked afterwards, by whatever rule, is still honest:
-    under the hypothesis that no method is faster, the lower end of the fastest lies above 1 with 2.5 %. They are
+    Because they hold together, the interval of whichever method is picked afterwards, by whatever rule, is honest too:
+    if no method is faster than the baseline, the lower end of the fastest lies above 1 with a chance of 2.5 %. They are
     studentised bootstrap intervals of the log speedup (Davison and Hinkley, 1997, section 5.2), whose width comes from
     the largest of all methods' statistics in each resample (the single-step max-T of Westfall and Young, 1993).
 
-    The same methods chosen on one half of the conversations and judged on the other need about twice as many
-    conversations for the same power: half of them do not count, and methods of one head succeed and fail together.
+    To choose on one half of the conversations and judge on the other is as honest, and needs about twice as many
+    conversations for the same power (docs/lab-notes.md): what the first half says is lost, and the methods succeed and
+    fail on the same conversations, so that comparing many of them costs little.
     """
     count = len(methods[0][0])
     if count < FEWEST:
@@ -63,9 +64,7 @@ def joint_intervals(methods: Sequence[Columns], resamples: int = RESAMPLES, seed
     tail = (1 - LEVEL) / 2
     below = float(np.quantile(largest_R, 1 - tail, method="higher"))
     above = -float(np.quantile(smallest_R, tail, method="lower"))
-    return [
-        [float(np.exp(x - below * e)), float(np.exp(x + above * e))] for x, e in zip(centres, errors, strict=True)
-    ]
+    return [[float(np.exp(x - below * e)), float(np.exp(x + above * e))] for x, e in zip(centres, errors, strict=True)]
 
 
 def _log_speedup(picks_RC: np.ndarray, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
@@ -74,4 +73,3 @@ def _log_speedup(picks_RC: np.ndarray, columns: Columns) -> tuple[np.ndarray, np
     influence_RC = columns[0] / n[:, None] - columns[1] / s[:, None] - columns[2] / m[:, None] + columns[3] / t[:, None]
     errors_R = np.sqrt((picks_RC * influence_RC**2).sum(1))
     return np.log(ratio_of_rates(n, s, m, t)), np.where(errors_R < 1e-12, 0.0, errors_R)  # 0 but for rounding
-

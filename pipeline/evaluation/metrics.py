@@ -63,7 +63,7 @@ def _joint(base: pd.DataFrame, drafting: pd.DataFrame) -> dict[tuple[int, str], 
     """(exit layer, controller) -> interval of its speedup that holds together with those of all others."""
     groups = drafting.groupby(["exit_layer", "controller"], sort=False)
     found = joint_intervals([_columns(base, rows) for _, rows in groups])
-    return dict(zip([key for key, _ in groups], found or [None] * len(groups), strict=True))
+    return {key: None if found is None else found[i] for i, (key, _) in enumerate(groups)}
 
 
 def beside(rivals: pd.DataFrame, generations: pd.DataFrame) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ def _measured(run: Path) -> dict[int, dict[str, str]]:
     results = _read(run / "eval" / "results.json")
     if results["schema"] != evaluated.SCHEMA:
         stale = {"state": f"evaluated by another version; {evaluated.ANEW}"}
-        return {n: stale for n in sorted({entry["exit_layer"] for entry in results["heads"]})}
+        return dict.fromkeys(sorted({entry["exit_layer"] for entry in results["heads"]}), stale)
     found = {}
     for entry in results["heads"]:
         if entry["temperature"] == results["best"]["temperature"]:

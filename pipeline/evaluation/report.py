@@ -78,7 +78,11 @@ def blocks(results: dict[str, Any]) -> list[Block]:
         ("p", _why(results)),
         *_elsewhere(results),
         ("p", f"Lossless: {lossless_line(results)}."),
-        *_images(results, "speedup", "speedup and 95 % interval of each method by itself; right of the dashed line drafting pays"),
+        *_images(
+            results,
+            "speedup",
+            "speedup and 95 % interval of each method by itself; right of the dashed line drafting pays",
+        ),
         *_images(results, "time", "where the time of a token goes; left of the dashed line drafting pays"),
         (
             "p",
@@ -177,9 +181,9 @@ def _words(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("speedup", "tokens per second over autoregressive decoding on the same engine, interleaved with it"),
         (
             "95 % interval",
-            "by bootstrap over conversations. In tables and pictures it is of each method by itself: right for a method "
-            "named beforehand, too hopeful for the fastest of many. The interval of the best, at the top, holds for all "
-            "methods at once; drafting pays if it lies above 1",
+            "by bootstrap over conversations. In tables and pictures it is of each method by itself: right for a "
+            "method named beforehand, too hopeful for the fastest of many. The interval of the best, at the top, holds "
+            "for all methods at once; drafting pays if it lies above 1",
         ),
         ("before loops", f"speedup up to a text's first repeated {loop}-gram: repetitions are easy to draft"),
         ("acceptance length", "tokens that a round yields, bonus token included"),

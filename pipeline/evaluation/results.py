@@ -6,13 +6,13 @@ Takes the file, or the dict in it; gives the dict, or words for it. Loads neithe
 
     exit_layer, controller, temperature      the fastest of the methods at the first of evaluate.temperatures
     speedup                                  tokens per second over autoregressive decoding
-    speedup_ci95                             95 % interval that holds for all methods compared at once, so that it allows
-                                             for the choice of the fastest; null if there were too few conversations
+    speedup_ci95                             95 % interval that holds for all methods compared at once, so it allows for
+                                             the choice of the fastest; null if there were too few conversations
     acceptance_length(_ci95)                 of that method, its interval by itself
     methods, conversations, prompts          how many were compared, and on how many
 
-Every method's figures in `heads` have two intervals: `speedup_ci95` of the method by itself, which is right for a method
-named beforehand, and `speedup_joint_ci95`, which is right for a method chosen because of its figures.
+Every method's figures in `heads` have two intervals: `speedup_ci95` of the method by itself, which is right for a
+method named beforehand, and `speedup_joint_ci95`, which is right for a method chosen because of its figures.
 """
 
 import json

@@ -48,4 +48,3 @@ def next_turn(prompt: Prompt, answer: str) -> Prompt:
     """The prompt with its turn answered: the turn after it is the one to be answered now."""
     answers = (*prompt.answers, answer.strip())  # as Spec-Bench does: the white space around it is the template's own
     return replace(prompt, id=f"{conversation_of(prompt.id)}.{len(answers) + 1}", answers=answers)
-

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main
 from pipeline.errors import GateError, UserError
-from pipeline.evaluation.metrics import SCHEMA
+from pipeline.evaluation.results import SCHEMA
 from pipeline.publishing import build, gate, head_folder, parity
 from pipeline.runs.files import sha256_of
 from pipeline.stages import evaluate, publish

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main
 from pipeline.config import load, to_dict
-from pipeline.evaluation import report
+from pipeline.evaluation import closing, overview
 from pipeline.publishing import pedigree
-from pipeline.evaluation import overview
 from pipeline.runs.files import atomic_write, sha256_of
 from pipeline.runs.folder import RunDir
 from pipeline.stages import evaluate, publish
@@ -260,11 +259,11 @@ def test_heads_says_where_a_head_was_pushed_to(place, pushed_run) -> None:
 
 def test_the_closing_table_names_what_was_published(pushed_run, capsys) -> None:
     """Not the best head, where another was asked for; its repo only if it is there."""
-    report.closing_table(pushed_run)
+    closing.closing_table(pushed_run)
     assert 'custom_generate="org/head"' in capsys.readouterr().out
     with pushed_run.stage("publish", []) as summary:
         summary["folder"] = "hub/3"
-    report.closing_table(pushed_run)
+    closing.closing_table(pushed_run)
     assert f'custom_generate="{pushed_run / "hub" / "3"}"' in capsys.readouterr().out
 
 
