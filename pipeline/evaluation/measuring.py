@@ -93,11 +93,10 @@ class Measured:
         """What `save` wrote; None if nothing lies there."""
         if not (folder / "measured.json").exists():
             return None
-        tables = [pd.read_parquet(folder / f"{name}.parquet") for name in TABLES]
-        for table, column in zip(tables, ("ids", "tokens", None, "tokens"), strict=True):
-            if column is not None:  # lists again, which parquet reads as arrays
-                table[column] = [list(map(int, row)) for row in table[column]]
-        return cls(*tables, json.loads((folder / "measured.json").read_text()))
+        tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
+        for name, column in (("prompts", "ids"), ("generations", "tokens"), ("rivals", "tokens")):
+            tables[name][column] = [row.tolist() for row in tables[name][column]]  # lists again, which were arrays
+        return cls(**tables, about=json.loads((folder / "measured.json").read_text()))
 
     def learned(self) -> dict[Method, dict[str, Any]]:
         """Method -> `learned` and `state` of each controller that learns."""

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def place(tmp_path_factory) -> Path:
     """A folder with config.yaml, the backbone, and a run `t` that is published in runs/t/hub/2."""
     place = tmp_path_factory.mktemp("pull")
-    run = make_run(place, "publish.min_speedup=0.01")
+    run = make_run(place, "publish.min_speedup=0")
     plant_heads(run, 2)
     evaluate.run(run)
     publish.run(run)
@@ -195,7 +195,6 @@ def test_a_dataset_is_named_once_and_as_the_hub_names_it(tmp_path) -> None:
 def test_heads_lists_what_each_run_gives(place, capsys) -> None:
     results = json.loads((place / "runs" / "t" / "eval" / "results.json").read_text())
     best = results["best"]
-    low, high = best["speedup_ci95"]
     (row,) = overview.rows(place / "runs" / "t")
     assert row == {
         "run": "t",
@@ -203,7 +202,7 @@ def test_heads_lists_what_each_run_gives(place, capsys) -> None:
         "backbone": "tiny",
         "exit layer": "2",
         "controller": best["controller"],
-        "speedup (95%)": f"{best['speedup']:.2f} ({low:.2f}-{high:.2f})",
+        "speedup (95%)": f"{best['speedup']:.2f} (not judged)",
         "acceptance length": f"{best['acceptance_length']:.2f}",
         "lossless": "yes",
         "published": str(place / "runs" / "t" / "hub" / "2"),
