@@ -20,13 +20,13 @@ from pipeline.publishing import build, gate, head_folder, parity
 from pipeline.runs.files import sha256_of
 from pipeline.stages import evaluate, publish
 
-JUDGED = "evaluate.num_prompts=8"
+JUDGED = ("evaluate.num_prompts=8", "prompts.held_out=0.6", "evaluate.temperatures=[0.0]")
 """As few conversations as a speedup is judged on."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("gate"), "publish.min_speedup=0.01", JUDGED)
+    run = make_run(tmp_path_factory.mktemp("gate"), "publish.min_speedup=0.01", *JUDGED)
     plant_heads(run, 2, 3)
     evaluate.run(run)
     return run
@@ -44,7 +44,7 @@ def copy_of(run, folder: Path, *words: str):
     """The evaluated run elsewhere, with other publish keys."""
     shutil.copytree(run.path, folder / "runs" / "t")
     shutil.copytree(run.config.backbone.name_or_path, folder / "tiny-llama")
-    return make_run(folder, JUDGED, *words)
+    return make_run(folder, *JUDGED, *words)
 
 
 # ---- by results alone
@@ -145,7 +145,7 @@ def test_a_refused_head_is_not_written_unless_forced(run, tmp_path) -> None:
         with pytest.raises(GateError, match=r"exit layer 2:\n  - speedup"):
             run_stage(strict)
     assert not (strict / "hub").exists() and not (strict / "stages" / "publish.json").exists()
-    forced = make_run(tmp_path, JUDGED, "publish.min_speedup=50", "publish.exit_layer=2", "publish.force=true")
+    forced = make_run(tmp_path, *JUDGED, "publish.min_speedup=50", "publish.exit_layer=2", "publish.force=true")
     publish.run(forced)
     text = (forced / "hub" / "2" / "README.md").read_text()
     assert "did not pass the gate and was published by force" in text and "asks for more" in text
