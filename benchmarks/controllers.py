@@ -25,8 +25,9 @@ from tqdm import tqdm
 from pipeline.backbones.load import load_model, load_tokenizer
 from pipeline.config import Backbone, Prompts
 from pipeline.evaluation import simulation
+from pipeline.evaluation.intervals import interval, ratio_of_rates
 from pipeline.evaluation.measuring import in_turns
-from pipeline.evaluation.metrics import cost_table, interval, pass_seconds, ratio_of_rates
+from pipeline.evaluation.metrics import cost_table, pass_seconds
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative

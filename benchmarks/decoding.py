@@ -28,15 +28,9 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.evaluation import rivals
+from pipeline.evaluation.intervals import interval, ratio_of_rates
 from pipeline.evaluation.measuring import in_turns
-from pipeline.evaluation.metrics import (
-    conditional_rates,
-    cost_table,
-    interval,
-    pass_seconds,
-    predicted_speedup,
-    ratio_of_rates,
-)
+from pipeline.evaluation.metrics import conditional_rates, cost_table, pass_seconds, predicted_speedup
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed
 from pipeline.inference.decoding import Request, autoregressive, self_speculative

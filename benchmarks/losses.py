@@ -30,7 +30,7 @@ import torch
 from pipeline.backbones.ends import end_tokens
 from pipeline.backbones.load import load_model, load_tokenizer
 from pipeline.config import load
-from pipeline.evaluation.metrics import interval
+from pipeline.evaluation.intervals import interval
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed
 from pipeline.inference.decoding import Request, self_speculative

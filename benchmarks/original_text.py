@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.config import load
-from pipeline.evaluation.metrics import interval
+from pipeline.evaluation.intervals import interval
 from pipeline.pocket import corpus
 from pipeline.pocket.paths import PROMPTS
 from pipeline.runs.folder import RunDir

@@ -18,8 +18,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pipeline.evaluation.intervals import interval
 from pipeline.evaluation.measuring import in_turns
-from pipeline.evaluation.metrics import interval
 from pipeline.pocket.paths import BACKBONE, PROMPTS
 
 

@@ -208,7 +208,7 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
         with run.at(name):
             (stage.run_draft if name == "draft" else stage.run)(run)
     if verb == "run":
-        from .evaluation.report import closing_table
+        from .evaluation.closing import closing_table
 
         closing_table(run)
 
@@ -267,7 +267,7 @@ def config_for(verb: str, head: str, file: str | None, words: list[str]) -> Conf
 
 def list_heads(config: Config) -> None:
     """Print what the runs in run.dir give; nothing is changed."""
-    from .runs import overview
+    from .evaluation import overview
 
     if not Path(config.run.dir).is_dir():
         raise UserError(f"run.dir={config.run.dir}: no such folder; give the one that holds the run folders")

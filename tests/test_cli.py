@@ -35,7 +35,7 @@ def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     ran.clear()
     monkeypatch.setattr(cli, "_stage", small_stage)
     monkeypatch.setitem(
-        sys.modules, "pipeline.evaluation.report", SimpleNamespace(closing_table=lambda run: print("table"))
+        sys.modules, "pipeline.evaluation.closing", SimpleNamespace(closing_table=lambda run: print("table"))
     )
 
 

@@ -1,13 +1,14 @@
-"""Is the measured text the backbone's own? Greedy by token ids, sampled by a randomised probability transform.
+"""Is the measured text the backbone's own? Greedy text is compared by token ids, sampled text by a statistical test.
 
-Takes engines and the texts that evaluate decoded, gives the `lossless` part of results.json. Knows nothing of how
-long anything took, or of what drafted a text.
+Takes engines and the texts that evaluate decoded, gives the `lossless` part of results.json. The statistic of sampled
+text is the randomised probability integral transform (Brockwell, 2007), whose values are uniform if the text is
+distributed as the backbone's.
 
-T tokens of a text, V vocabulary;  p: backbone's processed distribution, q: exit head's
+T tokens of a text, C of them in a chunk, V vocabulary, D hidden;  p: backbone's processed distribution, q: exit head's
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,8 @@ from ..inference.sampling import Sampler
 CELLS = 20
 ALARM = 1e-3
 """Chance that a run of nothing but lossless texts fails the sampling test."""
+CHUNK = 32
+"""Rows of V numbers that a proof holds at once (planning/memory.py counts them)."""
 
 Ids = dict[str, list[int]]
 """Prompt id -> token ids."""
@@ -34,9 +37,9 @@ Ids = dict[str, list[int]]
 def greedy(engine: SplitBackbone, prompt_ids: Ids, generations: pd.DataFrame) -> dict[str, Any] | None:
     """Token ids of every greedy text against autoregressive decoding; None if nothing greedy was measured.
 
-    In float32 all must be equal. In bfloat16 passes of one and of several tokens round differently, so a text may
-    leave the baseline's where two tokens are nearly tied: at each first divergence the gap between the two largest
-    logits must be at most twice the largest logit difference between such passes at that prefix.
+    In float32 all must be equal. In bfloat16 passes of one and of several tokens round differently, so a text may leave
+    the baseline's where the token wanted and the token emitted are nearly tied: `explain` decides at each first
+    divergence.
     """
     rows = generations[generations.temperature == 0.0]
     if rows.empty:
@@ -45,15 +48,10 @@ def greedy(engine: SplitBackbone, prompt_ids: Ids, generations: pd.DataFrame) ->
     divergences = []
     texts = rows[rows.exit_layer != 0]
     for row in texts.itertuples():
-        want, got = expected[row.prompt, row.repeat], list(row.tokens)
-        if want == got:
-            continue
-        at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), min(len(want), len(got)))
-        gap, noise = near_tie(engine, prompt_ids[row.prompt] + want[:at])
-        divergences.append(
-            {"prompt": row.prompt, "exit_layer": row.exit_layer, "controller": row.controller,
-             "first_divergence": at, "top2_gap": gap, "logit_noise": noise, "explained": gap <= 2 * noise}
-        )  # fmt: skip
+        found = explain(engine, prompt_ids[row.prompt], expected[row.prompt, row.repeat], list(row.tokens))
+        if found is not None:
+            who = {"prompt": row.prompt, "exit_layer": int(row.exit_layer), "controller": row.controller}
+            divergences.append(who | found._asdict())
     exact = engine.dtype == torch.float32
     return {
         "prompts": int(texts.prompt.nunique()),
@@ -64,17 +62,84 @@ def greedy(engine: SplitBackbone, prompt_ids: Ids, generations: pd.DataFrame) ->
     }
 
 
-def near_tie(engine: SplitBackbone, ids: list[int]) -> tuple[float, float]:
-    """(gap between the two largest next-token logits, largest logit difference between pass widths) behind `ids`."""
-    logits = {}
-    for width in (w for w in WIDTHS if w == 1 or w < len(ids)):
+class Divergence(NamedTuple):
+    """Where two texts part for the first time."""
+
+    first_divergence: int
+    """Index of the token, 0 for the first one behind the prompt."""
+    wanted: int | None
+    """The token there; None if that text ends before it."""
+    emitted: int | None
+    logit_gap: float | None
+    """Logit of the wanted token minus that of the emitted one, in a pass of one token; None if either is missing."""
+    logit_noise: float | None
+    """By how much rounding may change that gap."""
+    explained: bool
+    """Whether rounding can be the reason: the gap is no larger than the noise."""
+
+
+def first_divergence(wanted: list[int], emitted: list[int]) -> int | None:
+    """Index of the first token that differs, also where one of the texts ends; None for equal texts."""
+    if wanted == emitted:
+        return None
+    pairs = enumerate(zip(wanted, emitted, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(wanted), len(emitted)))
+
+
+@torch.inference_mode()
+def explain(
+    engine: SplitBackbone,
+    prompt: list[int],
+    wanted: list[int],
+    emitted: list[int],
+    others: Callable[[list[int]], Sequence[Tensor]] | None = None,
+) -> Divergence | None:
+    """How the emitted text leaves the wanted one, and whether rounding can be why; None if it does not.
+
+    The two tokens at the first divergence must themselves be the tie: any other token is an error, however close the
+    two best ones are. A text that ends before the other is an error too, because texts that agree so far end together.
+
+    others: further logits [V] behind the given token ids, from code that computes them in another way.
+    """
+    at = first_divergence(wanted, emitted)
+    if at is None:
+        return None
+    if at >= len(wanted) or at >= len(emitted):
+        want_or_end, got_or_end = (int(text[at]) if at < len(text) else None for text in (wanted, emitted))
+        return Divergence(at, want_or_end, got_or_end, None, None, False)
+    want, got = int(wanted[at]), int(emitted[at])
+    ids = [*prompt, *(int(token) for token in wanted[:at])]
+    passes = [logits_V[[want, got]].float().cpu() for logits_V in by_width(engine, len(prompt), ids)]
+    passes += [logits_V[[want, got]].float().cpu() for logits_V in (others(ids) if others else ())]
+    gap, noise = tie(torch.stack(passes), engine.dtype)
+    return Divergence(at, want, got, gap, noise, gap <= noise)
+
+
+def tie(logits_P2: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """(gap, noise) of two tokens from their logits in P passes, of which the first is the reference.
+
+    noise: the largest change of each token's logit between the reference and another pass, and of both the spacing of
+    `dtype` there, as a logit lies half of it from the exact value; in sum over the two tokens.
+    """
+    reference_2 = logits_P2[0]
+    spacing_2 = torch.finfo(dtype).eps * 2.0 ** reference_2.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
+    noise_2 = torch.maximum((logits_P2 - reference_2).abs().amax(0), spacing_2 / 2)
+    return float(reference_2[0] - reference_2[1]), float(noise_2.sum())
+
+
+def by_width(engine: SplitBackbone, prompt: int, ids: list[int]) -> Iterator[Tensor]:
+    """Logits [V] of the token behind `ids`, the first of them as the baseline computes them.
+
+    The first `prompt` ids go through the model at once, as decoding does, and the rest in passes of one token; then in
+    passes of every other width that decoding has. Keys and values that other widths left differ by rounding as well, so
+    the whole text is gone through again for each.
+    """
+    for width in WIDTHS:
         cache = engine.new_cache(len(ids))
-        if len(ids) > width:
-            engine.full(ids[:-width], 0, cache)
-        logits[width] = engine.logits(engine.full(ids[-width:], len(ids) - width, cache)[-1:])[0]
-    top = logits[1].topk(2).values
-    noise = max((float((x - logits[1]).abs().max()) for x in logits.values()), default=0.0)
-    return float(top[0] - top[1]), noise
+        hidden_MD = engine.full(ids[:prompt], 0, cache)
+        for base in range(prompt, len(ids), width):
+            hidden_MD = engine.full(ids[base : base + width], base, cache)
+        yield engine.logits(hidden_MD)[-1]
 
 
 # ---- sampling
@@ -128,44 +193,63 @@ def transform(
 
     With the vocabulary in descending order of q, u = P(before y) + U P(y), P the backbone's distribution behind the
     true past and U ~ Uniform(0, 1): the randomised probability integral transform (Brockwell, 2007). The order by
-    q puts tokens that drafting favours next to each other, where a bias shows most. The first token follows the
-    prompt and is never drafted.
+    q puts tokens that drafting favours next to each other, where a bias shows most; equal q keep the vocabulary's
+    order. The first token follows the prompt and is never drafted.
     """
     if len(tokens) < 2:
         return torch.empty(0, dtype=torch.float64)
-    p_TV, q_TV = teacher_forced(engine, prompt, tokens, sampler)
-    p_TV, order = p_TV[1:].double(), torch.argsort(q_TV[1:], dim=-1, descending=True, stable=True)
-    y_T1 = torch.tensor(tokens[1:], device=p_TV.device)[:, None]
-    rank_TV = order.argsort(-1)
-    before_T = (p_TV * (rank_TV < rank_TV.gather(1, y_T1))).sum(-1)
-    uniform_T = torch.rand(len(y_T1), generator=generator, dtype=torch.float64).to(p_TV.device)
-    return (before_T + uniform_T * p_TV.gather(1, y_T1)[:, 0]).cpu()
+    uniform_T = torch.rand(len(tokens) - 1, generator=generator, dtype=torch.float64)
+    u = []
+    for start, p_CV, q_CV in teacher_forced_chunks(engine, prompt, tokens, sampler, first=1):
+        y_C1 = torch.tensor(tokens[start : start + len(p_CV)], device=p_CV.device)[:, None]
+        q_of_y_C1, p_of_y_C1 = q_CV.gather(1, y_C1), p_CV.gather(1, y_C1)
+        before_CV = q_CV > q_of_y_C1
+        before_CV |= (q_CV == q_of_y_C1) & (torch.arange(q_CV.shape[1], device=q_CV.device) < y_C1)
+        before_C = p_CV.mul_(before_CV).sum(-1, dtype=torch.float64).cpu()
+        u.append(before_C + uniform_T[start - 1 : start - 1 + len(before_C)] * p_of_y_C1[:, 0].double().cpu())
+    return torch.cat(u)
 
 
 def teacher_forced(
     engine: SplitBackbone, prompt: list[int], tokens: list[int], sampler: Sampler
 ) -> tuple[Tensor, Tensor]:
-    """Processed p and q [T, V] of each of the tokens given all before it, in one pass."""
+    """Processed p and q [T, V] of each of the tokens given all before it, for texts that are short enough to hold."""
+    chunks = list(teacher_forced_chunks(engine, prompt, tokens, sampler))
+    return torch.cat([p_CV for _, p_CV, _ in chunks]), torch.cat([q_CV for _, _, q_CV in chunks])
+
+
+def teacher_forced_chunks(
+    engine: SplitBackbone, prompt: list[int], tokens: list[int], sampler: Sampler, first: int = 0
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(index of the first token, p, q [C, V]) for the tokens from `first` on, each given all before it.
+
+    The layers run once over the whole text; only CHUNK rows of logits are held at once.
+    """
     ids = prompt + tokens[:-1]
     cache = engine.new_cache(len(ids))
     engine.shallow(ids, 0, cache)
     past = len(prompt) - 1
-    p_logits_TV = engine.logits(engine.deep(0, len(ids), cache)[past:])
-    q_logits_TV = engine.draft_logits_of_all(len(ids), cache)[past:]
-    shaped = [sampler.shape(x, prompt, tokens[:-1]).softmax(-1) for x in (p_logits_TV, q_logits_TV)]
-    return shaped[0], shaped[1]
+    hidden_TD = engine.deep(0, len(ids), cache)[past:], engine.draft_hidden_of_all(len(ids), cache)[past:]
+    for start in range(first, len(tokens), CHUNK):
+        stop = min(start + CHUNK, len(tokens))
+        p_CV, q_CV = (
+            sampler.shape(engine.logits(x_TD[start:stop]), prompt, tokens[: stop - 1]).softmax(-1) for x_TD in hidden_TD
+        )
+        yield start, p_CV, q_CV
 
 
 @torch.inference_mode()
 def check_p(engine: SplitBackbone, prompt: list[int], tokens: list[int], sampler: Sampler) -> float:
     """Largest difference of p between one teacher-forced pass and the autoregressive loop's own passes."""
-    forced_TV, _ = teacher_forced(engine, prompt, tokens, sampler)
-    cache = engine.new_cache(len(prompt) + len(tokens))
-    hidden_1D, worst = engine.full(prompt, 0, cache)[-1:], 0.0
-    for t, token in enumerate(tokens):
-        p_V = sampler.shape(engine.logits(hidden_1D), prompt, tokens[:t]).softmax(-1)[0]
-        worst = max(worst, float((p_V - forced_TV[t]).abs().max()))
-        hidden_1D = engine.full([token], len(prompt) + t, cache)
+    worst = 0.0
+    for start, p_CV, _ in teacher_forced_chunks(engine, prompt, tokens, sampler):
+        if start == 0:  # the layers have run by now: their cache may be used again
+            cache = engine.new_cache(len(prompt) + len(tokens))
+            hidden_1D = engine.full(prompt, 0, cache)[-1:]
+        for t, forced_V in enumerate(p_CV, start):
+            p_V = sampler.shape(engine.logits(hidden_1D), prompt, tokens[:t]).softmax(-1)[0]
+            worst = max(worst, float((p_V - forced_V).abs().max()))
+            hidden_1D = engine.full([tokens[t]], len(prompt) + t, cache)
     return worst
 
 

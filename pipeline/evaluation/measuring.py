@@ -1,13 +1,14 @@
-"""Every method on every prompt, taking turns: what evaluate times, as tables.
+"""Every method on every prompt, taking turns: what evaluate times, as tables, and their files.
 
 Takes engines of one backbone, encoded prompts and the evaluate section, gives one row a text and one a round. The order
-of the methods rotates from prompt to prompt, so drift of the machine hits all alike. Knows nothing of what the figures
-will be, or of files.
+of the methods rotates from prompt to prompt, so drift of the machine hits all alike.
 """
 
 import gc
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
@@ -37,9 +38,12 @@ class Method:
     temperature: float
 
 
+TABLES = ("prompts", "generations", "rounds", "rivals")
+
+
 @dataclass
-class Measured:
-    """Rows of the tables that metrics.py reads."""
+class Found:
+    """Rows of the tables while they are measured, and what the controllers learn."""
 
     texts: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
@@ -49,10 +53,56 @@ class Measured:
     states: dict[Method, dict[str, Any]] = field(default_factory=dict)
     """What it knew in the end, to start from another time."""
 
-    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-        """(generations, rounds, rivals)"""
+
+@dataclass
+class Measured:
+    """What was measured, as it lies in files: enough for every figure and proof without measuring again."""
+
+    prompts: pd.DataFrame
+    """prompt, task, ids"""
+    generations: pd.DataFrame
+    rounds: pd.DataFrame
+    rivals: pd.DataFrame
+    about: dict[str, Any]
+    """Where and with what it was measured; `controllers`: what those that learn had learned."""
+
+    @classmethod
+    def of(cls, found: Found, encoded: Encoded, about: dict[str, Any]) -> "Measured":
+        """The tables of all rows. `about` must be fit for JSON."""
         columns = ["rival", "exit_layer", "prompt", "task", "repeat", "tokens", "seconds"]  # there also if no row is
-        return pd.DataFrame(self.texts), pd.DataFrame(self.rounds), pd.DataFrame(self.rival_texts, columns=columns)
+        learned = [
+            asdict(method) | {"learned": means, "state": found.states[method]}
+            for method, means in found.learned.items()
+        ]
+        return cls(
+            pd.DataFrame([{"prompt": prompt.id, "task": prompt.task, "ids": ids} for prompt, ids in encoded]),
+            pd.DataFrame(found.texts),
+            pd.DataFrame(found.rounds),
+            pd.DataFrame(found.rival_texts, columns=columns),
+            about | {"controllers": learned},
+        )
+
+    def save(self, folder: Path) -> None:
+        """One parquet file a table, and measured.json."""
+        for name in TABLES:
+            getattr(self, name).to_parquet(folder / f"{name}.parquet")
+        (folder / "measured.json").write_text(json.dumps(self.about, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Measured | None":
+        """What `save` wrote; None if nothing lies there."""
+        if not (folder / "measured.json").exists():
+            return None
+        tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
+        for name, column in (("prompts", "ids"), ("generations", "tokens"), ("rivals", "tokens")):
+            tables[name][column] = [row.tolist() for row in tables[name][column]]  # lists again, which were arrays
+        return cls(**tables, about=json.loads((folder / "measured.json").read_text()))
+
+    def learned(self) -> dict[Method, dict[str, Any]]:
+        """Method -> `learned` and `state` of each controller that learns."""
+        rows = [dict(row) for row in self.about["controllers"]]
+        names = ("exit_layer", "controller", "temperature")
+        return {Method(*(row.pop(name) for name in names)): row for row in rows}
 
 
 def in_turns(count: int, methods: list[T], repeats: int = 1, label: str = "") -> Iterator[tuple[int, int, T]]:
@@ -117,7 +167,7 @@ def measure(
     seed: int,
     states: dict[Method, dict[str, Any]],
     drafts: dict[int, Any],
-) -> Measured:
+) -> Found:
     """All methods and rivals on all prompts; `drafts`: a draft model for each exit layer, for the rivals that take one.
 
     Raises UserError if nothing could be drafted at some temperature.
@@ -132,7 +182,7 @@ def measure(
         warm.decode(m, encoded[0][1], 0, min(32, config.max_new_tokens))
     for rival in others:  # on the longest: transformers never shrinks its static cache, and compiles anew when it grows
         rivals.decode(model, rival, longest, config.max_new_tokens, ends, drafts)
-    found = Measured()
+    found = Found()
     every: list[Method | rivals.Rival] = [*decoders.methods, *others]
     for repeat, i, method in in_turns(len(encoded), every, config.repeats, "evaluate"):
         prompt, ids = encoded[i]

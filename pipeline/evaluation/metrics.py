@@ -1,10 +1,12 @@
-"""Round logs in, every figure out, with 95 % intervals by bootstrap over prompts. Pure functions of tables.
+"""Every figure of an evaluation, computed from its tables: speedups, acceptance, costs, and the judged speedup.
 
-Takes `generations` (one row a prompt, method and repeat: tokens, seconds) and `rounds` (one row a round), gives
-the dict that becomes results.json; `beside` adds the rivals' entries. Knows nothing of models, files or pictures.
+Takes `generations` (one row a prompt, method and repeat: tokens, seconds) and `rounds` (one row a round); gives the
+entries `heads`, `rivals` and `best` of results.json. All are pure functions of tables.
 
 Speedup is tokens per second over autoregressive decoding on the same engine, dtype and prompts, interleaved;
-prefill is left out on both sides. Acceptance length counts the bonus token and is weighted per round.
+prefill is left out on both sides. Acceptance length counts the bonus token and is weighted per round. Intervals are
+bootstrapped over conversations, of each figure by itself; only `best` and `speedup_joint_ci95` allow for the choice
+among many methods (intervals.py).
 """
 
 from typing import Any
@@ -14,18 +16,10 @@ import pandas as pd
 
 from ..generation.repetition import first_loop
 from ..inference.controllers import fixed_length
+from ..prompts.prompt import conversation_of
+from .intervals import Columns, interval, joint_intervals, ratio_of_rates
 
-SCHEMA = 2
-"""Of results.json."""
 BASELINE = "autoregressive"
-RESAMPLES = 2000
-
-
-def interval(value, *columns: np.ndarray, seed: int = 0) -> tuple[float, list[float]]:
-    """value(sums of the columns over prompts) and its 95 % bootstrap interval. Columns are [P], one entry a prompt."""
-    picks = np.random.default_rng(seed).integers(len(columns[0]), size=(RESAMPLES, len(columns[0])))
-    low, high = np.percentile(value(*(c[picks].sum(1) for c in columns)), [2.5, 97.5])
-    return float(value(*(c.sum() for c in columns))), [float(low), float(high)]
 
 
 def summarise(generations: pd.DataFrame, rounds: pd.DataFrame) -> list[dict[str, Any]]:
@@ -39,22 +33,38 @@ def summarise(generations: pd.DataFrame, rounds: pd.DataFrame) -> list[dict[str,
     entries = []
     for temperature, at_t in generations.groupby("temperature"):
         base = at_t[at_t.controller == BASELINE]
-        for exit_layer, heads in at_t[at_t.controller != BASELINE].groupby("exit_layer"):
+        drafting = at_t[at_t.controller != BASELINE]
+        joint = _joint(base, drafting)
+        for exit_layer, heads in drafting.groupby("exit_layer"):
             mine = rounds[(rounds.temperature == temperature) & (rounds.exit_layer == exit_layer)]
             costs = cost_table(mine, pass_seconds(base.seconds, base["length"]))
+            controllers = {
+                name: _controller(name, base, rows, mine[mine.controller == name])
+                | {"speedup_joint_ci95": joint[exit_layer, name]}
+                for name, rows in heads.groupby("controller", sort=False)
+            }
             entries.append(
                 {
                     "exit_layer": int(exit_layer),
                     "temperature": float(temperature),
+                    "compared": {
+                        "methods": len(joint),
+                        "conversations": base.prompt.map(conversation_of).nunique(),
+                        "prompts": base.prompt.nunique(),
+                    },
                     "baseline": _baseline(base),
                     "costs": costs,
-                    "controllers": {
-                        name: _controller(name, base, rows, mine[mine.controller == name])
-                        for name, rows in heads.groupby("controller", sort=False)
-                    },
+                    "controllers": controllers,
                 }
             )
     return entries
+
+
+def _joint(base: pd.DataFrame, drafting: pd.DataFrame) -> dict[tuple[int, str], list[float] | None]:
+    """(exit layer, controller) -> interval of its speedup that holds together with those of all others."""
+    groups = drafting.groupby(["exit_layer", "controller"], sort=False)
+    found = joint_intervals([_columns(base, rows) for _, rows in groups])
+    return {key: None if found is None else found[i] for i, (key, _) in enumerate(groups)}
 
 
 def beside(rivals: pd.DataFrame, generations: pd.DataFrame) -> list[dict[str, Any]]:
@@ -164,17 +174,21 @@ def pass_seconds(seconds, lengths) -> float:
     return float(sum(seconds) / max(1, sum(lengths) - len(lengths)))
 
 
-def ratio_of_rates(n, s, m, t):
-    """n tokens in s seconds over m tokens in t seconds: what `interval` takes for a speedup."""
-    return (n / s) / (m / t)
+def _per_conversation(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Sums over all turns and repeats of each conversation."""
+    return rows.groupby(rows.prompt.map(conversation_of))[list(columns)].sum()
+
+
+def _columns(base: pd.DataFrame, rows: pd.DataFrame, count: str = "length", time: str = "seconds") -> Columns:
+    """Tokens and seconds of the texts `rows`, and of the baseline's texts of the same conversations."""
+    ours = _per_conversation(rows, count, time)
+    theirs = _per_conversation(base, count, time).loc[ours.index]
+    return ours[count].to_numpy(), ours[time].to_numpy(), theirs[count].to_numpy(), theirs[time].to_numpy()
 
 
 def _speedup(base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
-    """Of the texts `rows` over the baseline's texts of the same prompts."""
-    ours = rows.groupby("prompt")[["length", "seconds"]].sum()
-    theirs = base.groupby("prompt")[["length", "seconds"]].sum().loc[ours.index]
-    columns = [x.to_numpy() for x in (ours["length"], ours.seconds, theirs["length"], theirs.seconds)]
-    speedup, ci = interval(ratio_of_rates, *columns)
+    """Of the texts `rows` over the baseline's texts of the same conversations."""
+    speedup, ci = interval(ratio_of_rates, *_columns(base, rows))
     return {"speedup": speedup, "speedup_ci95": ci}
 
 
@@ -182,23 +196,31 @@ def acceptance(rounds: pd.DataFrame) -> dict[str, Any]:
     """Acceptance length and its interval; None where every text ended with its first token, before any round."""
     if rounds.empty:
         return {"acceptance_length": None, "acceptance_length_ci95": None}
-    of = rounds.groupby("prompt").accepted.agg(["sum", "count"])
-    length, ci = interval(lambda accepted, count: 1 + accepted / count, of["sum"].to_numpy(), of["count"].to_numpy())
+    of = _per_conversation(rounds.assign(count=1), "accepted", "count")
+    length, ci = interval(lambda accepted, count: 1 + accepted / count, of.accepted.to_numpy(), of["count"].to_numpy())
     return {"acceptance_length": length, "acceptance_length_ci95": ci}
 
 
 def best(entries: list[dict[str, Any]], temperature: float) -> dict[str, Any]:
-    """The fastest controller of all heads at this temperature, with the figures that are quoted of it."""
+    """The judged figure: the fastest of the entries' methods at this temperature, and how sure its speedup is.
+
+    speedup_ci95 holds for all methods that were compared at this temperature at once (`methods` of them, also those of
+    heads that are not among `entries`), so it allows for the choice; None if there were too few conversations to judge.
+    """
     _, entry, name = max(
         ((figures["speedup"], entry, name) for entry in entries if entry["temperature"] == temperature
          for name, figures in entry["controllers"].items()), key=lambda found: found[0]
     )  # fmt: skip
-    quoted = ("speedup", "speedup_ci95", "acceptance_length", "acceptance_length_ci95")
+    figures = entry["controllers"][name]
     return {
         "exit_layer": entry["exit_layer"],
         "controller": name,
         "temperature": temperature,
-        **{key: entry["controllers"][name][key] for key in quoted},
+        "speedup": figures["speedup"],
+        "speedup_ci95": figures["speedup_joint_ci95"],
+        "acceptance_length": figures["acceptance_length"],
+        "acceptance_length_ci95": figures["acceptance_length_ci95"],
+        **entry["compared"],
     }
 
 
@@ -207,8 +229,8 @@ def _seconds_per_token(rows: pd.DataFrame) -> float:
 
 
 def _baseline(base: pd.DataFrame) -> dict[str, Any]:
-    per_prompt = base.groupby("prompt")[["length", "seconds"]].sum()
-    rate, ci = interval(lambda n, s: n / s, per_prompt["length"].to_numpy(), per_prompt.seconds.to_numpy())
+    sums = _per_conversation(base, "length", "seconds")
+    rate, ci = interval(lambda n, s: n / s, sums["length"].to_numpy(), sums.seconds.to_numpy())
     looped = float((base["length"] - base.loop).sum() / base["length"].sum())
     return {
         "tokens_per_second": rate,
@@ -271,25 +293,17 @@ def _before_loop(base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.DataFrame) -
             * row.loop
             / max(row.loop, int(reached.iloc[min(inside, len(group) - 1)]))
         )
-    seconds = pd.Series(spent).groupby(level=0).sum()
-    loops = rows.groupby("prompt").loop.sum()
-    theirs = base.assign(before=base.seconds * base.loop / base["length"]).groupby("prompt")[["loop", "before"]].sum()
-    index = loops.index
-    columns = [
-        loops.to_numpy(),
-        seconds.loc[index].to_numpy(),
-        theirs.loop.loc[index].to_numpy(),
-        theirs.before.loc[index].to_numpy(),
-    ]
-    return interval(ratio_of_rates, *columns)
+    ours = rows.assign(before=[spent[row.prompt, row.repeat] for row in rows.itertuples()])
+    theirs = base.assign(before=base.seconds * base.loop / base["length"])
+    return interval(ratio_of_rates, *_columns(theirs, ours, "loop", "before"))
 
 
 def _cross_predicted(k: int, base: pd.DataFrame, rounds: pd.DataFrame) -> float | None:
-    """Costs and rates of one half of the prompts predict the other half; the mean of both ways."""
-    prompts = sorted(rounds.prompt.unique())
+    """Costs and rates of one half of the conversations predict the other half; the mean of both ways."""
+    conversations = sorted(set(rounds.prompt.map(conversation_of)))
     values = []
-    for half in (prompts[::2], prompts[1::2]):
-        seen, unit = rounds[rounds.prompt.isin(half)], base[base.prompt.isin(half)]
+    for half in (conversations[::2], conversations[1::2]):
+        seen, unit = (rows[rows.prompt.map(conversation_of).isin(half)] for rows in (rounds, base))
         full = seen[seen.drafted == k]  # none where the texts are shorter than K drafts
         if full.empty or unit.empty:
             return None

@@ -1,4 +1,4 @@
-"""Blocks of a report as Markdown and as one self-contained HTML page.
+"""Blocks of a report as Markdown and as one self-contained HTML page; Markdown tables for plans and cards too.
 
 Takes blocks (kind, content) and the folder of their pictures, gives text.
 """
@@ -6,6 +6,7 @@ Takes blocks (kind, content) and the folder of their pictures, gives text.
 import base64
 import html
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,7 @@ def markdown(page: list[Block]) -> str:
     lines = []
     for kind, content in page:
         if kind == "table":
-            header, *body = content
-            lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-            lines += ["| " + " | ".join(row) + " |" for row in body] + [""]
+            lines += [*markdown_table(*content), ""]
         elif kind == "image":
             lines += [f"![{content[1]}]({content[0]})", ""]
         elif kind == "words":
@@ -32,6 +31,20 @@ def markdown(page: list[Block]) -> str:
         else:
             lines += [MARKS[kind] + content, ""]
     return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], *rows: Sequence[str], left: Sequence[bool] | None = None) -> list[str]:
+    """The lines of a table. With `left`, its columns are padded to be read as text: True to the left, else right."""
+    if left is None:
+        return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rules = ["-" * (w + 1) + ("-" if to_left else ":") for w, to_left in zip(widths, left, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    return [line(header), f"|{'|'.join(rules)}|", *map(line, rows)]
 
 
 STYLE = """

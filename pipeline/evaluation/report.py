@@ -1,22 +1,17 @@
-"""Results in, words and tables out: report.md, the self-contained index.html, and the table that ends a run.
+"""The report of an evaluation: report.md and the self-contained index.html, from the verdict to the details.
 
-Takes the dict of results.json, gives report/ with the pictures of plots.py. Knows nothing of how anything was
-measured, and measures nothing itself.
+Takes the dict of results.json, gives report/ with the pictures of plots.py.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from ..runs import overview
 from ..runs.files import atomic_path
-from ..runs.folder import RunDir
 from . import plots
 from .losslessness import ALARM
+from .metrics import best as fastest
 from .rendering import Block, html_page, markdown
+from .results import basis, headline, is_lossless
 
 COLUMNS = [
     "exit layer",
@@ -83,7 +78,11 @@ def blocks(results: dict[str, Any]) -> list[Block]:
         ("p", _why(results)),
         *_elsewhere(results),
         ("p", f"Lossless: {lossless_line(results)}."),
-        *_images(results, "speedup", "speedup and 95 % interval; right of the dashed line drafting pays"),
+        *_images(
+            results,
+            "speedup",
+            "speedup and 95 % interval of each method by itself; right of the dashed line drafting pays",
+        ),
         *_images(results, "time", "where the time of a token goes; left of the dashed line drafting pays"),
         (
             "p",
@@ -114,24 +113,21 @@ def _images(results: dict[str, Any], kind: str, caption: str) -> list[Block]:
     return [("image", (file, f"Temperature {t:g}: {caption}.")) for t, file in names]
 
 
-def is_lossless(results: dict[str, Any]) -> bool:
-    """Every proof that was made passed."""
-    return all(proof["passed"] for proof in results["lossless"].values() if proof is not None)
-
-
 def verdict(results: dict[str, Any]) -> Block:
     """The first thing read: is it lossless, and does it surely pay? In words, for colours are not seen by all."""
     best = results["best"]
-    low, high = best["speedup_ci95"]
     figures = (
-        f"speedup {best['speedup']:.2f} (95 % interval {low:.2f}-{high:.2f}) at temperature {best['temperature']:g}, "
-        f"with exit layer {best['exit_layer']} and controller {best['controller']}."
+        f"{headline(best)} at temperature {best['temperature']:g}, with exit layer {best['exit_layer']} and controller "
+        f"{best['controller']}; {basis(best)}."
     )
     if not is_lossless(results):
         return (
             "bad",
             f"NOT lossless: the texts are not the backbone's own, so the speedup counts for nothing: {figures}",
         )
+    if best["speedup_ci95"] is None:
+        return "unsure", f"Lossless, but there were too few conversations to say whether drafting pays: {figures}"
+    low, high = best["speedup_ci95"]
     if low > 1:
         return "good", f"Lossless, and drafting pays: {figures}"
     if high < 1:
@@ -140,13 +136,12 @@ def verdict(results: dict[str, Any]) -> Block:
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """The verdict as figures."""
-    names = ("speedup", "acceptance_length", "exit_layer", "controller", "temperature")
-    low, high = results["best"]["speedup_ci95"]
+    """The verdict as figures; without an interval if too few conversations were measured."""
+    names = ("speedup", "acceptance_length", "exit_layer", "controller", "temperature", "methods", "conversations")
+    ends = dict(zip(("low", "high"), results["best"]["speedup_ci95"] or (), strict=False))
     return {
         **{f"evaluate/{name}": results["best"][name] for name in names},
-        "evaluate/speedup_ci95_low": low,
-        "evaluate/speedup_ci95_high": high,
+        **{f"evaluate/speedup_ci95_{end}": value for end, value in ends.items()},
         "evaluate/lossless": is_lossless(results),
     }
 
@@ -168,15 +163,13 @@ def _why(results: dict[str, Any]) -> str:
 
 
 def _elsewhere(results: dict[str, Any]) -> list[Block]:
-    """The best of each other temperature."""
+    """The fastest method at each other temperature, judged among all of that temperature."""
     page: list[Block] = []
     for t in plots.temperatures(results):
         if t != results["best"]["temperature"]:
-            every = [(c["speedup"], h["exit_layer"], name, c["speedup_ci95"]) for h in results["heads"]
-                     if h["temperature"] == t for name, c in h["controllers"].items()]  # fmt: skip
-            speedup, n, name, (low, high) = max(every)
-            page.append(("p", f"At temperature {t:g} the best is exit layer {n} with {name}: speedup {speedup:.2f} "
-                              f"(95 % interval {low:.2f}-{high:.2f})."))  # fmt: skip
+            best = fastest(results["heads"], t)
+            page.append(("p", f"At temperature {t:g} the best is exit layer {best['exit_layer']} with "
+                              f"{best['controller']}: {headline(best)}, {basis(best)}."))  # fmt: skip
     return page
 
 
@@ -186,7 +179,12 @@ def _words(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("exit layer", f"N: the exit head drafts from the hidden state after the first N of {n} layers (shallow)"),
         ("controller", "decides after each draft whether another is worth its cost; fixed:K always drafts K"),
         ("speedup", "tokens per second over autoregressive decoding on the same engine, interleaved with it"),
-        ("95 % interval", "of the speedup, by bootstrap over prompts; drafting pays if it lies above 1"),
+        (
+            "95 % interval",
+            "by bootstrap over conversations. In tables and pictures it is of each method by itself: right for a "
+            "method named beforehand, too hopeful for the fastest of many. The interval of the best, at the top, holds "
+            "for all methods at once; drafting pays if it lies above 1",
+        ),
         ("before loops", f"speedup up to a text's first repeated {loop}-gram: repetitions are easy to draft"),
         ("acceptance length", "tokens that a round yields, bonus token included"),
         ("draft acceptance rate", "accepted over drafted"),
@@ -250,8 +248,8 @@ def _rivals(results: dict[str, Any]) -> list[Block]:
         low, high = figures["speedup_ci95"]
         return f"{figures['speedup']:.2f} ({low:.2f}-{high:.2f})"
 
-    fastest = f"{best['controller']} at exit layer {best['exit_layer']}"
-    table = [["rival", "exit layer", "tokens/s", "over autoregressive", "over generate", f"{fastest} over it",
+    ours = f"{best['controller']} at exit layer {best['exit_layer']}"
+    table = [["rival", "exit layer", "tokens/s", "over autoregressive", "over generate", f"{ours} over it",
               "texts that differ"]]  # fmt: skip
     for r in results["rivals"]:
         ratios = [ratio(r["over_autoregressive"]), ratio(r["over_generate"]), ratio(r["best"])]
@@ -260,7 +258,8 @@ def _rivals(results: dict[str, Any]) -> list[Block]:
     text = (
         "What transformers itself offers, greedy, interleaved with the above on the same weights and prompts; unlike "
         "above, every time here includes prefill, which generate cannot leave out: over autoregressive decoding on the "
-        f"engine of the exit heads, over transformers' own loop (generate), and {fastest}, the fastest here, over each."
+        f"engine of the exit heads, over transformers' own loop (generate), and {ours}, the fastest here, over each. "
+        "It was chosen on the same prompts, which these intervals do not allow for."
     )
     return [("h2", "Beside transformers"), ("p", text), ("table", table)]
 
@@ -301,7 +300,7 @@ def _predicted(entries: list[dict[str, Any]]) -> list[Block]:
                 table.append([str(entry["exit_layer"]), name, *measured])
     if len(table) == 1:
         return []
-    text = "Conditional rates and costs of one half of the prompts predict the speedup on the other half."
+    text = "Conditional rates and costs of one half of the conversations predict the speedup on the other half."
     return [("h3", "Predicted against measured speedup"), ("p", text), ("table", table)]
 
 
@@ -310,10 +309,10 @@ def _losslessness(results: dict[str, Any]) -> list[Block]:
     greedy, sampling = results["lossless"]["greedy"], results["lossless"]["sampling"]
     page: list[Block] = [("h2", "Losslessness")]
     if greedy is not None and greedy["divergences"]:
-        table = [["prompt", "exit layer", "controller", "first difference", "top-2 gap", "logit noise", "near tie"]]
+        table = [["prompt", "exit layer", "controller", "first difference", "logit gap", "logit noise", "near tie"]]
         for d in greedy["divergences"]:
             table.append([d["prompt"], str(d["exit_layer"]), d["controller"], str(d["first_divergence"]),
-                          f"{d['top2_gap']:.3g}", f"{d['logit_noise']:.3g}",
+                          *("-" if d[key] is None else f"{d[key]:.3g}" for key in ("logit_gap", "logit_noise")),
                           "yes" if d["explained"] else "NO"])  # fmt: skip
         page += [("h3", "Greedy texts that differ from autoregressive decoding"), ("table", table)]
     if sampling is not None:
@@ -377,37 +376,3 @@ def write(results: dict[str, Any], folder: Path) -> None:
             plots.draw(file, results, temporary / file)
         (temporary / "report.md").write_text(markdown(page))
         (temporary / "index.html").write_text(html_page(page, temporary))
-
-
-def closing_table(run: RunDir) -> None:
-    """What a run ends with: the results, where everything lies, and the line that uses the head."""
-    results = json.loads((run / "eval" / "results.json").read_text())
-    console = Console()
-    for t in plots.temperatures(results):
-        table = Table(title=f"temperature {t:g}", title_justify="left", box=None, padding=(0, 1, 0, 0))
-        for i, name in enumerate(COLUMNS):  # headings broken at spaces: the table must fit 80 columns
-            table.add_column(name.replace(" ", "\n"), justify="left" if i == 1 else "right", no_wrap=True)
-        for entry in (h for h in results["heads"] if h["temperature"] == t):
-            for row in rows(entry):
-                best = results["best"]
-                chosen = (entry["exit_layer"], row[1], t) == (
-                    best["exit_layer"],
-                    best["controller"],
-                    best["temperature"],
-                )
-                table.add_row(*row, style="bold green" if chosen else None)
-        console.print(table)
-    console.print(f"lossless = {lossless_line(results)}")
-    best = results["best"]
-    low, high = best["speedup_ci95"]
-    console.print(
-        f"best: exit layer {best['exit_layer']}, controller {best['controller']}: speedup {best['speedup']:.2f} "
-        f"(95 % interval {low:.2f}-{high:.2f}), acceptance length {best['acceptance_length']:.2f}"
-    )
-    folder = run / next(r["folder"] for r in reversed(run.records()) if r["stage"] == "publish")
-    pushed = overview.pushed(run.path, folder)
-    hub = pushed["repo_id"] if pushed else folder
-    console.print(f"run folder: {run.path}   report: {run / 'report' / 'index.html'}   published: {hub}")
-    console.print(
-        "use it:", f'model.generate(**inputs, custom_generate="{hub}", trust_remote_code=True)', soft_wrap=True
-    )

@@ -1,7 +1,7 @@
 """What transformers itself offers for the same greedy text: its plain loops and its ways of drafting, by name.
 
 Takes a transformers model, token ids, when to stop, and draft models, gives the new tokens and the seconds they took,
-prefill included: `generate` cannot be split. Knows nothing of exit heads, of the engine, or of what is measured beside.
+prefill included: `generate` cannot be split.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
+
+from ..errors import UserError
 
 LOOKUP_TOKENS = 10
 """Drafted per round by prompt lookup: the default of transformers' own generator. Its guides only show examples."""
@@ -43,10 +45,10 @@ class Rival:
 
 
 def rivals_of(names: list[str], exit_layers: list[int]) -> list[Rival]:
-    """The rivals of these names, those that exit once for every exit layer. Raises ValueError for an unknown name."""
+    """The rivals of these names, those that exit once for every exit layer. Raises UserError for an unknown name."""
     if unknown := [name for name in names if not NAME.fullmatch(name)]:
         known = "generate, generate:static, early_exit, assistant_model:K, prompt_lookup"
-        raise ValueError(f"{unknown[0]!r} is not one of {known}")
+        raise UserError(f"evaluate.rivals={names}: {unknown[0]!r} is not one of {known}; [] for none")
     return [Rival(name, n) for name in names for n in (exit_layers if _exits(name) else [0])]
 
 

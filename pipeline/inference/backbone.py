@@ -224,12 +224,12 @@ class SplitBackbone:
         attended = attend(rotate(q_1HC, last), keys, values, None, shape.kv_heads)
         return mlp(last.linear(attended, w.out_weight, w.out_bias, hidden_MD[-1:]), w, shape, last.linear)
 
-    def draft_logits_of_all(self, end: int, cache: KVCache) -> Tensor:
-        """The exit head's logits [end, V] behind each of the positions 0..end-1 at once, for analysis."""
+    def draft_hidden_of_all(self, end: int, cache: KVCache) -> Tensor:
+        """The exit head's hidden states [end, D] behind each of the positions 0..end-1 at once, for analysis."""
         slot = self.num_layers
         hidden_MD = self._run(cache.hidden_TD[:end], slot, slot + 1, 0, cache)
         cache.head_length = end
-        return self.logits(hidden_MD)
+        return hidden_MD
 
     # ---- the passes
 

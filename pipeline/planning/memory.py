@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ..config import Config
+from ..evaluation.losslessness import CHUNK
 from .architecture import Architecture, share
 from .hardware import MARGIN, Gpu, Layout
 
@@ -158,16 +159,25 @@ def generate(a: Architecture, config: Config) -> list[Row]:
 
 
 def evaluate(a: Architecture, config: Config) -> list[Row]:
-    """Of all GPUs that hold one copy together: every head is there, one text is decoded at a time."""
+    """Of all GPUs that hold one copy together: every head is there, one text is decoded at a time, and the proofs take
+    a whole text through the layers at once and CHUNK of its rows to distributions."""
     new, heads, w = config.evaluate.max_new_tokens, len(config.distill.exit_layers), weight_bytes(config)
-    prompt = prompt_tokens(config)
+    prompt, rows, each = prompt_tokens(config), min(CHUNK, new), proof_bytes(config)
     return [
         _weights(a, w),
         Row("exit heads", heads * a.layer * w, f"{heads} x {giga(a.layer)} x {w} B"),
         _cache(a, 1, prompt + new, w, extra_layers=1),
-        Row("distributions, to prove losslessness", 4 * new * a.vocabulary * 4, f"4 x {new} x {a.vocabulary} x 4 B"),
-        _prefill(a, prompt, w),
+        Row("distributions, to prove losslessness", rows * a.vocabulary * each, f"{rows} x {a.vocabulary} x {each} B"),
+        _prefill(a, prompt + new, w),
     ]
+
+
+def proof_bytes(config: Config) -> int:
+    """Of one entry of a chunk in the proof of sampled text: p and q of the chunk before and a mask of it, p of this
+    one, q as logits and as shaped, and a mask; top_p also sorts them. Greedy text needs no distributions."""
+    if not any(t > 0 for t in config.evaluate.temperatures):
+        return 0
+    return 41 if config.evaluate.top_p < 1 else 22
 
 
 def prompt_tokens(config: Config) -> int:

@@ -1,7 +1,6 @@
 """Plans as tables of words: one plan in full, or a row for each of several.
 
 Takes Plans, gives titles, headings and rows of strings; on a terminal rich draws them, elsewhere they are Markdown.
-Knows no formula.
 """
 
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from ..config import to_dict
+from ..evaluation.rendering import markdown_table
 from . import gain, memory
 from .estimate import Plan
 from .gain import DRAFTS, TARGETS, Prediction
@@ -170,13 +170,6 @@ def show(tables: Sequence[Table], console: Console | None = None) -> None:
 
 def markdown(table: Table) -> str:
     """A Markdown table with its columns aligned, to be read as it is too."""
-    widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
     left = [i == 0 or name == "of what" for i, name in enumerate(table.header)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(cells, widths, left, strict=True))
-        return "| " + " | ".join(padded) + " |"
-
-    rules = ("-" * (w + 1) + ("-" if to_left else ":") for w, to_left in zip(widths, left, strict=True))
     title = [table.title, ""] if table.title else []
-    return "\n".join([*title, line(table.header), "|" + "|".join(rules) + "|", *map(line, table.rows), ""])
+    return "\n".join([*title, *markdown_table(table.header, *table.rows, left=left), ""])

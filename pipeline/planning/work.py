@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from ..config import Config
+from ..evaluation.rivals import rivals_of
 from .architecture import Architecture
 from .hardware import BANDWIDTH_SHARE, Gpu, Layout
 from .memory import giga, prompt_tokens, sequences_of_pass, weight_bytes
@@ -169,12 +170,13 @@ def generate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | No
 
 
 def evaluate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:
-    """As if nothing were faster than autoregressive decoding; rivals count like controllers."""
+    """As if nothing were faster than autoregressive decoding; rivals, some of them once a head, count like
+    controllers."""
     e, heads = config.evaluate, len(config.distill.exit_layers)
     if not e.num_prompts:
         return None
     texts = len(e.temperatures) * (1 + heads * len(e.controllers))
-    texts += sum(heads if name == "early_exit" else 1 for name in e.rivals) * (0 in e.temperatures)
+    texts += len(rivals_of(e.rivals, config.distill.exit_layers)) * (0 in e.temperatures)
     texts *= e.num_prompts * e.repeats
     one = token_seconds(a, config, gpu, 1, prompt_tokens(config) + e.max_new_tokens / 2)
     how = f"{texts} texts x {e.max_new_tokens} tokens x {one * 1000:.3g} ms"

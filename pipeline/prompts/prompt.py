@@ -55,6 +55,11 @@ def prompt_id(turns: tuple[str, ...], system: str = "") -> str:
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
+def conversation_of(prompt: str) -> str:
+    """The id of the first turn, which all turns of a conversation share: ids of later turns end in `.2`, `.3` ..."""
+    return prompt.partition(".")[0]
+
+
 def joined(turns: tuple[str, ...]) -> str:
     """One text for all turns; of a single turn, itself."""
     return "\0".join(turns)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..config import Prompts
 from .ids import Encoded, encode, fitting
-from .prompt import Prompt
+from .prompt import Prompt, conversation_of
 
 
 def every_turn(
@@ -41,14 +41,10 @@ def every_turn(
                     bar.update()
             turns = fitting(later, tokenizer, settings, context, max_new_tokens, stage="evaluate", limit=limit)
             found += turns
-    return sorted(found, key=lambda entry: order[_first_id(entry[0])])  # stable: turns stay in their order
+    return sorted(found, key=lambda entry: order[conversation_of(entry[0].id)])  # stable: turns stay in their order
 
 
 def next_turn(prompt: Prompt, answer: str) -> Prompt:
     """The prompt with its turn answered: the turn after it is the one to be answered now."""
     answers = (*prompt.answers, answer.strip())  # as Spec-Bench does: the white space around it is the template's own
-    return replace(prompt, id=f"{_first_id(prompt)}.{len(answers) + 1}", answers=answers)
-
-
-def _first_id(prompt: Prompt) -> str:
-    return prompt.id.partition(".")[0]
+    return replace(prompt, id=f"{conversation_of(prompt.id)}.{len(answers) + 1}", answers=answers)

@@ -1,7 +1,6 @@
 """From results to a published folder: gate, files, parity, card; whole under its name, or not there.
 
-Takes a run folder that was evaluated and the form asked for, gives hub/<N>/ (head) or hub/<N>-draft/ (draft). Knows
-nothing of how anything was measured, or of how a folder gets to the Hub.
+Takes a run folder that was evaluated and the form asked for, gives hub/<N>/ (head) or hub/<N>-draft/ (draft).
 """
 
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import UserError
+from ..evaluation import results as evaluated
 from ..inference.exit_head import ExitHead
 from ..runs.anonymous import anonymous
 from ..runs.files import atomic_path, sha256_of
@@ -28,7 +28,7 @@ def write(run: RunDir, form: Form) -> Path:
     """
     stage, settings, inputs = STAGES[form], run.config.publish, [run / "eval", run / "heads"]
     done = not run.plan(stage, inputs)
-    results = gate.results_of_one(gate.read(run / "eval" / "results.json"), settings.exit_layer)
+    results = gate.results_of_one(evaluated.read(run / "eval" / "results.json"), settings.exit_layer)
     n, k = results["best"]["exit_layer"], gate.best_fixed(results)
     target = run / "hub" / f"{n}{SUFFIXES[form]}"
     if done:

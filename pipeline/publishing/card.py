@@ -1,7 +1,7 @@
 """The model card of a published head, from results and pedigree alone; its parts make the draft model's card too.
 
 Takes a run and the results of its head, gives README.md with the Hub's front matter, and the pictures it shows; names
-no folder, host, user or token. Knows nothing of how anything was measured.
+no folder, host, user or token.
 """
 
 from pathlib import Path
@@ -11,7 +11,8 @@ import yaml
 
 from ..backbones.load import public_name
 from ..evaluation import plots, report
-from ..evaluation.rendering import markdown
+from ..evaluation import results as evaluated
+from ..evaluation.rendering import markdown_table
 from ..runs.folder import RunDir
 from . import gate, pedigree
 
@@ -112,16 +113,15 @@ def first(n: int) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [*markdown([("table", [header, *rows])]).splitlines(), ""]
+    return [*markdown_table(header, *rows), ""]
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
     """How much faster, and whether it may be trusted."""
     best = results["best"]
-    low, high = best["speedup_ci95"]
     lines = [
-        f"**Speedup {best['speedup']:.2f}** (95 % interval {low:.2f}-{high:.2f}) at temperature "
-        f"{best['temperature']:g} with `{best['controller']}`, acceptance length {length(best)}. Lossless: "
+        f"**Speedup {best['speedup']:.2f}** ({evaluated.span(best)}) at temperature {best['temperature']:g} with "
+        f"`{best['controller']}`, {evaluated.basis(best)}. Acceptance length {length(best)}. Lossless: "
         f"{report.lossless_line(results)}.",
         "",
     ]
@@ -173,7 +173,8 @@ def how_measured(run: RunDir, results: dict[str, Any]) -> list[str]:
         f"{prompts['count']} held-out prompts of {prompts['source']['name']}, {prompts['max_new_tokens']} new "
         f"tokens, batch 1, {results['dtype']}, {_hardware(run, results)}. Speedup is tokens per second over "
         "autoregressive decoding on the same engine, dtype and prompts, interleaved, prefill left out on both "
-        "sides; intervals by bootstrap over prompts. Acceptance length counts the bonus token; before loops: up to a "
+        "sides; intervals by bootstrap over conversations. In the tables each is of the method by itself; the one at "
+        "the top allows for the choice of the fastest. Acceptance length counts the bonus token; before loops: up to a "
         f"text's first repeated {results['loop_ngram']}-gram. Again: `exit-heads run --config training_config.yaml`.",
         "",
     ]

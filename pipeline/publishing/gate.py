@@ -1,43 +1,27 @@
 """Which head may be published, and why not: the lines of the gate that need nothing but results.
 
-Takes results.json, gives those of one head, and reasons to refuse it. What needs a published folder is in parity.py.
-Knows nothing of how anything was measured.
+Takes the dict of results.json, gives the results of one head and the reasons to refuse it. The lines that need a
+published folder are in parity.py.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 from ..errors import GateError, UserError
 from ..evaluation import metrics
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The results of an evaluation. Raises UserError where the file holds none."""
-    try:
-        results = json.loads(path.read_text())
-        found = bool(results["heads"])
-    except (OSError, ValueError, KeyError, TypeError):
-        found = False
-    if not found:
-        raise UserError(f"{path}: holds no results of an exit head; evaluate anew, with --redo evaluate")
-    return results
+from ..evaluation.results import ANEW, too_few
 
 
 def results_of_one(results: dict[str, Any], exit_layer: int | None) -> dict[str, Any]:
     """The results with one head in them: that of `exit_layer`, or the best.
 
-    Raises UserError for results of another schema or without greedy texts, or an exit layer that was not evaluated.
+    Its `best` is the fastest method of that head, with the interval that holds for the methods of all heads.
+
+    Raises UserError for results without greedy texts, or an exit layer that was not evaluated.
     """
-    if results["schema"] != metrics.SCHEMA:
-        raise UserError(
-            f"eval/results.json is of schema {results['schema']}, this version knows schema {metrics.SCHEMA}: "
-            "evaluate anew, with --redo evaluate"
-        )
     if results["lossless"]["greedy"] is None:  # sampled texts differ from one decoding to the next: none to compare
         raise UserError(
             "evaluate.temperatures: nothing greedy was evaluated, so nothing says that this head is lossless; "
-            "add 0 and evaluate anew, with --redo evaluate"
+            f"add 0 and {ANEW}"
         )
     measured = sorted({entry["exit_layer"] for entry in results["heads"]})
     if exit_layer is not None and exit_layer not in measured:
@@ -64,11 +48,16 @@ def failures(results: dict[str, Any], min_speedup: float, head_sha256: str) -> l
         )
     if sampling is not None and not sampling["passed"]:
         failed.append(f"lossless: sampled tokens are not distributed as the backbone's, p = {sampling['p_value']:.2g}")
-    low = best["speedup_ci95"][0]
-    if low <= min_speedup:
+    if best["speedup_ci95"] is None:
+        if min_speedup > 0:  # any speedup is more than 0, so that asks for none
+            failed.append(
+                f"speedup: {too_few(best)} to judge it; give more of them (evaluate.num_prompts, or another "
+                f"evaluate.prompts) and {ANEW}"
+            )
+    elif (low := best["speedup_ci95"][0]) <= min_speedup:
         failed.append(
-            f"speedup: the 95 % interval of {best['controller']} begins at {low:.3f}, "
-            f"publish.min_speedup={min_speedup} asks for more"
+            f"speedup: the 95 % interval of {best['controller']}, which holds for all {best['methods']} methods that "
+            f"were compared, begins at {low:.3f}, publish.min_speedup={min_speedup} asks for more"
         )
     if best_fixed(results) is None:
         failed.append("parity: no fixed:K was evaluated to compare with; add fixed:2 to evaluate.controllers")

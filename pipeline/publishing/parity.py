@@ -1,7 +1,7 @@
 """Does the published folder do what was evaluated? The gate's lines that need the folder and a process of its own.
 
 Takes the tables of evaluate and a folder, decodes a few of the same prompts through it in a fresh process, gives what
-was found and reasons to refuse. Knows nothing of how the folder was made.
+was found and the reasons to refuse it.
 """
 
 import gc
@@ -23,7 +23,7 @@ from ..backbones.source import source_of
 from ..config import Config
 from ..errors import UserError
 from ..evaluation import losslessness
-from ..evaluation.metrics import interval
+from ..evaluation.intervals import interval
 from ..inference.backbone import SplitBackbone
 from ..inference.exit_head import ExitHead
 from ..runs.folder import RunDir
@@ -41,7 +41,8 @@ Form = Literal["head", "draft"]
 def check(run: RunDir, results: dict[str, Any], folder: Path, form: Form, k: int) -> tuple[dict[str, Any], list[str]]:
     """(figures, reasons to refuse): greedy texts of fixed:K through `folder`, against those that evaluate recorded.
 
-    In float32 the ids must be equal; in bfloat16 a text may leave the recorded one at a near tie, as in evaluate.
+    In float32 the ids must be equal; in bfloat16 a text may leave the recorded one where the two tokens concerned are
+    nearly tied, as in evaluate (`losslessness.explain`).
     Tokens a round must lie within the 95 % interval of evaluate's rounds over the same prompts. The first prompt is
     also decoded by the controllers of a head's own: the same ids, in whatever rounds.
 
@@ -57,7 +58,7 @@ def check(run: RunDir, results: dict[str, Any], folder: Path, form: Form, k: int
     texts = [row["tokens"][:behind] + text["tokens"] for row, text in zip(asked, said["texts"], strict=True)]
     decoded = [*zip(asked, texts, strict=True), *((asked[0], text) for text in said["own"].values())]
     differ = [(row, text) for row, text in decoded if text != row["tokens"]]
-    if unexplained := _unexplained(run, results, differ):
+    if unexplained := _unexplained(run, results, form, differ):
         failed.append(
             f"parity: {len(unexplained)} of {len(decoded)} texts decoded through the folder in a fresh process are not "
             f"those that evaluate recorded: {', '.join(unexplained)}"
@@ -145,17 +146,19 @@ def _behind(form: Form) -> int:
     return int(form == "draft")
 
 
-def _unexplained(run: RunDir, results: dict[str, Any], differ: list[tuple[dict[str, Any], list[int]]]) -> list[str]:
-    """Prompts whose (row, tokens now) part where no rounding can be the reason."""
+def _unexplained(
+    run: RunDir, results: dict[str, Any], form: Form, differ: list[tuple[dict[str, Any], list[int]]]
+) -> list[str]:
+    """Prompts whose (row, tokens now) part where rounding cannot be the reason."""
     if not differ or results["dtype"] == "float32":
         return [row["prompt"] for row, _ in differ]
     model = load_model(run.config.backbone, device_of(run.config.machine.device), run.config.machine.device_map)
     engine = SplitBackbone(model, ExitHead.load(run / "heads" / f"exit-{results['best']['exit_layer']}"))
-    names = []
-    for row, tokens in differ:
-        at = next((i for i, (a, b) in enumerate(zip(row["tokens"], tokens, strict=False)) if a != b), len(tokens))
-        with torch.inference_mode():
-            gap, noise = losslessness.near_tie(engine, row["ids"] + row["tokens"][:at])
-        if gap > 2 * noise:
-            names.append(row["prompt"])
-    return names
+
+    def by_transformers(ids: list[int]) -> list[torch.Tensor]:
+        """Logits of transformers' own pass, which verifies the drafts of a draft model."""
+        return [model(torch.tensor([ids], device=model.device), logits_to_keep=1).logits[0, -1]]
+
+    others = by_transformers if form == "draft" else None
+    found = ((row, losslessness.explain(engine, row["ids"], row["tokens"], tokens, others)) for row, tokens in differ)
+    return [row["prompt"] for row, divergence in found if divergence is not None and not divergence.explained]

@@ -116,6 +116,11 @@ class RunDir:
         """True if the stage was done with this config and these inputs. Others are no mistake: it may be done again."""
         return self._read_mark(stage) == {"state": "done", **self._now(stage, inputs, outside)}
 
+    def is_begun(self, stage: str) -> bool:
+        """True if an earlier run of the stage ended before it was done; `plan` says whether it may be resumed."""
+        mark = self._read_mark(stage)
+        return mark is not None and mark["state"] == "begun"
+
     @contextlib.contextmanager
     def stage(
         self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None, *, shared: bool = False

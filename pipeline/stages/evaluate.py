@@ -1,14 +1,15 @@
 """Is it lossless, and how much faster? Every head and controller against autoregressive decoding.
 
-Takes heads/exit-*/, or one published head, and held-out prompts; gives eval/prompts.parquet, eval/generations.parquet,
-eval/rounds.parquet, eval/rivals.parquet, eval/results.json and report/. Knows nothing of how the heads were trained.
+Takes heads/exit-*/, or one published head, and held-out prompts. First everything is timed, and what was measured is
+saved: eval/prompts.parquet, generations.parquet, rounds.parquet, rivals.parquet and measured.json. Then the proofs and
+figures are computed from these files: eval/results.json and report/. A run that ends in between goes on from the files,
+on a machine with the same hardware and the same versions.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from ..backbones.ends import end_tokens
@@ -18,8 +19,10 @@ from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config
 from ..errors import UserError, warn
 from ..evaluation import against_transformers, losslessness, report, rivals
+from ..evaluation.intervals import FEWEST
 from ..evaluation.measuring import Measured, Method, measure
-from ..evaluation.metrics import SCHEMA, beside, best, summarise
+from ..evaluation.metrics import beside, best, summarise
+from ..evaluation.results import SCHEMA
 from ..generation import inspection
 from ..generation.leaks import check_not_trained_on
 from ..generation.repetition import LOOP
@@ -31,7 +34,7 @@ from ..inference.exit_head import ExitHead
 from ..inference.sampling import Sampler
 from ..prompts.ids import Encoded
 from ..prompts.origins import section_of
-from ..prompts.prompt import Prompt, count_tasks
+from ..prompts.prompt import Prompt, conversation_of, count_tasks
 from ..prompts.records import pins, source_record
 from ..prompts.sets import evaluation_prompts, evaluation_settings, holds_out
 from ..prompts.templates import warn_of_turn_end
@@ -41,6 +44,7 @@ from ..publishing import draft_model, hub
 from ..runs import tracking
 from ..runs.files import atomic_path, atomic_write, sha256_of
 from ..runs.folder import RunDir
+from ..runs.provenance import provenance
 
 
 def run(run: RunDir) -> None:
@@ -74,31 +78,28 @@ def run(run: RunDir) -> None:
     hashes = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, hashes)
     engine = next(iter(engines.values()))
-    encoded = _encode(run.config, chosen, engine, tokenizer, ends, limit_of(model.config, engine.max_context))
-    compared = against_transformers.check(model, engines, encoded, config.max_new_tokens)
+    measured = _already_measured(run)
+    encoded, compared = [], {}
+    if measured is None:
+        encoded = _encode(run.config, chosen, engine, tokenizer, ends, limit_of(model.config, engine.max_context))
+        compared = against_transformers.check(model, engines, encoded, config.max_new_tokens)
     with run.stage("evaluate", inputs, outside) as summary, _threads(config.threads):
-        measured = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
-        generations, rounds, others = measured.tables()
-        results = _results(run, model, engines, encoded, source, generations, rounds, measured)
+        if measured is None:
+            found = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
+            with atomic_path(run / "eval") as folder:
+                folder.mkdir()
+                Measured.of(found, encoded, _about(engine, encoded, compared)).save(folder)
+            measured = Measured.load(run / "eval")
+            assert measured is not None  # one way of reading it, whether or not it was measured just now
+        results = _results(run, model, engines, source, measured)
         results |= _identity(run.config, folders[0], heads[0])
-        results |= {
-            "transformers": compared,
-            "ends": sorted(ends),
-            "canary": canary.record(next(iter(engines.values()))),
-        }
+        results |= {"ends": sorted(ends), "canary": canary.record(engine)}
         for entry in results["heads"]:
             entry["head_sha256"] = hashes[entry["exit_layer"]]
-        results["rivals"] = beside(others, generations)
+        results["rivals"] = beside(measured.rivals, measured.generations)
         results["responses"] = inspection.figures(run)
         summary["best"] = results["best"]
-        with atomic_path(run / "eval") as folder:
-            folder.mkdir()
-            asked = [{"prompt": prompt.id, "task": prompt.task, "ids": ids} for prompt, ids in encoded]
-            pd.DataFrame(asked).to_parquet(folder / "prompts.parquet")
-            generations.to_parquet(folder / "generations.parquet")
-            rounds.to_parquet(folder / "rounds.parquet")
-            others.to_parquet(folder / "rivals.parquet")
-            atomic_write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        atomic_write(run / "eval" / "results.json", json.dumps(results, indent=1) + "\n")
         report.write(results, run / "report")
     tracking.mirror_report(run, report.summary(results), report.blocks(results), run / "report")
 
@@ -214,51 +215,84 @@ def _encode(
         encoded = every_turn(chosen, tokenizer, settings, engine.max_context, new, answer, limit)
     for prompt, ids in encoded:
         check_ids(ids, tokenizer, len(engine.embedding_VD), f"prompt {prompt.id}")
+    if (count := _conversations(encoded)) < FEWEST:
+        warn("evaluate", f"with {count} conversations the gate judges no speedup; it needs {FEWEST} of them")
     return encoded
 
 
+def _conversations(encoded: Encoded) -> int:
+    return len({conversation_of(prompt.id) for prompt, _ in encoded})
+
+
+def _about(engine: SplitBackbone, encoded: Encoded, compared: dict[str, Any]) -> dict[str, Any]:
+    """What the tables do not say of themselves; `compared` with transformers' logits."""
+    prompts = [prompt for prompt, _ in encoded]
+    return {
+        "device": str(engine.device),
+        "threads": torch.get_num_threads(),
+        "transformers": compared,
+        "prompts": {
+            "count": len(prompts),
+            "conversations": _conversations(encoded),
+            "later_turns": sum(bool(p.answers) for p in prompts),
+            "tasks": count_tasks(prompts),
+        },
+        **_here(),
+    }
+
+
+def _here() -> dict[str, Any]:
+    record = provenance()
+    return {key: record[key] for key in ("hardware", "versions")}
+
+
+def _already_measured(run: RunDir) -> Measured | None:
+    """What this stage measured, of the same config and heads, before it was ended; None if it must be measured here.
+
+    The record of the stage names the hardware and versions of the process that ends it, so they must be the same.
+    """
+    measured = Measured.load(run / "eval") if run.is_begun("evaluate") else None
+    if measured is None or any(measured.about[key] != value for key, value in _here().items()):
+        return None
+    print(f"evaluate: {run / 'eval'} holds what was measured before; the proofs go on from there")
+    return measured
+
+
 def _results(
-    run: RunDir, model, engines, encoded, source, generations: pd.DataFrame, rounds: pd.DataFrame, measured: Measured
+    run: RunDir, model: Any, engines: dict[int, SplitBackbone], source: dict[str, Any], measured: Measured
 ) -> dict[str, Any]:
-    config = run.config.evaluate
-    heads = summarise(generations, rounds)
-    longest = max(len(ids) for _, ids in encoded) + config.max_new_tokens
+    config, generations, about = run.config.evaluate, measured.generations, measured.about
+    heads, learned = summarise(generations, measured.rounds), measured.learned()
+    ids = dict(zip(measured.prompts.prompt, measured.prompts.ids, strict=True))
+    longest = max(map(len, ids.values())) + config.max_new_tokens
     for entry in heads:
         n, t = entry["exit_layer"], entry["temperature"]
         entry["memory"] = engines[n].extra_bytes(longest)
         for name, figures in entry["controllers"].items():
-            if means := measured.learned.get(Method(n, name, t)):
-                figures["learned"] = [[round(m, 4) for m in row] for row in means]
-                figures["state"] = measured.states[Method(n, name, t)]
-    ids = {p.id: ids for p, ids in encoded}
+            if found := learned.get(Method(n, name, t)):
+                figures["learned"] = [[round(m, 4) for m in row] for row in found["learned"]]
+                figures["state"] = found["state"]
 
     def sampler_of(temperature: float) -> Sampler:
         return Sampler(temperature, config.top_k, config.top_p)
 
-    lossless = {
-        "greedy": losslessness.greedy(next(iter(engines.values())), ids, generations),
-        "sampling": losslessness.sampling(engines, ids, generations, sampler_of, run.config.seed),
-    }
-    fastest = best(heads, config.temperatures[0])
     return {
         "schema": SCHEMA,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": run.config.backbone.dtype,
-        "device": str(next(iter(engines.values())).device),
-        "threads": torch.get_num_threads(),
-        "prompts": {
-            "count": len(encoded),
-            "source": source,
-            "later_turns": sum(bool(p.answers) for p, _ in encoded),
-            "tasks": count_tasks([p for p, _ in encoded]),
-            "max_new_tokens": config.max_new_tokens,
-            "repeats": config.repeats,
-        },
+        "device": about["device"],
+        "threads": about["threads"],
+        "transformers": about["transformers"],
+        "prompts": about["prompts"]
+        | {"source": source, "max_new_tokens": config.max_new_tokens, "repeats": config.repeats},
         "sampling": {"top_k": config.top_k, "top_p": config.top_p},
-        "lossless": lossless,
+        "lossless": {
+            "greedy": losslessness.greedy(next(iter(engines.values())), ids, generations),
+            "sampling": losslessness.sampling(engines, ids, generations, sampler_of, run.config.seed),
+        },
         "heads": heads,
         "loop_ngram": LOOP,
-        "best": fastest,
+        "best": best(heads, config.temperatures[0]),
     }
 
 
@@ -291,10 +325,7 @@ def check(config: Config) -> None:
                 f"evaluate.states={config.evaluate.states}: lies in this run's own eval/, which evaluate replaces; "
                 "copy it to another place first"
             )
-    try:
-        rivals.rivals_of(config.evaluate.rivals, [])
-    except ValueError as error:
-        raise UserError(f"evaluate.rivals={config.evaluate.rivals}: {error}; [] for none") from None
+    rivals.rivals_of(config.evaluate.rivals, [])
 
 
 class _threads:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -162,7 +163,55 @@ def test_a_wrong_engine_is_caught(tmp_path, monkeypatch) -> None:
     evaluate.run(run)
     greedy = json.loads((run / "eval" / "results.json").read_text())["lossless"]["greedy"]
     assert greedy["identical"] < greedy["texts"]
-    assert all(d["first_divergence"] >= 1 and d["top2_gap"] > 0 for d in greedy["divergences"])
+    assert all(d["first_divergence"] >= 1 and d["logit_gap"] > 0 for d in greedy["divergences"])
+
+
+def test_what_was_measured_is_on_disk_before_any_proof_and_is_gone_on_from(tmp_path, monkeypatch, capsys) -> None:
+    run = make_run(tmp_path, "evaluate.num_prompts=2")
+    plant_heads(run, 2)
+    tables = ("prompts", "generations", "rounds", "rivals")
+
+    def out_of_memory(*_):
+        assert all((run / "eval" / f"{name}.parquet").exists() for name in tables)
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(evaluate.losslessness, "greedy", out_of_memory)
+        with pytest.raises(MemoryError):
+            evaluate.run(run)
+    assert not (run / "eval" / "results.json").exists()
+    with pytest.raises(UserError, match=r"evaluate\.max_new_tokens was 20, is 21"):
+        evaluate.run(make_run(tmp_path, "evaluate.num_prompts=2", "evaluate.max_new_tokens=21"))
+    before = {name: (run / "eval" / f"{name}.parquet").read_bytes() for name in tables}
+    with monkeypatch.context() as untimed:
+        untimed.setattr(evaluate, "measure", None)
+        evaluate.run(run)
+    assert "holds what was measured before" in capsys.readouterr().out
+    assert {name: (run / "eval" / f"{name}.parquet").read_bytes() for name in tables} == before
+    results = json.loads((run / "eval" / "results.json").read_text())
+    assert results["lossless"]["greedy"]["passed"] and results["prompts"]["tasks"] and results["device"] == "cpu"
+    assert results["heads"][0]["controllers"]["thompson"]["state"]["rounds"] > 0
+
+
+def test_what_was_measured_elsewhere_or_under_no_mark_is_measured_again(run, tmp_path, monkeypatch) -> None:
+    again = make_run(tmp_path)
+    shutil.copytree(run.path, again.path, dirs_exist_ok=True)
+    mark = again / "stages" / "evaluate.json"
+    mark.write_text(mark.read_text().replace('"done"', '"begun"'))
+    assert evaluate._already_measured(again) is not None
+    monkeypatch.setattr(evaluate, "provenance", lambda: {"hardware": {"cpu": "another"}, "versions": {}})
+    assert evaluate._already_measured(again) is None
+    monkeypatch.undo()
+    mark.unlink()
+    assert evaluate._already_measured(again) is None
+
+
+def test_too_few_conversations_are_said_before_they_are_timed(run, tmp_path, capsys) -> None:
+    best = json.loads((run / "eval" / "results.json").read_text())["best"]
+    assert (best["speedup_ci95"], best["methods"], best["conversations"], best["prompts"]) == (None, 4, 4, 4)
+    text = (run / "report" / "report.md").read_text()
+    assert "too few conversations to say whether drafting pays" in text
+    assert "not judged: 4 conversations are too few, 8 are needed" in text
 
 
 def test_bad_input(tmp_path) -> None:

@@ -4,12 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from pipeline.evaluation.intervals import interval
 from pipeline.evaluation.metrics import (
     BASELINE,
     beside,
     conditional_rates,
     cost_table,
-    interval,
     predicted_speedup,
     summarise,
 )

@@ -149,7 +149,7 @@ def test_a_wrong_name_is_refused_before_anything_is_made(tmp_path, capsys) -> No
     message = r"evaluate.rivals=\['generate', 'vllm'\]: 'vllm' is not one of generate, generate:static, early_exit, .*"
     with pytest.raises(UserError, match=message):
         evaluate.run(run)
-    with pytest.raises(ValueError, match="'assistant_model:0' is not one of"):
+    with pytest.raises(UserError, match=r"evaluate\.rivals=.*'assistant_model:0' is not one of .*; \[\] for none"):
         rivals_of(["assistant_model:0"], [1])
     assert main(["run", f"run.dir={tmp_path / 'runs'}", "run.name=wrong", "evaluate.rivals=[vllm]"]) == 2
     assert "'vllm' is not one of" in capsys.readouterr().err

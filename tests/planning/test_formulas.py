@@ -22,7 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config import Config, load
-from pipeline.inference.exit_head import new_exit_layer
+from pipeline.evaluation import losslessness
+from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.exit_head import ExitHead, new_exit_layer
+from pipeline.inference.sampling import Sampler
 from pipeline.planning import memory, work
 from pipeline.planning.architecture import Architecture, facts
 from pipeline.planning.hardware import GPUS, Layout
@@ -232,3 +235,31 @@ def test_flops_of_a_step_are_those_of_the_formula(family: str) -> None:
     step = work.step(a, config, Layout(1, 1, 1), GPUS["H100"])
     scores = step.tokens * 2 * config.distill.sequence_length * a.query * len(config.distill.exit_layers)
     assert counter.get_total_flops() == pytest.approx(step.flops - scores, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_the_proof_of_sampled_text_is_what_was_planned(dtype: str, shape: dict[str, float]) -> None:
+    """Of the distributions, for a text and a prompt of several chunks; hidden states are small beside them here."""
+    words = [f"evaluate.{key}={value}" for key, value in shape.items()]
+    config = load(None, [f"backbone.dtype={dtype}", "evaluate.max_new_tokens=100", *words])
+    fields = SMALL | {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 16384}
+    model_config = AutoConfig.for_model(**fields)
+    model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype)).requires_grad_(False).eval()
+    weights = new_exit_layer(model).to(model.dtype).state_dict()
+    engine = SplitBackbone(model, ExitHead(1, 3, {"model_type": "llama"}, weights), check=False)
+    tokens, draw = torch.randint(fields["vocab_size"], (200,)).tolist(), torch.Generator().manual_seed(0)
+    with Live() as live:
+        for tensor in model.parameters():
+            tensor.detach()
+        there = live.peak
+        losslessness.transform(engine, tokens[:100], tokens[100:], Sampler(1.0, **shape), draw)  # type: ignore[arg-type]
+    rows = memory.evaluate(Architecture.of("x", "test", model_config), config)
+    planned = next(row.size for row in rows if row.what.startswith("distributions"))
+    assert planned / 1.1 <= live.peak - there <= planned * 1.05
+
+
+def test_greedy_text_needs_no_distributions() -> None:
+    config = load(None, ["evaluate.temperatures=[0.0]"])
+    rows = memory.evaluate(architecture_of(config.backbone), config)
+    assert [row.size for row in rows if row.what.startswith("distributions")] == [0]

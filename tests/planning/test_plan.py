@@ -132,6 +132,17 @@ def test_an_exit_layer_that_the_pilot_had_not_is_still_planned(tmp_path: Path) -
     tables.markdown(tables.full(p)[-1])  # a row with and a row without
 
 
+def test_every_text_of_evaluate_is_counted() -> None:
+    """Rivals that take a head are decoded once for each; the others once, and all of them only greedily."""
+    names = ["generate", "generate:static", "early_exit", "assistant_model:2", "assistant_model:4", "prompt_lookup"]
+    words = ["plan.gpu=H100", "distill.exit_layers=[1,2,3]", "evaluate.num_prompts=10", "evaluate.repeats=2",
+             "evaluate.controllers=[thompson,fixed:2]", f"evaluate.rivals=[{','.join(names)}]"]  # fmt: skip
+    stages = make(load(None, words)).stages
+    assert next(s.how for s in stages if s.name == "evaluate").startswith("520 texts x")  # 20 x (2 x 7 + 3 + 3 x 3)
+    with pytest.raises(UserError, match=r"evaluate\.rivals=\['fast'\]: 'fast' is not one of"):
+        make(load(None, [*words, "evaluate.rivals=[fast]"]))
+
+
 # ---- what fits, and what would
 
 

@@ -13,15 +13,20 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main
 from pipeline.errors import GateError, UserError
-from pipeline.evaluation.metrics import SCHEMA
+from pipeline.evaluation import overview
+from pipeline.evaluation.closing import closing_table
+from pipeline.evaluation.results import SCHEMA
 from pipeline.publishing import build, gate, head_folder, parity
 from pipeline.runs.files import sha256_of
 from pipeline.stages import evaluate, publish
 
+JUDGED = ("evaluate.num_prompts=8", "prompts.held_out=0.6", "evaluate.temperatures=[0.0]")
+"""As few conversations as a speedup is judged on."""
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("gate"), "publish.min_speedup=0.01")
+    run = make_run(tmp_path_factory.mktemp("gate"), "publish.min_speedup=0.01", *JUDGED)
     plant_heads(run, 2, 3)
     evaluate.run(run)
     return run
@@ -39,7 +44,7 @@ def copy_of(run, folder: Path, *words: str):
     """The evaluated run elsewhere, with other publish keys."""
     shutil.copytree(run.path, folder / "runs" / "t")
     shutil.copytree(run.config.backbone.name_or_path, folder / "tiny-llama")
-    return make_run(folder, *words)
+    return make_run(folder, *JUDGED, *words)
 
 
 # ---- by results alone
@@ -48,13 +53,16 @@ def copy_of(run, folder: Path, *words: str):
 def a_result(**changes) -> dict:
     """Of a head that passes."""
     speedups = {"fixed:2": 1.2, "fixed:4": 1.3, "thompson": 1.4, "fixed:0": 9.0}
-    figures = {name: {"speedup": s, "speedup_ci95": [s - 0.1, s + 0.1], "acceptance_length": 2.0,
-                      "acceptance_length_ci95": [1.9, 2.1]} for name, s in speedups.items()}  # fmt: skip
-    entry = {"exit_layer": 2, "temperature": 0.0, "head_sha256": "aa", "controllers": figures}
+    figures = {name: {"speedup": s, "speedup_ci95": [s - 0.1, s + 0.1], "speedup_joint_ci95": [s - 0.2, s + 0.2],
+                      "acceptance_length": 2.0, "acceptance_length_ci95": [1.9, 2.1]}
+               for name, s in speedups.items()}  # fmt: skip
+    entry = {"exit_layer": 2, "temperature": 0.0, "head_sha256": "aa", "controllers": figures,
+             "compared": {"methods": 4, "conversations": 20, "prompts": 22}}  # fmt: skip
     greedy = {"prompts": 4, "texts": 8, "identical": 8, "divergences": [], "passed": True}
     return {
         "schema": SCHEMA, "dtype": "float32", "lossless": {"greedy": greedy, "sampling": None}, "heads": [entry],
-        "best": {"exit_layer": 2, "controller": "thompson", "temperature": 0.0, "speedup_ci95": [1.3, 1.5]},
+        "best": {"exit_layer": 2, "controller": "thompson", "temperature": 0.0, "speedup_ci95": [1.2, 1.6],
+                 "methods": 4, "conversations": 20, "prompts": 22},
     } | changes  # fmt: skip
 
 
@@ -65,11 +73,19 @@ def test_the_gate_names_every_reason() -> None:
     greedy = good["lossless"]["greedy"] | {"identical": 7, "passed": False}
     wrong = slow | {"lossless": {"greedy": greedy, "sampling": {"passed": False, "p_value": 1e-9}}}
     assert [r.split(":")[0] for r in gate.failures(wrong, 1.0, "bb")] == ["weights", "lossless", "lossless", "speedup"]
-    assert "begins at 0.990" in gate.failures(slow, 1.0, "aa")[0]
+    assert "which holds for all 4 methods that were compared, begins at 0.990" in gate.failures(slow, 1.0, "aa")[0]
     learning = a_result(
         heads=[good["heads"][0] | {"controllers": {"thompson": good["heads"][0]["controllers"]["thompson"]}}]
     )
     assert [r.split(":")[0] for r in gate.failures(learning, 1.0, "aa")] == ["parity"]
+
+
+def test_a_speedup_over_too_few_conversations_is_not_judged() -> None:
+    few = a_result()
+    few["best"] |= {"speedup_ci95": None, "conversations": 7, "prompts": 30}
+    (line,) = gate.failures(few, 1.0, "aa")
+    assert line.startswith("speedup: 7 conversations are too few, 8 are needed to judge it") and "num_prompts" in line
+    assert gate.failures(few, 0.0, "aa") == [], "nothing is asked of the speed"
 
 
 def test_the_best_fixed_length_is_greedys_and_drafts_something() -> None:
@@ -90,8 +106,8 @@ def test_one_head_is_chosen_with_its_own_best() -> None:
     assert [h["exit_layer"] for h in chosen["heads"]] == [3] and chosen["best"]["exit_layer"] == 3
     with pytest.raises(UserError, match=r"publish\.exit_layer=4: not evaluated; these were: 2, 3"):
         gate.results_of_one(both, 4)
-    with pytest.raises(UserError, match=r"of schema 1.*--redo evaluate"):
-        gate.results_of_one(a_result(schema=1), None)
+    assert chosen["best"]["speedup_ci95"] == [9.0 - 0.2, 9.0 + 0.2], "the one that holds for the methods of both heads"
+    assert (chosen["best"]["methods"], chosen["best"]["conversations"], chosen["best"]["prompts"]) == (4, 20, 22)
     with pytest.raises(UserError, match=r"evaluate\.temperatures: nothing greedy was evaluated.*--redo evaluate"):
         gate.results_of_one(a_result(lossless={"greedy": None, "sampling": {"passed": True}}), None)
 
@@ -99,7 +115,7 @@ def test_one_head_is_chosen_with_its_own_best() -> None:
 # ---- in the run folder
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"schema": 2, "heads": []}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"schema": 3, "heads": []}'])
 def test_without_results_there_is_no_folder_and_no_card(run, tmp_path, content) -> None:
     """Not by force either: there is nothing that a card could say."""
     again = copy_of(run, tmp_path, "publish.force=true")
@@ -111,13 +127,25 @@ def test_without_results_there_is_no_folder_and_no_card(run, tmp_path, content) 
     assert not (again / "hub").exists()
 
 
+def test_results_of_another_version_are_named_as_such(run, tmp_path, capsys) -> None:
+    """Their `best` had another meaning: by publish, by the closing table and by the overview."""
+    again = copy_of(run, tmp_path, "publish.force=true")
+    file = again / "eval" / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": 2}))
+    for read in (publish.run, closing_table):
+        with pytest.raises(UserError, match=r"is of schema 2, this version knows schema 3: evaluate anew, with --redo"):
+            read(again)
+    rows = overview.rows(again.path)
+    assert [row["exit layer"] for row in rows] == ["2", "3"] and all("--redo evaluate" in row["state"] for row in rows)
+
+
 def test_a_refused_head_is_not_written_unless_forced(run, tmp_path) -> None:
     strict = copy_of(run, tmp_path, "publish.min_speedup=50", "publish.exit_layer=2")
     for run_stage in (publish.run, publish.run_draft):
         with pytest.raises(GateError, match=r"exit layer 2:\n  - speedup"):
             run_stage(strict)
     assert not (strict / "hub").exists() and not (strict / "stages" / "publish.json").exists()
-    forced = make_run(tmp_path, "publish.min_speedup=50", "publish.exit_layer=2", "publish.force=true")
+    forced = make_run(tmp_path, *JUDGED, "publish.min_speedup=50", "publish.exit_layer=2", "publish.force=true")
     publish.run(forced)
     text = (forced / "hub" / "2" / "README.md").read_text()
     assert "did not pass the gate and was published by force" in text and "asks for more" in text

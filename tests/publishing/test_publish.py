@@ -70,7 +70,7 @@ def run(tmp_path_factory):
         patch.setattr(getpass, "getuser", lambda: SECRETS["user"])
         patch.setenv("HF_TOKEN", SECRETS["token"])
         folder = tmp_path_factory.mktemp("publish")
-        run = make_run(folder, "publish.min_speedup=0.01", f"machine.servers=[http://{SECRETS['server']}:8000/v1]",
+        run = make_run(folder, "publish.min_speedup=0", f"machine.servers=[http://{SECRETS['server']}:8000/v1]",
                        "publish.licence=apache-2.0")  # fmt: skip
         for run_stage in (generate.run, distill.run, evaluate.run, publish.run, publish.run_draft):
             run_stage(run)
@@ -133,7 +133,7 @@ def test_nor_in_what_is_published_by_force(run, tmp_path, monkeypatch, capfd) ->
     (code / "custom_generate.py").write_text(broken)
     monkeypatch.setattr(head_folder, "CODE", code)
     monkeypatch.setattr(socket, "gethostname", lambda: SECRETS["host"])
-    forced = copy_of(run, tmp_path, "publish.min_speedup=0.01", "publish.force=true")
+    forced = copy_of(run, tmp_path, "publish.min_speedup=0", "publish.force=true")
     publish.run(forced)
     assert_nothing_of_this_machine(forced)
     line = "parity: the folder does not work in a fresh process: ValueError, return code 1"

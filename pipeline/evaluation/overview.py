@@ -12,6 +12,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from . import results as evaluated
+
 COLUMNS = ("run", "state", "backbone", "exit layer", "controller", "speedup (95%)", "acceptance length", "lossless",
            "published")  # fmt: skip
 DONE = {"generate": "answered", "cache": "cached", "distill": "distilled", "evaluate": "evaluated",
@@ -51,7 +53,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 
 def _state(marks: dict[str, Any]) -> str:
-    """Of the last stage that was begun."""
+    """How far the last stage has come that was begun."""
     begun = [(stage, mark) for stage, mark in marks.items() if mark is not None]
     if not begun:
         return "nothing begun"
@@ -60,7 +62,7 @@ def _state(marks: dict[str, Any]) -> str:
 
 
 def _backbone(config: Path) -> str:
-    """As the newest config names it; of a folder elsewhere the last part."""
+    """Its name in the newest config; of a folder elsewhere the last part alone."""
     if not config.exists():
         return NOTHING
     name = yaml.safe_load(config.read_text())["backbone"]["name_or_path"]
@@ -73,21 +75,23 @@ def _trained(run: Path) -> dict[int, dict[str, str]]:
 
 
 def _measured(run: Path) -> dict[int, dict[str, str]]:
-    """Exit layer -> the figures of its fastest controller, at the temperature at which the best head was chosen."""
+    """Exit layer -> the judged figures of its fastest controller, at the temperature at which the best was chosen."""
     results = _read(run / "eval" / "results.json")
-    proofs = [proof for proof in results["lossless"].values() if proof is not None]
-    lossless = "yes" if all(proof["passed"] for proof in proofs) else "no"
+    if results["schema"] != evaluated.SCHEMA:
+        stale = {"state": f"evaluated by another version; {evaluated.ANEW}"}
+        return dict.fromkeys(sorted({entry["exit_layer"] for entry in results["heads"]}), stale)
     found = {}
     for entry in results["heads"]:
         if entry["temperature"] == results["best"]["temperature"]:
             name, best = max(entry["controllers"].items(), key=lambda item: item[1]["speedup"])
-            low, high = best["speedup_ci95"]
+            joint = best["speedup_joint_ci95"]
+            interval = "not judged" if joint is None else f"{joint[0]:.2f}-{joint[1]:.2f}"
             found[entry["exit_layer"]] = {
                 "backbone": results["backbone"]["name"],
                 "controller": name,
-                "speedup (95%)": f"{best['speedup']:.2f} ({low:.2f}-{high:.2f})",
+                "speedup (95%)": f"{best['speedup']:.2f} ({interval})",
                 "acceptance length": f"{best['acceptance_length']:.2f}",
-                "lossless": lossless,
+                "lossless": "yes" if evaluated.is_lossless(results) else "no",
             }
     return found
 

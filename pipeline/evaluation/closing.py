@@ -1,0 +1,42 @@
+"""What `exit-heads run` ends with: the results, where everything lies, and the line that uses the head.
+
+Takes a run folder that was evaluated and published, prints to the terminal.
+"""
+
+from rich.console import Console
+from rich.table import Table
+
+from ..runs.folder import RunDir
+from . import overview, plots, report
+from . import results as evaluated
+
+
+def closing_table(run: RunDir) -> None:
+    """A table of all methods for each temperature, then the proofs, the judged figure and the places."""
+    results = evaluated.read(run / "eval" / "results.json")
+    console, best = Console(), results["best"]
+    for t in plots.temperatures(results):
+        table = Table(title=f"temperature {t:g}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+        for i, name in enumerate(report.COLUMNS):  # headings broken at spaces: the table must fit 80 columns
+            table.add_column(name.replace(" ", "\n"), justify="left" if i == 1 else "right", no_wrap=True)
+        for entry in (h for h in results["heads"] if h["temperature"] == t):
+            for row in report.rows(entry):
+                chosen = (entry["exit_layer"], row[1], t) == (
+                    best["exit_layer"],
+                    best["controller"],
+                    best["temperature"],
+                )
+                table.add_row(*row, style="bold green" if chosen else None)
+        console.print(table)
+    console.print(f"lossless = {report.lossless_line(results)}")
+    console.print(
+        f"best: exit layer {best['exit_layer']}, controller {best['controller']}, temperature {best['temperature']:g}: "
+        f"{evaluated.headline(best)}, acceptance length {best['acceptance_length']:.2f}; {evaluated.basis(best)}"
+    )
+    folder = run / next(r["folder"] for r in reversed(run.records()) if r["stage"] == "publish")
+    pushed = overview.pushed(run.path, folder)
+    hub = pushed["repo_id"] if pushed else folder
+    console.print(f"run folder: {run.path}   report: {run / 'report' / 'index.html'}   published: {hub}")
+    console.print(
+        "use it:", f'model.generate(**inputs, custom_generate="{hub}", trust_remote_code=True)', soft_wrap=True
+    )

@@ -1,0 +1,77 @@
+"""What eval/results.json says, read the same way by every reader: its schema, its proofs, its headline.
+
+Takes the file, or the dict in it; gives the dict, or words for it. Loads neither torch nor pandas.
+
+`best` is the judged figure, the only one to quote as a headline:
+
+    exit_layer, controller, temperature      the fastest of the methods at the first of evaluate.temperatures
+    speedup                                  tokens per second over autoregressive decoding
+    speedup_ci95                             95 % interval that holds for all methods compared at once, so it allows for
+                                             the choice of the fastest; null if there were too few conversations
+    acceptance_length(_ci95)                 of that method, its interval by itself
+    methods, conversations, prompts          how many were compared, and on how many
+
+Every method's figures in `heads` have two intervals: `speedup_ci95` of the method by itself, which is right for a
+method named beforehand, and `speedup_joint_ci95`, which is right for a method chosen because of its figures.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .intervals import FEWEST
+
+SCHEMA = 3
+"""2: `best` had the fastest method's own interval, over prompts instead of conversations."""
+ANEW = "evaluate anew, with --redo evaluate"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results of an evaluation. Raises UserError where the file holds none, or was written by another version."""
+    try:
+        results = json.loads(path.read_text())
+        schema, found = results.get("schema"), bool(results["heads"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        schema, found = None, False
+    if not found:
+        raise UserError(f"{path}: holds no results of an exit head; {ANEW}")
+    if schema != SCHEMA:
+        raise UserError(f"{path} is of schema {schema}, this version knows schema {SCHEMA}: {ANEW}")
+    return results
+
+
+def is_lossless(results: dict[str, Any]) -> bool:
+    """Every proof that was made passed."""
+    return all(proof["passed"] for proof in results["lossless"].values() if proof is not None)
+
+
+def headline(best: dict[str, Any]) -> str:
+    """The judged speedup with its interval, or with the reason why it has none."""
+    return f"speedup {best['speedup']:.2f} ({span(best)})"
+
+
+def span(best: dict[str, Any]) -> str:
+    """The judged interval, or why there is none."""
+    if best["speedup_ci95"] is None:
+        return f"not judged: {too_few(best)}"
+    low, high = best["speedup_ci95"]
+    return f"95 % interval {low:.2f}-{high:.2f}"
+
+
+def too_few(best: dict[str, Any]) -> str:
+    count = best["conversations"]
+    return f"{count} conversation{' is' if count == 1 else 's are'} too few, {FEWEST} are needed"
+
+
+def basis(best: dict[str, Any]) -> str:
+    """What the judged figure was chosen from and measured on."""
+    prompts, conversations = best["prompts"], best["conversations"]
+    where = f"{prompts} prompt{'s' if prompts != 1 else ''}"
+    if prompts != conversations:
+        where += f" of {conversations} conversation{'s' if conversations != 1 else ''}"
+    if best["methods"] == 1:
+        return f"the only method, measured on {where}"
+    return f"the fastest of {best['methods']} methods on {where}" + (
+        "; the interval holds for all of them at once" if best["speedup_ci95"] is not None else ""
+    )
