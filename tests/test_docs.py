@@ -1,4 +1,4 @@
-"""What the documents say of the tree is true: files that they name exist, links lead somewhere, rooms are as enforced."""
+"""What the documents say of the tree is true: named files exist, links lead somewhere, rooms are as enforced."""
 
 import re
 from pathlib import Path
