@@ -1,6 +1,6 @@
-# make demo | test | test-slow | lint | format | clean. Everything runs in .venv, with the versions of constraints.txt.
-#   PYTHON=python3.12        which interpreter makes .venv (3.11 or newer)
-#   PIP_ARGS="..."           added to every pip install, e.g. the index of CPU-only wheels (README)
+# Everything runs in .venv, with the versions of constraints.txt. `make` alone lists the targets.
+#   PYTHON=python3.12        the interpreter that makes .venv (3.11 or newer)
+#   PIP_ARGS="..."           is added to every pip install, for example the index of CPU-only wheels (README)
 #   CONFIG=... ARGS="k=v"    what `make demo` runs
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -16,13 +16,17 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c c
 .PHONY: help demo install dev test test-slow lint format clean
 
 help:
-	@echo "make demo       the whole pipeline on the built-in pocket backbone (CONFIG=, ARGS='key=value ...')"
-	@echo "make test       every quick test; no GPU, no network"
-	@echo "make test-slow  the slow proofs: kills, notebooks, fresh environments, and a real Slurm if its daemons are here"
+	@echo "make demo       installs into .venv and runs the whole pipeline on the built-in pocket backbone"
+	@echo "                (another config: CONFIG=my.yaml; other keys: ARGS='key=value ...')"
+	@echo "make install    makes .venv with the exact versions of constraints.txt"
+	@echo "make dev        the same with the tools for tests and linting"
+	@echo "make test       runs every quick test; no GPU, no network"
+	@echo "make test-slow  runs the slow proofs: kills, notebooks, fresh environments, and a real Slurm where it is installed"
 	@echo "                (Debian: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge)"
-	@echo "make lint       ruff, mypy, codespell, large files, private keys (the pre-commit hooks)"
-	@echo "make format     let ruff rewrite what it can"
-	@echo "make clean      remove .venv and caches; run folders stay"
+	@echo "make lint       runs the pre-commit hooks: ruff, mypy, codespell, large files, private keys"
+	@echo "make format     lets ruff repair what it can"
+	@echo "make clean      removes .venv and caches; run folders stay"
+	@echo "PYTHON=python3.12 chooses the interpreter, PIP_ARGS='...' is added to every pip install"
 
 demo: .venv/.installed
 	$(BIN)/exit-heads run --config $(CONFIG) $(ARGS)

@@ -1,7 +1,7 @@
-"""Draws docs/data_flow.svg: who writes which file of the run folder, and who reads it.
+"""Draws docs/data_flow.svg: the stages, and who reads and writes which file of the run folder.
 
-Takes nothing, gives the picture of docs/architecture.md: `python docs/draw_data_flow.py`. The same bytes every
-time, so a change of the picture is a change of this file.
+Takes nothing, gives the picture in README.md and docs/architecture.md: `python docs/draw_data_flow.py`. It writes the
+same bytes every time, so a change of the picture is a change of this file.
 """
 
 from pathlib import Path
@@ -9,16 +9,16 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-plt.rcParams["svg.hashsalt"] = "exit-heads"  # else every element gets a new random id
+plt.rcParams["svg.hashsalt"] = "exit-heads"  # otherwise every element gets a new random id
 
 STAGE, FILES, OUTSIDE = "#dbe9f6", "#fdf3d8", "#e8e8e8"
 STAGES = ["generate", "cache", "distill", "evaluate", "publish"]
 DOES = [
     "the backbone answers\nthe prompts",
-    "its hidden states there,\nfor teacher=cached only",
-    "one head per exit layer\nlearns the answers",
-    "lossless? how much\nfaster, and when?",
-    "passes the gate,\npacks the head",
+    "optional: keeps the\nteacher's hidden states",
+    "one head per exit layer\nlearns from the answers",
+    "is it lossless,\nand how much faster?",
+    "gate, then the folder\nthat others load",
 ]
 WRITES = [
     "responses/\nshard-*.parquet\nmanifest.json",
@@ -79,7 +79,7 @@ def draw(path: Path) -> None:
     for x in X[:-1]:  # each stage reads what the one before it wrote
         arrow(axes, (x + start[0], start[1]), (x + end[0], end[1]))
     joins = [first + 0.3 * (last - first) for first, last in zip(start, end, strict=True)]
-    for writer in (0, 2):  # and two what was written before that: distill the responses, publish the head
+    for writer in (0, 2):  # distill also reads the responses, and publish the head
         right = X[writer + 1] + joins[0]
         points = [(X[writer] + 0.7, LOW - 0.53), (X[writer] + 0.7, 0.55), (right, 0.55), (right, joins[1])]
         axes.plot(*zip(*points, strict=True), color="#444444", linewidth=1)

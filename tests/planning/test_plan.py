@@ -293,7 +293,7 @@ def test_comments_of_large_configs_say_what_plan_says(path: Path) -> None:
     assert (
         f"# plan: {size} GiB of each GPU; a step takes {tables.number(p.step.seconds)} s; GPU-hours: {hours}\n" in text
     )
-    for row in p.distill.rows:
+    for row in filter(lambda row: row.size, p.distill.rows):  # as printed: a row of no bytes is left out
         assert f"  #{tables.number(row.size / memory.GIB):>7}  {row.what}: {row.how}\n" in text
     assert f"  #{size:>7}  together, at the {p.distill.largest}\n" in text
 
