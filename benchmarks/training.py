@@ -39,9 +39,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.config import Config
 from pipeline.inference.exit_head import new_exit_layer
 from pipeline.runs.provenance import provenance
+from pipeline.training.chunked_loss import LinearDistillation
 from pipeline.training.fsdp_units import resharded
 from pipeline.training.launch import find_free_network_port
-from pipeline.training.losses import LinearDistillation
 from pipeline.training.packing import Packed
 from pipeline.training.sharding import make_mesh, shard_backbone, shard_head, shard_step_model
 from pipeline.training.step_model import StepModel

@@ -27,19 +27,15 @@ class LostError(Exception):
     exit_code = 75
 
 
-def reason(error: BaseException) -> str:
-    """All that another library's exception says, on one line: its remedy often stands on the last of several."""
-    return " ".join(str(error).split()) or type(error).__name__
+def reason(error: BaseException, length: int = 600) -> str:
+    """What another library's exception says, on one line, cut between words behind `length` characters.
+
+    The cause stands in its first line as often as the remedy in its last.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[:length].rpartition(" ")[0] + " ..."
 
 
 def warn(stage: str, message: str) -> None:
     """Print one line on stderr: something that the user should know and need not act on."""
     print(f"{stage}: {message}", file=sys.stderr, flush=True)
-
-
-def reason_of(error: BaseException, length: int = 400) -> str:
-    """What another library says went wrong, in one line: all of it up to `length` characters, cut between words.
-
-    Libraries put the cause in the first line as often as in the last."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else text[:length].rpartition(" ")[0] + " ..."

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from ..config import Backbone
-from ..errors import UserError, reason_of
+from ..errors import UserError, reason
 from ..inference.families import check_config
 from ..pocket.paths import BACKBONE
 from .damaged import damage_in
@@ -45,7 +45,7 @@ def explained(backbone: Backbone) -> Iterator[None]:
         folder = _folder(backbone)
         if folder and (damage := damage_in(folder)):
             raise UserError(f"{where}: {damage}") from None
-        raise UserError(f"{where}: cannot be loaded: {reason_of(error)}") from None
+        raise UserError(f"{where}: cannot be loaded: {reason(error)}") from None
 
 
 def load_config(backbone: Backbone, local: bool = False) -> Any:

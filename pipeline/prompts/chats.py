@@ -7,7 +7,7 @@ them, gives their texts; what cannot be a conversation of a user and a backbone 
 from typing import Any
 
 from .as_text import is_message, messages_in, parsed
-from .marks import is_blank
+from .stray_characters import is_blank
 
 SPEAKERS = {
     "system": "system",

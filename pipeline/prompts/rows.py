@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .as_text import begins_as_messages, messages_in, parsed
 from .chats import answer_in, chat
-from .marks import is_blank, without_marks
+from .stray_characters import is_blank, without_marks
 
 CHATS = ("messages", "conversations", "conversation")
 TEXTS = ("prompt", "question", "instruction", "text")

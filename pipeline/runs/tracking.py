@@ -19,7 +19,7 @@ from ..errors import warn
 from .anonymous import anonymous
 from .files import atomic_path, atomic_write
 from .folder import RunDir
-from .wandb_files import readable_steps
+from .wandb_resume import readable_steps
 from .wandb_settings import set_folders, told, wandb_root
 
 INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline

@@ -27,7 +27,7 @@ from ..inference.exit_head import ExitHead
 from ..runs.files import atomic_path
 from ..runs.folder import RunDir
 from ..runs.tracking import Tracker
-from ..training import loss_terms, packing
+from ..training import losses, packing
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Signals, Throughput
 from ..training.checkpoints import WholeFile, check_format, newest_intact
 from ..training.dataloader import StepBatches
@@ -42,7 +42,7 @@ from ..training.watchdog import Progress, watched_process_group
 
 def check(config: Config) -> None:
     """Checks the config before anything is loaded. Raises UserError for a loss that does not exist."""
-    loss_terms.parse(config.distill.loss)
+    losses.parse(config.distill.loss)
 
 
 def run(run: RunDir) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .losses import ChunkedLogits
+from .chunked_loss import ChunkedLogits
 
 
 @torch.no_grad()

@@ -1,162 +1,150 @@
-"""The distillation loss, computed from hidden states without ever holding the logits of all positions.
+"""The terms of the distillation loss, each with its formula, its gradient and its source.
 
-`LinearDistillation` takes the final hidden states of teacher and heads and the shared LM head, and gives each head's
-loss with its exact gradient, a chunk of logits at a time. The terms that a loss is made of are in loss_terms.py.
+A term takes the log-probabilities of teacher and head for one chunk of rows, and gives the loss and its gradient with
+respect to the head's logits. Every term is a sum over rows, and the value of a row depends on that row alone, so the
+result does not depend on how rows are cut into chunks or spread over processes.
 
-Letters: H heads, R rows (positions that predict a response token), C rows of one chunk, D hidden size,
-V vocabulary. p is the teacher's distribution, q a head's.
+Letters: C rows of one chunk, V vocabulary. p is the teacher's distribution, q a head's, both at the temperature T of
+the loss; z are the head's logits divided by T. overlap = sum_v min(p, q) is the probability that speculative sampling
+accepts a token drawn from q (Leviathan et al. 2023, theorem 3.5), and 1 - overlap is the total variation distance. r is
+1 for the tokens with p > q, which the head underrates, and 0 for the others; m = sum_v q r is the head's probability of
+the former.
+
+  name     loss of a row               dloss/dz                    length of the gradient (sum of absolute values)
+  kl       sum_v p (log p - log q)     q - p                       2 (1 - overlap)
+  ce       -log q(argmax p)            q - [argmax p]              2 (1 - q(argmax p))
+  tvd      1 - overlap                 q (m - r)                   2 m (1 - m)
+  tvd++    1 - overlap (see below)     q (m - r) / sqrt(m (1-m))   2 sqrt(m (1 - m))
+  overlap  -log overlap                q (m - r) / overlap         2 m (1 - m) / overlap, at most 2 (1 - m)
+
+The gradients of the last three have the same direction in a row and differ in length. Where the head is far off (m near
+0), that of tvd almost vanishes, that of overlap is as long as that of kl, and that of tvd++ lies between.
 """
 
+import difflib
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .loss_terms import TERMS
+from ..errors import UserError
 
 
-class LinearDistillation(torch.autograd.Function):
-    """The loss of every head, from hidden states, without [R, V] logits.
+def kl(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor, out_CV: Tensor) -> Tensor:
+    """Forward Kullback-Leibler divergence KL(p || q): soft targets (Hinton et al. 2015, section 2)."""
+    ratio_CV = torch.sub(log_p_CV, log_q_CV, out=out_CV)
+    loss = torch.dot(p_CV.view(-1), ratio_CV.view(-1))
+    torch.sub(q_CV, p_CV, out=out_CV)
+    return loss
 
-        p = softmax(W t / T),  q = softmax(W s / T)
-        loss_h = scale * sum_terms weight * T^power * sum_r term(p_r, q_hr)
-        d loss_h / d s_hr = scale * sum_terms weight * T^(power - 1) * W^T (dterm/dz)_hr
 
-    W is frozen, so only the hidden states of the heads have a gradient. It is computed in the forward pass, where the
-    logits that it needs are at hand; neither logits nor W are saved. The teacher's logits of a chunk are computed once
-    for all heads, which share nothing else. There is no double backward.
+def ce(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor, out_CV: Tensor) -> Tensor:
+    """Cross-entropy of the teacher's most probable token: hard targets.
 
-    LinearDistillation.apply(weight_VD, teacher_RD, terms, scale, temperature, chunk, mark, *students_RD) -> losses_H
-    in float32 (float64 if W is). `terms` maps the name of a term to its weight (loss_terms.py). `mark` is called with
-    the name of the part of the work that has just ended, "teacher" or "rest" (`Stopwatch.mark`), or is None. Peak
-    memory: 4 * chunk * V logits, 5 with several terms, and one [R, D] gradient per head.
+    The target is not the next token of the response: where that was sampled from p, it would be a noisy estimate of kl.
+    The argmax is the token that greedy verification accepts, however the response was made.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight_VD: Tensor,
-        teacher_RD: Tensor,
-        terms: dict[str, float],
-        scale: float,
-        temperature: float,
-        chunk: int,
-        mark: Callable[[str], None] | None,
-        *students_RD: Tensor,
-    ) -> Tensor:
-        total_H = torch.zeros(len(students_RD), dtype=torch.float64, device=weight_VD.device)
-        needed = ctx.needs_input_grad[7:]
-        grads = [torch.empty_like(s) if need else None for s, need in zip(students_RD, needed, strict=True)]
-        mix = [(t.function, terms[n] * temperature ** (t.power - 1)) for n, t in TERMS.items() if n in terms]
-        logits = ChunkedLogits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4 if len(mix) == 1 else 5)
-        unit = scale * mix[0][1]
-        for start in range(0, len(teacher_RD), chunk):
-            rows = slice(start, start + chunk)
-            if mark:
-                mark("rest")
-            log_p_CV = logits.log_softmax(0, teacher_RD[rows], temperature)
-            if mark:
-                mark("teacher")
-            p_CV = torch.exp(log_p_CV, out=logits.rows(1, len(log_p_CV)))
-            for h, student_RD in enumerate(students_RD):
-                log_q_CV = logits.log_softmax(2, student_RD[rows], temperature)
-                q_CV = torch.exp(log_q_CV, out=logits.rows(3, len(log_q_CV)))
-                loss, grad_CV = _mixed(mix, log_p_CV, p_CV, log_q_CV, q_CV, logits.rows(-1, len(log_q_CV)))
-                total_H[h] += loss
-                if (grad_RD := grads[h]) is not None:
-                    grad_RD[rows] = (grad_CV.to(weight_VD.dtype) @ weight_VD).mul_(unit)
-        ctx.save_for_backward(*grads)
-        return (total_H * (unit * temperature)).to(logits.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        out_H = grad_outputs[0]
-        scaled = [None if g is None else g * out_H[h].to(g.dtype) for h, g in enumerate(ctx.saved_tensors)]
-        return None, None, None, None, None, None, None, *scaled
+    best_C1 = log_p_CV.argmax(-1, keepdim=True)
+    loss = -log_q_CV.gather(-1, best_C1).sum()
+    out_CV.copy_(q_CV).scatter_(-1, best_C1, q_CV.gather(-1, best_C1) - 1)
+    return loss
 
 
-def _mixed(
-    mix: Sequence[tuple[Callable, float]],
-    log_p_CV: Tensor,
-    p_CV: Tensor,
-    log_q_CV: Tensor,
-    q_CV: Tensor,
-    spare_CV: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(loss, dloss/dz) of a chunk, both divided by the first term's weight. Overwrites log_q, and the spare buffer if
-    there are several terms."""
-    (first, unit), *others = mix
-    grad_CV = spare_CV if others else log_q_CV
-    loss = first(log_p_CV, p_CV, log_q_CV, q_CV, grad_CV)
-    for term, weight in others:
-        loss = loss + weight / unit * term(log_p_CV, p_CV, log_q_CV, q_CV, log_q_CV)
-        grad_CV.add_(log_q_CV, alpha=weight / unit)
-    return loss, grad_CV
+def tvd(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor, out_CV: Tensor) -> Tensor:
+    """Total variation distance, sum_v |p - q| / 2: the rejection rate itself (Zhou et al. 2023, arXiv 2310.08461).
+
+    It has no derivative where p = q for some token; r = 0 is used there.
+    """
+    overlap_C1, _ = _overlap(p_CV, q_CV, out_CV)
+    out_CV.neg_()
+    return (1 - overlap_C1).sum()
 
 
-class ChunkedLogits:
-    """Buffers [C, V] that every chunk reuses: allocating them anew costs more than the softmax."""
+def tvd_plus_plus(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor, out_CV: Tensor) -> Tensor:
+    """TVD++: the gradient of tvd as a policy gradient with normalised rewards (Goel et al. 2024, arXiv 2403.00858).
 
-    def __init__(self, weight_VD: Tensor, chunk: int, buffers: int):
-        self.weight_VD = weight_VD
-        self.dtype = torch.promote_types(weight_VD.dtype, torch.float32)
-        shape = (chunk, len(weight_VD))
-        self.buffers = [torch.empty(shape, dtype=self.dtype, device=weight_VD.device) for _ in range(buffers)]
+    The gradient of tvd is -E_{x~q}[r(x) grad log q(x)], with r the reward; TVD++ is -E_{x~q}[(r(x) - mean) / std
+    grad log q(x)]. No loss has this gradient, so the value returned is that of tvd.
 
-    def rows(self, index: int, count: int) -> Tensor:
-        return self.buffers[index][:count]
-
-    def log_softmax(self, index: int, hidden_CD: Tensor, temperature: float) -> Tensor:
-        """log softmax(W h / T) in buffer `index`. Overwrites the last buffer."""
-        scratch_CV = self.rows(-1, len(hidden_CD))
-        hidden_CD = hidden_CD.to(self.weight_VD.dtype)
-        if self.weight_VD.dtype == self.dtype:
-            torch.mm(hidden_CD, self.weight_VD.t(), out=scratch_CV)
-        elif hidden_CD.is_cuda:  # bfloat16 inputs, float32 sums and result
-            scratch_CV = torch.mm(hidden_CD, self.weight_VD.t(), out_dtype=self.dtype)
-        else:
-            scratch_CV.copy_(hidden_CD @ self.weight_VD.t())
-        if temperature != 1.0:
-            scratch_CV.div_(temperature)
-        return torch.log_softmax(scratch_CV, -1, out=self.rows(index, len(hidden_CD)))
+    Mean and standard deviation are those of r under q *in each row*: m and sqrt(m (1 - m)). Subtracting any mean leaves
+    an expectation over the whole vocabulary unchanged, since E_{x~q}[grad log q(x)] = 0 in every row. One deviation for
+    all rows of a chunk, a batch or all processes would be a common factor, which Adam divides out again, and it would
+    make the gradient depend on how rows are grouped. So only normalising row by row changes what is learned.
+    (Only the abstract of the paper was read, which names variance reduction as in policy gradients. This normalisation
+    is how other papers quote it; over which set the paper itself normalises is not known to us.)
+    """
+    overlap_C1, mass_C1 = _overlap(p_CV, q_CV, out_CV)
+    variance_C1 = (mass_C1 * (1 - mass_C1)).clamp_(
+        min=torch.finfo(q_CV.dtype).eps
+    )  # else rounding errors would be divided by 0
+    out_CV.div_(variance_C1.sqrt_().neg_())
+    return (1 - overlap_C1).sum()
 
 
-def plain_loss(
-    weight_VD: Tensor,
-    teacher_RD: Tensor,
-    terms: dict[str, float],
-    scale: float,
-    temperature: float,
-    students_RD: Sequence[Tensor],
-) -> Tensor:
-    """The losses_H of LinearDistillation by full logits and autograd: the reference in its tests."""
-    log_p_RV = torch.log_softmax(teacher_RD @ weight_VD.t() / temperature, -1)
-    losses = []
-    for student_RD in students_RD:
-        log_q_RV = torch.log_softmax(student_RD @ weight_VD.t() / temperature, -1)
-        each = [w * temperature ** TERMS[n].power * _PLAIN[n](log_p_RV, log_q_RV).sum() for n, w in terms.items()]
-        losses.append(scale * sum(each))
-    return torch.stack(losses)
+def overlap(log_p_CV: Tensor, p_CV: Tensor, log_q_CV: Tensor, q_CV: Tensor, out_CV: Tensor) -> Tensor:
+    """The negative log of the acceptance probability (LK losses, Samarin et al. 2026, arXiv 2602.23881)."""
+    overlap_C1, _ = _overlap(p_CV, q_CV, out_CV)
+    overlap_C1.clamp_(min=torch.finfo(q_CV.dtype).tiny)
+    out_CV.div_(-overlap_C1)
+    return -overlap_C1.log_().sum()
 
 
-def _plain_overlap(log_p_RV: Tensor, log_q_RV: Tensor) -> Tensor:
-    return torch.minimum(log_p_RV.exp(), log_q_RV.exp()).sum(-1)
+def _overlap(p_CV: Tensor, q_CV: Tensor, out_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """(overlap_C1, m_C1); out_CV becomes doverlap/dz = q (r - m)."""
+    overlap_C1 = torch.minimum(p_CV, q_CV, out=out_CV).sum(-1, keepdim=True)
+    mass_C1 = torch.gt(p_CV, q_CV, out=out_CV).mul_(q_CV).sum(-1, keepdim=True)
+    out_CV.addcmul_(q_CV, mass_C1, value=-1)
+    return overlap_C1, mass_C1
 
 
-def _plain_tvd_plus_plus(log_p_RV: Tensor, log_q_RV: Tensor) -> Tensor:
-    """The value of tvd with the gradient of the policy surrogate -sum_v stop_gradient[q (r - mean) / std] log q."""
-    q_RV, reward_RV = log_q_RV.detach().exp(), (log_p_RV > log_q_RV).to(log_q_RV.dtype)
-    mean_R1 = (q_RV * reward_RV).sum(-1, keepdim=True)
-    std_R1 = (q_RV * (reward_RV - mean_R1) ** 2).sum(-1, keepdim=True).sqrt()
-    surrogate_R = -(q_RV * (reward_RV - mean_R1) / std_R1 * log_q_RV).sum(-1)
-    return 1 - _plain_overlap(log_p_RV, log_q_RV).detach() + surrogate_R - surrogate_R.detach()
+class Term(NamedTuple):
+    function: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(log_p, p, log_q, q, out), all [C, V] -> the loss summed over rows; out becomes dloss/dz.
+
+    out may share the memory of log_q, so a term must not read log_q after its last write to out.
+    """
+    power: int
+    """The term is multiplied by T^power, so that dloss/d(T z) keeps its size when T changes. For kl, q - p itself
+    shrinks like 1/T (Hinton et al. 2015, section 2), hence T^2; the gradients of the other terms do not."""
 
 
-_PLAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "kl": lambda log_p_RV, log_q_RV: (log_p_RV.exp() * (log_p_RV - log_q_RV)).sum(-1),
-    "ce": lambda log_p_RV, log_q_RV: torch.nn.functional.nll_loss(log_q_RV, log_p_RV.argmax(-1), reduction="none"),
-    "tvd": lambda log_p_RV, log_q_RV: (log_p_RV.exp() - log_q_RV.exp()).abs().sum(-1) / 2,
-    "tvd++": _plain_tvd_plus_plus,
-    "overlap": lambda log_p_RV, log_q_RV: -_plain_overlap(log_p_RV, log_q_RV).log(),
+# Terms that read log_q come first: when several are mixed, the later ones overwrite it.
+TERMS = {
+    "kl": Term(kl, 2),
+    "ce": Term(ce, 1),
+    "tvd": Term(tvd, 1),
+    "tvd++": Term(tvd_plus_plus, 1),
+    "overlap": Term(overlap, 1),
 }
+
+
+def parse(words: Sequence[str]) -> dict[str, float]:
+    """Name -> weight of the terms in distill.loss, each given as NAME or WEIGHT*NAME. Raises UserError otherwise."""
+    weights: dict[str, float] = {}
+    for word in words:
+        weight, star, name = (part.strip() for part in word.rpartition("*"))
+        if name not in TERMS:
+            close = difflib.get_close_matches(name, TERMS, n=1, cutoff=0.5)
+            remedy = f"Did you mean {close[0]}?" if close else "Write NAME or WEIGHT*NAME."
+            raise _wrong(words, f"there is no term {name!r}. {remedy}")
+        if name in weights:
+            raise _wrong(words, f"{name} is there twice. Add the weights up.")
+        weights[name] = _number(weight) if star else 1.0
+        if not 0 < weights[name] < math.inf:
+            raise _wrong(words, f"the weight of {name} must be a number above 0, and is {weight!r}.")
+    if not weights:
+        raise _wrong(words, "a loss needs a term.")
+    return weights
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _wrong(words: Sequence[str], what: str) -> UserError:
+    return UserError(f"distill.loss=[{', '.join(words)}]: {what} The terms are {', '.join(TERMS)}.")

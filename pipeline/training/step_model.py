@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..config import Config
 from ..inference.stopwatch import stopwatch
 from .acceptance import draft_statistics
-from .loss_terms import parse
-from .losses import LinearDistillation
+from .chunked_loss import LinearDistillation
+from .losses import parse
 from .teacher import Teacher, TeacherStates, last_layer_arguments
 
 

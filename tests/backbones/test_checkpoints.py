@@ -15,7 +15,7 @@ from pipeline.backbones.load import load_model, load_tokenizer, public_name
 from pipeline.backbones.source import load_config
 from pipeline.backbones.weight_files import WeightFiles, check_weights, fingerprint_of_files
 from pipeline.config import Backbone
-from pipeline.errors import UserError, reason_of
+from pipeline.errors import UserError, reason
 from pipeline.inference.fingerprint import fingerprint
 from pipeline.publishing import head_folder
 from pipeline.stages import generate, plan
@@ -203,11 +203,11 @@ def test_a_snapshot_of_the_hub_has_its_repositorys_name(tmp_path) -> None:
 
 
 def test_the_whole_reason_is_kept() -> None:
-    assert reason_of(ValueError("Config name is missing.\nPick one among:\n ['a', 'b']")) == (
+    assert reason(ValueError("Config name is missing.\nPick one among:\n ['a', 'b']")) == (
         "Config name is missing. Pick one among: ['a', 'b']"
     )
-    assert reason_of(KeyError()) == "KeyError"
-    long = reason_of(ValueError("word " * 200))
+    assert reason(KeyError()) == "KeyError"
+    long = reason(ValueError("word " * 200))
     assert len(long) <= 404 and long.endswith("word ...")
 
 

@@ -5,14 +5,7 @@ import pandas as pd
 import pytest
 
 from pipeline.evaluation.intervals import interval
-from pipeline.evaluation.metrics import (
-    BASELINE,
-    beside,
-    conditional_rates,
-    cost_table,
-    predicted_speedup,
-    summarise,
-)
+from pipeline.evaluation.metrics import BASELINE, beside, conditional_rates, cost_table, predicted_speedup, summarise
 from pipeline.generation.repetition import first_loop
 
 

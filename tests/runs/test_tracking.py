@@ -19,7 +19,7 @@ import os, signal, sys, time
 from pipeline.config import load
 from pipeline.runs.folder import RunDir
 from pipeline.runs.tracking import Tracker
-from pipeline.runs.wandb_files import steps_in
+from pipeline.runs.wandb_resume import steps_in
 run = RunDir(load(None, sys.argv[1:]))
 tracker = Tracker(run, True)
 tracker.start(-1)

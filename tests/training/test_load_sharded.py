@@ -28,7 +28,7 @@ from pipeline.errors import UserError
 from pipeline.inference.families import FAMILIES
 from pipeline.inference.fingerprint import fingerprint
 from pipeline.training import load_sharded
-from pipeline.training.losses import LinearDistillation
+from pipeline.training.chunked_loss import LinearDistillation
 from pipeline.training.sharding import make_mesh, shard_step_model
 from pipeline.training.step_model import StepModel
 from pipeline.training.teacher import last_layer_arguments

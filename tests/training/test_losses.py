@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.config import load
 from pipeline.errors import UserError
 from pipeline.training.acceptance import acceptance_lengths, draft_statistics
-from pipeline.training.loss_terms import TERMS, parse
-from pipeline.training.losses import LinearDistillation, plain_loss
+from pipeline.training.chunked_loss import LinearDistillation, plain_loss
+from pipeline.training.losses import TERMS, parse
 
 R, D, V = 13, 6, 29
 

@@ -23,7 +23,8 @@ import httpx2
 from ...config import Machine
 from ...errors import UserError
 from .interface import Answer, Question, Report, Sampling
-from .openai_api import Foreign, Unreadable, Way, answer_in, body_of, check_words, ways
+from .server_replies import Foreign, Unreadable, answer_in, check_words
+from .server_requests import Way, body_of, ways
 
 TRIES = 8
 """So many failures in a row, about a minute of pauses, and a server is dead, or a question cannot be answered."""
