@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+from pipeline.inference import custom_generate
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.families import check_config, longest_exact, window_of
 from pipeline.inference.unmodified import check_unmodified
@@ -336,3 +337,22 @@ def test_windows_are_those_that_transformers_masks_with() -> None:
     for config in (config_of("llama"), config_of("qwen2"), config_of("mistral", sliding_window=None)):
         assert {window_of(config, i) for i in range(4)} == {None} and longest_exact(config) == 256
     assert longest_exact(config_of("mistral", sliding_window=4096)) == 256
+
+
+# ---- the engine that custom_generate keeps from call to call
+
+
+def test_custom_generate_follows_its_model(model, folder, tmp_path) -> None:
+    """Other weights since the last call are decoded with; an adapter since the last call is refused."""
+    head_for(model, 2).save(tmp_path)
+    ids = torch.tensor([PROMPT])
+    told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    speculative = partial(custom_generate.generate, ids, model=model, exit_head=str(tmp_path), controller="fixed:2")
+    assert speculative(**told).tolist() == model.generate(ids, **told).tolist()
+    projection = model.model.layers[1].mlp.up_proj  # not among the weights of the fingerprint
+    before = model.generate(ids, **told).tolist()
+    projection.weight = nn.Parameter(-projection.weight.data, requires_grad=False)
+    assert speculative(**told).tolist() == model.generate(ids, **told).tolist() != before
+    wrap(model)
+    with pytest.raises(ValueError, match="LoraLike"):
+        speculative(**told)
