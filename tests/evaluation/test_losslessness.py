@@ -156,15 +156,17 @@ def test_greedy_in_bfloat16_allows_near_ties_only(tmp_path) -> None:
 def test_honest_bfloat16_texts_leave_each_other_at_ties_of_their_own_tokens(tmp_path) -> None:
     model = load(tiny_backbone(tmp_path, sharpness=4.0, eos_token_id=None, pad_token_id=None)).bfloat16()
     model.model.rotary_emb.float()
-    engine = SplitBackbone(model, head_for(model, 2), check=False)
+    engine = SplitBackbone(model, head_for(model, 2), check=False, timed_kernels=False)
     draw, found = torch.Generator().manual_seed(1), []
-    for _ in range(24):
+    for _ in range(100):  # about one text in ten leaves the baseline's
         prompt = torch.randint(10, 200, (12,), generator=draw).tolist()
         wanted = autoregressive(engine, Request(prompt, 64), Sampler()).tokens
         emitted = self_speculative(engine, Request(prompt, 64), Sampler(), make_controller("fixed:4")).tokens
-        found.append(losslessness.explain(engine, prompt, wanted, emitted))
-    divergences = [d for d in found if d is not None]
-    assert divergences and all(d.explained for d in divergences)
+        if (divergence := losslessness.explain(engine, prompt, wanted, emitted)) is not None:
+            found.append(divergence)
+            if len(found) == 2:
+                break
+    assert found and all(divergence.explained for divergence in found)
 
 
 def test_a_tie_is_of_two_tokens_within_their_own_noise() -> None:
