@@ -300,7 +300,7 @@ def disturbed(seed: int, count: int, factor) -> tuple[float, int]:
     return tokens / seconds, drafted
 
 
-SLOW_ROUNDS = [(at, factor) for factor in (5, 10, 50) for at in range(21)]
+SLOW_ROUNDS = [(at, factor) for factor in (5, 10, 50) for at in (*range(7), 9, 12, 16, 20)]
 SLOW_TIMES = [(0, 20), (0, 60), (20, 80), (100, 160)]
 QUICK = [(3, 50)]
 
