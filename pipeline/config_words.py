@@ -135,6 +135,8 @@ def typed(value: Any, kind: Any) -> Any:
     for convert in (int, float, bool):
         if convert in (kind, *choices):
             return _converted(value, convert)
+    if kind is Any and value.plain and value.isdecimal():  # a token's id or its text: quotes make a number a text
+        return int(value)
     return str(value)
 
 
