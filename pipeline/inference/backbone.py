@@ -20,22 +20,9 @@ from .families import check_config, longest_exact
 from .fixed_shapes import FixedShapes, rounded
 from .kernels import choose
 from .kv_cache import KVCache
-from .layers import (
-    LayerWeights,
-    Rows,
-    Shape,
-    addresses,
-    attend,
-    causal_mask,
-    gather,
-    mlp,
-    rms_norm,
-    rotate,
-    run_layers,
-    write,
-)
+from .layers import LayerWeights, Rows, Shape, attend, causal_mask, gather, mlp, rms_norm, rotate, run_layers, write
 from .rounds import WIDTHS
-from .unmodified import check_unmodified
+from .unmodified import addresses, check_unmodified
 
 
 class Block(NamedTuple):

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .unmodified import addresses
+
 
 class LayerWeights(NamedTuple):
     """One decoder layer, its projections joined so that each is one matrix product.
@@ -77,11 +79,6 @@ def gather(layer: nn.Module) -> LayerWeights:
     )
     layer.__dict__["_joined"] = joined, addresses(layer)
     return joined
-
-
-def addresses(module: nn.Module) -> tuple[int, ...]:
-    """Where a module's weights lie: other numbers mean that somebody put other tensors in their place."""
-    return tuple(parameter.data_ptr() for parameter in module.parameters())
 
 
 @dataclass(frozen=True)
