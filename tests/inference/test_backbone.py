@@ -255,14 +255,14 @@ def test_blocks_follow_the_devices(llama) -> None:
     head = head_for(mapped, 1)
     for part in (*mapped.model.layers[2:], mapped.model.norm, mapped.lm_head):
         part.to("meta")
-    engine = SplitBackbone(mapped, head, check=False)
+    engine = SplitBackbone(mapped, head, check=False, timed_kernels=False)
     assert [(b.start, b.stop, b.device.type) for b in engine.blocks] == [
         (0, 1, "cpu"), (1, 2, "cpu"), (2, 4, "meta"), (4, 5, "meta")
     ]  # fmt: skip
     cache = engine.new_cache(32)
     assert [keys.device.type for keys in cache.keys] == ["cpu", "cpu", "meta", "meta"]
     engine.shallow(PROMPT, 0, cache)
-    whole = SplitBackbone(llama, head_for(llama, 1))
+    whole = SplitBackbone(llama, head_for(llama, 1), timed_kernels=False)
     same = whole.new_cache(32)
     whole.shallow(PROMPT, 0, same)
     assert torch.equal(cache.hidden_TD, same.hidden_TD), "what stays on the first device is computed as ever"

@@ -95,7 +95,7 @@ def test_folder_holds_the_code_byte_for_byte(run) -> None:
         "model.safetensors", "modeling_exit_head.py", "provenance.json", "results.json", "speculation_profile.json",
         "training_config.yaml",
     }  # fmt: skip
-    names = {p.name for p in CODE.glob("*.py")}
+    names = {p.name for p in CODE.glob("*.py")} | {"requirements.txt"}
     assert {p.name for p in (hub / "custom_generate").iterdir()} == {head_folder.PUBLISHED_AS.get(n, n) for n in names}
     for name in names:
         published = hub / "custom_generate" / head_folder.PUBLISHED_AS.get(name, name)
