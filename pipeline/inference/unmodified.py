@@ -187,8 +187,3 @@ def _check_calls(model: Any) -> None:
 def _name(what: Any) -> str:
     name = getattr(what, "__qualname__", None) or type(what).__qualname__
     return f"{getattr(what, '__module__', None) or type(what).__module__}.{name}"
-
-
-def addresses(module: nn.Module) -> tuple[int, ...]:
-    """Where a module's weights lie: other numbers mean that somebody put other tensors in their place."""
-    return tuple(parameter.data_ptr() for parameter in module.parameters())
