@@ -123,7 +123,7 @@ def distill(a: Architecture, config: Config, layout: Layout, gpu: Gpu) -> Stage:
     d, one = config.distill, step(a, config, layout, gpu)
     seconds, how = d.max_steps * one.seconds, f"{d.max_steps} steps x {one.seconds:.3g} s"
     if tokens := set_tokens(config):
-        # A validation is a step without the heads' backward pass, which is two thirds of the heads' work.
+        # A validation is a step without the heads' backward pass, which is about two thirds of the heads' work.
         forward = one.seconds - 2 / 3 * one.seconds * _share_of_heads(a, config)
         times = ceil(d.max_steps / d.validate_every) + 1
         seconds += times * d.held_out * tokens / one.tokens * forward
