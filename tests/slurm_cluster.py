@@ -1,8 +1,8 @@
-"""A real Slurm of two nodes on this machine, for tests: plain processes, loopback only, nothing outside one folder.
+"""A real Slurm cluster of two nodes on this machine, for tests: plain processes, loopback only, files in one folder.
 
-Takes a folder, starts munged, slurmctld and two slurmd there (Debian: slurmctld slurmd slurm-client munge), gives the
-environment in which sbatch, srun and scontrol find them, and stops what it started. No systemd, no cgroups, no root
-needed. Knows nothing of the pipeline.
+Takes a folder; starts munged, slurmctld and two slurmd there (Debian: slurmctld slurmd slurm-client munge), gives the
+environment in which sbatch, srun and scontrol find them, and stops them at the end. It needs no systemd, no cgroups and
+no root.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from typing import TextIO
 
 DAEMONS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun")
 NODES = ("127.0.0.1", "127.0.0.2")
-"""Names that resolve without a line in /etc/hosts, as the first of a job is its MASTER_ADDR."""
+"""Node names: addresses, which need no line in /etc/hosts, as the name of a job's first node is its MASTER_ADDR."""
 GPUS = 2
-"""Of each node: stand-ins, which Slurm counts and hands out."""
+"""GPUs of each node: stand-in devices that Slurm counts and allocates."""
 
 CONF = """\
 ClusterName=test
@@ -71,7 +71,7 @@ def missing() -> str | None:
 
 
 class Cluster:
-    """Two nodes of 8 CPUs; jobs of the partition urgent preempt those of main. `with Cluster(folder) as cluster`.
+    """Two nodes with 8 CPUs each; jobs in partition urgent preempt those in main. Use `with Cluster(folder) as ...`.
 
     Raises RuntimeError if a daemon ends, AssertionError if the nodes do not come up.
     """
@@ -95,7 +95,7 @@ class Cluster:
     # ---- jobs
 
     def call(self, *words: str, check: bool = True) -> str:
-        """What a Slurm command prints."""
+        """The output of a Slurm command. Raises RuntimeError if it fails, unless `check` is False."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(words)}: {done.stderr}{done.stdout}")
@@ -104,15 +104,15 @@ class Cluster:
     def tasks(self, job: str) -> list[dict[str, str]]:
         """Field -> value of `scontrol show job`, for each task of an array."""
         shown = self.call("scontrol", "show", "job", "-o", job).splitlines()
-        # Values may hold blanks: what follows one, up to the next NAME=, belongs to it.
+        # Values may contain blanks: a value ends before the next NAME=.
         return [dict(re.findall(r"(\w[\w/:]*)=(.*?)(?= \w[\w/:]*=|$)", line.strip())) for line in shown if line]
 
     def job(self, job: str) -> dict[str, str]:
-        """Of a job that is no array."""
+        """Field -> value of a job that is no array."""
         return self.tasks(job)[0]
 
     def wait(self, job: str, *states: str, seconds: float = 300) -> dict[str, str]:
-        """The job's fields as soon as it is in one of these states. Raises AssertionError if it never is."""
+        """The job's fields once it is in one of these states. Raises AssertionError after `seconds`."""
         self.until(lambda: self.job(job)["JobState"] in states, seconds, f"job {job} to be {' or '.join(states)}")
         return self.job(job)
 
@@ -126,10 +126,10 @@ class Cluster:
     # ---- nodes
 
     def kill_node(self, node: str) -> None:
-        """As if its power failed: SIGKILL to its daemon, then to everything that this one had started."""
+        """Simulate a power failure: SIGKILL to the node's daemon, then to all processes that it started."""
         daemon = self.daemons.pop(node)
         doomed = [daemon.pid, *self._stepds(node)]
-        for pid in doomed:  # parents first, so that none of them notices what happens to its children
+        for pid in doomed:  # parents first, so that no parent sees its children die
             for each in [pid, *_descendants(pid)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(each, signal.SIGKILL)
@@ -140,7 +140,7 @@ class Cluster:
             self.daemons[node] = _daemon([_find("slurmd"), "-N", node, "-D"], self.environment, out)
 
     def _stepds(self, node: str) -> list[int]:
-        """Process ids of the job steps on a node: they leave their daemon when they start."""
+        """Process ids of the slurmstepd of a node, which detach from their daemon when they start."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -165,7 +165,7 @@ class Cluster:
         folder = self.folder
         for name in ("state", "spool", *(f"spool/{node}" for node in NODES)):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o755)  # munged refuses a socket that others could not reach or could replace
+        folder.chmod(0o755)  # munged requires a folder that others can enter but not write
         port = _free_ports(3)
         host, user = socket.gethostname().split(".")[0], pwd.getpwuid(os.getuid()).pw_name
         (folder / "slurm.conf").write_text(
@@ -196,7 +196,7 @@ class Cluster:
         self.until((self.folder / "munge.socket").exists, 20, "munged")
 
     def _stand_ins(self) -> list[Path]:
-        """Character devices, which is what Slurm wants of a GPU's file."""
+        """Character devices, the type that Slurm requires of a GPU's file."""
         if os.getuid():
             return [Path(f"/dev/tty{i}") for i in range(GPUS)]
         devices = [self.folder / f"nvidia{i}" for i in range(GPUS)]
@@ -224,7 +224,7 @@ class Cluster:
 
 
 def _daemon(command: list[str], environment: dict[str, str], out: TextIO) -> subprocess.Popen:
-    """It dies with this process, even where this one is killed and cannot stop it."""
+    """Start a daemon that the kernel kills when this process ends, even by SIGKILL."""
     return subprocess.Popen(command, env=environment, stdout=out, stderr=out, preexec_fn=_die_with_parent)
 
 
@@ -233,12 +233,12 @@ def _die_with_parent() -> None:
 
 
 def _find(name: str) -> str | None:
-    """Daemons lie in /usr/sbin, which is not on every user's PATH."""
+    """Path of a program, also in /usr/sbin, where daemons are and which is not on every user's PATH."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` neighbouring ports that nobody listens on."""
+    """The first of `count` consecutive free ports."""
     for base in range(20000 + os.getpid() % 3000 * count, 32000, count):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for port in range(base, base + count):
@@ -248,7 +248,7 @@ def _free_ports(count: int) -> int:
 
 
 def _descendants(pid: int) -> list[int]:
-    """Process ids of children, their children, and so on."""
+    """Process ids of all descendants, parents before their children."""
     with contextlib.suppress(OSError):
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [each for child in map(int, children) for each in (child, *_descendants(child))]

@@ -1,9 +1,9 @@
-"""A worker of generate or cache that dies as told: run by tests/test_torture.py and tests/test_cache.py.
+"""A worker of generate or cache that fails at a chosen moment, for the tests of interrupted work.
 
-Takes a manner of death and the words of the command line. `call:K:before` and `call:K:after` kill the process at its
-K-th call that gives a file its name or takes it away (link, replace, rename, unlink, fsync), before or after the system
-has done it; `seconds:S` kills it S seconds after its first shard of responses is begun; `disk:BYTES` lets no file grow
-beyond BYTES, which is how a full disk looks to a writer; `none` lets it live.
+Takes the manner of failure and the words of the command line. `call:K:before` and `call:K:after` kill the process
+before or after its K-th call of link, replace, rename, unlink or fsync on a shared folder; `seconds:S` kills it S
+seconds after it began its first shard of responses; `disk:BYTES` limits the size of every file, which a writer sees
+like a full disk; `none` does nothing.
 """
 
 import gc
@@ -70,7 +70,7 @@ def main(manner: str, words: list[str]) -> int:
 
 
 class Log:
-    """What all workers print, through a pipe: it is no file, which a full disk would cut."""
+    """Collects the output of all workers through a pipe, which the limit on file sizes does not affect."""
 
     def __init__(self):
         self.read_end, self.write_end = os.pipe()
@@ -86,11 +86,11 @@ class Log:
 
 
 def start(manner: str, words: list[str], log: Log) -> int:
-    """A real process of its own; forked, so that twenty of them need not import torch twenty times."""
+    """Start a worker in a forked process, which need not import torch again; returns its process id."""
     pid = os.fork()
     if pid:
         return pid
-    gc.freeze()  # what the parent left lying, such as a process group, would wait here for threads of its own
+    gc.freeze()  # collecting the parent's objects, such as a process group, would wait for threads of the parent
     code = 1
     try:
         os.dup2(log.write_end, 1), os.dup2(log.write_end, 2)

@@ -1,4 +1,4 @@
-"""What a run folder holds of its figures: metrics.jsonl, and W&B's offline files as W&B's own reader sees them."""
+"""Reads the metrics of a run folder: metrics.jsonl, and W&B's offline files with W&B's own reader."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pipeline.runs.folder import RunDir
 
 
 def segments(run: RunDir) -> list[list[dict]]:
-    """What W&B's own reader finds in its files, each in the order of its records; [run id, rows...]."""
+    """The records of each of W&B's offline files, in order, as W&B's own reader prints them."""
     found = []
     for folder in sorted((run / "wandb").rglob("offline-run-*")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
@@ -18,7 +18,7 @@ def segments(run: RunDir) -> list[list[dict]]:
 
 
 def rows(segment: list[dict]) -> dict[int, dict[str, float]]:
-    """Step -> figures."""
+    """Step -> figures, from the history records of a file."""
     items = [record["history"]["item"] for record in segment if "history" in record]
     return {item["_step"]: {k: v for k, v in item.items() if not k.startswith("_")} for item in items}
 

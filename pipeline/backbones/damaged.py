@@ -1,7 +1,7 @@
-"""What a checkpoint's file is instead of what its name says: a git-lfs pointer, an error page, a download that was cut.
+"""Detects damaged checkpoint files: git-lfs pointers, saved error pages, truncated downloads.
 
-Takes a path; returns one sentence with the remedy, or None for a file that looks right. Only the first bytes are read,
-and the header of a safetensors file.
+Takes a path; returns one sentence with the remedy, or None for a file that looks right. Of a safetensors file only the
+header is read; a JSON file is parsed whole.
 """
 
 import json
@@ -10,11 +10,14 @@ from pathlib import Path
 LFS = b"version https://git-lfs.github.com/spec"
 AGAIN = "fetch it again"
 LARGEST_HEADER = 100_000_000
-"""Bytes; safetensors refuses more."""
+"""Largest header in bytes that safetensors accepts."""
 
 
 def what_is_wrong(path: Path) -> str | None:
-    """Of a .json or .safetensors file of a checkpoint."""
+    """One sentence on the damage of a checkpoint's .json or .safetensors file, with the remedy; None if none is found.
+
+    Raises nothing for a file that cannot be read: the sentence says so.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(512)
@@ -34,7 +37,7 @@ def what_is_wrong(path: Path) -> str | None:
 
 
 def damage_in(folder: Path) -> str | None:
-    """The first file of a checkpoint's folder that is damaged, and what it is."""
+    """The sentence of `what_is_wrong` for the first damaged file of a checkpoint's folder; None if none is damaged."""
     for pattern in ("config.json", "*.index.json", "*.safetensors", "*.json"):
         for path in sorted(folder.glob(pattern)):
             if wrong := what_is_wrong(path):
@@ -51,7 +54,10 @@ def _of_json(path: Path) -> str | None:
 
 
 def _of_safetensors(path: Path, start: bytes, size: int) -> str | None:
-    """The file is eight bytes of the header's length, the header (JSON), and the tensors' bytes to its end."""
+    """Check the layout: 8 bytes (little-endian header length), the JSON header, then the tensors' bytes up to the end.
+
+    `start` holds the first bytes of the file, `size` is its length in bytes.
+    """
     if start.startswith(b"{"):
         return f"{path.name}: is text, not tensors: {AGAIN}"
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x1f\x8b")):

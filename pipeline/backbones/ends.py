@@ -1,7 +1,8 @@
-"""Which tokens end a text: one rule for every stage, every answerer, and what is published.
+"""End tokens: the ids that end a text, by one rule for all stages, answerers and published heads.
 
-Takes the `backbone` section and its tokenizer, gives token ids. The checkpoint's own end tokens are those of the first
-of generation_config.json, config.json and the tokenizer that names any; `backbone.end_tokens` adds to them.
+Takes the `backbone` section and its tokenizer; gives token ids. The checkpoint's own end tokens come from
+generation_config.json, else config.json, else the tokenizer: the first of them that names any. `backbone.end_tokens`
+adds to these.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from .source import explained, load_config, source_of
 
 
 def end_tokens(backbone: Backbone, tokenizer: Any) -> list[int]:
-    """The ids that end a text, the checkpoint's own first; [] means that every answer has full length.
+    """The ids that end a text, the checkpoint's own first; with [] every answer runs to max_new_tokens.
 
     Raises UserError for an entry of `backbone.end_tokens` that is no token of this backbone.
     """
@@ -31,16 +32,16 @@ def end_tokens(backbone: Backbone, tokenizer: Any) -> list[int]:
 
 
 def added_ends(backbone: Backbone, tokenizer: Any) -> list[int]:
-    """Those at which transformers' `generate` goes on unless it is told: a published head names them in its config."""
+    """The end tokens at which transformers' `generate` would not stop by itself; a published head's config has them."""
     generation = _generation_config(backbone)
-    if generation is None:  # transformers makes one of the config
+    if generation is None:  # transformers derives one from config.json
         generation = GenerationConfig.from_model_config(load_config(backbone)).to_dict()
     known = _ids(generation)
     return [token for token in end_tokens(backbone, tokenizer) if token not in known]
 
 
 def _generation_config(backbone: Backbone) -> dict[str, Any] | None:
-    """generation_config.json; None where there is none, as with some checkpoints."""
+    """The content of generation_config.json; None if the checkpoint has no such file."""
     try:
         return GenerationConfig.from_pretrained(source_of(backbone), revision=backbone.revision).to_dict()
     except OSError:
@@ -48,26 +49,26 @@ def _generation_config(backbone: Backbone) -> dict[str, Any] | None:
 
 
 def _as_written(backbone: Backbone) -> dict[str, Any]:
-    """config.json itself: of what it leaves out a config class has defaults that are no token of this checkpoint."""
+    """config.json as written: a config class would fill a missing eos_token_id with a default of its family."""
     with explained(backbone):
         return PretrainedConfig.get_config_dict(source_of(backbone), revision=backbone.revision)[0]
 
 
 def _ids(source: dict[str, Any] | None) -> list[int]:
-    """eos_token_id as a list; some checkpoints write -1 or [] for none."""
+    """eos_token_id as a list; some checkpoints write -1 or [] for no end token."""
     ids = (source or {}).get("eos_token_id")
     ids = [ids] if isinstance(ids, int) else ids or []
     return [token for token in ids if token >= 0]
 
 
 def _token_id(entry: Any, tokenizer: Any, vocabulary: int) -> int:
-    """The id of an entry of `backbone.end_tokens`: an id as it is, or the text of one token."""
+    """The token id of one entry of `backbone.end_tokens`, which is an id or the text of one token."""
     if isinstance(entry, int):
         if 0 <= entry < vocabulary:
             return entry
         raise UserError(f"backbone.end_tokens: {entry} is no id of this backbone; they run from 0 to {vocabulary - 1}")
     token = tokenizer.get_vocab().get(entry)
-    if token is None:  # the text of a token may be written otherwise in the vocabulary, such as a line feed
+    if token is None:  # byte-level vocabularies write some characters differently, such as a line feed
         ids = tokenizer(entry, add_special_tokens=False)["input_ids"]
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise UserError(

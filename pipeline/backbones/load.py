@@ -1,7 +1,7 @@
-"""Load the backbone and its tokenizer that a config names, as one module that every stage can use.
+"""Loads the frozen backbone and its tokenizer, for every stage that uses them unsharded.
 
-Takes the `backbone` and `machine` sections, gives transformers objects. Whatever is wrong with the checkpoint is a
-UserError, before its weights are loaded where its headers show it.
+Takes the `backbone` section and a device; gives transformers objects. A checkpoint that cannot be used raises
+UserError, before any weights are loaded if the files' headers show the fault.
 """
 
 import re
@@ -20,11 +20,11 @@ from .source import explained, source_of
 from .weight_files import check_weights
 
 SNAPSHOT = re.compile(r"models--(?P<repository>[^/]+)/snapshots/[^/]+")
-"""The end of a snapshot's path in the cache of the Hub; `org/name` is written org--name there."""
+"""The last parts of a snapshot's path in the Hub's cache, where `org/name` is written models--org--name."""
 
 
 def device_of(name: str) -> torch.device:
-    """`auto` is a GPU when there is one. Raises UserError for a GPU that is not there."""
+    """The device of machine.device; `auto` is a GPU if there is one. Raises UserError for a GPU without CUDA."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -33,14 +33,16 @@ def device_of(name: str) -> torch.device:
 
 
 def rounds_by(device: torch.device) -> dict[str, Any]:
-    """What decides how sums are rounded here, and so the last bits of a result, or a near tie between tokens."""
+    """Device, threads and torch version: they determine floating-point rounding, which can decide near ties."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def public_name(backbone: Backbone) -> str:
-    """The name that may be published: of a local folder, there or not, and of a URL only the last part; of a snapshot
-    in the Hub's cache the repository that it is of."""
+    """The backbone's name without private parts: a Hub id as it is, the last part of a local folder or URL.
+
+    A snapshot in the Hub's cache has the name of its repository.
+    """
     path = Path(backbone.name_or_path)
     if not path.is_dir():
         return anonymous(backbone.name_or_path, "name_or_path")
@@ -58,9 +60,10 @@ def load_tokenizer(backbone: Backbone) -> Any:
 
 
 def load_model(backbone: Backbone, device: torch.device, device_map: str | None = None) -> Any:
-    """The frozen backbone in `backbone.dtype`, in eval mode, on one device or laid over all by accelerate's map.
+    """The frozen backbone in `backbone.dtype`, in eval mode, on `device` or distributed by accelerate's `device_map`.
 
-    Raises UserError for a config that is not supported and for weights that are damaged, incomplete or quantised."""
+    Raises UserError for a config that is not supported and for weights that are damaged, incomplete or quantised.
+    """
     check_weights(backbone)
     transformers_logging.disable_progress_bar()
     with explained(backbone):
@@ -76,12 +79,12 @@ def load_model(backbone: Backbone, device: torch.device, device_map: str | None 
 
 
 def limit_of(config: Any, tokens: int) -> str:
-    """What a number of tokens that texts may have is, for messages: the whole context or a window of it."""
+    """For messages: whether the limit of `tokens` is the backbone's context or its sliding window."""
     return "context" if tokens == config.max_position_embeddings else "sliding window"
 
 
 def check_exit_layers(exit_layers: list[int], num_layers: int) -> None:
-    """Raises UserError unless every N is from 1 to L - 1."""
+    """Raises UserError unless every exit layer N is from 1 to L - 1 (`num_layers` is L)."""
     for n in exit_layers:
         try:
             check_exit_layer(n, num_layers)

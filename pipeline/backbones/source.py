@@ -1,7 +1,7 @@
-"""Where a checkpoint lies, and its config: read and judged before anything of the checkpoint is loaded.
+"""Locates a checkpoint, and reads and checks its config before any weights are loaded.
 
-Takes the `backbone` section of the config; gives a transformers config that the engine supports, or a UserError with
-one sentence that says what is wrong and what to do.
+Takes the `backbone` section of the config; gives a transformers config that the engine supports, or raises UserError
+with one sentence on the fault and its remedy.
 """
 
 import contextlib
@@ -21,20 +21,20 @@ from .damaged import damage_in
 
 BUILT_IN = {"pocket": BACKBONE}
 QUANTISED_BY = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Files beside config.json in which AutoGPTQ, AutoAWQ and ModelOpt say that the weights are quantised."""
+"""Files beside config.json by which AutoGPTQ, AutoAWQ and ModelOpt mark quantised weights."""
 
 
 def source_of(backbone: Backbone) -> str:
-    """What from_pretrained takes: a folder or a Hub id."""
+    """The checkpoint's folder or Hub id, as from_pretrained takes it."""
     return str(BUILT_IN.get(backbone.name_or_path, backbone.name_or_path))
 
 
 @contextlib.contextmanager
 def explained(backbone: Backbone) -> Iterator[None]:
-    """Whatever a library raises over the checkpoint's files becomes a UserError with one sentence.
+    """Turns every exception that a library raises over the checkpoint's files into a UserError of one sentence.
 
-    Libraries raise all kinds of exceptions there (SafetensorError, KeyError, ZeroDivisionError, a bare Exception from
-    tokenizers), so only calls of libraries belong into the block. Running out of memory is passed on.
+    Libraries raise exceptions of many types there (SafetensorError, KeyError, ZeroDivisionError, a bare Exception from
+    tokenizers), so the block must contain calls of libraries only. Out-of-memory errors pass unchanged.
     """
     try:
         yield
@@ -49,9 +49,10 @@ def explained(backbone: Backbone) -> Iterator[None]:
 
 
 def load_config(backbone: Backbone, local: bool = False) -> Any:
-    """The checkpoint's config, with `local` only if it is on this machine.
+    """The checkpoint's config; `local` looks only on this machine.
 
-    Raises UserError where it cannot be read, and for whatever the engine does not compute exactly (families.py)."""
+    Raises UserError if it cannot be read, and for a feature that the engine does not compute exactly (families.py).
+    """
     with explained(backbone):
         config = AutoConfig.from_pretrained(
             source_of(backbone),
@@ -80,7 +81,7 @@ def load_config(backbone: Backbone, local: bool = False) -> Any:
 
 
 def _folder(backbone: Backbone) -> Path | None:
-    """Where the checkpoint's files lie on this machine, if they do."""
+    """The folder of the checkpoint's files on this machine; None if they are not here."""
     folder = Path(source_of(backbone))
     if folder.is_dir():
         return folder

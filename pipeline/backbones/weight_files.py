@@ -1,6 +1,6 @@
 """A checkpoint's safetensors files: which file holds which tensor, and the fingerprint of the weights in them.
 
-Takes the `backbone` section of the config, gives files, tensors and the fingerprint without loading the model.
+Takes the `backbone` section of the config; gives files, tensors and the fingerprint without loading the model.
 """
 
 import json
@@ -22,14 +22,14 @@ from .damaged import what_is_wrong
 from .source import explained, load_config, source_of
 
 DTYPES = ("F64", "F32", "F16", "BF16")
-"""safetensors' names of what weights may be stored as; others are quantised."""
+"""safetensors' names of the dtypes of unquantised weights."""
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS = 4096
-"""Rows of the vocabulary compared at once."""
+"""Vocabulary rows that are compared at once, to bound memory."""
 
 
 def file_of(backbone: Backbone, name: str) -> Path | None:
-    """A file of the checkpoint, from its folder or the Hub; None if it has none of that name.
+    """Path of a file of the checkpoint, from its folder or the Hub; None if the checkpoint has no file of that name.
 
     Raises UserError if the checkpoint cannot be reached."""
     with explained(backbone):
@@ -39,18 +39,18 @@ def file_of(backbone: Backbone, name: str) -> Path | None:
 
 
 class WeightFiles:
-    """Which safetensors file of a checkpoint holds which tensor: those that from_pretrained would read, and no others.
+    """The safetensors files of a checkpoint that from_pretrained would read, and the tensors in each.
 
-    Files of a Hub id are fetched when first asked for; the locks of its cache let one process of a node do it.
+    Files of a Hub id are fetched on first use; locks in the Hub's cache let one process of a node do it.
     Raises UserError for a checkpoint without safetensors files, a missing file, a tensor that the index does not know.
     """
 
     def __init__(self, backbone: Backbone):
         self.backbone = backbone
         self.files: dict[str, str] = {}
-        """Tensor -> file, by the index; empty where all are in one file, which has none."""
+        """Tensor -> file, from the index; empty if one file holds all tensors, as such a checkpoint has no index."""
         self.paths: dict[str, str] = {}
-        """File -> path, of those asked for."""
+        """File -> path, for the files used so far."""
         self.single = self._find("model.safetensors")
         if self.single is None:
             index = self._find("model.safetensors.index.json")
@@ -68,7 +68,7 @@ class WeightFiles:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """The names of all tensors, in the files' order, each with the file that should hold it."""
+        """Tensor -> the file that should hold it, for all tensors in the files' order."""
         if self.single is None:
             return self.files
         with explained(self.backbone), safe_open(self.single, framework="pt") as file:
@@ -77,8 +77,8 @@ class WeightFiles:
     def tensor_of(self, parameter: str, config: Any) -> str:
         """The name of the tensor that fills a parameter.
 
-        An LM head that is in the files is the model's LM head, whatever `config.tie_word_embeddings` says: so does
-        from_pretrained. Of tied ones that are there once, either name may be missing.
+        As in from_pretrained, an LM head that is in the files is used whatever `config.tie_word_embeddings` says. A
+        tied tensor that is stored once may have either of its two names.
         """
         other = {LM_HEAD: EMBEDDING, EMBEDDING: LM_HEAD}.get(parameter)
         tied = other is not None and config.tie_word_embeddings and parameter not in self.names and other in self.names
@@ -122,7 +122,7 @@ class WeightFiles:
                     )
 
     def path(self, tensor: str) -> str:
-        """Of the file that should hold `tensor`."""
+        """Path of the file that should hold `tensor`."""
         if self.single is not None:
             return self.single
         if tensor not in self.files:
@@ -136,7 +136,7 @@ class WeightFiles:
         return self.paths[file]
 
     def rows(self, tensor: str) -> "Rows":
-        """Its shape and dtype, and rows of it when they are asked for. The file stays mapped as long as this lives."""
+        """A lazy view of a tensor: its shape and dtype, and rows read on demand from the file, which stays mapped."""
         path = self.path(tensor)
         with explained(self.backbone), safe_open(path, framework="pt") as file:
             present = set(file.keys())
@@ -145,7 +145,7 @@ class WeightFiles:
         raise self._error(f"{Path(path).name}: no tensor {tensor} in it: {self._instead(tensor, present)}")
 
     def _find(self, file: str) -> str | None:
-        """Its path, None if the checkpoint has no such file. Raises UserError for one that is damaged."""
+        """Path of a file; None if the checkpoint has no such file. Raises UserError for a damaged file."""
         path = file_of(self.backbone, file)
         if path is None:
             return None
@@ -154,7 +154,7 @@ class WeightFiles:
         return str(path)
 
     def _instead(self, tensor: str, names: Any) -> str:
-        """The remedy for a missing tensor; names of a quantised layer's parts begin as the layer's weight does."""
+        """The remedy for a missing tensor; names beside it that share its beginning show that it is quantised."""
         part = tensor.rpartition(".")[0] + "."
         others = sorted(name for name in names if name.startswith(part) and not name.endswith(".bias"))
         held = f"it has {others[0]} instead, as quantised checkpoints have; " if others else ""
@@ -165,9 +165,10 @@ class WeightFiles:
 
 
 def check_weights(backbone: Backbone) -> WeightFiles:
-    """The checkpoint's files, found complete, undamaged and unquantised by their headers. Raises UserError otherwise.
+    """The checkpoint's files, after a check of their headers. Raises UserError for missing, damaged or quantised ones.
 
-    from_pretrained would draw what is missing at random, and warn."""
+    from_pretrained would only warn and initialise missing tensors at random.
+    """
     config, files = load_config(backbone), WeightFiles(backbone)
     with explained(backbone), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -184,7 +185,7 @@ def fingerprint_of_files(backbone: Backbone, files: WeightFiles | None = None) -
 
 
 class Rows:
-    """Rows of a tensor that stays in its file."""
+    """A tensor that stays in its file: shape, dtype, and rows on demand."""
 
     def __init__(self, inside: Any):
         self.inside, self.shape = inside, tuple(inside.get_shape())

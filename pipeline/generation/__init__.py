@@ -1,1 +1,1 @@
-"""The backbone answers prompts: answerers, the responses they make, and how to look at those."""
+"""Generates responses: the answerers, the responses folder, its inspection, and documents to train on."""

@@ -1,7 +1,7 @@
-"""Responses as documents: what an exit head may learn from, token by token as it was drawn.
+"""Documents: the responses as training data, with the token ids that were sampled.
 
-Takes the responses folder, gives Documents (a conversation, as far as its turns continue each other) split into
-training and validation. No text is tokenized anew.
+Takes the responses folder; gives Documents (a conversation, as far as its turns continue each other) split into
+training and validation. No text is tokenized again.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from .repetition import repeated_share
 
 @dataclass(frozen=True)
 class Document:
-    """A prompt with the backbone's answer; of a conversation, all turns that continue each other token by token."""
+    """A prompt with the backbone's answer; several turns of a conversation if their tokens continue each other."""
 
     id: str
-    """Of its first turn: `<conversation>`, or `<conversation>.2` ... where a later turn had to begin anew."""
+    """Id of its first turn: `<conversation>`, or `<conversation>.2` ... if a later turn begins this document."""
     tokens: list[int]
     spans: list[tuple[int, int]]
-    """First and one past the last token of every answer that is learned from, its end token included."""
+    """[start, stop) of the tokens of every answer to learn from, including its end token."""
 
     @property
     def conversation(self) -> str:
@@ -35,7 +35,7 @@ class Document:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """responses/manifest.json. Raises UserError if the responses are not all there."""
+    """The content of responses/manifest.json. Raises UserError if the responses are incomplete or missing."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
@@ -49,12 +49,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def read_documents(
     folder: Path, manifest: dict[str, Any], truncated: str, most_repeated: float
 ) -> tuple[list[Document], Counter[str]]:
-    """The documents of the shards that the manifest lists, in their order, and how many answers came to what.
+    """The documents of the shards that the manifest lists, in their order, and counts of the answers.
 
-    A turn whose prompt begins with all tokens of the document before it, of the same conversation, is joined to that
-    document; where the chat template writes the past in another way than it was drawn, it begins one of its own.
+    A turn whose prompt begins with all tokens of the previous document of the same conversation is joined to that
+    document; if the chat template renders the past differently from what was sampled, the turn begins a new document.
     An answer is context but not learned from if it was cut off (unless `truncated` is keep) or if more than the share
-    `most_repeated` of its 8-grams occurred in it before. Counted: answers, truncated, repeating, joined, alone.
+    `most_repeated` of its 8-grams occurred in it before. The counts are answers, truncated, repeating, joined, alone.
     Raises UserError for a missing or changed shard and if there is nothing to learn from.
     """
     counts = Counter(dict.fromkeys(("answers", "truncated", "repeating", "joined", "alone"), 0))
@@ -91,7 +91,7 @@ def read_documents(
 
 
 def _rows(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, list[int], list[int], str]]:
-    """(id, prompt_ids, response_ids, finish_reason) of every turn, one shard after the other."""
+    """(id, prompt_ids, response_ids, finish_reason) of every turn, shard by shard."""
     for shard in manifest["shards"]:
         path = folder / shard["file"]
         if not path.is_file() or sha256_of(path) != shard["sha256"]:
@@ -103,9 +103,9 @@ def _rows(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, list[in
 
 
 def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
-    """(train, validation) by a hash of the conversation: it stays on its side, as a whole, whatever else is in the set.
+    """(train, validation), split by a hash of the conversation's id: each conversation always goes to the same side.
 
-    Validation gets the share `held_out` of the hash range, at least one conversation; so does training.
+    Validation gets the share `held_out` of the hash range. Both sides get at least one conversation.
     Raises UserError for fewer than two conversations.
     """
     names = dict.fromkeys(d.conversation for d in documents)
@@ -124,14 +124,14 @@ def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document
 
 
 def usable(documents: Sequence[Document], sequence_length: int) -> list[Document]:
-    """The documents cut to `sequence_length`, without those that have no response token left to learn from.
+    """The documents cut to `sequence_length` tokens, without those that have no token left to learn from.
 
-    Each ends with its last token that is learned from: what comes after it would teach nothing.
-    Raises UserError if none is left.
+    Each document also ends at its last token that is learned from, as later tokens have no effect.
+    Raises UserError if no document is left.
     """
     kept = []
     for d in documents:
-        # From 1: nothing stands before the first token that could predict it.
+        # From 1, because no position predicts the first token.
         cut = [(max(1, start), min(end, sequence_length)) for start, end in d.spans]
         spans = [(start, end) for start, end in cut if start < end]
         if spans:

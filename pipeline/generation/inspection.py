@@ -1,7 +1,6 @@
-"""Look at responses without changing them: how far they are, whether they are what was written, what is in them.
+"""Inspects responses without changing them: progress, integrity, content.
 
-Takes a run folder that generate has written to, or is writing to, gives lines to print, and the figures that the report
-shows.
+Takes a run folder that generate has written to, or is writing to; gives lines to print, and the figures of the report.
 """
 
 import json
@@ -21,11 +20,11 @@ from .documents import Document, read_documents, read_manifest
 from .responses import COUNTS, SCHEMA, Responses, rows_of
 
 RECENT = 20
-"""Finished shards that the rate is taken from."""
+"""Number of finished shards from which the rate is computed."""
 
 
 def status(run: RunDir) -> Iterator[str]:
-    """Progress, who works on what, rate and time left."""
+    """Lines on progress, the processes at work, their rate and the time left. Raises UserError without responses."""
     responses = _responses(run)
     names = responses.names()
     entries = [e for e in map(responses.entry, names) if e is not None]
@@ -61,7 +60,7 @@ def status(run: RunDir) -> Iterator[str]:
 
 
 def verify(run: RunDir) -> str:
-    """Hash every file again and count every turn. Raises UserError that names what is not as it was written."""
+    """Hash every shard and count every turn; returns one line. Raises UserError that names damaged shards."""
     responses = _responses(run)
     manifest = responses.manifest()
     assert manifest is not None
@@ -105,7 +104,7 @@ def verify(run: RunDir) -> str:
 
 
 def show(run: RunDir, count: int, console: Console | None = None) -> None:
-    """Print the first documents as distill will read them: what is learned stands out from what is not."""
+    """Print the first `count` documents as distill reads them, with the learned tokens highlighted."""
     console = console or Console(highlight=False)
     settings = run.config.distill
     folder = run / "responses"
@@ -121,7 +120,7 @@ def show(run: RunDir, count: int, console: Console | None = None) -> None:
 
 
 def marked(document: Document, tokenizer: Any) -> Text:
-    """The document's text, [[what is learned]] between brackets."""
+    """The document's text, with the tokens to learn from as [[text]]."""
     text, end = Text(), 0
     for start, stop in document.spans:
         text.append(tokenizer.decode(document.tokens[end:start]), "dim")
@@ -132,7 +131,7 @@ def marked(document: Document, tokenizer: Any) -> Text:
 
 
 def figures(run: RunDir) -> dict[str, Any] | None:
-    """What the report shows of the responses; None if they are not here (or of an older schema)."""
+    """The report's figures on the responses; None if they are incomplete, missing or of an older schema."""
     responses = Responses(run / "responses")
     manifest = responses.manifest()
     if manifest is None or manifest["schema"] != SCHEMA or not manifest["complete"]:

@@ -1,7 +1,7 @@
-"""Was any prompt that is to be evaluated on trained on? Compared with the responses that the heads learned from.
+"""Checks that no evaluation prompt was trained on, by comparing with the responses that the heads learned from.
 
-Takes the responses folder and the chosen prompts. evaluate's prompts are kept out of training when the responses are
-generated; what is evaluated on later may be something else, so it is compared with what was in fact answered.
+Takes the responses folder and the prompts to evaluate on. generate already leaves the evaluation prompts of its config
+out; as the config may have changed since, the prompts are compared with those that were actually answered.
 """
 
 from pathlib import Path
@@ -12,14 +12,14 @@ from .documents import read_manifest
 from .responses import rows_of
 
 SHOWN = 3
-"""Prompts that the message names."""
+"""Number of prompts that the message names."""
 
 
 def check_not_trained_on(folder: Path, chosen: list[Prompt], section: str) -> None:
-    """Raises UserError for prompts that have the id, or the normal form of the first turn, of one that was answered.
+    """Raises UserError if a chosen prompt has the id, or the normal form of the first turn, of an answered one.
 
-    `section`: where the chosen prompts come from (`prompts` or `evaluate.prompts`), for the message. Raises UserError
-    too if the responses cannot be read.
+    `section`: where the chosen prompts come from (`prompts` or `evaluate.prompts`), for the message. Also raises
+    UserError if the responses cannot be read.
     """
     ids, forms = _answered(folder)
     trained_on = [p for p in chosen if p.id in ids or normal_form(p.turns[0]) in forms]
@@ -35,7 +35,7 @@ def check_not_trained_on(folder: Path, chosen: list[Prompt], section: str) -> No
 
 
 def _answered(folder: Path) -> tuple[set[str], set[str]]:
-    """Ids, and normal forms of the first turns, of all prompts with an answer."""
+    """(ids, normal forms of the first turns) of all prompts with an answer."""
     manifest = read_manifest(folder)
     ids: set[str] = set()
     forms: set[str] = set()

@@ -1,13 +1,13 @@
-"""Repetition in token ids: where a text begins to loop, and how much of it repeats.
+"""Repetition in token ids: where a text begins to loop, and the share of repeated n-grams.
 
-Takes token ids, gives positions and shares of repeated n-grams.
+Takes token ids; gives a position or a share.
 """
 
 LOOP = 8
 
 
 def first_loop(tokens: list[int], n: int = LOOP) -> int:
-    """Number of tokens before the first n-gram that was there already; all of them if none repeats."""
+    """Number of tokens before the first repeated n-gram; the length of the text if none repeats."""
     seen: set[tuple[int, ...]] = set()
     for end in range(n, len(tokens) + 1):
         gram = tuple(tokens[end - n : end])
@@ -18,6 +18,6 @@ def first_loop(tokens: list[int], n: int = LOOP) -> int:
 
 
 def repeated_share(tokens: list[int], n: int = LOOP) -> float:
-    """Share of the n-grams that occurred before in the text; 0 of a text too short for any."""
+    """Share of the n-grams that occurred before in the text; 0 for a text shorter than n tokens."""
     count = len(tokens) - n + 1
     return 1 - len({tuple(tokens[i : i + n]) for i in range(count)}) / count if count > 0 else 0.0

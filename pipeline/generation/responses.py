@@ -1,11 +1,11 @@
-"""The responses folder: what is asked, and the shards of answers (shards.py).
+"""The responses folder: the prompts and the shards of answers (runs/shards.py).
 
-Takes rows and counts, gives files that any number of processes may write at once.
+Takes rows and counts; gives files that any number of processes may write at once.
 
     responses/
-      prompts.parquet        what is asked: a row group for each shard
-      shard-00000.parquet    the rows: one for each answered turn, turns of a conversation one behind the other
-      entries/  claims/  manifest.json    as in every folder of shards; an entry's counts say what became of the prompts
+      prompts.parquet        the prompts to answer: a row group for each shard
+      shard-00000.parquet    one row for each answered turn, the turns of a conversation in order
+      entries/  claims/  manifest.json    see runs/shards.py; an entry also has the shard's counts (COUNTS)
 """
 
 import json
@@ -36,19 +36,19 @@ COLUMNS = pa.schema(
         ("reproducible", pa.bool_()),
     ]
 )
-"""id: of the prompt, `.2`, `.3` ... behind it for later turns. prompt: what the user says in this turn. prompt_ids: the
-whole context. response_ids: end with an end token if finish_reason is `stop`; the other reason is `length`. seed: of
-the shard's drawing. exact: these very ids were drawn; false if encoded anew from a server's text. reproducible: the
-shard can be made again, to the same rows."""
+"""Columns of a shard. id: the prompt's id, followed by `.2`, `.3` ... for later turns. prompt: the user's text of this
+turn. prompt_ids: the whole context. response_ids: end with an end token if finish_reason is `stop`; the other reason is
+`length`. seed: the sampling seed of the shard and turn. exact: these ids were sampled; false if re-encoded from a
+server's text. reproducible: making the shard again gives the same rows."""
 ASKED = pa.schema([("prompt", pa.string()), ("ids", pa.list_(pa.int32()))])
 COUNTS = ("prompts", "turns", "rows", "empty", "unanswered", "tokens", "stop", "length", "looping", "inexact")
-"""Of a shard: prompts, and their turns, each of which is a row, empty (nothing but an end token), or unanswered (behind
-an empty answer, or no room left); tokens drawn; rows by finish reason; rows that repeat some 8 tokens; rows that
-are not exact."""
+"""Counts of a shard: prompts; turns; each turn is one of rows, empty (an end token at most) or unanswered (after an
+empty answer, or without room in the context); sampled tokens; rows by finish reason (stop, length); looping: rows that
+repeat an 8-gram; inexact: rows whose ids were re-encoded from text."""
 
 
 class Responses(Shards):
-    """One responses folder. Nothing is read or made before it is asked for."""
+    """One responses folder. The constructor neither reads nor creates anything."""
 
     stage, suffix, schema = "generate", "parquet", SCHEMA
 
@@ -69,8 +69,10 @@ class Responses(Shards):
         return {"responses": {name: total[name] for name in COUNTS}}
 
     def ask(self, head: dict[str, Any], asked: Iterator[list[tuple[str, list[int]]]]) -> None:
-        """Write what is asked, a list of (prompt as JSON, ids) for each shard, and a manifest that says of what the
-        responses will be. Both are of whoever came first."""
+        """Write prompts.parquet, from a list of (prompt as JSON, ids) for each shard, and the manifest with `head`.
+
+        If another process has written one of these files, it is kept.
+        """
         final = self.folder / "prompts.parquet"
         prompts = shards = 0
         with atomic_path(final, once=True) as temporary, pq.ParquetWriter(temporary, ASKED) as writer:
@@ -82,20 +84,20 @@ class Responses(Shards):
         self.begin(head | {"asked": found, "responses": {}})
 
     def check_asked(self) -> None:
-        """Raises UserError unless prompts.parquet is what the manifest says."""
+        """Raises UserError unless prompts.parquet has the hash that the manifest gives."""
         path, manifest = self.folder / "prompts.parquet", self.manifest()
         if not path.is_file() or not manifest or sha256_of(path) != manifest["asked"]["sha256"]:
             raise UserError(f"{path}: missing or not what was written: put it back, or --redo generate.")
 
     def asked(self, index: int) -> list[tuple[str, list[int]]]:
-        """(prompt as JSON, ids) of the shard of this number."""
+        """The prompts of the shard `index`, as (prompt as JSON, ids)."""
         table = pq.ParquetFile(self.folder / "prompts.parquet").read_row_group(index).to_pydict()
         return list(zip(table["prompt"], table["ids"], strict=True))
 
     def put(self, name: str, rows: list[dict[str, Any]], counts: dict[str, int], made: dict[str, Any]) -> None:
-        """Write a shard, put it in place unless another process has, enter what is there then."""
+        """Write a shard, put it in place unless another process has, and register the one in place."""
         columns = {column: [row[column] for row in rows] for column in COLUMNS.names}
-        # the counts travel in the file: an entry can be made again from it
+        # the file holds the counts too, so that a lost entry can be made again
         table = pa.Table.from_pydict(columns, schema=COLUMNS.with_metadata({"counts": json.dumps(counts)}))
         self.place(name, lambda path: pq.write_table(table, path), made)
 

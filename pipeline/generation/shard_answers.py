@@ -1,7 +1,7 @@
-"""The shards of responses: the prompts of one shard -> its rows and counts, every turn behind the answers before it.
+"""Makes the shards of responses: from the prompts of a shard to its rows and counts, turn by turn.
 
-Takes an answerer, a tokenizer and the config, gives what responses.py writes. A shard is a pure function of config,
-weights, prompts and its number, so a killed process loses no more than the shard it was at.
+Takes an answerer, a tokenizer and the config; gives the rows that responses.py writes. A shard depends only on config,
+weights, prompts and its number, so a killed process loses no more than its current shard.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ Asked = list[tuple[Prompt, list[int]]]
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn that is to be answered: a prompt as far as it was answered, and its context."""
+    """One turn to be answered: its prompt with the answers so far, and the token ids of its context."""
 
     place: int
-    """Of its conversation in the shard."""
+    """Index of its conversation in the shard."""
     prompt: Prompt
     ids: list[int]
 
 
 class AnswerWorker(ShardWorker):
-    """Answers what a responses folder asks."""
+    """Answers the prompts of a responses folder, shard by shard."""
 
     unit = "prompt"
 
@@ -51,7 +51,10 @@ class AnswerWorker(ShardWorker):
         vocab_size: int,
         by: dict[str, Any],
     ):
-        """`context`: tokens of a context and its answer together. Raises UserError for ids beyond `vocab_size`."""
+        """`context`: the most tokens of a prompt and its answer together; `by`: see ShardWorker.
+
+        `answer_shard` raises UserError for token ids that are not below `vocab_size`.
+        """
         super().__init__(responses, by)
         self.config, self.responses, self.answerer = config, responses, answerer
         self.tokenizer, self.context, self.vocab_size = tokenizer, context, vocab_size
@@ -72,11 +75,11 @@ class AnswerWorker(ShardWorker):
     def answer_shard(
         self, asked: Asked, index: int, report: Report | None = None
     ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        """The rows of the shard of this number, and its counts.
+        """The rows of the shard `index`, and its counts.
 
-        All first turns are answered together, then all second turns, and so on. A conversation ends early at an empty
-        answer, and where the next turn leaves no room for one. Behind an answer that was cut it goes on, as it would
-        for a user: distill decides whether cut answers are learned from.
+        All first turns are answered together, then all second turns, and so on. A conversation ends early after an
+        empty answer, and if the context has no room for the next answer. It continues after an answer that was cut off:
+        distill decides whether such answers are learned from.
         """
         counts: Counter[str] = Counter(prompts=len(asked), turns=sum(len(p.turns) for p, _ in asked))
         rows: list[tuple[int, dict[str, Any]]] = []
@@ -104,7 +107,7 @@ class AnswerWorker(ShardWorker):
     def _answers(
         self, turns: list[Turn], index: int, seed: int, report: Report | None
     ) -> list[tuple[Turn, Question, Answer]]:
-        """Each turn with what was asked and answered; temperatures are dealt out in turn over all prompts."""
+        """Each turn with its question and answer. The prompts of all shards get the temperatures in rotation."""
         g = self.config.generate
         first = index * g.shard_size
         questions = [
@@ -122,7 +125,7 @@ class AnswerWorker(ShardWorker):
         return list(zip(turns, questions, self.answerer.answer(questions, sampling, told), strict=True))
 
     def _next_turns(self, answered: list[tuple[Turn, Answer]], counts: Counter[str]) -> list[Turn]:
-        """The next turns of the conversations that have one, and room for its answer; the others' are counted."""
+        """The next turns that exist and leave room for an answer; turns without room are counted as unanswered."""
         later = [
             (turn.place, next_turn(turn.prompt, self.tokenizer.decode(answer.ids, skip_special_tokens=True)))
             for turn, answer in answered
@@ -155,17 +158,17 @@ class AnswerWorker(ShardWorker):
 
 
 def shard_seed(seed: int, index: int, turn: int = 1) -> int:
-    """Of one shard's sampling: below 2^53, so that JSON readers keep it exactly."""
+    """Sampling seed of one turn of one shard; below 2^53, so that every JSON reader keeps it exactly."""
     later = f" turn {turn}" if turn > 1 else ""
     return int.from_bytes(hashlib.sha256(f"generate {seed} {index}{later}".encode()).digest()[:8]) >> 11
 
 
 def prompt_of(text: str) -> Prompt:
-    """The prompt that a responses folder holds as JSON."""
+    """The prompt of its JSON text in a responses folder."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
     return Prompt(**fields)
 
 
 def _turns_left(prompt: Prompt) -> int:
-    """Turns behind the one that is to be answered."""
+    """Number of turns after the one to be answered."""
     return len(prompt.turns) - len(prompt.answers) - 1

@@ -39,7 +39,7 @@ class Architecture:
 
     @classmethod
     def of(cls, name: str, source: str, config: Any) -> "Architecture":
-        """Of a transformers config of one of the families."""
+        """The architecture of a transformers config of one of the supported families."""
         biases: tuple[str, ...] = ()
         if config.model_type == "qwen2":
             biases = ("q", "k", "v")
@@ -99,19 +99,19 @@ class Architecture:
 
     @property
     def parameters(self) -> int:
-        """Of the checkpoint: tied embeddings count once."""
+        """Number of parameters of the checkpoint: tied embeddings count once."""
         return self.layers * self.layer + self.hidden + self.embedding * (1 if self.tied else 2)
 
     @property
     def units(self) -> list[list[Shape]]:
-        """Shapes of what distill shards and gathers as one: embedding, layers, LM head (untied there), final norm."""
+        """Shapes of distill's units of sharding: embedding, layers, LM head (untied there), final norm."""
         table: list[Shape] = [(self.vocabulary, self.hidden)]
         return [table, *[self.layer_shapes] * self.layers, table, [(self.hidden,)]]
 
 
 def share(shapes: list[Shape], degree: int) -> int:
-    """Parameters that each of `degree` processes holds of these: FSDP2 cuts along rows and pads every share to the
-    largest."""
+    """Number of parameters of these shapes in each of `degree` processes: FSDP2 cuts along rows and pads every share to
+    the largest."""
     return sum(-(-shape[0] // degree) * prod(shape[1:]) for shape in shapes)
 
 

@@ -1,7 +1,7 @@
-"""Bytes of one GPU while it distils, and of the GPUs that hold a whole backbone for generate and evaluate.
+"""Estimates GPU memory: of each GPU in distill, and of all that hold one copy of the backbone in generate and evaluate.
 
-Takes an architecture, the layout of processes and a config; gives rows of what, how much, and how that came about
-(docs/planning.md has the formulas). Letters as in this package's docstring.
+Takes an architecture, the layout of processes and a config; gives rows of name, bytes, and the product that they come
+from (docs/planning.md has the formulas). Letters as in this package's docstring.
 """
 
 from dataclasses import dataclass
@@ -25,19 +25,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one GPU: what stays there, and what comes on top at the moments that take turns."""
+    """Memory of one GPU: the tensors that stay, and those added at each moment of a step; the moments alternate."""
 
     kept: list[Row]
     moments: dict[str, list[Row]]
 
     @property
     def largest(self) -> str:
-        """The moment that needs most."""
+        """Name of the moment that needs most memory."""
         return max(self.moments, key=lambda name: total(self.moments[name]))
 
     @property
     def rows(self) -> list[Row]:
-        """What stays, and what the largest moment adds."""
+        """The rows that stay and those of the largest moment."""
         return self.kept + self.moments[self.largest]
 
     @property
@@ -50,28 +50,28 @@ def total(rows: list[Row]) -> float:
 
 
 def usable(gpu: Gpu) -> float:
-    """Bytes of a GPU that are planned with."""
+    """Bytes of a GPU that a plan may use: its memory without MARGIN."""
     return gpu.memory * GIB * (1 - MARGIN)
 
 
 def weight_bytes(config: Config) -> int:
-    """w: bytes of a frozen weight, and of what the heads compute with."""
+    """w: bytes of a frozen weight, and of the heads' numbers in computation."""
     return {"float32": 4, "bfloat16": 2}[config.backbone.dtype]
 
 
 def sequences_of_pass(config: Config, layout: Layout) -> int:
-    """Packed sequences that a process of distill takes through the model at once."""
+    """Number of packed sequences in one forward pass of a distill process."""
     share_of_step = config.distill.sequences_per_step // layout.processes
     return min(config.distill.sequences_per_pass or share_of_step, share_of_step)
 
 
 def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
-    """Of one process of distill."""
+    """Memory of one process of distill."""
     d, w, degree = config.distill, weight_bytes(config), layout.degree
     heads, sequences = len(d.exit_layers), sequences_of_pass(config, layout)
     n = sequences * d.sequence_length
     chunk = min(d.loss_chunk, n)
-    units = a.units[-2:] if d.teacher == "cached" else a.units  # then only what turns hidden states into logits
+    units = a.units[-2:] if d.teacher == "cached" else a.units  # then only LM head and final norm
     held = sum(share(unit, degree) for unit in units)
     largest = max(sum(map(prod, unit)) for unit in [*units, a.layer_shapes])
     states = n * a.hidden
@@ -86,7 +86,7 @@ def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
     hidden = Row("hidden states of the teacher", (heads + 1) * states * w, f"{heads + 1} x {n} x {a.hidden} x {w} B")
 
     def of_heads(count: int, gradients: int) -> list[Row]:
-        """What `count` heads hold between their forward and their backward pass."""
+        """Memory that `count` heads hold between their forward and backward passes."""
         return [
             Row("heads, whole", count * a.layer * w, f"{count} x {giga(a.layer)} x {w} B"),
             Row("heads, activations", count * activations, f"{count} x {n} x {activations / n / 1000:.0f} kB"),
@@ -123,10 +123,11 @@ def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
 
 
 def saved(a: Architecture, config: Config, sequences: int) -> float:
-    """Bytes that autograd keeps of one head's forward pass.
+    """Bytes that autograd keeps from one head's forward pass.
 
-    Of a token w (4 F + 4 Q + 4 D): inputs and outputs of the MLP's and the attention's parts, and 4 D of the second
-    norm, which computes in float32; norms of queries and keys (Qwen3) keep (w + 4) (Q + G). Of a sequence the mask.
+    For each token these are w (4 F + 4 Q + 4 D), the inputs and outputs of the parts of MLP and attention, and 4 D of
+    the second norm, which computes in float32; norms of queries and keys (Qwen3) add (w + 4) (Q + G). Each sequence
+    adds its attention mask.
     """
     length, w = config.distill.sequence_length, weight_bytes(config)
     token = w * 4 * (a.ffn + a.query + a.hidden) + 4 * a.hidden
@@ -136,17 +137,17 @@ def saved(a: Architecture, config: Config, sequences: int) -> float:
 
 
 def logit_bytes(config: Config) -> int:
-    """Of one entry of a chunk of logits: four buffers in float32 (five for a loss of several terms), the product that
-    fills them, and the gradient in the LM head's dtype."""
+    """Bytes for each entry of a chunk of logits: four buffers in float32 (five for a loss of several terms), the
+    product that fills them, and the gradient in the LM head's dtype."""
     w, buffers = weight_bytes(config), 4 if len(config.distill.loss) == 1 else 5
     return (buffers + 1) * 4 + (w if w < 4 else 0)
 
 
-# ---- the whole backbone, laid over GPUs by whole layers
+# ---- the whole backbone, distributed over GPUs by whole layers
 
 
 def generate(a: Architecture, config: Config) -> list[Row]:
-    """Of all GPUs together that hold one copy, a server's too; [] if the backbone does not answer."""
+    """Memory of all GPUs together that hold one copy, or that serve it; [] if the backbone does not answer."""
     g, w = config.generate, weight_bytes(config)
     if g.engine == "original":
         return []
@@ -159,8 +160,11 @@ def generate(a: Architecture, config: Config) -> list[Row]:
 
 
 def evaluate(a: Architecture, config: Config) -> list[Row]:
-    """Of all GPUs that hold one copy together: every head is there, one text is decoded at a time, and the proofs take
-    a whole text through the layers at once and CHUNK of its rows to distributions."""
+    """Memory of all GPUs together that hold one copy, with all heads.
+
+    One text is decoded at a time. The proofs of losslessness pass a whole text through the layers at once, and compute
+    the distributions of CHUNK rows at once.
+    """
     new, heads, w = config.evaluate.max_new_tokens, len(config.distill.exit_layers), weight_bytes(config)
     prompt, rows, each = prompt_tokens(config), min(CHUNK, new), proof_bytes(config)
     return [
@@ -173,15 +177,18 @@ def evaluate(a: Architecture, config: Config) -> list[Row]:
 
 
 def proof_bytes(config: Config) -> int:
-    """Of one entry of a chunk in the proof of sampled text: p and q of the chunk before and a mask of it, p of this
-    one, q as logits and as shaped, and a mask; top_p also sorts them. Greedy text needs no distributions."""
+    """Bytes for each entry of a chunk in the proof of sampled text; 0 if all text is greedy.
+
+    The buffers are p, q and a mask of the previous chunk, p of this one, q as logits and as a shaped distribution, and
+    a mask; top_p adds those of sorting.
+    """
     if not any(t > 0 for t in config.evaluate.temperatures):
         return 0
     return 41 if config.evaluate.top_p < 1 else 22
 
 
 def prompt_tokens(config: Config) -> int:
-    """Of a prompt: no prompt is read here, so each is thought to fill a packed sequence together with its answer."""
+    """Assumed tokens of a prompt: as no prompt is read here, each fills a packed sequence together with its answer."""
     return max(1, config.distill.sequence_length - config.generate.max_new_tokens)
 
 
@@ -201,5 +208,5 @@ def _prefill(a: Architecture, tokens: int, w: int) -> Row:
 
 
 def giga(count: float) -> str:
-    """A count of parameters with its unit."""
+    """A count with its unit, G or M."""
     return f"{count / 1e9:.2f} G" if count >= 1e7 else f"{count / 1e6:.2f} M"

@@ -1,6 +1,6 @@
-"""Plans as tables of words: one plan in full, or a row for each of several.
+"""Formats plans as tables: one plan in full, or one row for each of several plans.
 
-Takes Plans, gives titles, headings and rows of strings; on a terminal rich draws them, elsewhere they are Markdown.
+Takes Plans; gives titles, headings and rows of strings, drawn by rich on a terminal and as Markdown elsewhere.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Table:
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """The value with three significant digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
@@ -34,7 +34,7 @@ def number(value: float) -> str:
 
 
 def opening(p: Plan) -> list[str]:
-    """What is planned, and on what assumptions."""
+    """Lines on the backbone, the layout and the assumptions of a plan."""
     a, c = p.architecture, p.config
     lines = [
         f"{a.name}: {giga(a.parameters)} parameters, L = {a.layers}, D = {a.hidden}, V = {a.vocabulary}, "
@@ -55,7 +55,7 @@ def opening(p: Plan) -> list[str]:
 
 
 def full(p: Plan) -> list[Table]:
-    """Everything that is known of one plan."""
+    """All tables of one plan."""
     moment = f"GPU memory of a distill process, at its largest moment: {p.distill.largest}"
     tables = [_sizes(moment, p.distill.rows), _sizes("GPU memory of generate, one copy", p.generate)]
     tables += [_sizes("GPU memory of evaluate, one copy", p.evaluate), _sizes("Host memory of a distill node", p.host)]
@@ -94,7 +94,10 @@ def _stages(p: Plan) -> Table:
 
 
 def _speedups(p: Plan) -> Table:
-    """Predicted for each exit layer and K, the best K marked, as far as an acceptance is known; and what is needed."""
+    """The needed acceptance rates of each exit layer, and its predicted speedups for each K with the best marked.
+
+    The speedups are left out if no acceptance is given.
+    """
     expected = any(one.expected for one in p.predictions)
     header = ["N", "a draft costs", *(f"acceptance for {target:.1f}" for target in TARGETS), "at most"]
     header += ["acceptance", *(f"K={k}" for k in DRAFTS)] * expected
@@ -118,11 +121,11 @@ def _speedup(p: Prediction) -> list[str]:
     return [acceptance, *(f"{s:.2f}{'*' if k == p.best else ''}" for k, s in p.speedups.items())]
 
 
-# ---- a row for each of several
+# ---- several plans, one row each
 
 
 def comparison(plans: Sequence[Plan], keys: Sequence[str]) -> Table:
-    """One row a plan; `keys` are what they differ in."""
+    """One row for each plan; `keys` are the config keys in which the plans differ."""
     header = [*(key.rpartition(".")[2] for key in keys), "GPUs", "copies", "GiB a GPU", "fits", "arithmetic, s"]
     header += ["collectives, s", "tokens/s", "generate, GPU-h", "distill, GPU-h", "best N", "K", "speedup"]
     return Table("", header, [[*(_value(p, key) for key in keys), *_row(p)] for p in plans])
@@ -149,11 +152,11 @@ def _row(p: Plan) -> list[str]:
     return [*row, str(best.exit_layer), str(best.best), f"{best.speedups[best.best]:.2f}"]
 
 
-# ---- to look at
+# ---- output
 
 
 def show(tables: Sequence[Table], console: Console | None = None) -> None:
-    """Drawn on a terminal, Markdown elsewhere."""
+    """Print the tables: drawn by rich on a terminal, as Markdown elsewhere."""
     console = console or Console()
     for table in tables:
         if not console.is_terminal:
@@ -169,7 +172,7 @@ def show(tables: Sequence[Table], console: Console | None = None) -> None:
 
 
 def markdown(table: Table) -> str:
-    """A Markdown table with its columns aligned, to be read as it is too."""
+    """A Markdown table with aligned columns, readable as plain text too."""
     left = [i == 0 or name == "of what" for i, name in enumerate(table.header)]
     title = [table.title, ""] if table.title else []
     return "\n".join([*title, *markdown_table(table.header, *table.rows, left=left), ""])

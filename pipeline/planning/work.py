@@ -1,4 +1,4 @@
-"""Seconds: of a step of distill, bound by arithmetic or by the network, and GPU-hours of every stage.
+"""Estimates the time of a step of distill, bound by arithmetic or by the network, and the GPU-hours of every stage.
 
 Takes an architecture, the layout of processes, a GPU and a config; gives lower bounds under the assumptions of
 docs/planning.md. Letters as in this package's docstring.
@@ -22,17 +22,17 @@ class Step:
     tokens: int
     flops: float
     gathered: float
-    """Bytes that every process takes in."""
+    """Bytes that every process receives."""
     compute: float
     """Seconds of arithmetic, on every GPU."""
     network: float
     """Seconds of collectives."""
     cache_read: float
-    """Bytes of the teacher's cache that every node reads, within the step; 0 of a teacher that is online."""
+    """Bytes of the teacher's cache that every node reads in a step; 0 with an online teacher."""
 
     @property
     def seconds(self) -> float:
-        """When one hides the other completely, as FSDP tries to, and reading the cache takes no time."""
+        """Seconds if arithmetic and collectives overlap completely, as FSDP tries, and reading the cache is free."""
         return max(self.compute, self.network)
 
     @property
@@ -44,7 +44,7 @@ class Step:
 class Stage:
     name: str
     gpus: int
-    """At work at the same time, on one copy of the backbone or on all copies of distill."""
+    """GPUs that work at the same time, on one copy of the backbone or on all copies of distill."""
     seconds: float
     how: str
 
@@ -53,11 +53,14 @@ class Stage:
         return self.gpus * self.seconds / 3600
 
 
-# ---- FLOPs of a token: a product of matrices of M parameters has 2 M, and twice that backward
+# ---- FLOPs per token: multiplying by matrices of M parameters takes 2 M, and twice that in the backward pass
 
 
 def teacher_flops(a: Architecture, length: int) -> float:
-    """Through L layers: 2 x matrices + 4 T Q of attention over a whole packed sequence, as its mask is explicit."""
+    """FLOPs per token through L layers: 2 x matrices + 4 T Q.
+
+    Attention covers the whole packed sequence, as its mask is explicit.
+    """
     return a.layers * (2 * _matrices(a) + 4 * length * a.query)
 
 
@@ -66,8 +69,11 @@ def logits_flops(a: Architecture) -> float:
 
 
 def head_flops(a: Architecture, length: int) -> float:
-    """Forward and backward of one head, its logits and their gradient: 6 x matrices + 14 T Q + 4 V D. (The backward
-    pass of fused attention computes the scores again: 10 T Q for the forward pass's 4.)"""
+    """FLOPs per token of one head, forward and backward, with its logits and their gradient.
+
+    6 x matrices + 14 T Q + 4 V D: the backward pass of fused attention recomputes the scores, so it takes 10 T Q after
+    the forward pass's 4.
+    """
     return 6 * _matrices(a) + 14 * length * a.query + 2 * logits_flops(a)
 
 
@@ -79,8 +85,8 @@ def _matrices(a: Architecture) -> int:
 
 
 def step(a: Architecture, config: Config, layout: Layout, gpu: Gpu) -> Step:
-    """As if every position were learned from; prompts are not, unless distill.learn_from=all, which only makes the part
-    of the logits smaller."""
+    """The step if every position were learned from. Prompts are not, unless distill.learn_from=all, so the logits take
+    less in practice."""
     d, w, heads = config.distill, weight_bytes(config), len(config.distill.exit_layers)
     tokens = d.sequences_per_step * d.sequence_length
     online = d.teacher == "online"
@@ -104,7 +110,7 @@ def step(a: Architecture, config: Config, layout: Layout, gpu: Gpu) -> Step:
 
 
 def rate(config: Config, gpu: Gpu) -> float:
-    """FLOP/s that a GPU is assumed to reach where arithmetic is the bound."""
+    """FLOP/s that a GPU is assumed to reach when arithmetic is the bound."""
     return getattr(gpu, config.backbone.dtype) * 1e12 * config.plan.mfu
 
 
@@ -113,11 +119,11 @@ def _unit_parameters(a: Architecture, layers: bool = True) -> int:
 
 
 def distill(a: Architecture, config: Config, layout: Layout, gpu: Gpu) -> Stage:
-    """Steps and validations of all processes."""
+    """The steps and validations of all processes."""
     d, one = config.distill, step(a, config, layout, gpu)
     seconds, how = d.max_steps * one.seconds, f"{d.max_steps} steps x {one.seconds:.3g} s"
     if tokens := set_tokens(config):
-        # A validation has the forward half of a step's work: the heads' backward pass is two thirds of theirs.
+        # A validation is a step without the heads' backward pass, which is about two thirds of the heads' work.
         forward = one.seconds - 2 / 3 * one.seconds * _share_of_heads(a, config)
         times = ceil(d.max_steps / d.validate_every) + 1
         seconds += times * d.held_out * tokens / one.tokens * forward
@@ -132,7 +138,7 @@ def _share_of_heads(a: Architecture, config: Config) -> float:
 
 
 def cache(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:
-    """The teacher's one pass over the whole set, if its hidden states are cached, on GPUs that share the layers."""
+    """The teacher's pass over the whole set, on GPUs that share the layers; None if its states are not cached."""
     tokens = set_tokens(config)
     if config.distill.teacher != "cached" or not tokens:
         return None
@@ -144,8 +150,10 @@ def cache(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:
 
 
 def token_seconds(a: Architecture, config: Config, gpu: Gpu, texts: int, positions: float) -> float:
-    """One token of each of `texts` texts, whose keys and values of `positions` positions are read too. GPUs that share
-    the layers work one after the other, so their number changes nothing."""
+    """Seconds to decode one token of each of `texts` texts with `positions` positions of keys and values.
+
+    GPUs that share the layers work one after the other, so their number does not matter.
+    """
     w = weight_bytes(config)
     weights = a.layers * a.layer + a.embedding
     read = weights * w + texts * positions * 2 * a.layers * a.key * w
@@ -153,8 +161,11 @@ def token_seconds(a: Architecture, config: Config, gpu: Gpu, texts: int, positio
 
 
 def generate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:
-    """As if every answer had generate.max_new_tokens. A server is thought to have its weights on as many GPUs, all at
-    work. None if the number of prompts is not known, or nobody is asked."""
+    """The stage if every answer had generate.max_new_tokens tokens.
+
+    A server is assumed to have its weights on as many GPUs, all at work. None if the number of prompts is unknown, or
+    if the backbone does not answer.
+    """
     g = config.generate
     if not g.num_prompts or g.engine == "original":
         return None
@@ -170,8 +181,10 @@ def generate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | No
 
 
 def evaluate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:
-    """As if nothing were faster than autoregressive decoding; rivals, some of them once a head, count like
-    controllers."""
+    """The stage if all decoding were as slow as autoregressive decoding; None without a number of prompts.
+
+    Each rival counts like a controller; some rivals run once for each head.
+    """
     e, heads = config.evaluate, len(config.distill.exit_layers)
     if not e.num_prompts:
         return None

@@ -1,4 +1,4 @@
-"""Prompt sets: where they come from, which stage may see which, and their token ids.
+"""Prompt sets: their sources, the split between stages, and their token ids.
 
-Each prompt belongs to distill or to evaluate, never to both. docs/prompts.md says what can be read.
+Each prompt belongs to distill or to evaluate, never to both. docs/prompts.md lists the formats that can be read.
 """

@@ -1,7 +1,7 @@
-"""Chats: a list of messages -> system message, what the user says in turn, and what was answered.
+"""Reads chats: from a list of messages to the system message, the user's turns and the source's answers.
 
-Takes messages as ShareGPT (`{"from": "human", "value": ...}`) and OpenAI (`{"role": "user", "content": ...}`) write
-them, gives their texts; what cannot be a conversation of a user and a backbone is a ValueError.
+Takes messages in the format of ShareGPT (`{"from": "human", "value": ...}`) or OpenAI (`{"role": "user", "content":
+...}`); gives their texts. Raises ValueError for messages that are no conversation of a user and an assistant.
 """
 
 from typing import Any
@@ -17,9 +17,10 @@ SPEAKERS = {
 
 
 def chat(messages: list[Any]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """(system, turns, originals). Messages of one speaker in a row are one, with a blank line between them.
+    """(system, turns, originals). Consecutive messages of one speaker are joined by a blank line.
 
-    What an assistant says before the first turn answers nothing and is left out.
+    An assistant's messages before the first turn answer nothing and are left out. Raises ValueError for an unknown
+    role, content without text, an empty user's message, or a system message after the first turn.
     """
     system = ""
     turns: list[str] = []
@@ -45,7 +46,7 @@ def chat(messages: list[Any]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
 
 
 def answer_in(value: Any) -> str:
-    """What an answer column holds: a text, or messages of which the last is the assistant's; else nothing."""
+    """The text of an answer column: a text, or the last of some messages if it is the assistant's; else empty."""
     if isinstance(value, str):
         value = messages_in(value) or value
     if isinstance(value, list) and value:
@@ -58,7 +59,7 @@ def answer_in(value: Any) -> str:
 
 
 def _message(message: Any, number: int) -> tuple[str, str]:
-    """(system, user or assistant; text)"""
+    """(speaker, text) of a message; the speaker is system, user or assistant. Raises ValueError for anything else."""
     if isinstance(message, str) and is_message(found := parsed(message)):
         message = found
     if not isinstance(message, dict):

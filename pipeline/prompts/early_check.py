@@ -1,7 +1,7 @@
-"""What evaluate will ask of its prompts, checked before the stages in front of it have worked for hours.
+"""Checks evaluate's prompts early, before the earlier stages have worked for hours.
 
-Takes the config, a tokenizer and the longest text that the decoder can measure; a prompt set that evaluate would
-refuse is a UserError with a remedy that costs nothing yet.
+Takes the config, a tokenizer and the context length. A prompt set that evaluate would refuse raises UserError while the
+remedy still costs nothing.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from .sets import evaluation_prompts, evaluation_settings, holds_out
 
 
 def check_evaluation_prompts(config: Config, tokenizer: Any, context: int, limit: str) -> None:
-    """Raises UserError if the first turns do not fit, cannot be read, or none are there; later turns show only then.
+    """Raises UserError if evaluate's prompts cannot be read, if there are none, or if a first turn is too long.
 
-    `context`: tokens of prompt and answer together, of which `limit` says what it is. With nothing held out and no
-    set of its own, nothing is to be evaluated, and nothing checked.
+    `context`: the most tokens of prompt and answer together; `limit` names it in messages. Later turns cannot be
+    checked yet, as they follow the backbone's answers. Nothing is checked if the config has no prompts to evaluate on.
     """
     if not holds_out(config):
         return
-    with contextlib.redirect_stdout(io.StringIO()):  # evaluate will say it when it does it
+    with contextlib.redirect_stdout(io.StringIO()):  # evaluate will print these lines itself
         chosen = evaluation_prompts(config)[: config.evaluate.num_prompts or None]
         new = config.evaluate.max_new_tokens
         encode(chosen, tokenizer, evaluation_settings(config), context, new, stage="evaluate", limit=limit)

@@ -1,7 +1,7 @@
-"""Prompts -> the token ids that the backbone is given, those that are too short or too long left out.
+"""Encodes prompts to the backbone's token ids, and drops those that are too short or too long.
 
-Takes Prompts, a tokenizer and the `prompts` section, gives each prompt with its ids. What a tokenizer or a file puts
-around a prompt by mistake (an end token, a second begin token) is taken off, and said.
+Takes Prompts, a tokenizer and the `prompts` section; gives each prompt with its ids. Special tokens that must not
+surround a prompt (an end token, a second begin token) are removed, with a printed line.
 """
 
 from collections import Counter
@@ -17,7 +17,7 @@ from .templates import check_template, messages_of, render
 Encoded = list[tuple[Prompt, list[int]]]
 
 BLOCK = 1024
-"""Prompts given to the tokenizer together; where only so many are wanted, no block after them is encoded."""
+"""Prompts that are encoded together; blocks after the last wanted prompt are not encoded."""
 
 
 def encode(
@@ -29,7 +29,7 @@ def encode(
     wanted: int = 0,
     **room: str,
 ) -> Encoded:
-    """As `fitting`, once the chat template is known to be right; it is a UserError if no prompt is left of some."""
+    """As `fitting`, after a check of the chat template; also raises UserError if some are given and none is left."""
     return list(encoding(prompts, tokenizer, settings, context, max_new_tokens, wanted, **room))
 
 
@@ -44,7 +44,7 @@ def encoding(
     stage: str = "generate",
     limit: str = "context",
 ) -> Iterator[tuple[Prompt, list[int]]]:
-    """`encode`, one after the other: the ids of many prompts take more memory than their texts."""
+    """`encode` as an iterator, since the ids of many prompts take more memory than their texts."""
     section = section_of(settings)
     systems = sum(bool(prompt.system) for prompt in prompts)
     if settings.chat_template != "none":
@@ -78,14 +78,14 @@ def fitting(
     stage: str = "generate",
     limit: str = "context",
 ) -> Encoded:
-    """Each prompt with the token ids of its conversation, up to the turn to be answered; the first `wanted`, 0 = all.
+    """The first `wanted` prompts (0: all) with the token ids of their conversations, up to the turn to be answered.
 
-    The ids are those of the chat template around it, or what tokenizer(text) gives, turns and answers joined by
-    blank lines. A prompt whose ids and max_new_tokens exceed `context` (in tokens) is a UserError, or is dropped if
-    `settings.too_long` is drop; one whose first turn is below min_tokens or above max_tokens is dropped, and one that
-    has no tokens at all. What is dropped is counted, one printed line for each reason. The order is kept.
+    The ids are those of the rendered chat template, or without one those of tokenizer(text), turns and answers joined
+    by blank lines. A prompt whose ids and `max_new_tokens` together exceed `context` tokens raises UserError, or is
+    dropped if `settings.too_long` is drop. Prompts without tokens are dropped, and those whose first turn is below
+    min_tokens or above max_tokens. One line is printed for each reason with the number dropped. The order is kept.
 
-    `stage` asks, and its keys are those that messages name; `limit` says what `context` is (the context, or a window).
+    Messages name the keys of `stage`, and call the limit of `context` tokens by `limit` (context or sliding window).
     """
     return list(_fitting(prompts, tokenizer, settings, context, max_new_tokens, wanted, stage, limit))
 
@@ -135,7 +135,7 @@ def _fitting(
 
 
 def _reason_to_drop(prompt: Prompt, length: int, settings: Prompts, room: int) -> str | None:
-    """The key that keeps a context of this length out."""
+    """Why a context of `length` tokens is dropped: empty, min_tokens, max_tokens or too_long; None if it is kept."""
     if length == 0:
         return "empty"
     first = not prompt.answers
@@ -146,17 +146,17 @@ def _reason_to_drop(prompt: Prompt, length: int, settings: Prompts, room: int) -
     return None if length <= room else "too_long"
 
 
-# ---- what stands around a prompt
+# ---- special tokens around a prompt
 
 
 class Added(NamedTuple):
-    """The ids that a tokenizer puts around every text by itself."""
+    """The ids that a tokenizer adds before and after every text."""
 
     before: list[int]
     behind: list[int]
 
     def taken_off(self, ids: list[int], found: Counter[str]) -> list[int]:
-        """The ids of a prompt, which goes on, so nothing stands behind it, and begins once; [] if it says nothing."""
+        """The ids of a prompt with one beginning and no end tokens, as an answer follows; [] if it has no own ids."""
         before, behind = self
         if behind and ids[-len(behind) :] == behind:
             ids = ids[: -len(behind)]
@@ -168,7 +168,7 @@ class Added(NamedTuple):
 
 
 def added_by(tokenizer: Any) -> Added:
-    """Found by trying: a tokenizer's settings do not always say what it does."""
+    """The ids that the tokenizer adds, found by encoding a text: its settings do not always tell."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])
     at = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), None)
@@ -178,9 +178,9 @@ def added_by(tokenizer: Any) -> Added:
 def contexts(
     prompts: list[Prompt], tokenizer: Any, settings: Prompts, found: Counter[str] | None = None
 ) -> Iterator[tuple[Prompt, list[int]]]:
-    """Each prompt with the ids of all that is said up to the turn to be answered, whatever their number.
+    """Each prompt with the ids of its conversation up to the turn to be answered, of any length.
 
-    `found` counts what is odd about them, for `_say`.
+    `found` counts oddities, which `_say` prints.
     """
     found = Counter() if found is None else found
     added = added_by(tokenizer)
@@ -203,7 +203,7 @@ def contexts(
 
 
 def _say(found: Counter[str], tokenizer: Any, settings: Prompts) -> None:
-    """One printed line for each oddity of which some prompts were found."""
+    """Print one line for each kind of oddity that was found."""
     section = section_of(settings)
     if count := found["begun twice"]:
         print(f"{section}: {count} prompts begin with the token that the tokenizer begins every text with; it is given "

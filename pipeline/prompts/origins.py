@@ -1,8 +1,7 @@
-"""The sources that a `prompts` section names, and the rows of each as they stand there.
+"""The sources that a `prompts` section names, and their raw rows.
 
-Takes the section, gives Origins; of an Origin its rows one after another, with the place that a message can name
-(`line 3`). A row that is broken is given as a ValueError that says how; a source that cannot be read at all is a
-UserError.
+Takes the section; gives Origins, and the rows of each with their places for messages (`line 3`). A broken row is given
+as a ValueError that describes the fault; a source that cannot be read at all raises UserError.
 """
 
 import codecs
@@ -20,17 +19,17 @@ from ..pocket.paths import PROMPTS
 from .prompt import Role
 
 BATCH = 1000
-"""Rows of a table that are Python objects at the same time."""
+"""Rows of a table that are converted to Python objects at once."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """One source and what messages call it."""
+    """One source of prompts, with its names for messages and records."""
 
     key: str
-    """`prompts`, or `prompts.mixture[1]`: what the keys below it begin with."""
+    """Prefix of its config keys: `prompts`, or `prompts.mixture[1]`."""
     name: str
-    """Public: no folders. Two files of one name are `a.jsonl` and `a.jsonl#2`."""
+    """Its public name, without folders. Two files of one name are `a.jsonl` and `a.jsonl#2`."""
     source: Source
 
     @property
@@ -47,7 +46,7 @@ def section_of(prompts: Prompts) -> str:
 
 
 def origins(prompts: Prompts) -> list[Origin]:
-    """The sources of the mixture; without one, that of the section itself."""
+    """The sources of the mixture; without a mixture, the one source of the section itself."""
     section = section_of(prompts)
     if not prompts.mixture:
         names = ("path", "name", "revision", "split", "column", "licence")
@@ -65,7 +64,7 @@ def _name(path: str | None) -> str:
 
 
 def rows_of(origin: Origin, role: Role) -> Iterator[tuple[str, Any]]:
-    """(place, row or ValueError), in their order; only pocket has another file for each role."""
+    """(place, row or ValueError) of each row, in order. `role` matters only for pocket, which has a file for each."""
     path = PROMPTS[role] if origin.is_pocket else file_of(origin)
     if path is None:
         return _numbered(_table_rows(load_dataset(origin).with_format("arrow").iter(BATCH)))
@@ -79,7 +78,7 @@ def rows_of(origin: Origin, role: Role) -> Iterator[tuple[str, Any]]:
 
 
 def file_of(origin: Origin) -> Path | None:
-    """The file, or None for a datasets id; anything else is a UserError."""
+    """The path of a file source; None for a datasets id. Raises UserError for anything else."""
     path = Path(str(origin.source.path))
     if path.is_dir():
         raise UserError(f"{origin.label}: a folder; give one file ({', '.join(PROMPT_FILES)})")
@@ -98,7 +97,10 @@ def file_of(origin: Origin) -> Path | None:
 
 
 def load_dataset(origin: Origin) -> Any:
-    """The split of a datasets id. A revision is needed: a set that changes under its name cannot be repeated."""
+    """The split of a dataset on the Hub.
+
+    Raises UserError if it cannot be loaded or has no revision: without one the set may change under its name.
+    """
     source = origin.source
     if not source.revision:
         raise UserError(
@@ -110,9 +112,9 @@ def load_dataset(origin: Origin) -> Any:
     try:
         which = {} if source.name is None else {"name": source.name}
         return datasets.load_dataset(str(source.path), **which, revision=source.revision, split=source.split)
-    except Exception as error:  # datasets raises its own, huggingface_hub's, fsspec's and OSError here
+    except Exception as error:  # errors of datasets, huggingface_hub, fsspec and OSError
         said = reason(error)
-        if "config name" in said.lower() or "builderconfig" in said.lower():  # it says which there are
+        if "config name" in said.lower() or "builderconfig" in said.lower():  # the error lists the config names
             name = "null" if source.name is None else source.name
             raise UserError(
                 f"{origin.key}.name={name}: not a configuration of the dataset {source.path}: {said}. Set "
@@ -143,7 +145,7 @@ def _parquet_rows(path: Path, label: str) -> Iterator[dict[str, Any]]:
 
 
 def _lines(path: Path, label: str) -> Iterator[tuple[str, Any]]:
-    """One JSON value a line; read as bytes, which are cut at line feeds alone and not at U+2028 inside strings."""
+    """One JSON value per line. The file is read as bytes, so that U+2028 inside a string does not end a line."""
     with _open(path, label) as file:
         for number, line in enumerate(file, 1):
             if (line := without_bom(line)).strip():
@@ -166,7 +168,7 @@ def _begins_with_a_list(path: Path, label: str) -> bool:
 
 
 def _list_rows(path: Path, label: str) -> Iterator[tuple[str, Any]]:
-    """A .json file may also be one list; it has to be parsed as a whole, and each row is let go once it is given."""
+    """The rows of a .json file that is one list. It is parsed as a whole; each row is freed once it is given."""
     with _open(path, label) as file:
         try:
             rows = json.loads(without_bom(file.read()).decode())
@@ -190,7 +192,7 @@ def _text_rows(path: Path, label: str) -> Iterator[tuple[str, Any]]:
 
 
 def without_bom(line: bytes) -> bytes:
-    """Editors begin a file with a byte order mark, and joined files have one in the middle."""
+    """The line without a byte order mark, which editors put at the start of files, and concatenation in the middle."""
     return line.removeprefix(codecs.BOM_UTF8)
 
 

@@ -1,7 +1,7 @@
-"""One pass over a source: rows -> distinct Prompts, and what had to be left out.
+"""One pass over a source: from rows to distinct Prompts, with counts of the rows left out.
 
-Takes an Origin and what was seen before it, gives Prompts one after another and counts; unusable rows stop it or are
-left out, as `bad_rows` says.
+Takes an Origin and the prompts seen before it; gives Prompts one after another, and counts. `bad_rows` decides whether
+unusable rows are an error or are left out.
 """
 
 import hashlib
@@ -15,17 +15,17 @@ from .prompt import Prompt, Role, joined, normal_form, prompt_id
 from .rows import Columns, task_of
 
 SHOWN = 3
-"""Unusable rows that a message names."""
+"""Number of unusable rows that a message names."""
 
 
 class Reading:
-    """Iterate once over it, then look at its counts. Raises UserError at the end, when all unusable rows are known."""
+    """An iterable of Prompts, for one pass, with counts afterwards. Raises UserError for unusable rows at the end."""
 
     def __init__(self, origin: Origin, settings: Prompts, role: Role, seen: set[bytes] | None):
         self.origin, self.role = origin, role
         self.section, self.stop = section_of(settings), settings.bad_rows == "stop"
         self.seen = seen
-        """Digests of the normal forms of all prompts so far, other sources' too; None: repeats are let through."""
+        """Digests of the normal forms of all prompts so far, from other sources too; None keeps duplicates."""
         self.columns = Columns(origin.source.column)
         self.rows = self.bad = self.blank = self.repeated = 0
         self.first_bad: list[str] = []
@@ -49,7 +49,7 @@ class Reading:
         self._check()
 
     def say(self) -> None:
-        """One printed line for each reason to leave rows out."""
+        """Print one line for each reason for which rows were left out."""
         label = self.origin.label
         if self.bad:
             print(f"{self.section}.bad_rows=skip: {self.bad} of {self.rows} rows of {self.origin.name} are left out "
@@ -72,7 +72,7 @@ class Reading:
         if said is None:
             return None
         task = self.origin.source.task or task_of(row)
-        name = prompt_id(said.turns, said.system)  # a ValueError if half a surrogate pair is in it
+        name = prompt_id(said.turns, said.system)  # raises ValueError for a lone surrogate
         return Prompt(name, said.turns, task, system=said.system, originals=said.originals, source=self.origin.name)
 
     def _is_new(self, prompt: Prompt) -> bool:
@@ -108,7 +108,10 @@ class Reading:
 
 
 def read(origin: Origin, settings: Prompts, role: Role, seen: set[bytes]) -> list[Prompt]:
-    """All distinct prompts of the source that are not yet in `seen`, in its order. Says what was left out."""
+    """The distinct prompts of the source that are not in `seen`, in order; prints what was left out.
+
+    Raises UserError for a source that cannot be read, and for unusable rows unless they are to be left out.
+    """
     reading = Reading(origin, settings, role, seen)
     found = list(reading)
     reading.say()

@@ -1,7 +1,7 @@
-"""Where prompts come from, for manifests, marks and cards: names, hashes, licences, counts.
+"""Records of the prompts' sources, for manifests, done marks and model cards: names, hashes, licences, counts.
 
-Takes a `prompts` section, gives plain dicts without folders in them. Reads every source once, and so finds what is
-wrong with it too.
+Takes a `prompts` section; gives plain dicts without folders. A record takes one pass over every source, which also
+raises the errors of reading.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ POCKET_LICENCE = "PSF-2.0"
 
 
 def source_pins(prompts: Prompts, role: Role = "distill") -> dict[str, str]:
-    """`pins` of the sources as they are now, without reading their rows."""
+    """The `pins` of the current sources, without reading their rows."""
     return pins(_join(prompts, [_identity(origin, role) for origin in origins(prompts)]))
 
 
 def source_record(prompts: Prompts, role: Role = "distill") -> dict[str, Any]:
-    """name (no folders), sha256 of the file or revision and split of the dataset, licence if known, rows, bad_rows.
+    """A source's name (without folders), sha256 or revision and split, licence if known, rows and bad_rows.
 
-    Of a mixture these stand under `sources`, each with its weight, and its own sha256 is that of theirs. A chat
-    template from a file is named with its sha256.
+    A mixture lists its sources under `sources`, each with its weight; its own sha256 is a hash of theirs. A chat
+    template file is recorded with its sha256. Raises UserError for a source that cannot be read.
     """
     found = [_identity(origin, role) | _contents(origin, prompts, role) for origin in origins(prompts)]
     record = _join(prompts, found)
@@ -39,7 +39,7 @@ def source_record(prompts: Prompts, role: Role = "distill") -> dict[str, Any]:
 
 
 def _join(prompts: Prompts, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record of all sources, and of the template."""
+    """One record for all sources and the chat template."""
     record = found[0]
     if prompts.mixture:
         hashes = json.dumps([pins(record) for record in found])
@@ -54,7 +54,7 @@ def _join(prompts: Prompts, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def pins(record: dict[str, Any]) -> dict[str, str]:
-    """What of a source record changes with the texts that the backbone sees: equal pins, equal contexts."""
+    """The part of a source record that determines the backbone's input: equal pins mean equal contexts."""
     pinned = {"prompts": record.get("sha256") or " ".join([record["revision"], *filter(None, [record.get("config")])])}
     if "chat_template" in record:
         pinned["chat_template"] = record["chat_template"]["sha256"]

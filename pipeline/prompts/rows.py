@@ -1,7 +1,7 @@
-"""What a row says: prompts, instructions, lists of turns and chats, by the names of their columns.
+"""Reads rows by the names of their columns: prompts, instructions, lists of turns, chats.
 
-Takes rows (dicts), gives system message, turns, the source's own answers and the task; a row that cannot be used is
-a ValueError. Spec-Bench's question file is read as it is.
+Takes rows (dicts); gives system message, turns, the source's own answers and the task. Raises ValueError for an
+unusable row. Spec-Bench's question file can be read unchanged.
 """
 
 import sys
@@ -16,7 +16,7 @@ TEXTS = ("prompt", "question", "instruction", "text")
 ANSWERS = ("answer", "response", "output", "completion", "chosen")
 
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
-"""The categories of Spec-Bench's file that are together its task mt_bench."""
+"""The categories in Spec-Bench's file that make up its task mt_bench."""
 
 
 class Said(NamedTuple):
@@ -26,24 +26,24 @@ class Said(NamedTuple):
 
 
 class Columns:
-    """Which column of one source holds its prompts: the one that was asked for, or what the rows themselves show.
+    """Finds the column of a source that holds its prompts: the requested one, or one that the rows have.
 
-    A chat says most and goes first. Of the columns of plain text one alone is taken for the whole source, the first
-    that is met: a `text` beside prompts is hardly a prompt. `turns` stand in where a row has nothing else.
+    Chats have priority. Of the columns of plain text, the first that is met is used for the whole source, as a column
+    `text` beside prompts is rarely a prompt. `turns` are used if a row has nothing else.
     """
 
     def __init__(self, wanted: str | None):
         self.wanted = wanted
         self.text = wanted
         self.met: dict[str, None] = {}
-        """Every column that any row has."""
+        """All columns of all rows so far, in order."""
         self.found = False
-        """Some row had a column that can be read."""
+        """True if some row had a column of prompts."""
         self.marked = 0
-        """Rows of which marks that editors leave were taken out."""
+        """Number of rows from which stray characters were removed."""
 
     def said(self, row: dict[str, Any]) -> Said | None:
-        """What the row says; None if it has the column, and nothing in it."""
+        """The content of a row; None if its column is empty. Raises ValueError if the row cannot be used."""
         self.met.update(dict.fromkeys(row))
         if self.text is None:
             self.text = next((name for name in TEXTS if name in row), None)
@@ -62,7 +62,7 @@ class Columns:
 
 def task_of(row: dict[str, Any]) -> str:
     task = _task(row)
-    return sys.intern(task)  # one text for all rows of a task
+    return sys.intern(task)  # all rows of a task share one string
 
 
 def _said(row: dict[str, Any], name: str, wanted: str | None) -> Said | None:
@@ -90,7 +90,7 @@ def _said(row: dict[str, Any], name: str, wanted: str | None) -> Said | None:
 
 
 def _written(value: Any, name: str, wanted: str | None) -> Any:
-    """The value, or the list that its text is of: any list in a column of chats or turns, else messages alone."""
+    """The value, or the list that it denotes as text: any list in a column of chats or turns, else only messages."""
     if not isinstance(value, str):
         return value
     if messages := messages_in(value):
@@ -103,7 +103,7 @@ def _written(value: Any, name: str, wanted: str | None) -> Any:
 
 
 def _with_input(row: dict[str, Any], instruction: str) -> str:
-    """An instruction as Alpaca has them: what it is to be carried out on stands in another column, or nothing does."""
+    """An instruction in Alpaca's format, joined with the input of another column if there is one."""
     given = row.get("input")
     if given is not None and not isinstance(given, str):
         raise ValueError(f"column input holds a {type(given).__name__}; a text is needed")

@@ -1,7 +1,7 @@
-"""Which prompts distill and evaluate get, and in which order: the held-out share, mixtures, no leak.
+"""The prompt sets of distill and evaluate: held-out share, mixtures, order, and no overlap between the two.
 
-Takes the config, gives lists of Prompts. Whatever evaluate may measure, distill never sees, not even in other
-capitals or spaces.
+Takes the config; gives lists of Prompts. No prompt that evaluate may use is given to distill, not even one that differs
+only in case or white space.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from .reading import read
 
 
 def load_prompts(prompts: Prompts, role: Role, seed: int = 0, avoid: Set[str] = frozenset()) -> list[Prompt]:
-    """The prompts of `role`, without duplicates, in an order that only their texts, the weights and the seed decide.
+    """The prompts of `role`, without duplicates, in an order that depends on their texts, the weights and the seed.
 
-    The first k are therefore a random subset, each source's share of them is its weight's. Only pocket's evaluate
-    file keeps its own order, which is a balanced mix already. A prompt whose first turn has its normal form in
-    `avoid` is left out. Raises UserError for a source that cannot be read, or if nothing is left.
+    So the first k are a random subset, with shares of the sources in proportion to their weights. Only pocket's
+    evaluate file keeps its own order, which is balanced already. Prompts whose first turn has its normal form in
+    `avoid` are left out. Raises UserError for a source that cannot be read, or if no prompt is left.
     """
     seen: set[bytes] = set()
     parts: list[tuple[float, list[Prompt]]] = []
@@ -28,7 +28,7 @@ def load_prompts(prompts: Prompts, role: Role, seed: int = 0, avoid: Set[str] = 
     for origin in origins(prompts):
         found = read(origin, prompts, role, seen)
         total += len(found)
-        if not origin.is_pocket:  # whose roles have files of their own
+        if not origin.is_pocket:  # pocket has a file for each role
             found = [p for p in found if (_share(p) < prompts.held_out) == (role == "evaluate")]
         if not (origin.is_pocket and role == "evaluate"):
             found = _shuffled(found, seed)
@@ -53,7 +53,7 @@ def load_prompts(prompts: Prompts, role: Role, seed: int = 0, avoid: Set[str] = 
 
 
 def training_prompts(config: Config) -> list[Prompt]:
-    """What distill learns from: nothing that evaluate would measure, wherever that comes from."""
+    """The prompts for distill, without any that evaluate uses, whatever their source. Errors as in `load_prompts`."""
     avoid: set[str] = set()
     by_hash = not has_own_prompts(config) and not any(o.is_pocket for o in origins(config.prompts))
     if not by_hash:
@@ -62,7 +62,10 @@ def training_prompts(config: Config) -> list[Prompt]:
 
 
 def evaluation_prompts(config: Config) -> list[Prompt]:
-    """All prompts of evaluate.prompts if it names some, in their own order; else the held-out share of prompts."""
+    """All prompts of evaluate.prompts, in their own order, if it names a source; else the held-out share of prompts.
+
+    Raises UserError for a source that cannot be read, and for one that prompts names too.
+    """
     settings = evaluation_settings(config)
     if not has_own_prompts(config):
         return load_prompts(settings, "evaluate", config.seed)
@@ -80,19 +83,19 @@ def evaluation_prompts(config: Config) -> list[Prompt]:
 
 
 def has_own_prompts(config: Config) -> bool:
-    """Whether evaluate.prompts names a set of its own; else evaluate takes the held-out share of prompts."""
+    """Whether evaluate.prompts names a source of its own; otherwise evaluate uses the held-out share of prompts."""
     return bool(config.evaluate.prompts.mixture) or config.evaluate.prompts.path is not None
 
 
 def holds_out(config: Config) -> bool:
-    """Whether the config leaves any prompts to evaluate; how many there are, only reading them shows."""
+    """Whether the config leaves prompts to evaluate on. It reads no source, so there may turn out to be none."""
     return has_own_prompts(config) or config.prompts.held_out > 0 or any(o.is_pocket for o in origins(config.prompts))
 
 
 def evaluation_settings(config: Config) -> Prompts:
-    """The section that decides source, chat template and lengths of evaluation_prompts.
+    """The section with source, chat template and length limits of `evaluation_prompts`.
 
-    evaluate.prompts.too_long=drop holds for the held-out share too: no other stage has to be made anew for it.
+    evaluate.prompts.too_long=drop applies to the held-out share too, so that no other stage has to be rerun for it.
     """
     if has_own_prompts(config):
         return config.evaluate.prompts
@@ -105,9 +108,9 @@ def _place(source: Source) -> tuple[str | None, str | None, str | None, str]:
 
 
 def _share(prompt: Prompt) -> float:
-    """A number in [0, 1) of the first turn's normal form alone: prompts that begin alike go to one side.
+    """A number in [0, 1) from a hash of the first turn's normal form: prompts with the same first turn are not split.
 
-    Salted: `distill.held_out` and the order must not depend on it.
+    The salt makes it independent of distill.held_out and of the order.
     """
     return int.from_bytes(hashlib.sha256(b"held out:" + normal_form(prompt.text).encode()).digest()[:8]) / 2**64
 
@@ -117,9 +120,9 @@ def _shuffled(found: list[Prompt], seed: int) -> list[Prompt]:
 
 
 def _mixed(parts: list[tuple[float, list[Prompt]]]) -> list[Prompt]:
-    """All prompts of the (weight, prompts), each part in its order, every beginning with the shares of the weights.
+    """Interleaves parts (weight, prompts), so that every prefix has the parts in proportion to their weights.
 
-    A part that runs out leaves its place to the others.
+    Each part keeps its order. After the end of a part the others continue.
     """
     placed = [
         ((rank + 0.5) / weight, part, prompt)

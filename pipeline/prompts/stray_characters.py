@@ -1,6 +1,6 @@
-"""Characters that editors and exports leave in files and nobody means: taken out before a text is used.
+"""Removes stray characters that editors and exports leave in files, such as byte order marks.
 
-Takes a text, or whatever a row holds, gives the same without them.
+Takes a text, or a row's value of any type; gives the same without them.
 """
 
 import re
@@ -8,13 +8,13 @@ import unicodedata
 from typing import Any
 
 NOWHERE = re.compile("[\ufeff\0]|\r(?=\n)")
-"""Byte order marks, NULs and the carriage returns of Windows' line ends mean nothing anywhere."""
+"""Removed everywhere: byte order marks, NULs, and the carriage returns of Windows' line ends."""
 NOT_AROUND = re.compile("^[\u200b\u2060]+|[\u200b\u2060]+$")
-"""Zero-width spaces and word joiners: some scripts need them between words, none around a text."""
+"""Removed around a text only: zero-width spaces and word joiners, which some scripts need between words."""
 
 
 def without_marks(value: Any) -> Any:
-    """A text without them; of lists and objects, every text in them."""
+    """The value without stray characters in its texts; lists and dicts are cleaned recursively."""
     if isinstance(value, str):
         return NOT_AROUND.sub("", NOWHERE.sub("", value))
     if isinstance(value, list):
@@ -25,5 +25,5 @@ def without_marks(value: Any) -> Any:
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of it can be seen: white space, control and format characters alone."""
+    """Whether a text has no visible character: only white space, control and format characters."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)

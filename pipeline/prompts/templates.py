@@ -1,7 +1,7 @@
-"""Chat templates: the tokenizer's own or a .jinja file, and whether the backbone would answer after it.
+"""Chat templates: renders the tokenizer's own or a .jinja file, and checks that the backbone can answer after it.
 
-Takes the `prompts` section, a tokenizer and messages, gives what apply_chat_template makes of them; a template that
-cannot be right is a UserError before anything is answered, and one whose answers would not end is warned of.
+Takes the `prompts` section, a tokenizer and messages; gives the result of apply_chat_template. An unusable template
+raises UserError before anything is answered; a template after whose answers no end token follows gives a warning.
 """
 
 from collections.abc import Collection
@@ -13,11 +13,11 @@ from ..errors import UserError, reason, warn
 from .origins import section_of
 
 SYSTEM, QUESTION, ANSWER = "Speak plainly.", "Which colour has the sky?", "Blue, as a rule."
-"""A conversation to try a template on; any texts would do."""
+"""A conversation on which a template is tested; the texts are arbitrary."""
 
 
 def template_file(settings: Prompts) -> Path | None:
-    """The file that `chat_template` names, if it names one. Raises UserError if it is not there."""
+    """The file that `chat_template` names; None for none and tokenizer. Raises UserError if it does not exist."""
     if settings.chat_template in ("none", "tokenizer"):
         return None
     path = Path(settings.chat_template)
@@ -27,32 +27,32 @@ def template_file(settings: Prompts) -> Path | None:
 
 
 def messages_of(conversation: list[str], system: str = "") -> list[dict[str, str]]:
-    """As chat templates take them; the user begins."""
+    """The messages as chat templates take them; `conversation` begins with the user."""
     roles = ("user", "assistant")
     said = [{"role": roles[i % 2], "content": text} for i, text in enumerate(conversation)]
     return [{"role": "system", "content": system}, *said] if system else said
 
 
 def render(messages: list[Any], tokenizer: Any, settings: Prompts, **how: Any) -> Any:
-    """apply_chat_template with the template that is asked for."""
+    """apply_chat_template with the template of `settings`; `how` is passed on. Raises UserError if it fails."""
     file = template_file(settings)
     if file is None and not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{_key(settings)}: this tokenizer has no chat template; give none, or a .jinja file")
     try:
         text = file.read_text("utf-8") if file else None
         return tokenizer.apply_chat_template(messages, chat_template=text, **how)
-    except Exception as error:  # a template is a program, and may fail as any program does
+    except Exception as error:  # a template is a program: it may raise anything
         said = reason(error).rstrip(".")
         raise UserError(f"{_key(settings)}: the template cannot be rendered: {said}. Mend it.") from None
 
 
 def check_template(tokenizer: Any, settings: Prompts, *, with_system: bool) -> None:
-    """UserError unless the template ends where the backbone has to answer.
+    """Raises UserError unless the rendered prompt ends where the backbone has to answer.
 
-    That is so if a question rendered for generation is the beginning of question and answer rendered together, and
-    the answer is in the rest. Where add_generation_prompt adds nothing, as in templates that close the user's turn
-    with [/INST], the answer must come next. Where it adds something and then the beginnings differ (a block of
-    thought that is shown only while answering, say), that is told and no more.
+    The test: a question rendered for generation must be a prefix of question and answer rendered together, and the rest
+    must contain the answer. If add_generation_prompt adds nothing, as in templates that close the user's turn with
+    [/INST], the answer must follow directly. If it adds something and there is no common prefix (as with an empty block
+    of thought), a warning is printed.
     """
 
     def text(system: str = "", answer: tuple[str, ...] = (), generate: bool = False) -> str:
@@ -92,7 +92,7 @@ def _check_system(text: Any, settings: Prompts) -> None:
 
 
 def warn_of_turn_end(stage: str, tokenizer: Any, settings: Prompts, ends: Collection[int]) -> None:
-    """Say so if none of the `ends` is in what the template writes behind an answer: then answers run on behind it."""
+    """Warn if the template writes none of the end tokens `ends` after an answer: answers would not stop there."""
     if settings.chat_template == "none":
         return
     messages = messages_of([QUESTION, ANSWER])

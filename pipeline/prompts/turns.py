@@ -1,7 +1,7 @@
-"""Conversations: each turn of a prompt becomes an entry of its own, behind the backbone's answers to the turns before.
+"""Conversations for evaluate: every turn of a prompt becomes an entry, after the backbone's answers to earlier turns.
 
-Takes prompts, what encodes them and a function that answers token ids, gives every turn with the ids of its whole
-context. Each earlier turn is answered once, so whatever is measured afterwards starts from the same ids.
+Takes prompts, a tokenizer and a function that answers token ids; gives every turn with the ids of its whole context.
+Each earlier turn is answered once, so that all measurements start from the same ids.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,10 @@ def every_turn(
     answer: Callable[[list[int]], list[int]],
     limit: str = "context",
 ) -> Encoded:
-    """The first turns as `encode` gives them, each followed by its later turns, whose ids are `<id>.2`, `<id>.3` ...
+    """The first turns as `encode` gives them, each followed by its later turns with the ids `<id>.2`, `<id>.3` ...
 
-    A turn that does not fit the context is treated as `settings.too_long` says; the turns after it go with it.
+    `settings.too_long` decides whether a turn that does not fit the context raises UserError or is dropped together
+    with the turns after it. `answer` takes the ids of a context and gives the ids of the answer.
     """
     turns = encode(prompts, tokenizer, settings, context, max_new_tokens, stage="evaluate", limit=limit)
     order = {prompt.id: i for i, (prompt, _) in enumerate(turns)}
@@ -45,6 +46,6 @@ def every_turn(
 
 
 def next_turn(prompt: Prompt, answer: str) -> Prompt:
-    """The prompt with its turn answered: the turn after it is the one to be answered now."""
-    answers = (*prompt.answers, answer.strip())  # as Spec-Bench does: the white space around it is the template's own
+    """The prompt with its current turn answered; its next turn is the one to be answered."""
+    answers = (*prompt.answers, answer.strip())  # as Spec-Bench does: templates add white space themselves
     return replace(prompt, id=f"{conversation_of(prompt.id)}.{len(answers) + 1}", answers=answers)

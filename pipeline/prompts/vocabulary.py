@@ -1,4 +1,4 @@
-"""Token ids that the tokenizer knows and the backbone does not: tokens were added, its embedding was never resized.
+"""Finds token ids without a row in the backbone's embedding: tokens were added, but the embedding was not resized.
 
 Takes ids or prompts, a tokenizer and the backbone's vocab_size; raises UserError that names the id and the token.
 """
@@ -24,11 +24,11 @@ def check_ids(ids: Iterable[int], tokenizer: Any, vocab_size: int, where: str) -
 
 
 def has_ids_beyond(tokenizer: Any, vocab_size: int) -> bool:
-    """Whether some text could be encoded to an id that the backbone has no row for. Harmless as long as none is."""
+    """Whether the tokenizer has ids without a row in the backbone's embedding. They do no harm unless they occur."""
     return max(tokenizer.get_vocab().values(), default=0) >= vocab_size
 
 
 def check_prompts(prompts: list[Prompt], tokenizer: Any, settings: Prompts, vocab_size: int) -> None:
-    """`check_ids` of the first turn of every prompt, in its chat template."""
+    """`check_ids` for the first turn of every prompt, with its chat template."""
     for prompt, ids in contexts(prompts, tokenizer, settings):
         check_ids(ids, tokenizer, vocab_size, f"prompt {prompt.id}")

@@ -1,1 +1,1 @@
-"""Run folders: paths and done marks, atomic files, provenance, work shared by processes, figures."""
+"""Run folders: paths and done marks, atomic files, provenance, shards made by many processes, metrics and W&B."""

@@ -1,7 +1,7 @@
-"""What may leave this machine: configs, records and results without folders, servers, hosts and what URLs may hide.
+"""Anonymises configs, records and results before they leave this machine: no folders, servers, hosts or credentials.
 
-`anonymous` takes any tree of dicts, lists and texts, gives the same tree with each path and URL cut to its last part.
-W&B, cards, training_config.yaml, provenance.json and results.json hold nothing that did not pass through it.
+`anonymous` takes any tree of dicts, lists and texts; it gives the same tree with each path and URL cut to its last
+part. Everything in W&B, model cards, training_config.yaml, provenance.json and results.json has passed through it.
 """
 
 import re
@@ -16,23 +16,23 @@ PATHS = ("dir", "exit_head", "states", "pilot", "chat_template")
 PATHS_OR_IDS = ("name_or_path", "path", "head", "server_model")
 """Keys whose values are files, folders, or ids on the Hub."""
 LICENCES = ("licence", "license", "license_link")
-"""Keys whose values are meant for the public: an address there stays."""
+"""Keys whose values are meant for the public: a URL there is kept."""
 SERVER = "server"
-"""What stands in place of a server, and of a URL that has no path."""
+"""Replaces a server's URL, and any URL without a path."""
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]*")
 WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 REMOTE = re.compile(r"[\w.-]+@[\w.-]+:(?=.)")
-"""How user@host:path begins, as scp and git take it."""
+"""The beginning of user@host:path, as scp and git accept it."""
 IN_TEXT = re.compile(r"(?<![^\s\"'=,;(\[])(?:~[\w.-]*)?/[^\s\"',;)\]]+")
-"""A path from the root or a home folder, somewhere in a text."""
+"""An absolute path, or one from a home folder, within a text."""
 
 
 def anonymous(value: Any, key: str = "") -> Any:
-    """`value` as it may be published: of a path or URL only its last part, no server, ids on the Hub whole.
+    """`value` as it may be published: only the last part of a path or URL, no server; Hub ids stay whole.
 
-    A path is told by its key and by its form: it need not be there, and the current folder may be any. Only a relative
-    path of two parts, such as models/llama, looks like an id on the Hub, and stays whole where it is not there.
+    Paths are recognised by their key and their form, whether or not they exist here. One case is ambiguous: a relative
+    path of two parts, such as models/llama, looks like a Hub id and stays whole unless it exists.
     """
     if isinstance(value, dict):
         return {k: anonymous(v, str(k)) for k, v in value.items()}
@@ -65,7 +65,7 @@ def _without_query(text: str) -> str:
 def _last_of_url(found: re.Match[str]) -> str:
     try:
         return Path(urlsplit(found[0]).path).name or SERVER
-    except ValueError:  # brackets that do not close
+    except ValueError:  # unbalanced brackets
         return SERVER
 
 

@@ -1,7 +1,7 @@
-"""Files that are whole or not there: temporary names, atomic renames, files put in place once, and hashes.
+"""Atomic files: temporary names, renames, files that are put in place once, and hashes.
 
-Takes paths and content, gives files under their final names. Several processes, on several machines, may write to
-one folder; what a killed process leaves lies under a temporary name and is never read.
+Takes paths and content; gives complete files under their final names. Several processes, on several machines, may write
+to one folder; a killed process leaves only files with temporary names, which are never read.
 """
 
 import contextlib
@@ -16,29 +16,31 @@ from pathlib import Path
 from ..errors import UserError
 
 CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
-"""What the user can do something about; any other OSError inside a write is a bug and shows its traceback."""
+"""Errors that the user can mend; any other OSError inside a write is a bug and shows its traceback."""
 
 
 TEMPORARY = ".tmp-"
-"""How names begin that are not final; what a killed process leaves under them is no part of anything."""
+"""Prefix of temporary names; files that a killed process left under such names are ignored and later removed."""
 
 
 def who() -> str:
-    """How names end that are not final: several processes, on several machines, may write to one folder."""
+    """Suffix of temporary names, unique to this process on its machine: many processes may write to one folder."""
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def temporary_of(path: Path) -> Path:
-    """The neighbour that this process writes to first. No host has an @ in its name: where that of `path` ends is
-    certain."""
+    """The temporary path beside `path` that this process writes to first.
+
+    As no host name has an @, the part that came from `path` can be told from the suffix.
+    """
     return path.parent / f"{TEMPORARY}{path.name}@{who()}"
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, once: bool = False) -> Iterator[Path]:
-    """A temporary neighbour of `path` to write to (a file or a folder); renamed onto it when the block ends well.
+    """Context manager: gives a temporary path to write a file or folder to; renamed to `path` if the block succeeds.
 
-    `once`: a file that is there already stays (`place_once`).
+    `once`: a file that exists at `path` is kept (`place_once`). Raises UserError for a full disk or a missing right.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_of(path)
@@ -58,19 +60,19 @@ def atomic_path(path: Path, *, once: bool = False) -> Iterator[Path]:
 
 
 def cannot_write(path: Path, error: OSError) -> Exception:
-    """What to raise: a UserError for what the user can change (a full disk, a missing right), else the error itself."""
+    """The exception to raise: a UserError if the user can mend it (full disk, missing right), else the error itself."""
     if error.errno not in CANNOT_WRITE:
         return error
     return UserError(f"cannot write {path}: {error.strerror or error}")
 
 
 def place_once(temporary: Path, path: Path) -> bool:
-    """Put a finished file under its final name unless one is there already; True if it was put there.
+    """Give a finished file its final name unless a file of that name exists; True if it was put in place.
 
-    Of several processes one wins, and what has once been there is never replaced. The temporary name is gone after it.
+    One of several processes wins, and a file in place is never replaced. `temporary` is removed in any case.
     """
     with temporary.open("rb") as file:
-        os.fsync(file.fileno())  # a name must not survive a crash that its content does not
+        os.fsync(file.fileno())  # after a crash there must be no name without its content
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -78,7 +80,7 @@ def place_once(temporary: Path, path: Path) -> bool:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
-        if path.exists():  # a file system without hard links: the same but for a moment between these two lines
+        if path.exists():  # no hard links on this file system: equal but for a race between these two lines
             return False
         os.rename(temporary, path)
     finally:
@@ -97,7 +99,7 @@ def remove(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file, or of a folder's files with their names."""
+    """SHA-256 in hex of a file, or of a folder's files together with their names."""
     digest = hashlib.sha256()
     if path.is_file():
         with path.open("rb") as file:

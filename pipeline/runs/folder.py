@@ -1,7 +1,8 @@
-"""The run folder: where each stage's files lie, how they are written, and whether a stage is done.
+"""The run folder: the paths of each stage's files, and whether a stage is done.
 
-Takes a Config, gives paths, done marks and provenance records. A mark holds the stage's own config and the hashes of
-what it read: a rerun with the same values does nothing, one with other values is refused, and --redo forgets the stage.
+Takes a Config; gives paths, done marks and provenance records. A mark holds the config keys that a stage depends on and
+the hashes of its inputs: a rerun with the same values does nothing, a rerun with others is refused, and --redo removes
+the mark and the stage's files.
 
     runs/<name>/
       config.yaml  run.json             the newest resolved config; one provenance record per stage run
@@ -28,9 +29,9 @@ from .provenance import provenance
 
 STAGES = ("generate", "cache", "distill", "evaluate", "publish")
 SHARED = ("generate", "cache")
-"""Stages at which any number of processes work together."""
+"""Stages that any number of processes may work on together."""
 
-# The config a stage depends on: sections, or single keys of them. A change elsewhere leaves it done.
+# The config that a stage depends on: sections or single keys. A change of other keys leaves the stage done.
 SUBTREES = {
     "generate": ("seed", "backbone", "prompts", "generate"),
     # Which tokens the teacher reads; which layers it keeps stands in the manifest, as distill may take fewer.
@@ -50,9 +51,9 @@ SUBTREES = {
 NEVER_STALE = ("publish.target", "publish.public")
 
 NUMBERS = ("[0-9]", "[0-9][0-9]", "[0-9][0-9][0-9]")
-"""Patterns of an exit layer, to its last sign: --redo of a head must not touch a draft model, which lies beside it."""
+"""Glob patterns of an exit layer's digits: --redo of the heads must not remove a draft model in the same folder."""
 
-# What each stage writes, as patterns: removed by --redo. Logs stay: what happened, happened.
+# Glob patterns of the files that each stage writes and --redo removes. Logs are kept.
 OUTPUTS = {
     "generate": ("responses",),
     "cache": ("cache",),
@@ -66,9 +67,9 @@ OUTPUTS = {
 
 
 class RunDir:
-    """Paths and marks of one run. Raises UserError if the folder cannot be written to.
+    """Paths and done marks of one run. Raises UserError if the folder cannot be written to.
 
-    `look_only`: nothing will be written, so the folder is neither made nor tried.
+    With `look_only` nothing will be written, so the folder is neither created nor tested for writing.
     """
 
     def __init__(self, config: Config, look_only: bool = False):
@@ -88,10 +89,10 @@ class RunDir:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    # ---- is this stage done, and of what?
+    # ---- is this stage done, and for which config and inputs?
 
     def plan(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None) -> bool:
-        """True if the stage must run (anew or on from where it was killed), False if it is done.
+        """True if the stage must run, from its beginning or from where it was killed; False if it is done.
 
         `outside` is what identifies inputs that are not in the run folder, such as the sha256 of a prompt file.
         Raises UserError when a missing input has to be made first, or when the stage was begun with another
@@ -113,7 +114,7 @@ class RunDir:
         return mark["state"] != "done"
 
     def is_done(self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None) -> bool:
-        """True if the stage was done with this config and these inputs. Others are no mistake: it may be done again."""
+        """True if the stage was done with this config and these inputs; False otherwise, without an error."""
         return self._read_mark(stage) == {"state": "done", **self._now(stage, inputs, outside)}
 
     def is_begun(self, stage: str) -> bool:
@@ -125,13 +126,12 @@ class RunDir:
     def stage(
         self, stage: str, inputs: list[Path], outside: dict[str, Any] | None = None, *, shared: bool = False
     ) -> Iterator[dict[str, Any]]:
-        """Marks the stage begun, gives a dict for results worth keeping, marks it done at the end.
+        """Context manager: marks the stage begun, gives a dict for the record's results, marks it done at the end.
 
-        `shared`: other processes may be at the same stage now, so what lies under temporary names stays.
+        `shared`: other processes may run the same stage now, so their temporary files are kept.
 
-        A UserError or GateError before anything was written takes a new mark back: what the user then changes needs
-        no --redo.
-        Once there is work to go on from, the mark stays, or that work could be mixed with another config's.
+        A UserError or GateError before anything was written removes a new mark again, so that the user can change the
+        config without --redo. Once there is unfinished work the mark stays: that work belongs to this config.
         """
         with self.presence.shared(stage) if shared else self.presence.alone(stage):
             yield from self._marked(stage, inputs, outside, shared)
@@ -139,7 +139,7 @@ class RunDir:
     def _marked(
         self, stage: str, inputs: list[Path], outside: dict[str, Any] | None, shared: bool
     ) -> Iterator[dict[str, Any]]:
-        """What `stage` does but for keeping others out."""
+        """`stage` without the exclusion of other processes."""
         now = self._now(stage, inputs, outside)
         if not shared:
             self._sweep(stage)
@@ -161,7 +161,7 @@ class RunDir:
         self._write_mark(stage, {"state": "done", **now})
 
     def records(self) -> list[dict[str, Any]]:
-        """Of every stage run that ended well, the newest last."""
+        """The provenance records of all successful stage runs, the newest last."""
         path = self.path / "run.json"
         return json.loads(path.read_text()) if path.exists() else []
 
@@ -172,10 +172,10 @@ class RunDir:
         return [path for pattern in OUTPUTS[stage] for path in self.path.glob(pattern)]
 
     def redo(self, *stages: str) -> None:
-        """Forget the stages and remove what they wrote.
+        """Remove the marks and files of these stages.
 
-        Raises UserError, with nothing removed, if a process is at one of them or at a later one, which may be reading
-        what they wrote.
+        Raises UserError, and removes nothing, if another process runs one of them, or a later stage that may be reading
+        their files.
         """
         order = list(OUTPUTS)
         with self.presence.alone(*order[min(map(order.index, stages)) :]):
@@ -185,11 +185,11 @@ class RunDir:
                 self._mark(stage).unlink(missing_ok=True)
 
     def at(self, stage: str) -> contextlib.AbstractContextManager[None]:
-        """Around all that a process does for a stage that several share, so that --redo cannot remove it meanwhile."""
+        """Context manager around a process's whole part in a shared stage; meanwhile --redo cannot remove the stage."""
         return self.presence.shared(stage) if stage in SHARED else contextlib.nullcontext()
 
     def _sweep(self, stage: str) -> None:
-        """Remove what a killed run of this stage left under temporary names."""
+        """Remove the temporary files that a killed run of this stage left."""
         for folder, _, name in (pattern.rpartition("/") for pattern in OUTPUTS[stage]):
             for path in (self.path / folder).glob(f"{TEMPORARY}{name}@*"):
                 remove(path)
@@ -222,7 +222,7 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
         return [d for n in names for d in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and _are_dicts(old + new):
         return [d for i, (o, n) in enumerate(zip(old, new, strict=True)) for d in _differences(o, n, f"{key}[{i}]")]
-    if old is None and new == []:  # a mark from before there was this key
+    if old is None and new == []:  # the mark is older than this key
         return []
     return [] if old == new else [f"{key} was {_short(old)}, is {_short(new)}"]
 

@@ -1,9 +1,9 @@
-"""Who is at which stage of a run folder: one process alone, or many that share the work.
+"""Excludes processes from a stage of a run folder: one process runs it alone, or many share it.
 
-Takes the folder stages/ of a run, gives context managers. A process that is alone at a stage holds a file lock for as
-long as it works there. Processes that share a stage each hold a claim (claims.py) and take the lock only for the moment
-in which they come; so whoever holds the lock and finds no claim knows that nobody is there, and that nobody will come.
-A claim also says which host and process it is, for messages.
+Takes the folder stages/ of a run; gives context managers. A process that runs a stage alone holds a file lock
+throughout. Processes that share a stage hold a claim each (claims.py), and take the lock only while they create it. So
+a process that holds the lock and finds no claim knows that no other process is at the stage or can enter it. A claim
+also names its host and process, for messages.
 """
 
 import contextlib
@@ -19,23 +19,23 @@ from .claims import Claims
 from .files import who
 
 RESTARTED = 180.0
-"""Seconds that a job which Slurm started again waits for what its first start may seem to hold."""
+"""Seconds that a requeued Slurm job waits for locks that its previous start may still seem to hold."""
 COMING = 60.0
-"""Seconds that a process which shares a stage waits for one that is alone at it, such as one that removes it."""
+"""Seconds that a process waits to join a shared stage while another has it alone, such as for --redo."""
 
 
 class Presence:
-    """The processes at the stages of one run, as files in `folder`."""
+    """The processes at the stages of one run, recorded as files in `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.claims = Claims(folder / "claims")
         self.mine: dict[str, str] = {}
-        """Name of a claim -> its stage, of those held through this object."""
+        """Claim -> stage, for the claims that this object holds."""
 
     @contextlib.contextmanager
     def alone(self, *stages: str) -> Iterator[None]:
-        """No other process is at any of the stages while the block runs. Raises UserError that names one which is."""
+        """Keep every other process from these stages during the block. Raises UserError if one is there, naming it."""
         with contextlib.ExitStack() as held:
             for stage in stages:
                 self._lock(held, stage, _patience())
@@ -48,7 +48,7 @@ class Presence:
 
     @contextlib.contextmanager
     def shared(self, stage: str) -> Iterator[None]:
-        """This process is at the stage while the block runs, and others may be too."""
+        """Be at the stage during the block, together with other processes. Raises UserError if one has it alone."""
         if stage in self.mine.values():
             yield
             return
@@ -77,7 +77,7 @@ class Presence:
                 del self.mine[name]
 
     def _at(self, stage: str) -> list[str]:
-        """Host and process of every other one that is at the stage; those that are gone are not."""
+        """Host and process id of every other living process at the stage."""
         holders = self.claims.holders()
         return [
             f"{holder.host}, process {holder.pid}, for {holder.since:.0f} s"
@@ -95,6 +95,8 @@ class Presence:
 
 
 def _patience() -> float:
-    """Seconds to wait for a lock. A job that Slurm started again may come before the file system has noticed that its
-    first node is dead: NFS keeps the locks of a client for a while."""
+    """Seconds to wait for a lock.
+
+    NFS keeps the locks of a dead node for a while, so a requeued Slurm job may start before they are released.
+    """
     return RESTARTED if number("SLURM_RESTART_COUNT", 0) else 0.0

@@ -1,6 +1,6 @@
 """Provenance: which code, versions, hardware and command made a result.
 
-`provenance` gives one dict for run.json and for benchmarks. It holds no environment variables and no tokens.
+`provenance` gives one dict for run.json and for benchmarks, without environment variables and access tokens.
 """
 
 import getpass
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def provenance() -> dict[str, Any]:
-    """Where a record comes from: code, versions, machine, command. No environment, no tokens."""
+    """A dict of the commit, versions, machine and command of this process."""
     packages = ("torch", "transformers", "lightning", "datasets", "accelerate", "wandb", "omegaconf")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -31,12 +31,12 @@ def provenance() -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any]:
-    """The commit that this code is of, and whether anything was changed since; None for both if git does not track it.
+    """The commit of this code, and whether there are uncommitted changes; None for both if git does not track it.
 
-    A package that was installed into a folder of another repository is not part of that repository.
+    A package that is installed inside the folder of another repository does not count as tracked.
     """
     here = Path(__file__).resolve()
-    # Inside a hook of git's, variables name the repository that the hook is of.
+    # Inside a git hook, GIT_* variables point to the repository of the hook.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
@@ -46,7 +46,7 @@ def _git() -> dict[str, Any]:
     try:
         git("ls-files", "--error-unmatch", here.name)
         return {"git": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):  # not tracked, no git, or a repository that it does not trust
+    except (OSError, subprocess.CalledProcessError):  # not tracked, no git, or an untrusted repository
         return {"git": None, "git_dirty": None}
 
 

@@ -1,6 +1,6 @@
-"""One process at work on a folder of shards: makes what is missing, shows how far it is, and measures its speed.
+"""The loop of one process over a folder of shards: it makes missing shards, shows progress and measures its speed.
 
-Takes a folder (shards.py) and, from the subclass, how a shard is made and written; gives the tokens/s of this process.
+Takes a folder (shards.py) and, from the subclass, how to make and write a shard; gives the tokens/s of this process.
 """
 
 import time
@@ -13,34 +13,36 @@ from tqdm import tqdm
 from .shards import Shards, made
 
 Report = Callable[[int], None]
-"""Told now and then while a shard is made: tokens that are new since the last call."""
+"""Called from time to time while a shard is made, with the number of new tokens since the last call."""
 
 
 class ShardWorker(ABC):
-    """What a stage whose shards many processes share does in each of them."""
+    """Base class for the work of one process on the shards of a shared stage."""
 
     unit: str
     """What the progress bar counts, such as `prompt`."""
 
     def __init__(self, shards: Shards, by: dict[str, Any]):
-        """`by`: what decides how sums are rounded here (backbones.load.rounds_by), recorded with each shard."""
+        """`by` is recorded with each shard: device and versions that decide rounding (backbones.load.rounds_by)."""
         self.shards, self.by = shards, by
 
     @abstractmethod
     def total(self) -> int:
-        """How many units all shards have together."""
+        """Number of units of all shards together."""
 
     @abstractmethod
     def units(self, entry: dict[str, Any]) -> int:
-        """How many units the shard of this entry has."""
+        """Number of units of one shard, from its entry."""
 
     @abstractmethod
     def make(self, index: int, name: str, report: Report) -> Callable[[dict[str, Any]], None]:
-        """Make the shard of this number, and give what writes it once it is told who made it."""
+        """Compute the shard `index`; return a function that writes it, given the record of how it was made."""
 
     def work(self) -> float:
-        """Make what is missing, together with whoever else is at it, until all is there; returns the tokens/s of this
-        process (0 if there was nothing left for it)."""
+        """Make missing shards, together with other processes, until all exist.
+
+        Returns the tokens/s of this process, 0 if it made no shard.
+        """
         started, tokens = time.time(), 0
         bar = tqdm(total=self.total(), desc=self.shards.stage, unit=self.unit, unit_scale=self.unit == "token")
 

@@ -1,15 +1,15 @@
 """A folder of numbered shards that any number of processes make together.
 
-Takes a function that makes the shard of a number, gives files on which all agree. A shard is the unit of work: it is
-made whole, put in place once and for all, and then entered into entries/. A shard without an entry does not count until
-a process has checked it and entered it. Subclasses say what is in a shard.
+Takes a function that makes the shard of a number; gives files on which all processes agree. A shard is the unit of
+work: it is made whole, put in place once, never replaced, and then registered by a file in entries/. A shard without an
+entry does not count until a process has checked and registered it. Subclasses define the content of a shard.
 
     <folder>/
       shard-00000.<suffix>
-      entries/shard-00000.json    of each finished shard: size, sha256, what its file says; who made it, how fast
-      claims/                     who works on which shard now
-      manifest.json               of the whole: of what it is made, which shards, complete or not; no times, so that
-                                  equal shards have equal manifests
+      entries/shard-00000.json    one for each finished shard: size, sha256, facts from its file; who made it, how fast
+      claims/                     which process works on which shard now
+      manifest.json               the inputs, the list of shards, complete or not; without times, so that equal shards
+                                  give equal manifests
 """
 
 import json
@@ -28,14 +28,14 @@ from .claims import Claims, left_behind
 from .files import TEMPORARY, atomic_path, atomic_write, sha256_of, who
 
 WAIT, LONGEST_WAIT = 0.5, 8.0
-"""Seconds between two looks at what other processes are doing: at first, and when nothing has changed for long."""
+"""Seconds between two checks of other processes' progress: at first, and at most, when nothing changes for long."""
 
 
 class Shards:
-    """One folder of shards. Nothing is read or made before it is asked for."""
+    """One folder of shards. The constructor neither reads nor creates anything."""
 
     stage: str
-    """The verb that makes them, for messages."""
+    """The stage (command) that makes the shards, for messages."""
     suffix: str
     schema: int
 
@@ -43,28 +43,28 @@ class Shards:
         self.folder = folder
         self.claims = Claims(folder / "claims")
 
-    # ---- what the subclass knows
+    # ---- defined by the subclass
 
     def count(self, manifest: dict[str, Any]) -> int:
-        """How many shards there are to be."""
+        """The number of shards of a complete folder."""
         raise NotImplementedError
 
     def facts(self, path: Path) -> dict[str, Any]:
-        """What an entry says of a shard beside size and sha256. Raises ValueError for a file that is no such shard."""
+        """An entry's fields beside size and sha256, read from a shard's file. Raises ValueError for any other file."""
         raise NotImplementedError
 
     def totals(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
-        """What the complete manifest says of all shards together."""
+        """The complete manifest's fields about all shards together."""
         return {}
 
-    # ---- the whole
+    # ---- the whole folder folder
 
     def manifest(self) -> dict[str, Any] | None:
         path = self.folder / "manifest.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     def begin(self, head: dict[str, Any]) -> None:
-        """Write a manifest that says of what the shards will be: that of whoever came first."""
+        """Write the manifest with the inputs `head`, unless another process has written one."""
         manifest = head | {"schema": self.schema, "complete": False, "shards": []}
         with atomic_path(self.folder / "manifest.json", once=True) as temporary:
             temporary.write_text(json.dumps(manifest, indent=1) + "\n")
@@ -79,7 +79,7 @@ class Shards:
         return [f"shard-{i:05d}.{self.suffix}" for i in range(self.count(manifest))] if manifest else []
 
     def is_complete(self) -> bool:
-        """Whether all shards are there, and are those that the manifest lists: one made again may have other bits."""
+        """Whether all shards exist and have the hashes that the manifest lists: a remade shard may differ in bits."""
         manifest = self.manifest()
         if manifest is None or not manifest["complete"]:
             return False
@@ -87,20 +87,21 @@ class Shards:
         return all(e and e["sha256"] == s["sha256"] for e, s in zip(found, manifest["shards"], strict=True))
 
     def complete(self, make: Callable[[int, str], None]) -> Iterator[dict[str, Any]]:
-        """Make what is missing, together with whoever else is at it, until all is there and was hashed.
+        """Make missing shards, together with other processes, until all exist and their hashes are checked.
 
-        `make(number, name)` puts one shard. Gives the entry of each when it is there, whoever made it, once.
+        `make(number, name)` makes one shard and puts it in place. Yields the entry of each shard once, as soon as the
+        shard exists, whichever process made it.
         """
         self.sweep()
         missing, given, told, wait = dict(enumerate(self.names())), set(), False, WAIT
         while missing or not self._completed():
             entered, held = self._entered(), self.claims.names()
-            if not missing:  # another process completes the manifest, or shards were not what their entries said
+            if not missing:  # another process completes the manifest, or damaged shards were removed
                 missing = {i: name for i, name in enumerate(self.names()) if Path(name).stem not in entered}
             before = len(missing)
             for index, name in list(missing.items()):
                 if name in held and Path(name).stem not in entered:
-                    continue  # another process is at it
+                    continue  # another process makes it
                 if self._claim_and_make(index, name, make):
                     entered, held = self._entered(), self.claims.names()
                 if entry := self.found(name):
@@ -116,14 +117,14 @@ class Shards:
             wait = min(2 * wait, LONGEST_WAIT)
 
     def _completed(self) -> bool:
-        """Whether the manifest is complete; the first who sees that all shards are there completes it."""
+        """Whether the manifest is complete; the first process that sees all shards completes it."""
         with self.claims.hold("manifest") as mine:
             if self.is_complete():
                 return True
             return mine and self.finish()
 
     def finish(self) -> bool:
-        """Complete the manifest if every shard is what its entry says; those that are not are removed: False."""
+        """Complete the manifest if every shard matches its entry; otherwise remove those that do not, return False."""
         manifest, names = self.manifest(), self.names()
         assert manifest is not None
         entries = [entry for entry in map(self.entry, names) if entry is not None]
@@ -138,7 +139,7 @@ class Shards:
         return True
 
     def _claim_and_make(self, index: int, name: str, make: Callable[[int, str], None]) -> bool:
-        """Make a shard unless it is there, or another process is at it; true if it was made."""
+        """Make a shard unless it exists or another process is making it; True if it was made."""
         if self.has(name):
             return False
         with self.claims.hold(name) as mine:
@@ -154,14 +155,14 @@ class Shards:
         tqdm.write(f"{self.stage}: waiting for other processes: {', '.join(at[:3])}{more}", file=sys.stderr)
         return bool(holders)
 
-    # ---- shards
+    # ---- single shards
 
     def has(self, name: str) -> bool:
-        """Whether the shard is entered and its file there, of the size that was entered."""
+        """Whether the shard has an entry, and a file of the size that the entry gives."""
         return self.found(name) is not None
 
     def found(self, name: str) -> dict[str, Any] | None:
-        """The entry of a shard that is there."""
+        """The entry of a shard that is known to exist."""
         entry = self.entry(name)
         try:
             return entry if entry is not None and (self.folder / name).stat().st_size == entry["bytes"] else None
@@ -169,7 +170,7 @@ class Shards:
             return None
 
     def damaged(self, names: Iterable[str]) -> list[str]:
-        """Those that are missing or not what their entries say, to the last byte: a full read, many files at once."""
+        """The shards that are missing or do not match their entries. Hashes every byte, several files in parallel."""
 
         def is_whole(name: str) -> bool:
             entry = self.found(name)
@@ -186,26 +187,26 @@ class Shards:
             return None
 
     def place(self, name: str, write: Callable[[Path], Any], made: dict[str, Any]) -> None:
-        """Let `write` write a shard, put it in place unless another process has, enter what is there then."""
+        """Write a shard with `write`, put it in place unless another process has, and register the one in place."""
         with atomic_path(self.folder / name, once=True) as temporary:
             write(temporary)
         self._enter(name, made)
 
     def adopt(self, name: str) -> bool:
-        """Enter a shard that a killed process put in place and had not entered yet; False if there is none.
+        """Register a shard that a killed process put in place without an entry; False if there is none.
 
-        A file that is there but does not match its entry, or cannot be read, is removed.
+        A file that cannot be read or does not match its entry is removed.
         """
         path = self.folder / name
         if not path.is_file():
             return False
-        if self.entry(name) is not None:  # of another size, or has() were true
+        if self.entry(name) is not None:  # its size differs, otherwise has() would be true
             self.forget(name)
             return False
         return self._enter(name, {})
 
     def forget(self, name: str) -> None:
-        """Remove a shard: first its entry, then its file."""
+        """Remove a shard: its entry first, then its file."""
         self._entry_path(name).unlink(missing_ok=True)
         (self.folder / name).unlink(missing_ok=True)
 
@@ -221,7 +222,7 @@ class Shards:
         return True
 
     def _entered(self) -> set[str]:
-        """The stems of all shards that are entered: one look at the folder."""
+        """The stems of all registered shards, from one listing of the folder."""
         try:
             return {name.removesuffix(".json") for name in os.listdir(self.folder / "entries")}
         except FileNotFoundError:
@@ -231,20 +232,23 @@ class Shards:
         return self.folder / "entries" / f"{Path(name).stem}.json"
 
     def compare(self, here: dict[str, Any]) -> None:
-        """Say so if shards were made on something else than what is `here` (backbones.rounds_by)."""
+        """Print a line if shards were made on another device or version than `here` (backbones.load.rounds_by)."""
         records = (entry["made"] for entry in map(self.entry, self.names()) if entry is not None)
         other = next(filter(None, records), None)
         if other and (differ := [f"{k} {other[k]}, here {here[k]}" for k in here if other[k] != here[k]]):
             print(f"{self.stage}: shards were made with {'; '.join(differ)}: new ones may have other last bits")
 
     def sweep(self) -> None:
-        """Remove what killed processes left under temporary names."""
+        """Remove the temporary files that killed processes left."""
         for path in self.folder.rglob(f"{TEMPORARY}*"):
             if left_behind(path):
                 path.unlink(missing_ok=True)
 
 
 def made(started: float, by: dict[str, Any]) -> dict[str, Any]:
-    """What an entry says of who made its shard, by what (backbones.rounds_by) and how fast. `started`: time.time()."""
+    """An entry's record of the process that made its shard: `by` (backbones.load.rounds_by), and the time it took.
+
+    `started` is time.time() at the beginning of the work.
+    """
     now = time.time()
     return {"worker": who(), **by, "seconds": round(now - started, 3), "finished": round(now, 3)}

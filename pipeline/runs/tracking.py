@@ -1,8 +1,8 @@
-"""Where figures go: metrics.jsonl and report/ always, Weights & Biases as the mirror of both.
+"""Metrics: written to metrics.jsonl and report/ in any case, and mirrored to Weights & Biases.
 
-Takes a step and a dict of numbers, appends one JSON line, and logs the same to W&B; takes the blocks of a report and
-logs its tables and pictures to the same W&B run. W&B never asks for anything and never keeps a stage waiting; where it
-writes and sends is said by wandb_settings.py; what it is given has passed through anonymous.py.
+Takes a step and a dict of numbers, appends one JSON line and logs the same to W&B; takes the blocks of a report and
+logs its tables and pictures to the same W&B run. W&B never prompts the user, and delays a stage by no more than the
+time limits below. wandb_settings.py decides where it writes and sends; all it gets has passed through anonymous.py.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from .wandb_resume import readable_steps
 from .wandb_settings import set_folders, told, wandb_root
 
 INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline
-FINISH_TIMEOUT = 120.0  # seconds for the last upload; what is left stays in the run folder, `wandb sync` sends it
-Block = tuple[str, Any]  # of a report: report.py says what they hold
+FINISH_TIMEOUT = 120.0  # seconds for the last upload; the rest stays in the run folder for `wandb sync`
+Block = tuple[str, Any]  # (kind, content) of a part of a report: report.py defines both
 
 
 class Tracker:
-    """metrics.jsonl and W&B of one distill stage. On processes other than the first it does nothing."""
+    """Writes metrics.jsonl and the W&B run of one distill stage. On ranks other than 0 it does nothing."""
 
     def __init__(self, run: RunDir, enabled: bool):
         self.run, self.enabled = run, enabled
@@ -37,9 +37,10 @@ class Tracker:
         self.wandb: Any = None
 
     def start(self, step: int) -> None:
-        """Open both; lines of steps after `step` are dropped, as a resumed run makes them again.
+        """Open both; lines of steps after `step` are dropped, as a resumed run computes them again.
 
-        W&B writes a step only when the next one begins: what a killed start has logged in vain is logged once more.
+        W&B writes a step only when the next one begins, so steps that a killed run logged may be missing from its
+        files: these are logged again.
         """
         if not self.enabled:
             return
@@ -51,7 +52,7 @@ class Tracker:
             self._mirror(figures.pop("step"), figures)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """One line {"step": step, ...}, on disk at once."""
+        """Append one line {"step": step, ...} to metrics.jsonl, flushed at once, and mirror it to W&B."""
         if not self.enabled:
             return
         self.file.write(json.dumps({"step": step, **figures}) + "\n")
@@ -63,16 +64,16 @@ class Tracker:
             return
         try:
             self.wandb.log(figures, step=step)
-        except Exception as error:  # its own process is gone: a signal to all of a job ends that one at once
+        except Exception as error:  # W&B's own process has ended, as by a signal to the whole job
             warn("distill", f"W&B failed ({type(error).__name__}); the run folder has every figure")
             self.wandb = None
             import wandb
 
             with contextlib.suppress(Exception):
-                wandb.teardown()  # else no later run of this process would reach a new one
+                wandb.teardown()  # lets a later run in this process start a new one
 
     def finish(self, failed: bool = False) -> None:
-        """Close both. Called more than once it does nothing."""
+        """Close both. Further calls do nothing."""
         if self.file is not None:
             self.file.close()
         if self.wandb is not None:
@@ -81,9 +82,9 @@ class Tracker:
 
 
 def mirror_report(run: RunDir, summary: dict[str, Any], page: list[Block], folder: Path) -> None:
-    """The tables and pictures of evaluate's report, and its summary, to the W&B run of this run folder.
+    """Log the tables, pictures and summary of evaluate's report to the W&B run of this run folder.
 
-    Pictures are read from `folder`. Whatever W&B does, this returns: the report is in the run folder in any case.
+    Pictures are read from `folder`. An error or a time-out of W&B is a warning: the run folder has the report anyway.
     """
 
     def mirror() -> None:
@@ -92,7 +93,7 @@ def mirror_report(run: RunDir, summary: dict[str, Any], page: list[Block], folde
             return
         try:
             wandb_run.summary.update(anonymous(summary))
-            # Behind what distill logged: an offline run begins at 0 and is joined with distill's when it is synced.
+            # After distill's last step: an offline run begins at 0 and is merged with distill's by `wandb sync`.
             wandb_run.log(
                 _media(anonymous(page), folder), step=max(wandb_run.step, _last_step(run / "metrics.jsonl") + 1)
             )
@@ -103,7 +104,7 @@ def mirror_report(run: RunDir, summary: dict[str, Any], page: list[Block], folde
 
 
 def _media(page: list[Block], folder: Path) -> dict[str, Any]:
-    """Tables under the headings above them, pictures under the names of their files."""
+    """W&B's media by name: tables are named by the headings above them, pictures by their files."""
     import wandb
 
     media: dict[str, Any] = {}
@@ -128,7 +129,7 @@ def _last_step(path: Path) -> int:
 
 
 def _not_for_ever(call: Callable[[], object], run: RunDir, stage: str) -> None:
-    """Call it, and go on after FINISH_TIMEOUT or an error: W&B would wait for a server that went away."""
+    """Call it, and go on after an error or FINISH_TIMEOUT seconds: W&B may wait for an unreachable server for ever."""
 
     def guarded() -> None:
         try:
@@ -150,12 +151,12 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # half a line of a killed process
+            continue  # a partial line, written by a killed process
     return kept
 
 
 def _lacking(wandb_run: Any, lines: list[str], folder: Path) -> list[dict[str, Any]]:
-    """The figures of those lines of metrics.jsonl whose steps W&B does not have, neither its server nor its files."""
+    """The figures of those lines of metrics.jsonl whose steps are missing from W&B's server, or from its files."""
     if wandb_run is None or not lines:
         return []
     figures = [json.loads(line) for line in lines]
@@ -166,7 +167,7 @@ def _lacking(wandb_run: Any, lines: list[str], folder: Path) -> list[dict[str, A
 
 
 def start_wandb(run: RunDir, stage: str) -> Any:
-    """A W&B run, or None if wandb.mode=disabled or W&B fails: figures are in the run folder in any case."""
+    """A W&B run; None for wandb.mode=disabled and if W&B fails. The run folder has all figures in any case."""
     asked = told(run.config.wandb)
     if asked.mode == "disabled":
         return None
@@ -219,10 +220,10 @@ def start_wandb(run: RunDir, stage: str) -> Any:
 
 
 def wandb_id(folder: Path) -> str:
-    """The same for all that is logged into this folder, so that a resumed run goes on under its id.
+    """The W&B run id of this folder, under which a resumed run and evaluate log too.
 
-    Random, and kept in the folder, which --redo distill removes: W&B would drop the steps of a training that begins
-    anew under an old id. No hash of the path: in containers that of two users may be the same.
+    The id is random and stored in the folder, which --redo distill removes: W&B would drop the steps of a new training
+    under an old id. A hash of the path would not do: in containers two users may have the same path.
     """
     path = folder / "run-id"
     if not path.exists():

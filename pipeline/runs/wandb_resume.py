@@ -1,6 +1,6 @@
-"""Which steps W&B's offline files hold, so that a resumed run logs anew what a killed one did not write.
+"""Finds the steps in W&B's offline files, so that a resumed run logs the steps that a killed one did not write.
 
-Takes a .wandb file (records in the log format of LevelDB), gives the steps of its history records.
+Takes a .wandb file (records in LevelDB's log format); gives the steps of its history records.
 """
 
 import struct
@@ -11,20 +11,20 @@ from ..errors import warn
 
 
 def readable_steps(file: Path) -> list[int]:
-    """Those before the first record that cannot be read; what lies behind it is then logged once more."""
+    """The steps before the first unreadable record of a .wandb file; a warning says if there is such a record."""
     steps: list[int] = []
     try:
         for step in steps_in(file):
             steps.append(step)
-    except Exception as error:  # protobuf's, the disk's, or of numbers that are none
+    except Exception as error:  # from protobuf, the disk, or a malformed number
         warn("distill", f"W&B's file {file} is damaged ({type(error).__name__}); what it may lack is logged once more")
     return steps
 
 
 def steps_in(file: Path) -> Iterator[int]:
-    """Steps of a .wandb file: a header of 7 bytes, then records in blocks of 32 KiB, as in a log of LevelDB.
+    """The steps of a .wandb file: a header of 7 bytes, then records in blocks of 32 KiB, as in a LevelDB log.
 
-    What is behind the last whole record was being written when the process was killed.
+    Bytes after the last whole record are ignored: they were being written when the process was killed.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -38,7 +38,7 @@ def steps_in(file: Path) -> Iterator[int]:
         if kind == 0 or len(part) < length:
             return
         at += 7 + length
-        record = part if kind in (1, 2) else record + part  # whole, first; middle, last
+        record = part if kind in (1, 2) else record + part  # full or first; middle or last
         if kind in (1, 4):
             for item in Record.FromString(record).history.item:
                 if "_step" in (item.key, *item.nested_key):

@@ -1,8 +1,8 @@
-"""What W&B is told by its own means, and obeys: environment variables first, then its settings files.
+"""Resolves W&B's settings from the config, environment variables and W&B's own settings files.
 
-Takes the `wandb` section of the config, gives mode, project, entity and folders. A key of the config wins over WANDB_*
+Takes the `wandb` section of the config; gives mode, project, entity and folders. A key of the config wins over WANDB_*
 variables, these over ./wandb/settings, that over ~/.config/wandb/settings, as with arguments of wandb.init. An empty
-variable counts as one that is not set. W&B is not imported.
+variable counts as unset. W&B is not imported.
 """
 
 import configparser
@@ -19,14 +19,14 @@ PROJECT = "exit-heads"
 MODES = {"online": "online", "run": "online", "shared": "online", "offline": "offline", "dryrun": "offline",
          "disabled": "disabled"}  # fmt: skip
 FOLDERS = {"WANDB_DIR": ".", "WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data", "WANDB_ARTIFACT_DIR": "artifacts"}
-"""Variables that say where W&B writes -> folder inside <run>/wandb, where the user names none."""
+"""Variables that say where W&B writes -> the folder inside <run>/wandb that is used if the user sets none."""
 
 OURS = "EXIT_HEADS_WANDB_FOLDER"
-"""Variable that holds the folder whose parts were set here, for an earlier run of this process or of its parent."""
+"""Variable with the folder that `set_folders` last used, in this process or its parent: not the user's choice."""
 
 
 class Told(NamedTuple):
-    """For wandb.init. None: W&B's own default."""
+    """Arguments for wandb.init; None leaves W&B's own default."""
 
     mode: str
     project: str
@@ -45,8 +45,11 @@ def told(config: Wandb) -> Told:
 
 
 def wandb_mode(config: Wandb) -> str:
-    """online, offline or disabled. `auto`: what WANDB_DISABLED, WANDB_MODE or a settings file says, else online if a
-    key can be found without asking for one (WANDB_API_KEY, a login in netrc)."""
+    """The mode: online, offline or disabled.
+
+    `auto` is the mode of WANDB_DISABLED, WANDB_MODE or a settings file, else online if there is an API key
+    (WANDB_API_KEY, a login in netrc), else offline.
+    """
     if config.mode != "auto":
         return config.mode
     settings = _settings()
@@ -61,14 +64,14 @@ def wandb_mode(config: Wandb) -> str:
 
 
 def wandb_root(folder: Path) -> Path:
-    """The folder below which W&B puts the files of a run: `folder`, or what the user's WANDB_DIR says."""
+    """The folder below which W&B puts the files of a run: the user's WANDB_DIR, else `folder`."""
     return Path(_given("WANDB_DIR") or folder).expanduser()
 
 
 def set_folders(folder: Path) -> None:
-    """Keep every file that W&B writes inside `folder`, except where a variable of the user's names another place."""
+    """Make W&B write all its files inside `folder`, except where the user's variables name other places."""
     for name in [name for name, value in os.environ.items() if name.startswith("WANDB_") and not value.strip()]:
-        del os.environ[name]  # W&B would take the empty text for a value
+        del os.environ[name]  # W&B would use the empty text as a value
     ours = {name: (folder / part).resolve() for name, part in FOLDERS.items() if not _given(name)}
     for name, path in ours.items():
         path.mkdir(parents=True, exist_ok=True)
@@ -77,14 +80,14 @@ def set_folders(folder: Path) -> None:
 
 
 def _given(name: str) -> str | None:
-    """What a variable says, if the user set it and not `set_folders`."""
+    """The value of a variable that the user has set; None if it is unset or was set by `set_folders`."""
     value, ours = os.environ.get(name, "").strip(), os.environ.get(OURS)
     is_ours = ours is not None and name in FOLDERS and Path(value) == Path(ours) / FOLDERS[name]
     return value if value and not is_ours else None
 
 
 def _settings() -> dict[str, str]:
-    """Name -> value of what the settings files and WANDB_<NAME> say."""
+    """Setting -> value, from the settings files and the WANDB_<NAME> variables."""
     root = Path(_given("WANDB_DIR") or ".").expanduser()
     local = root / (".wandb" if (root / ".wandb").exists() else "wandb") / "settings"
     shared = Path(_given("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings"
@@ -94,7 +97,7 @@ def _settings() -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, str]:
-    """The settings in a file of W&B's; a file that is not there or cannot be read says nothing."""
+    """The settings in one of W&B's files; {} if the file does not exist or cannot be read."""
     parser = configparser.ConfigParser(interpolation=None, default_section="")
     try:
         parser.read(path)

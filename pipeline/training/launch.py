@@ -1,7 +1,7 @@
-"""Which process of distill this is, and who starts the others: this one, srun, torchrun or another launcher.
+"""Finds the rank of this process of distill, and starts the other processes if no launcher did.
 
-Takes the `machine` section and the environment (launchers.py), gives the place of this process among all, and starts
-the worker processes of one machine where no launcher did.
+Takes the `machine` section and the environment variables of srun, torchrun or another launcher (launchers.py); gives
+the Place of this process, and starts the workers of one machine.
 """
 
 import os
@@ -23,44 +23,47 @@ from ..launchers import Launched, is_set, launched, number, own_command
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all."""
+    """The rank of this process, its node, and where the processes meet."""
 
     rank: int
     world_size: int
     local_rank: int
-    """Which of its node, and so which of its GPUs."""
+    """Index of the process on its node, and so of its GPU."""
     node_rank: int
     node: str
-    """What its node is called."""
+    """Name of its node."""
     address: str
-    """Of rank 0; all meet there (rendezvous.py)."""
+    """Address of rank 0, where all processes meet (rendezvous.py)."""
     port: int
     attempt: str = "0"
-    """Which start of these processes this is, for whoever starts them again after a failure."""
+    """Number of this start, which differs after every restart by the launcher."""
     hosts: bool = True
-    """False if not rank 0 but the launcher keeps the place where all meet."""
+    """False if the launcher, and not rank 0, hosts the store at which all processes meet."""
     starts_others: bool = False
-    """True if this process has to start the workers of its machine."""
+    """True if this process has to start the other processes of its machine."""
 
     @property
     def environment(self) -> "Started":
-        """The same for Lightning."""
+        """The place as Lightning's ClusterEnvironment."""
         return Started(self)
 
 
 def find_place(machine: Machine) -> Place:
-    """Raises UserError if machine.nodes and machine.processes_per_node do not fit what launched this process, or if
-    its variables do not fit one another."""
+    """The place of this process.
+
+    Raises UserError if machine.nodes and machine.processes_per_node do not match the launcher, or if the launcher's
+    variables contradict each other.
+    """
     world, by = machine.processes, launched()
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if by and by.launcher == "torchrun":
         _check(machine, by)
         return _place_under_torchrun(machine, node)
-    # One process in a step on one node, such as a shell (srun --pty bash), starts the others as on a laptop.
+    # A single process of srun on one node, such as a shell (srun --pty bash), starts the others as on a laptop.
     if by and by.launcher == "srun" and (by.processes > 1 or machine.nodes > 1):
         _check(machine, by)
         return _place_under_srun(machine, node)
-    # A single process that is said to be alone starts the others too.
+    # With WORLD_SIZE=1 this process starts the others too.
     alone = by is not None and by.variable == "WORLD_SIZE" and by.processes == 1 and world > 1
     meets = is_set("MASTER_ADDR") and is_set("MASTER_PORT")
     if meets and is_set("LOCAL_RANK") and not alone:
@@ -78,9 +81,9 @@ def find_place(machine: Machine) -> Place:
 
 
 def own_device(device: torch.device, place: Place) -> torch.device:
-    """The device of this process: of several on a node each has the GPU with its number there.
+    """The device of this process: each process of a node has the GPU of its local rank.
 
-    Raises UserError if there is no such GPU, or if one GPU is named for all.
+    Raises UserError if there is no such GPU, or if machine.device names one GPU for several processes.
     """
     if device.type != "cuda":
         return device
@@ -110,7 +113,7 @@ def _place_under_torchrun(machine: Machine, node: str) -> Place:
 def _place_under_srun(machine: Machine, node: str) -> Place:
     env, world = os.environ, machine.processes
     job, restarts = number("SLURM_JOB_ID"), number("SLURM_RESTART_COUNT", 0)
-    # Another port for every job and restart: what is left of the one before may still hold its own.
+    # Every job and restart has another port: leftover processes of the previous one may still hold theirs.
     port = 15000 + (job * 8 + restarts) % 16000
     address = env.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(env.get("SLURM_STEP_NODELIST", node))
     return Place(
@@ -120,7 +123,7 @@ def _place_under_srun(machine: Machine, node: str) -> Place:
 
 
 def _place_by_variables(machine: Machine, by: Launched | None, node: str) -> Place:
-    """Of processes that this project or another launcher has started: by RANK, or NODE_RANK and LOCAL_RANK, or all."""
+    """The place of a process that this project or another launcher started, by RANK, NODE_RANK and LOCAL_RANK."""
     world, each = machine.processes, machine.processes_per_node
     if by and by.variable == "WORLD_SIZE":
         _check(machine, by)
@@ -145,9 +148,10 @@ def _check(machine: Machine, by: Launched) -> None:
 
 
 class Started(ClusterEnvironment):
-    """Tells Lightning what is so already: all processes run, each at its place.
+    """Tells Lightning that all processes run already, and the rank of this one.
 
-    Lightning's own for Slurm would save inside a signal's handler, where the ranks are at different places: it hangs.
+    Lightning's own environment for Slurm is not used: it saves inside a signal handler, where ranks are at different
+    points of the program, and hangs.
     """
 
     creates_processes_externally = True
@@ -188,16 +192,17 @@ class Started(ClusterEnvironment):
 
 @contextmanager
 def workers(place: Place, config_file: Path, processes: int) -> Iterator[None]:
-    """Starts the other processes of this machine, if this one has to, and waits for them at the end.
+    """Context manager: starts the other processes of this machine, if this one has to, and waits for them at the end.
 
-    They read `config_file` and run the same stage. Their output other than errors is silent, as their rank is not 0.
+    They read `config_file` and run the same stage; as their rank is not 0, they print errors only. Raises RuntimeError
+    if one of them fails; those still running when the block ends with an error are killed.
     """
     started: list[subprocess.Popen] = []
     try:
         if place.starts_others:
             command = own_command("distill", "--config", str(config_file.absolute()))
             meet_at = {"MASTER_ADDR": place.address, "MASTER_PORT": str(place.port), "WORLD_SIZE": str(processes)}
-            meet_at["PYTHONSAFEPATH"] = "1"  # as -P, for what they start themselves
+            meet_at["PYTHONSAFEPATH"] = "1"  # like -P, and inherited by their own children
             for rank in range(1, processes):
                 own = {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "RANK": str(rank)}
                 started.append(subprocess.Popen(command, env=os.environ | meet_at | own))

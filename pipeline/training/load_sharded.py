@@ -1,12 +1,11 @@
-"""The frozen backbone and its exit heads, filled from the safetensors files of a checkpoint, each process its own rows.
+"""Loads the frozen backbone and the exit heads sharded, straight from a checkpoint's safetensors files.
 
-Takes a backbone's name and a device mesh, gives sharded modules. Modules are built on the meta device and cut before
-they have any memory, then every tensor's rows are copied from where its file is mapped: no process holds a model, a
-layer or a whole tensor at any time, on the host or on a GPU. Which tensor fills which parameter, the files decide
-(backbones/weight_files.py).
+Takes the `backbone` section and a device mesh; gives sharded modules. Modules are built on the meta device and sharded
+before they have memory; then each process copies its own rows of every tensor from the mapped file. So no process ever
+holds a whole model, layer or tensor, on the host or on a GPU. backbones/weight_files.py maps parameters to tensors.
 
-torch.distributed.checkpoint's HuggingFaceStorageReader needs the same memory, but opens every safetensors file that
-lies in the folder and reads each tensor into one parameter only.
+torch.distributed.checkpoint's HuggingFaceStorageReader needs the same memory, but opens every safetensors file in the
+folder and reads each tensor into one parameter only.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ from ..errors import UserError
 from .sharding import own_rows, shard_backbone, shard_head
 
 PIECE = 2**22
-"""Elements copied at once: a change of dtype on the way to a GPU, or a random draw, holds as many for a moment."""
+"""Elements copied at once: it bounds the temporary memory of dtype conversion and random initialisation."""
 
 Wanted = dict[str, list[Tensor]]
 """Tensor in the checkpoint -> the parameters that it fills."""
@@ -46,13 +45,13 @@ def load_sharded_backbone(
     seed: int = 0,
     layers: bool = True,
 ) -> tuple[Any, list[nn.Module]]:
-    """The frozen backbone in backbone.dtype, and for each exit layer N a head that has float32 weights and computes in
-    that dtype; sharded but for the root (`sharding.shard_step_model`). All processes must call it.
+    """The frozen backbone in backbone.dtype, and a head for each exit layer N. Collective: all ranks must call it.
 
-    A head starts as layer L (`init` = last), as layer N (layer), or as the family initialises a layer (random: of
-    `seed`, and the same for every number of processes). Without `layers` there are no decoder layers and no embedding:
-    what is left turns hidden states into logits.
-    Raises UserError as `check_checkpoint` does, in every process if in one.
+    Heads have float32 weights and compute in backbone.dtype. All is sharded except the root, which
+    `sharding.shard_step_model` makes. A head starts as a copy of layer L (`init` = last) or of layer N (layer), or with
+    the family's random initialisation (random), which depends on `seed` but not on the number of processes. Without
+    `layers` the backbone has no embedding and no decoder layers, only the final norm and the LM head.
+    Raises UserError as `check_checkpoint` does, on all ranks if on one.
     """
     with fail_on_all_ranks():
         files = check_checkpoint(backbone, expected_fingerprint, exit_layers, init)
@@ -69,13 +68,13 @@ def load_sharded_backbone(
         if init == "random":
             for n, head in zip(exit_layers, heads, strict=True):
                 _draw(head, model.config.initializer_range, f"{seed} exit-{n}")
-    # The only buffers, and not in the checkpoint: to_empty left nothing sensible in them.
+    # The rotary embedding has the only buffers; they are not in the checkpoint, and to_empty left them undefined.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     return model, heads
 
 
 def check_checkpoint(backbone: Backbone, expected_fingerprint: str, exit_layers: list[int], init: str) -> WeightFiles:
-    """The backbone's files, judged by their headers and a few rows: nothing is loaded, no process waits for another.
+    """The backbone's files, checked by their headers and a few rows. Nothing is loaded; it is not collective.
 
     Raises UserError for a checkpoint that is incomplete, damaged, quantised or not in safetensors, and for another
     backbone than `expected_fingerprint` was taken of. Fetches the files of a Hub id.
@@ -96,14 +95,14 @@ def check_checkpoint(backbone: Backbone, expected_fingerprint: str, exit_layers:
 
 @contextmanager
 def fail_on_all_ranks() -> Iterator[None]:
-    """What goes wrong inside in one process goes wrong in all, so that none is left waiting. All must enter it."""
+    """If any rank raises inside the block, every rank raises, so none waits. Collective: all ranks must enter."""
     error: Exception | None = None
     try:
         yield
     except Exception as caught:
         error = caught
     told = error
-    if error is not None and not isinstance(error, UserError):  # not every exception can be sent
+    if error is not None and not isinstance(error, UserError):  # not every exception can be pickled
         told = RuntimeError(f"rank {dist.get_rank()}: {error!r}")
     everyones: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, told)
@@ -113,16 +112,16 @@ def fail_on_all_ranks() -> Iterator[None]:
 
 
 def _on_meta(backbone: Backbone, num_heads: int) -> tuple[Any, list[nn.Module]]:
-    """Backbone and heads without memory."""
+    """Backbone and heads on the meta device, which takes no memory."""
     config = load_config(backbone)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, backbone.dtype), trust_remote_code=backbone.trust_remote_code
         )
-        # Where embeddings are tied too: two units cannot share a parameter.
+        # Tied embeddings are untied, since two FSDP units cannot share a parameter.
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         layer = type(model.model.layers[-1])
-        # The last layer's index: Qwen configs look the layer's type up by it.
+        # Heads get the last layer's index, by which Qwen configs look up the layer's type.
         heads = [layer(model.config, layer_idx=config.num_hidden_layers - 1).float() for _ in range(num_heads)]
     return model.requires_grad_(False).eval(), heads
 
@@ -140,7 +139,7 @@ def _wanted(files: WeightFiles, model: Any, heads: list[nn.Module], exit_layers:
 
 
 def _by_file(files: WeightFiles, wanted: Wanted) -> dict[str, list[str]]:
-    """Path -> names of the tensors in it. Raises UserError for one that the index does not know."""
+    """Path -> names of the tensors in it. Raises UserError for a tensor that is not in the index."""
     names: dict[str, list[str]] = defaultdict(list)
     for name in wanted:
         names[files.path(name)].append(name)
@@ -149,7 +148,7 @@ def _by_file(files: WeightFiles, wanted: Wanted) -> dict[str, list[str]]:
 
 def _read(files: WeightFiles, wanted: Wanted) -> None:
     for path, names in _by_file(files, wanted).items():
-        with safe_open(path, framework="pt") as file:  # one at a time: pages of a closed file are given back
+        with safe_open(path, framework="pt") as file:  # one at a time: closing a file frees its pages
             for name in names:
                 for parameter in wanted[name]:
                     _fill(parameter, file.get_slice(name))
@@ -161,9 +160,9 @@ def _draw(head: nn.Module, std: float, seed: str) -> None:
 
 
 def _fill(parameter: Tensor, source: Any) -> None:
-    """Copy this process's rows of `source`, of which rows [first:last] can be taken, in pieces.
+    """Copy this process's rows of `source` into `parameter`, in pieces; `source` is sliced by rows.
 
-    Pieces begin at the same rows in every process, whichever of their rows it needs.
+    Pieces begin at the same rows in every process, so that random initialisation does not depend on the sharding.
     """
     own, first = own_rows(parameter)
     last, step = first + len(own), max(1, PIECE // math.prod(parameter.shape[1:]))
@@ -174,9 +173,9 @@ def _fill(parameter: Tensor, source: Any) -> None:
 
 
 class _Drawn:
-    """A tensor of a layer as transformers' families initialise it: normal matrices, norms of one, biases of zero.
+    """A randomly initialised tensor of a layer, as in transformers: normal matrices, norms of one, biases of zero.
 
-    Rows [first:last] are drawn from a seed of their own, so that they need not follow those before them.
+    Each slice of rows has its own seed, so a process can draw it without the rows before.
     """
 
     def __init__(self, name: str, shape: Sequence[int], std: float, seed: str):

@@ -1,7 +1,7 @@
-"""The log of each process of distill, such as logs/distill-rank-00003.log, with the time of each line.
+"""The log of each process of distill, such as logs/distill-rank-00003.log, with a time on each line.
 
-Takes the place of a process, gives a RankLog for as long as a block lasts. It also records what the process prints
-meanwhile, with warnings and errors, and how the block ended.
+Takes the place of a process; gives a RankLog for the duration of a block. The log also records all that the process
+prints meanwhile, including warnings and errors, and how the block ended.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from .launch import Place
 
 
 class RankLog:
-    """Writes lines with their time to disk at once. On a full disk lines are lost, and nothing else happens."""
+    """Writes lines with their time to disk at once. On a full disk lines are lost without an error."""
 
     def __init__(self, file: TextIO):
         self.file = file
@@ -35,7 +35,7 @@ class RankLog:
 
 
 class Tee:
-    """A stream that also writes its lines to a log. Of a progress bar, which overwrites its line, the last state."""
+    """A stream that also writes its lines to a log; of an overwritten line, as of a progress bar, the last state."""
 
     def __init__(self, stream: Any, log: RankLog):
         self.stream, self.log, self.rest = stream, log, ""
@@ -52,7 +52,7 @@ class Tee:
 
 @contextlib.contextmanager
 def rank_log(folder: Path, place: Place) -> Iterator[RankLog]:
-    """The log of this process while the block runs; lines are added to the file of an earlier start."""
+    """Context manager: the log of this process during the block, appended to the file of earlier starts."""
     folder.mkdir(exist_ok=True)
     with (folder / f"distill-rank-{place.rank:05d}.log").open("a", buffering=1) as file:
         log = RankLog(file)

@@ -1,7 +1,7 @@
-"""The processes of distill meet before torch.distributed starts, so that one that does not come is named.
+"""The rendezvous of distill's processes before torch.distributed starts, which names processes that are missing.
 
-Takes the place of this process (launch.py) and a time limit, gives a store that all of them reach, who they are, and
-torch.distributed started on that store. If not all come, every process that came ends with the same UserError.
+Takes the place of this process (launch.py) and a time limit; gives a store that all processes share, a list of them,
+and torch.distributed on that store. If some do not arrive, every process that did ends with the same UserError.
 """
 
 import json
@@ -22,18 +22,18 @@ from ..errors import UserError
 from .launch import Place
 
 LOOK = 0.2
-"""Seconds between two looks at who has come."""
+"""Seconds between two checks of who has arrived."""
 READ = 10.0
-"""Seconds that rank 0 stays for the others to read that not all have come."""
+"""Seconds that rank 0 keeps the store alive after a failed rendezvous, so that the others can read the reason."""
 DECLINE = 60.0
-"""Seconds in which a process that cannot train tries to tell the others."""
+"""Seconds that a process which cannot train tries to reach the others."""
 LATER = 30.0
-"""Seconds by which torch's own time limit lies behind ours: then the line that names the ranks comes first."""
+"""Seconds by which torch's time limit exceeds ours, so that our message, which names the ranks, comes first."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One process, as it introduces itself."""
+    """One process of distill, as it describes itself to the others."""
 
     rank: int
     node: str
@@ -47,10 +47,10 @@ class Member:
 
 
 def rendezvous(place: Place, device: torch.device, timeout: float) -> tuple[TCPStore, list[Member]]:
-    """Wait for all processes, at most `timeout` seconds behind rank 0: (the store they share, who they are by rank).
-    `device`: of this process.
+    """Wait for all processes, at most `timeout` seconds after rank 0; gives (shared store, members by rank).
 
-    Raises UserError, the same on every process that came, if some did not come, came with other versions, or declined.
+    `device` is that of this process. Raises UserError, the same on every process, if some did not arrive, have other
+    versions, or failed before.
     """
     limit = f"machine.timeout={timeout:g}"
     try:
@@ -82,7 +82,7 @@ def rendezvous(place: Place, device: torch.device, timeout: float) -> tuple[TCPS
 
 @contextmanager
 def before_rendezvous(place: Place) -> Iterator[None]:
-    """What each process does before all meet. If one fails there it tells the others, which need not wait for it."""
+    """Context manager for work before the rendezvous: if it fails here, the others are told and need not wait."""
     try:
         yield
     except Exception as error:
@@ -104,16 +104,16 @@ def _decline(place: Place, reason: str) -> None:
 
 
 def connect(place: Place, timeout: float, host: bool = False) -> TCPStore:
-    """A connection of its own to the store of rank 0. Raises DistError after `timeout` seconds without."""
+    """A new connection to the store of rank 0. Raises DistError if there is none within `timeout` seconds."""
     limit = timedelta(seconds=timeout)
     return TCPStore(place.address, place.port, is_master=host, timeout=limit, wait_for_workers=False)
 
 
 def start_group(store: TCPStore, place: Place, device: torch.device, timeout: float) -> None:
-    """torch.distributed, NCCL on GPUs and gloo on CPUs, whose operations wait `timeout` seconds and some more."""
+    """Start torch.distributed, with NCCL on GPUs and gloo on CPUs; operations time out after `timeout` + LATER s."""
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(device)  # collectives of objects, and whatever names no device, take the current one
+        torch.cuda.set_device(device)  # object collectives, and calls without a device, use the current one
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=PrefixStore(f"group {place.attempt}", store),
@@ -125,7 +125,7 @@ def start_group(store: TCPStore, place: Place, device: torch.device, timeout: fl
 
 
 def described(members: list[Member]) -> list[str]:
-    """One line a node: who is there, on what, with which versions."""
+    """One line for each node: its ranks, devices, threads and versions."""
     return [
         f"{node}: {ranks_of(member.rank for member in there)}, {', '.join(_runs(member.device for member in there))}, "
         f"{there[0].threads} CPU thread{'s' * (there[0].threads > 1)} each, {there[0].versions}"
@@ -151,7 +151,7 @@ def _introduce(place: Place, device: torch.device) -> Member:
 
 
 def _wait_for_all(store: PrefixStore, world_size: int, timeout: float) -> str | None:
-    """What is wrong, or None. On rank 0."""
+    """On rank 0: wait for all; the reason if the rendezvous failed, else None."""
     absent = set(range(world_size))
     deadline = time.monotonic() + timeout
     while absent := {rank for rank in absent if not store.check([f"member {rank}"])}:
@@ -183,7 +183,7 @@ def _leave_after_all_have_read(store: PrefixStore, place: Place) -> None:
 
 
 def _until(ready: Callable[[], bool], timeout: float) -> None:
-    """On rank 0, with which the store dies."""
+    """Wait until `ready` or for `timeout` seconds; rank 0 calls it, since the store ends with rank 0."""
     deadline = time.monotonic() + timeout
     while not ready() and time.monotonic() < deadline:
         time.sleep(LOOK)

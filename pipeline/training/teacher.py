@@ -1,7 +1,7 @@
-"""The teacher: the frozen backbone's pass over packed sequences, and what an exit head needs of it.
+"""The teacher: the frozen backbone's pass over packed sequences, and the states that exit heads learn from.
 
-Takes token ids and positions, returns the final hidden state, the hidden state after each exit layer and the arguments
-that the last decoder layer is called with; `last_layer_arguments` makes those without a pass.
+Takes token ids and positions; gives the final hidden state, the hidden state after each exit layer and the arguments
+of the last decoder layer's call; `last_layer_arguments` computes these without a pass.
 
 Letters: B sequences, T tokens of a sequence, D hidden size.
 """
@@ -15,26 +15,26 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from ..inference.families import window_of
 
 TeacherStates = tuple[Tensor, dict[int, Tensor]]
-"""final_BTD (behind the final norm), and the hidden state [B, T, D] after each exit layer N."""
+"""(final_BTD after the final norm, exit layer N -> hidden state [B, T, D] after it)."""
 
 
 class Teacher:
-    """A backbone with hooks on its decoder layers. No module: who trains holds the backbone's weights itself."""
+    """A backbone with hooks on its decoder layers. It is no nn.Module: the training module holds the backbone."""
 
     def __init__(self, backbone: nn.Module, exit_layers: list[int]):
         self.backbone, self.exit_layers = backbone, exit_layers
         self._seen: dict[Any, Any] = {}
         layers = backbone.model.layers  # type: ignore[union-attr]
         for n in exit_layers:
-            # A hook keeps one hidden state; output_hidden_states=True would keep all L.
+            # Each hook keeps one hidden state; output_hidden_states=True would keep all L.
             layers[n - 1].register_forward_hook(self._keep_output(n))
         for layer in layers:
             layer.register_forward_pre_hook(self._additive_mask, with_kwargs=True)
-        # The exit layer has the last layer's index, so it wants what the last layer gets: mask and rotary angles.
+        # Exit heads have the last layer's index, so they need the last layer's arguments: mask and rotary angles.
         layers[-1].register_forward_pre_hook(self._keep_arguments, with_kwargs=True)
 
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[TeacherStates, dict[str, Any]]:
-        """The teacher's hidden states, and the last layer's keyword arguments."""
+        """(hidden states, the last layer's keyword arguments) for token ids and positions [B, T]."""
         with torch.no_grad():
             final_BTD = self.backbone.model(  # type: ignore[operator,union-attr]
                 input_ids=ids_BT, position_ids=positions_BT, use_cache=False
@@ -49,12 +49,12 @@ class Teacher:
         return hook
 
     def _additive_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """On a CPU, attention turns a boolean mask into numbers to add, in every layer: do it once a pass."""
+        """Convert a boolean mask to an additive one once per pass; CPU attention would convert it in every layer."""
         mask = kwargs.get("attention_mask")
         if mask is None or mask.dtype != torch.bool or mask.is_cuda:
             return None
         masks = self._seen.setdefault("masks", {})
-        if id(mask) not in masks:  # one, or two where some layers have a sliding window; kept, so that ids stay apart
+        if id(mask) not in masks:  # one mask, two with sliding windows; kept alive, so that their ids stay unique
             added = torch.zeros(mask.shape, dtype=args[0].dtype).masked_fill_(~mask, float("-inf"))
             masks[id(mask)] = (mask, added)
         return args, kwargs | {"attention_mask": masks[id(mask)][1]}
@@ -64,8 +64,11 @@ class Teacher:
 
 
 def last_layer_arguments(backbone: Any, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:
-    """Attention mask and rotary angles as the backbone's last layer would get them, without a pass: of the backbone
-    only its config and its rotary embedding are used."""
+    """Attention mask and rotary angles as the backbone's last layer gets them, computed without a pass.
+
+    `hidden_BTD` gives dtype and device, positions are [B, T]. Of the backbone only its config and its rotary embedding
+    are used.
+    """
     config = backbone.config
     window = window_of(config, config.num_hidden_layers - 1)
     make = create_causal_mask if window is None else create_sliding_window_causal_mask

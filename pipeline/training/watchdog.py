@@ -1,8 +1,8 @@
-"""Watches the processes of distill while they train together: which one is behind, which failed, which is gone.
+"""Watches the processes of distill during training, and names ranks that are behind, failed or gone.
 
-Takes the place of this process, gives torch.distributed for as long as a block lasts. A thread of each process writes
-into the store of rank 0 that the process is alive, which step it has finished and where in the code it is, and reads
-the same of the others. It prints lines that name ranks, and ends a process that would wait for another one for ever.
+Takes the place of this process; gives torch.distributed for the duration of a block. A thread in each process writes a
+heartbeat to the store of rank 0, with the last finished step and the current code position, and reads those of the
+others. It prints lines that name ranks, and ends a process that would otherwise wait for a lost one for ever.
 """
 
 import json
@@ -26,23 +26,23 @@ from .rank_log import RankLog
 from .rendezvous import Member, connect, described, ranks_of, rendezvous, start_group
 
 BEAT = 1.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 LOOK = 6.0
-"""Seconds in which a living process shows one for certain, when something went wrong."""
+"""Seconds without a heartbeat after which a process counts as gone once communication has failed."""
 SILENT = 120.0
-"""Seconds without one after which a process counts as gone though nothing went wrong: a call may stop its threads."""
+"""Seconds without a heartbeat after which a process counts as gone otherwise: a long call may block its threads."""
 LEAVE = 15.0
-"""Seconds for a main thread to end by itself; and for rank 0, whose store dies with it, to wait for the others."""
+"""Seconds that a main thread has to end by itself, and that rank 0, which hosts the store, waits for the others."""
 TOLD = 60.0
-"""Seconds between two lines of a rank's log that say which step it has finished."""
+"""Seconds between two lines in a rank's log with its last finished step."""
 
 
 @contextmanager
 def watched_process_group(place: Place, device: torch.device, timeout: float, log: RankLog) -> Iterator["Watchdog"]:
-    """Wait for all processes, start torch.distributed and the watch; both end with the block.
+    """Context manager: waits for all processes, starts torch.distributed and the watchdog, and ends both.
 
-    Raises UserError if not all come (rendezvous.py), LostError if a process vanishes, SystemExit(1) if another one
-    failed: that one shows the error.
+    Raises UserError if a process is missing (rendezvous.py), LostError if one vanishes later, and SystemExit(1) if
+    another one failed, which shows the error itself.
     """
     store, members = rendezvous(place, device, timeout)
     if place.rank == 0 and place.world_size > 1:
@@ -62,14 +62,14 @@ def watched_process_group(place: Place, device: torch.device, timeout: float, lo
         raise
     finally:
         watchdog.stop()
-        # Else a later run in this process would meet the old group. NCCL would wait here for what the others will
-        # never send; the end of the process, which is near, aborts it.
+        # A later run in this process needs a new group. After a failure NCCL would wait here for the other ranks for
+        # ever; there the end of the process aborts the group.
         if not (failed and device.type == "cuda"):
             dist.destroy_process_group()
 
 
 class Progress(Callback):
-    """A Lightning callback that tells the watchdog which step this process has finished."""
+    """A Lightning callback that reports each finished step to the watchdog."""
 
     def __init__(self, watchdog: "Watchdog"):
         self.watchdog, self.told = watchdog, time.monotonic()
@@ -85,7 +85,7 @@ class Progress(Callback):
 
 
 class Signs:
-    """The signs of life of all ranks, and since when each is the same."""
+    """The last heartbeat of every rank, and when it changed."""
 
     def __init__(self, store: Store, world_size: int):
         self.store, self.keys = store, [f"sign {rank}" for rank in range(world_size)]
@@ -97,7 +97,7 @@ class Signs:
         self.seen = [old if sign == old[0] else (sign, now) for old, sign in zip(self.seen, found, strict=True)]
 
     def silent(self, seconds: float) -> list[int]:
-        """Ranks that did not leave, and from which nothing came for so long."""
+        """Ranks that did not leave and whose heartbeat has not changed for `seconds`."""
         since = time.monotonic() - seconds
         return [rank for rank, (sign, seen) in enumerate(self.seen) if sign != b"left" and seen < since]
 
@@ -105,18 +105,18 @@ class Signs:
         return [rank for rank, (sign, _) in enumerate(self.seen) if sign != b"left"]
 
     def at(self) -> dict[int, tuple[int, str]]:
-        """Rank -> the last step that it has finished, and where in the code it is."""
+        """Rank -> (last finished step, code position), for the ranks that did not leave."""
         shown = {rank: self.seen[rank][0].decode().split(maxsplit=2) for rank in self.present()}
         return {rank: (int(step), where) for rank, (_, step, where) in shown.items()}
 
 
 class Watchdog:
-    """The watch of one process. If it is the only one, nothing is watched."""
+    """The watchdog of one process. A process that is the only one is not watched."""
 
     def __init__(self, place: Place, members: list[Member], timeout: float, log: RankLog):
         self.place, self.members, self.timeout, self.log = place, members, timeout, log
         self.step = 0
-        """The last that this process has finished."""
+        """The last step that this process has finished."""
         self.alone = place.world_size == 1
         self._count = 0
         self._left = threading.Event()
@@ -125,14 +125,14 @@ class Watchdog:
     def start(self) -> None:
         if self.alone:
             return
-        # A connection of its own: the one of torch.distributed may be waiting for something.
+        # It has its own connection, since that of torch.distributed may be blocked.
         self.store = PrefixStore(f"watch {self.place.attempt}", connect(self.place, self.timeout))
         self._show()
         self.store.wait([f"sign {rank}" for rank in range(self.place.world_size)])
         self._thread.start()
 
     def stop(self) -> None:
-        """Show no more signs. Rank 0 waits for the others, so that they find the store as long as they look."""
+        """Stop the heartbeat. Rank 0 waits for the others to leave, as they need its store."""
         if self._thread.ident is None:
             return
         self._left.set()
@@ -147,7 +147,7 @@ class Watchdog:
                 time.sleep(BEAT / 4)
 
     def explain(self, error: Exception) -> None:
-        """Raises what this process should end with if `error` was caused by the end of another process."""
+        """Raises LostError or SystemExit if `error` results from another process's end; else announces `error`."""
         if self._thread.ident is None:
             return
         try:
@@ -159,7 +159,7 @@ class Watchdog:
         raise cause from None
 
     def _look_for_cause(self) -> BaseException | None:
-        """Why communication ended; None if nobody else failed and all are alive."""
+        """The exception for the failed or lost rank that ended communication; None if all others are alive."""
         signs, deadline = self._signs(), time.monotonic() + LOOK + BEAT
         while time.monotonic() < deadline:
             signs.look()
@@ -209,20 +209,20 @@ class Watchdog:
             print(f"distill: {behind}", file=sys.stderr, flush=True)
 
     def _end_here(self, why: str, code: int) -> None:
-        """The main thread waits for what will never come, where no exception can reach it."""
+        """End this process at once: its main thread is blocked in a call that no exception can interrupt."""
         print(f"distill: {why}; rank {self.place.rank} ends", file=sys.stderr, flush=True)
         os._exit(code)
 
-    # ---- who failed, who is gone
+    # ---- failed and lost ranks
 
     def _fail(self, error: Exception) -> None:
-        """The first to fail is the one that is named."""
+        """Announce the failure of this rank, unless another one has announced its own."""
         first = (str(error).strip() or "no message").splitlines()[0]
         text = f"{self.members[self.place.rank]} failed: {type(error).__name__}: {first}"
         self.store.compare_set("failed", "", json.dumps([self.place.rank, text]))
 
     def _failure(self) -> str | None:
-        """What another rank said when it failed."""
+        """The failure that another rank announced, or None."""
         if not self.store.check(["failed"]):
             return None
         rank, text = json.loads(self.store.get("failed"))
@@ -237,12 +237,12 @@ class Watchdog:
 
 
 def _in_communication(error: Exception) -> bool:
-    """Whether the error is of a kind that the end of another process gives rise to."""
+    """Whether the error is of a kind that another process's end can cause."""
     return isinstance(error, DistError) or "gloo" in str(error).lower()
 
 
 class Stall:
-    """Notices when no rank has finished a step for too long."""
+    """Detects that no rank has finished a step for longer than `timeout` seconds."""
 
     def __init__(self, timeout: float):
         self.timeout = timeout
@@ -250,7 +250,7 @@ class Stall:
         self.since, self.told = time.monotonic(), False
 
     def behind(self, at: dict[int, tuple[int, str]]) -> str | None:
-        """Once for each standstill of more than `timeout` seconds: which ranks are where."""
+        """A line on the position of every rank, once for each stall; None otherwise. `at`: see Signs.at."""
         steps = [step for step, _ in at.values()]
         if steps != self.steps:
             self.steps, self.since, self.told = steps, time.monotonic(), False

@@ -1,1 +1,1 @@
-"""Who answers prompts: one file an answerer, by the name that generate.engine gives it."""
+"""The answerers, one in each file; generate.engine selects one by name (registry.py)."""

@@ -1,7 +1,7 @@
-"""transformers' continuous batching in process, its cache bounded by what the questions in flight can need.
+"""The answerer `continuous`: transformers' continuous batching in this process, with a bounded cache.
 
-Takes a transformers model, gives each question's new ids. Its sampler has one temperature and one seed per manager, so
-each temperature gets a manager of its own.
+Takes a transformers model; gives each question's new ids. A manager of transformers has one temperature and one seed,
+so each temperature gets a manager of its own.
 """
 
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from .interface import Answer, Question, Report, Sampling
 
 
 class Continuous:
-    """A question that is answered makes room for the next at once."""
+    """Answers with transformers' continuous batching: a finished question is replaced by the next one at once."""
 
     reproducible = True
 
@@ -55,7 +55,7 @@ def _one_manager(
     in_flight = min(sampling.batch_size, len(prompts))
     longest = max(map(len, prompts))
     page = 32
-    # Unbounded, the cache takes what memory is free; this is what `in_flight` requests can need, and one to spare.
+    # Without a bound the cache takes all free memory; this bound is what `in_flight` requests need, and one to spare.
     pages_each = -(-(longest + sampling.max_new_tokens) // page) + 1
     bounds = ContinuousBatchingConfig(
         page_size=page,
@@ -70,7 +70,7 @@ def _one_manager(
     state = _global_random_state(model.device)
     manager = model.init_continuous_batching(generation_config=config, continuous_batching_config=bounds)
     try:
-        # All requests wait before the thread starts: otherwise the clock would decide which of them share a batch.
+        # All requests are queued before the thread starts: otherwise timing would decide which of them share a batch.
         names = [
             manager.add_request(p, max_new_tokens=sampling.max_new_tokens, eos_token_id=config.eos_token_id)
             for p in prompts
@@ -95,7 +95,7 @@ def _one_manager(
 
 
 def _global_random_state(device: torch.device) -> list[Tensor]:
-    """The manager seeds torch's global generators; the caller's stream of random numbers must not notice."""
+    """States of torch's global generators, to be restored afterwards, since the manager seeds these generators."""
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 

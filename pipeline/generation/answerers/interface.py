@@ -1,6 +1,6 @@
-"""What every answerer takes and gives: questions, how to draw, and answers as token ids.
+"""The interface of answerers: questions, sampling parameters, and answers as token ids.
 
-Takes nothing, gives the types that the answerers of this folder and those who call them share.
+It defines the types that the answerers of this folder share with their callers.
 """
 
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 Report = Callable[[int, int], None]
-"""Told after a while: (finished answers, new tokens) since the last call."""
+"""Called from time to time with (finished answers, new tokens) since the last call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +16,15 @@ class Question:
     """One context that is to be answered."""
 
     ids: list[int]
-    """The whole context, with the chat template around it if there is one."""
+    """Token ids of the whole context, including the chat template if there is one."""
     conversation: list[str]
-    """The same in words: what user and backbone said in turn, the last word the user's."""
+    """The same context as text: messages of user and backbone in turn, the user's last."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     system: str = ""
-    """What stands before the conversation; in `ids` only if the chat template has a place for it."""
+    """The system message; `ids` contain it only if the chat template has a place for it."""
     original: str = ""
-    """What the source of the prompt itself answers here, if it does."""
+    """The answer that the prompt's source gives for this turn; empty if it gives none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,28 +32,28 @@ class Answer:
     ids: list[int]
     """New token ids; the end token is the last of them if the answer is finished."""
     finished: bool
-    """It ended by itself; else it was cut at max_new_tokens."""
+    """True if it ended with an end token, False if it was cut off."""
     exact: bool = True
-    """These are the very ids that were drawn; False: encoded anew from text, and they may be others."""
+    """True if these ids were sampled; False if they were re-encoded from text and may differ from the sampled ones."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; the temperature comes with each question."""
+    """Sampling parameters of one call; the temperature is part of each question."""
 
     max_new_tokens: int
     top_p: float
     batch_size: int
-    """Questions in flight at once."""
+    """Number of questions that are answered at once."""
     seed: int
 
 
 class Answerer(Protocol):
-    """Answers questions; raises UserError when something outside (a server, the memory) will not do."""
+    """Answers questions. Raises UserError for a fault outside the program, such as a server that does not answer."""
 
     reproducible: bool
-    """Called again with equal arguments on an equal machine, it gives equal answers, whatever ran before."""
+    """True if equal calls on equal machines give equal answers, independently of earlier calls."""
 
     def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:
-        """The answer of each question, in their order."""
+        """The answers, one for each question and in their order."""
         ...

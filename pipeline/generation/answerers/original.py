@@ -1,7 +1,7 @@
-"""The answers that the prompts' own source gives, to learn from text that is not the backbone's.
+"""The answerer `original`: the answers that come with the prompts, as training text that the backbone did not write.
 
-Takes a tokenizer and the end tokens, gives the ids of each question's original answer. What the backbone itself would
-say is the better teacher (docs/lab-notes.md); this answerer is what it is measured against.
+Takes a tokenizer and the end tokens; gives the ids of each question's original answer. The backbone's own answers
+train better heads (docs/lab-notes.md); this answerer is the baseline of that comparison.
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ from .interface import Answer, Question, Report, Sampling
 
 
 class Original:
-    """Each question's own `original` and an end token; without an original, an empty answer."""
+    """Answers with each question's `original` and an end token; a question without one gets the end token alone."""
 
     reproducible = True
 
     def __init__(self, tokenizer: Any, ends: list[int]):
-        """`ends`: the ids that end an answer, of which the first is written; without any, answers have no end."""
+        """`ends`: the ids that end an answer; the first is appended. With [] answers have no end token."""
         self.tokenizer, self.ends = tokenizer, ends
 
     def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:

@@ -1,9 +1,8 @@
-"""Left-padded batches in process: a row leaves its batch when it is finished.
+"""The answerer `padded`: left-padded batches in this process, from which finished rows are removed.
 
-Takes a transformers model, gives each question's new ids; one call is a pure function of its arguments, whatever ran
-before it.
+Takes a transformers model; gives each question's new ids. The result of a call depends on its arguments alone.
 
-B rows still generating, T positions, V vocabulary
+Letters: B rows still generating, T positions, V vocabulary.
 """
 
 from collections.abc import Collection
@@ -17,10 +16,10 @@ from .interface import Answer, Question, Report, Sampling
 
 
 class Padded:
-    """Questions of like length share a batch, so that little of it is padding; temperatures may be mixed.
+    """Answers in batches of questions of similar length, which need little padding; temperatures may be mixed.
 
-    transformers' own generate grows its cache by copying all of it at every token and keeps finished rows to the end
-    of the batch: see benchmarks/generation.py.
+    transformers' own generate copies its whole cache at every token and computes finished rows until the batch ends:
+    see benchmarks/generation.py.
     """
 
     reproducible = True
@@ -41,7 +40,7 @@ class Padded:
 
 
 class _Batch:
-    """One left-padded batch on its way through the model."""
+    """One left-padded batch, its cache and the answers so far."""
 
     def __init__(self, model: nn.Module, questions: list[Question], sampling: Sampling, ends: frozenset[int]):
         self.model, self.sampling, self.ends = model, sampling, ends
@@ -49,7 +48,7 @@ class _Batch:
         longest = max(map(len, prompts))
         pad = [longest - len(p) for p in prompts]
         device = model.device
-        # Any id will do for padding: the mask hides it.
+        # The padding's id does not matter: the mask hides it.
         self.ids_BT = torch.tensor([[0] * n + p for n, p in zip(pad, prompts, strict=True)], device=device)
         self.room = longest + sampling.max_new_tokens
         self.mask_BT = torch.ones(len(prompts), self.room, dtype=torch.long, device=device)
@@ -62,7 +61,7 @@ class _Batch:
         self.cache = Cache(layers=self.layers)
         self.answers: list[list[int]] = [[] for _ in prompts]
         self.rows = list(range(len(prompts)))
-        """Which answer each row of the tensors belongs to."""
+        """Index of the answer that each row of the tensors belongs to."""
 
     @torch.inference_mode()
     def run(self, generator: torch.Generator, report: Report | None) -> list[list[int]]:
@@ -88,7 +87,7 @@ class _Batch:
         return self.answers
 
     def _forward(self, ids_BT: Tensor, length: int) -> Tensor:
-        """Float32 logits [B, V] after the last of these ids, which begin at cache position `length`."""
+        """Float32 logits [B, V] after the last of `ids_BT`, whose first position in the cache is `length`."""
         end = length + ids_BT.shape[1]
         slots_T = torch.arange(length, end, device=ids_BT.device)
         output = self.model(
@@ -102,7 +101,7 @@ class _Batch:
         return output.logits[:, -1].float()
 
     def _keep(self, keep: list[int]) -> None:
-        """Drop the other rows from the batch."""
+        """Keep only these rows of the batch."""
         self.rows = [self.rows[at] for at in keep]
         index = torch.tensor(keep, device=self.pad_B.device)
         self.mask_BT, self.pad_B, self.temperatures_B = (
@@ -115,7 +114,7 @@ class _Batch:
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of the KV cache with room for the whole answer, written in place instead of grown by copying."""
+    """A layer of the KV cache that is allocated for the whole answer and written in place, not grown by copying."""
 
     def __init__(self, room: int):
         super().__init__()
@@ -143,7 +142,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def sample(logits_BV: Tensor, temperatures_B: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
-    """One id a row, [B]: argmax where the temperature is 0, else a draw from the nucleus at that temperature."""
+    """One id for each row, [B]: the argmax at temperature 0, else a sample from the top-p nucleus."""
     chosen_B = logits_BV.argmax(-1)
     hot = temperatures_B > 0
     if hot.any():

@@ -1,7 +1,7 @@
-"""Answerers by the name that generate.engine gives them.
+"""Creates the answerer that generate.engine names.
 
-Takes a config, the end tokens and a tokenizer, gives an answerer; a model is loaded only where the answerer runs one
-itself.
+Takes a config, the end tokens and a tokenizer; gives an answerer. The model is loaded only for an answerer that runs it
+in this process.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from .speculative import Speculative
 def make_answerer(config: Config, load_model: Callable[[], Any], tokenizer: Any, ends: list[int]) -> Answerer:
     """The answerer that generate.engine names; `ends` are the ids that end an answer.
 
-    Raises UserError for a head or a server that will not do.
+    Raises UserError for a head or a server setting that cannot be used.
     """
     name = config.generate.engine
     if name == "original":
@@ -32,7 +32,7 @@ def make_answerer(config: Config, load_model: Callable[[], Any], tokenizer: Any,
         draws = any(config.generate.temperatures)
         return Servers(config.machine, tokenizer, ends, chat_template=has_template, draws=draws)
     if name == "speculative":
-        head = _head(config)  # before a large model is loaded
+        head = _head(config)  # checked before a large model is loaded
         try:
             return Speculative(load_model(), head, config.generate.controller, ends)
         except ValueError as error:

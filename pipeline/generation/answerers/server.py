@@ -1,10 +1,10 @@
-"""OpenAI-compatible servers answer the questions, many servers and many questions at once.
+"""The answerer `server`: OpenAI-compatible servers, many servers and many questions at once.
 
-Takes the `machine` section of the config, the backbone's tokenizer and end tokens, and whether the questions were made
-with its chat template; gives each question's new token ids.
+Takes the `machine` section of the config, the backbone's tokenizer and end tokens, and whether the questions use its
+chat template; gives each question's new token ids.
 
-Every server has workers of its own, which take the questions from one line. A server that fails rests, longer each
-time, and its question goes back to the head of the line, where the next free worker of any server finds it.
+Every server has its own workers, which take questions from one queue. A server that fails is not asked for a while,
+longer after each failure, and its question goes back to the head of the queue for the next free worker of any server.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-# Not the package openai, which is built on this client: it tries again on the server that failed instead of the next
-# one, has no fields for token ids, and insists on a model's name where `transformers serve` with a folder wants none.
+# The package openai, which is built on this client, does not fit: it retries on the failed server instead of another
+# one, has no fields for token ids, and requires a model's name where `transformers serve` with a folder accepts none.
 import httpx2
 
 from ...config import Machine
@@ -27,16 +27,16 @@ from .server_replies import Foreign, Unreadable, answer_in, check_words
 from .server_requests import Way, body_of, ways
 
 TRIES = 8
-"""So many failures in a row, about a minute of pauses, and a server is dead, or a question cannot be answered."""
+"""Failures in a row, over about a minute, after which a server counts as dead or a question as unanswerable."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0
 HANG = 3
-"""A timeout counts as this many failures: it took long enough."""
+"""A timeout counts as this many failures, since it takes long."""
 CONNECT_SECONDS, LIST_SECONDS = 10.0, 60.0
 PROBE_TOKENS, PROBE_QUESTIONS = 32, 4
 
 
 class Failed(Exception):
-    """Trying again may help. `gone`: there is no connection; `of_question`: the question may be the cause."""
+    """A failure that a retry may resolve. `gone`: no connection; `of_question`: the question may be the cause."""
 
     def __init__(self, said: str, *, weight: int = 1, gone: bool = False, of_question: bool = True, pause: float = 0.0):
         super().__init__(said)
@@ -44,7 +44,7 @@ class Failed(Exception):
 
 
 class Refused(Exception):
-    """The server will not take such a request, however often it comes."""
+    """The server rejects this kind of request; a retry does not help."""
 
     def __init__(self, status: int, said: str):
         super().__init__(said)
@@ -56,15 +56,15 @@ class _Endpoint:
     url: str
     model: str | None = None
     way: Way | None = None
-    """Of asking it; None before it was greeted, and when its process may have been started anew."""
+    """How to ask it; None before the first contact, and when the server may have been restarted since."""
     failures: int = 0
-    """In a row."""
+    """Weight of the failures in a row."""
     failed_at: float = 0.0
     pause_it_wants: float = 0.0
     said: str = ""
-    """What went wrong last."""
+    """The message of the last failure."""
     door: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by the worker that tries whether the server is back; the others wait."""
+    """Held by the worker that tests whether the server is back; its other workers wait."""
 
     @property
     def is_well(self) -> bool:
@@ -72,7 +72,7 @@ class _Endpoint:
 
 
 class _Call:
-    """One call of `answer`: what is still to be asked, and what came of it."""
+    """The state of one call of `answer`: the queue, the answers and the failures."""
 
     def __init__(
         self, client: httpx2.AsyncClient, questions: list[Question], sampling: Sampling, report: Report | None
@@ -80,9 +80,9 @@ class _Call:
         self.client, self.questions, self.sampling, self.report = client, questions, sampling, report
         self.answers: dict[int, Answer] = {}
         self.failures: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        """Of each question, by server."""
+        """Question -> server -> failures."""
         self.probe = min(PROBE_TOKENS, sampling.max_new_tokens), sampling.seed
-        """Most tokens and seed of the questions that only try a server out."""
+        """Maximum number of tokens, and seed, of the requests that only test a server."""
         self.line: asyncio.PriorityQueue[int] = asyncio.PriorityQueue()
         for place in range(len(questions)):
             self.line.put_nowait(place)
@@ -93,12 +93,12 @@ class _Call:
 
 
 class Servers:
-    """Reads the keys machine.servers and machine.server_*, and OPENAI_API_KEY of the environment."""
+    """Answers with the servers of machine.servers (and machine.server_*); the key is OPENAI_API_KEY's value."""
 
-    reproducible = False  # what shares a batch on a server changes its sums, and few servers keep to a seed
+    reproducible = False  # other requests in a batch change floating-point rounding, and few servers use the seed
 
     def __init__(self, machine: Machine, tokenizer: Any, ends: list[int], *, chat_template: bool, draws: bool):
-        """`ends` end an answer; `chat_template`: questions are made with one; `draws`: not all temperatures are 0."""
+        """`ends`: ids that end an answer; `chat_template`: questions use one; `draws`: some temperature is above 0."""
         if not machine.servers:
             raise UserError(
                 "machine.servers=[]: generate.engine=server needs the URL of one or more, such as [http://node1:8000/v1]"
@@ -109,7 +109,7 @@ class Servers:
                 "Set that to tokenizer, or machine.server_api=auto."
             )
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not re.fullmatch("[!-~]*", self.key):  # the client's own error would show it
+        if not re.fullmatch("[!-~]*", self.key):  # the client's own error would print the key
             raise UserError("OPENAI_API_KEY: holds characters that cannot be in a key; set it anew or unset it")
         self.servers = [_Endpoint(url.rstrip("/")) for url in machine.servers]
         self.model, self.timeout = machine.server_model, machine.server_timeout
@@ -118,18 +118,18 @@ class Servers:
         self.tokenizer, self.ends = tokenizer, ends
 
     def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:
-        """The answer of each question, in their order. Raises UserError when no server gives one any more."""
+        """The answers, in the questions' order. Raises UserError if no server can answer a question."""
         try:
             return asyncio.run(self._answer(questions, sampling, report))
-        except BaseExceptionGroup as group:  # of the workers: the first one stopped the others
+        except BaseExceptionGroup as group:  # raised by the workers: the first error stopped the others
             raise group.exceptions[0] from None
 
     async def _answer(self, questions: list[Question], sampling: Sampling, report: Report | None) -> list[Answer]:
         client = httpx2.AsyncClient(
             headers={"Authorization": f"Bearer {self.key}"} if self.key else {},
-            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),  # `_send` has a limit for the whole
-            # No connection is used twice: a server may close an idle one just as the next question goes out on it, as
-            # `transformers serve` does after every error, and next to an answer a new one costs nothing.
+            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),  # `_send` limits the whole request
+            # Connections are not reused: a server may close an idle one just when the next request is sent on it, as
+            # `transformers serve` does after every error, and a new connection costs little beside an answer.
             limits=httpx2.Limits(max_keepalive_connections=0),
         )
         async with client, asyncio.TaskGroup() as group:
@@ -144,7 +144,7 @@ class Servers:
                 worker.cancel()
         return [call.answers[place] for place in range(len(questions))]
 
-    # ---- who asks, and what happens when it goes wrong
+    # ---- workers and failures
 
     async def _work(self, server: _Endpoint, call: _Call) -> None:
         try:
@@ -161,7 +161,7 @@ class Servers:
             raise UserError(self._explained(server, refusal)) from None
 
     async def _come_back(self, server: _Endpoint, call: _Call) -> None:
-        """Greet the server if it must be; after failures, one question then shows whether it is well again."""
+        """Check the server if necessary; after failures, one question then tests whether it answers again."""
         if server.failures:
             await asyncio.sleep(_pause(server))
         if server.way is None:
@@ -175,11 +175,11 @@ class Servers:
             await self._take(server, call, on_trial=True)
 
     async def _take(self, server: _Endpoint, call: _Call, *, on_trial: bool = False) -> None:
-        """Answer the next question of the line, or put it back there."""
+        """Answer the next question of the queue, or put it back after a failure."""
         way = server.way
         assert way is not None
         place = await call.line.get()
-        if server.failures and not on_trial:  # since this worker began to wait at the line
+        if server.failures and not on_trial:  # it failed while this worker waited for the queue
             call.put_back(place)
             return
         question, began = call.questions[place], time.monotonic()
@@ -205,15 +205,15 @@ class Servers:
             call.line.task_done()
 
     def _is_hopeless(self, failures: Counter[str], server: _Endpoint) -> bool:
-        """A question's failures so far: were they enough, and not of one server that is itself to blame?"""
+        """Whether to give a question up: TRIES failures, on several servers or while no other server works."""
         others_are_well = any(s.is_well for s in self.servers if s is not server)
         return failures.total() >= TRIES and (len(failures) > 1 or not others_are_well)
 
     def _note(self, server: _Endpoint, failure: Failed, began: float) -> None:
-        """One more failure of this server. Raises UserError when all servers are dead."""
+        """Count a failure of this server. Raises UserError if all servers are dead now."""
         if failure.gone:
             server.way = None
-        if began < server.failed_at:  # asked before the last failure: a whole batch dies but once
+        if began < server.failed_at:  # requests of one batch that fail together count once
             return
         server.failures += failure.weight
         server.failed_at, server.pause_it_wants, server.said = time.monotonic(), failure.pause, str(failure)
@@ -223,7 +223,7 @@ class Servers:
             )
 
     def _last_words(self) -> str:
-        """What each server that failed said last."""
+        """For messages: the last failure of each server that failed."""
         return "; ".join(f"{s.url}: {s.said}" for s in self.servers if s.said)
 
     def _remedy(self, failure: Failed) -> str:
@@ -242,10 +242,10 @@ class Servers:
         }.get(refusal.status, "Change machine.server_model, machine.server_api, or how the server is started.")
         return f"machine.servers: {server.url} refuses ({refusal.status}): {refusal}. {remedy}"
 
-    # ---- getting to know a server
+    # ---- checking a server
 
     async def _greet(self, server: _Endpoint, call: _Call) -> Way:
-        """The first way of asking that this server takes, once it is clear that it holds this backbone."""
+        """The first way of asking that this server accepts, after a check that it serves this backbone."""
         server.model = self.model or await self._only_model(server, call)
         question, refused = replace(call.questions[0], temperature=0.0), Refused(0, "")
         for way in self.ways:
@@ -261,7 +261,7 @@ class Servers:
         raise refused
 
     async def _only_model(self, server: _Endpoint, call: _Call) -> str | None:
-        """The one that it lists; None if it lists none, as `transformers serve` does with the model of a folder."""
+        """The model that the server lists; None if it lists none, as `transformers serve` does for a local folder."""
         try:
             listed = await self._send(server, call, "GET", "models", min(LIST_SECONDS, self.timeout))
             names = [model["id"] for model in listed["data"]]
@@ -278,9 +278,9 @@ class Servers:
         return names[0] if names else None
 
     async def _check_temperatures(self, server: _Endpoint, call: _Call, way: Way) -> None:
-        """Raises UserError if the server does not draw as it is told, by two answers each to some questions.
+        """Raises UserError if the server ignores the temperature, judged by two answers to each of a few questions.
 
-        `transformers serve --continuous-batching` keeps the temperature of its first request for all that follow.
+        `transformers serve --continuous-batching` uses the temperature of its first request for all later ones.
         """
         tokens, seed = call.probe
         for temperature in (0.0, 2.0) if self.draws else (0.0,):
@@ -288,7 +288,7 @@ class Servers:
             for question in call.questions[:PROBE_QUESTIONS]:
                 question = replace(question, temperature=temperature)
                 one, other = [(await self._ask(server, call, way, question, tokens, seed + i))[0].ids for i in range(2)]
-                if len(one) > 1:  # of no answer, or the end token alone, nothing can be said
+                if len(one) > 1:  # an empty answer, or the end token alone, shows nothing
                     as_told.append((one == other) == (temperature == 0))
                 if any(as_told):
                     break
@@ -316,7 +316,7 @@ class Servers:
     async def _send(
         self, server: _Endpoint, call: _Call, method: str, path: str, seconds: float, body: dict[str, Any] | None = None
     ) -> Any:
-        """The JSON that comes back within so many seconds. Raises Failed or Refused."""
+        """The JSON of the reply. Raises Failed (no reply within `seconds` too) or Refused."""
         try:
             async with asyncio.timeout(seconds):
                 response = await call.client.request(method, f"{server.url}/{path}", json=body)
@@ -339,7 +339,7 @@ class Servers:
             raise Failed(f"no JSON but {response.text[:40]!r}") from None
 
     def _said(self, response: httpx2.Response) -> str:
-        """The first line of the server's error, and never the key."""
+        """The first line of the server's error message, with the API key masked."""
         try:
             said = response.json()
             for name in ("error", "message", "detail"):
@@ -351,7 +351,7 @@ class Servers:
 
 
 def _pause(server: _Endpoint) -> float:
-    """Seconds of rest: twice as many after each failure, and not in step with others who ask the same server."""
+    """Seconds to pause: doubled after each failure, with jitter so that the clients of a server do not synchronise."""
     grown = min(FIRST_PAUSE * 2 ** (server.failures - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.5)
     return max(grown, min(server.pause_it_wants, LONGEST_PAUSE))
 
@@ -359,7 +359,7 @@ def _pause(server: _Endpoint) -> float:
 def _retry_after(response: httpx2.Response) -> float:
     try:
         return float(response.headers.get("Retry-After", 0))
-    except ValueError:  # a date; the growing pauses will do
+    except ValueError:  # a date: the growing pauses suffice
         return 0.0
 
 

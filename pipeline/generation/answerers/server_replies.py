@@ -1,7 +1,7 @@
-"""What an OpenAI-compatible server replies: an Answer, its token ids checked against the backbone's tokenizer.
+"""Reads replies of OpenAI-compatible servers, and checks them against the backbone's tokenizer.
 
-Takes the JSON of a reply and the way in which the server was asked; raises Unreadable for what is no answer of this API
-and Foreign where the reply shows another tokenizer, chat template or model.
+Takes the JSON of a reply and its question; gives an Answer. Raises Unreadable if the reply does not follow the API, and
+Foreign if it shows another tokenizer, chat template or model.
 """
 
 import re
@@ -11,17 +11,17 @@ from .interface import Answer, Question
 
 
 class Unreadable(Exception):
-    """The reply is no answer of this API."""
+    """The reply does not follow OpenAI's API."""
 
 
 class Foreign(Exception):
-    """The reply shows another tokenizer, chat template or model than the backbone's: what is wrong, and the remedy."""
+    """The reply shows another tokenizer, chat template or model than the backbone's; the message names the remedy."""
 
 
 def answer_in(
     reply: Any, question: Question, max_new_tokens: int, ends: list[int], tokenizer: Any
 ) -> tuple[Answer, str]:
-    """The answer, and its text as the server gives it. Raises Unreadable or Foreign."""
+    """The answer, and its text as the server decoded it. Raises Unreadable or Foreign."""
     try:
         return _answer_in(reply, question, max_new_tokens, ends, tokenizer)
     except (LookupError, TypeError, AttributeError) as error:
@@ -45,7 +45,7 @@ def _answer_in(
     if reason not in ("stop", "length"):
         raise Unreadable(f"finish_reason {reason}")
     if ids is not None:
-        # A token that ends answers there, but not for this backbone, has cut this one.
+        # If the server stopped at a token that is no end token of this backbone, the answer counts as cut off.
         answer = Answer(list(ids), finished=reason == "stop" and bool(ids) and ids[-1] in ends)
     elif message.get("reasoning_content") or message.get("reasoning"):
         raise Foreign(
@@ -60,7 +60,10 @@ def _answer_in(
 
 
 def _encoded_anew(text: str, stopped: bool, drawn: int, ends: list[int], tokenizer: Any) -> Answer:
-    """Exact if the ids are as many as were drawn: text hides special tokens, and how words were cut into tokens."""
+    """Ids re-encoded from text; they count as exact if there are as many as were sampled.
+
+    Text does not show special tokens, nor where words were split into tokens.
+    """
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if finished := stopped and bool(ends):
         ids.append(ends[0])
@@ -68,7 +71,7 @@ def _encoded_anew(text: str, stopped: bool, drawn: int, ends: list[int], tokeniz
 
 
 def check_words(answer: Answer, text: str, tokenizer: Any) -> None:
-    """Raises Foreign if the server reads other words in its ids than this tokenizer: ids alone fit any model."""
+    """Raises Foreign if the server's text differs from what this tokenizer decodes: ids alone would fit any model."""
     ours = tokenizer.decode(answer.ids, skip_special_tokens=True)
     if answer.exact and _letters(ours) != _letters(text):
         raise Foreign(
@@ -78,5 +81,5 @@ def check_words(answer: Answer, text: str, tokenizer: Any) -> None:
 
 
 def _letters(text: str) -> str:
-    """Without what decoders disagree upon: blanks, and characters of which only some bytes are there."""
+    """The text without what decoders treat differently: white space, and incomplete UTF-8 characters."""
     return re.sub(r"[\s\ufffd]", "", text)

@@ -1,6 +1,6 @@
-"""What an OpenAI-compatible server is asked: the paths and fields of its API, and the body of a request.
+"""Requests to OpenAI-compatible servers: the paths and fields of their APIs.
 
-Takes a Question and a Way (which path, which fields), gives the JSON body of the request.
+Takes a Question and a Way (which path, which fields); gives the JSON body of the request.
 """
 
 import json
@@ -13,12 +13,12 @@ DIALECTS = ("vllm", "transformers", "none")
 
 
 class Way(NamedTuple):
-    """How a server is asked."""
+    """The form of the requests to a server."""
 
     prompt: str
-    """ids and text go to /completions, chat to /chat/completions."""
+    """The form of the prompt: `ids` and `text` are sent to /completions, `chat` to /chat/completions."""
     dialect: str
-    """Which fields it knows beside OpenAI's: those of vllm (SGLang has most of them), of transformers, or none."""
+    """Fields beside OpenAI's: those of vLLM (SGLang has most of them), of `transformers serve`, or none."""
 
     @property
     def path(self) -> str:
@@ -26,10 +26,10 @@ class Way(NamedTuple):
 
 
 def ways(api: str, chat_template: bool) -> list[Way]:
-    """Those that `machine.server_api` allows, the best first: with ids there is nothing to misunderstand.
+    """The ways that `machine.server_api` allows, the best first; token ids are best, as they need no encoding.
 
-    A text that wears the chat template is not sent to /completions: the server would add the tokens at its beginning
-    once more.
+    Text with the chat template around it is not sent to /completions, where the server would add the begin token once
+    more.
     """
     prompts = {
         "completions": ["ids"] if chat_template else ["ids", "text"],
@@ -42,7 +42,7 @@ def ways(api: str, chat_template: bool) -> list[Way]:
 def body_of(
     question: Question, way: Way, top_p: float, max_new_tokens: int, seed: int, ends: list[int]
 ) -> dict[str, Any]:
-    """What is posted to `way.path`, but for the model's name."""
+    """The body of a POST to `way.path`, without the model's name."""
     body: dict[str, Any] = {"max_tokens": max_new_tokens, "seed": seed}
     if way.prompt == "ids":
         body["prompt"] = question.ids
@@ -54,14 +54,14 @@ def body_of(
         return body | {"generation_config": json.dumps(_for_transformers(question, top_p, max_new_tokens, ends))}
     body |= {"temperature": question.temperature, "top_p": top_p}
     if way.dialect == "vllm":
-        # All that the checkpoint's generation_config.json may say otherwise: the server takes its defaults from there.
+        # The server takes its defaults from the checkpoint's generation_config.json: override all that may differ.
         body |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
         body |= {"stop_token_ids": ends} if ends else {"ignore_eos": True}
     return body
 
 
 def _for_transformers(question: Question, top_p: float, max_new_tokens: int, ends: list[int]) -> dict[str, Any]:
-    """Of `transformers serve`: its plain field `temperature` does not turn sampling on, the answers would be greedy."""
+    """generation_config for `transformers serve`, whose plain field `temperature` does not turn sampling on."""
     fixed = {"max_new_tokens": max_new_tokens, "eos_token_id": ends or -1, "repetition_penalty": 1.0}
     if question.temperature == 0:
         return fixed | {"do_sample": False}

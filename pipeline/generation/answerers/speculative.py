@@ -1,7 +1,7 @@
-"""Our own decoder with an exit head trained before: answers one question at a time, each faster.
+"""The answerer `speculative`: self-speculative decoding with an exit head that was trained before.
 
-Takes a backbone, a head and a controller that learns nothing while it runs, so that a text depends on nothing but its
-own seed; gives each question's new ids.
+Takes a backbone, a head and a controller without memory; gives each question's new ids, one question at a time. As the
+controller does not learn, the answers of a call depend on its arguments alone.
 """
 
 from collections.abc import Collection
@@ -18,11 +18,11 @@ from ...inference.sampling import Sampler
 from .interface import Answer, Question, Report, Sampling
 
 STEADY = ("fixed", "confidence", "entropy")
-"""Controllers without a memory: what they draft depends on the text alone."""
+"""Controllers without memory: their draft lengths depend on the current text alone."""
 
 
 class Speculative:
-    """The backbone's own answers, drafted by its first N layers and an exit head."""
+    """Answers with the backbone, drafting with its first N layers and an exit head."""
 
     reproducible = True
 
@@ -30,7 +30,7 @@ class Speculative:
         """`ends`: the ids that end an answer."""
         self.controller = steady_controller(controller)
         self.ends = frozenset(ends)
-        # kernels chosen by timing could differ from process to process, and a near tie with them
+        # kernels chosen by timing could differ between processes, and their rounding can decide a near tie
         self.backbone = SplitBackbone(model, head, timed_kernels=False)
         self.device = model.device
 
@@ -48,7 +48,7 @@ class Speculative:
 
 
 def steady_controller(name: str):
-    """The controller of a name that learns nothing. Raises UserError for others: their answers cannot be repeated."""
+    """The controller of that name. Raises UserError if it is unknown or learns: its answers could not be repeated."""
     try:
         controller = make_controller(name)
     except ValueError as error:
