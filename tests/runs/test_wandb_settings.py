@@ -57,7 +57,7 @@ def test_config_variables_files_in_this_order(tmp_path: Path, monkeypatch: pytes
     ("name", "value", "mode"),
     [
         ("WANDB_MODE", "dryrun", "offline"), ("WANDB_MODE", "run", "online"), ("WANDB_MODE", "shared", "online"),
-        ("WANDB_MODE", "disabled", "disabled"), ("WANDB_MODE", "dsiabled", "offline"),
+        ("WANDB_MODE", "disabled", "disabled"), ("WANDB_MODE", "sometimes", "offline"),
         ("WANDB_DISABLED", "true", "disabled"), ("WANDB_DISABLED", "1", "disabled"),
         ("WANDB_DISABLED", "false", "online"), ("WANDB_DISABLED", "", "online"),
     ],
