@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -396,6 +397,10 @@ def test_who_is_at_work_while_the_cache_is_begun_anew_puts_nothing(tmp_path, bac
     def shard(self, *args):
         monkeypatch.setattr(cache.TeacherWorker, "shard", plain)
         tensors = plain(self, *args)
+        with pytest.raises(UserError, match="another process is at stage cache"):
+            other.redo("cache")
+        # As on another machine that had heard nothing of this process for too long.
+        monkeypatch.setattr(other.presence, "alone", lambda *_: nullcontext())
         other.redo("cache")
         cache.run(other)
         shards.update(files(other / "cache"))
