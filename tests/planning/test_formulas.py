@@ -118,7 +118,8 @@ def test_large_configs_hold_what_the_plan_says(path: Path) -> None:
     p = make(config)
     assert p.architecture.source == "architecture as shipped with exit-heads"
     assert all(1 <= n < p.architecture.layers for n in config.distill.exit_layers)
-    assert p.fits and len(p.stages) == 3 and p.best is not None
+    assert p.fits and len(p.stages) == 3
+    assert p.best is not None or not config.plan.acceptance  # without rates nothing can be predicted
     world = config.machine.processes
     backbone, heads, *_ = p.distill.kept
     held, head = sharded_bytes(on_meta(facts()[config.backbone.name_or_path]), config, world, rank=0)
