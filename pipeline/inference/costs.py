@@ -67,7 +67,7 @@ class Costs:
 
     def __init__(self) -> None:
         self.shallow, self.head, self.rest = Recent(), Recent(), Recent()
-        """Seconds of one shallow pass, of one pass of the exit head, and of the rest but verification."""
+        """Seconds of one shallow pass, of one pass of the exit head, and of all else except verification."""
         self.verify: dict[int, Recent] = {}
         """Width -> seconds of a verification."""
         self.now = 0
