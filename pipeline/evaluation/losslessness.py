@@ -131,11 +131,11 @@ def tie(logits_P2: Tensor, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def by_width(engine: SplitBackbone, prompt: int, ids: list[int]) -> Iterator[Tensor]:
-    """Logits [V] of the token behind `ids`, the first of them as the baseline computes them.
+    """Logits [V] of the token after `ids` in passes of each width; the first as the baseline computes them.
 
-    The first `prompt` ids go through the model at once, as decoding does, and the rest in passes of one token; then in
-    passes of every other width that decoding has. Keys and values that other widths left differ by rounding as well, so
-    the whole text is gone through again for each.
+    The first `prompt` ids are prefilled in one pass, as in decoding, and the rest in passes of one width, starting with
+    width 1. Keys and values computed at other widths differ by rounding too, so the whole text is processed again for
+    each width.
     """
     for width in WIDTHS:
         cache = engine.new_cache(len(ids))

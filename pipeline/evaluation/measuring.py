@@ -172,7 +172,7 @@ def measure(
 ) -> Found:
     """Time all methods and rivals on all prompts.
 
-    states: from which the controllers start. drafts: a draft model for each exit layer, for the rivals that take one.
+    states: states from which controllers start. drafts: exit layer -> draft model, for the rivals that take one.
     Raises UserError if nothing could be drafted at some temperature.
     """
     decoders = Decoders(engines, config, ends, seed, states)
