@@ -1,7 +1,7 @@
 """The command line: exit-heads VERB --config FILE key=value ...
 
-Takes the words after `exit-heads`, loads the config, runs one stage or all, gives an exit code: 0 done, 130 interrupted
-or one of errors.py. Any other exception is a bug and shows its traceback.
+Takes the words after `exit-heads`, loads the config, runs one stage or all, and returns an exit code: 0 done, 130
+interrupted, or one of errors.py. Any other exception is a bug and shows its traceback.
 """
 
 import argparse
@@ -155,11 +155,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
-    args, more = parser.parse_known_args(argv)  # argparse gives up on words after an option that follows words
+    args, more = parser.parse_known_args(argv)  # argparse does not collect words after an option that follows words
     if options := [word for word in more if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(options)} (keys are given as key=value, without dashes)")
     args.words += more + (getattr(args, "asked", None) or [])
-    # The workers of torch and the tokenizer must not fight for cores; a waiting thread must not spin.
+    # Threads of torch and the tokenizer must not compete for cores, and a waiting thread must not spin.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
@@ -187,7 +187,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_verb(verb: str, config: Config, redo: str | None) -> None:
-    """Run one stage, or all; `redo` removes a stage (with `run`, the later ones too) first."""
+    """Run one stage, or all. redo: a stage whose results are removed first (with `run`, also those of later stages).
+
+    Raises UserError for mistakes in the config or the command.
+    """
     chosen = stages_of(config) if verb == "run" else (verb,)
     if redo is not None and redo not in chosen:
         said, use = ("publish --as draft" if name == "draft" else name for name in (verb, redo))
@@ -198,7 +201,7 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
     if by is not None and by.processes > 1:
         _check_several(verb, redo, by)
     stages = {name: _stage(name) for name in chosen}
-    for stage in stages.values():  # before --redo removes anything, and before an early stage works for an hour
+    for stage in stages.values():  # before --redo removes anything, and before an early stage runs for an hour
         if hasattr(stage, "check"):
             stage.check(config)
     run = RunDir(config)
@@ -214,7 +217,7 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
 
 
 def _check_several(verb: str, redo: str | None, by: Launched) -> None:
-    """Raises UserError for what only one process may do."""
+    """Raises UserError for `run` and --redo when a launcher has started several processes."""
     unset = f"Unset {by.variable} if no launcher started this process."
     if verb == "run":
         raise UserError(
@@ -230,12 +233,12 @@ def _check_several(verb: str, redo: str | None, by: Launched) -> None:
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
-    """The stages of the verb `run`: without distill.teacher=cached there is no cache to make."""
+    """The stages of the verb `run`; `cache` is one of them only with distill.teacher=cached."""
     return tuple(name for name in STAGES if name != "cache" or config.distill.teacher == "cached")
 
 
 def show_config(config: Config, keys: list[str]) -> None:
-    """One value a line; without keys, all as YAML."""
+    """Print the values of the keys, one per line; without keys, the whole config as YAML."""
     from omegaconf import OmegaConf
 
     tree = OmegaConf.structured(config)
@@ -253,10 +256,10 @@ def plan(args: argparse.Namespace, config: Config) -> None:
 
 
 def config_for(verb: str, head: str, file: str | None, words: list[str]) -> Config:
-    """The config by which a published head is measured.
+    """The config for measuring a published head.
 
-    Its run folder is named after the head, whatever the file says: the file's run has heads of its own. Its backbone is
-    the head's unless file or words name one.
+    Its run is named after the head even if the file names one, because that run has its own heads; `run.name=` on the
+    command line wins. Its backbone is the head's unless file or command line name one.
     """
     if verb != "evaluate":
         raise UserError(f"evaluate.head={head}: only `exit-heads evaluate` measures published heads")
@@ -266,7 +269,7 @@ def config_for(verb: str, head: str, file: str | None, words: list[str]) -> Conf
 
 
 def list_heads(config: Config) -> None:
-    """Print what the runs in run.dir give; nothing is changed."""
+    """Print the table of all heads of the runs in run.dir; writes nothing."""
     from .evaluation import overview
 
     if not Path(config.run.dir).is_dir():
@@ -275,7 +278,7 @@ def list_heads(config: Config) -> None:
 
 
 def look(config: Config, status: bool, verify: bool, show: int | None) -> None:
-    """Print what there is of the responses; nothing is changed."""
+    """Print the state, a check or a sample of the responses; writes nothing."""
     from .generation import inspection
 
     if not (Path(config.run.dir) / config.run.name).is_dir():

@@ -1,7 +1,7 @@
-"""Two controllers that break the condition of losslessness, each as it is really met. The enumeration
-must catch both, the transform test the first.
+"""Two controllers that violate the condition of losslessness in realistic ways, to test the tests.
 
-Take the sampler they cheat with, give wrong text. Both look in `draft` at the token that was drawn, before they answer.
+The exact enumeration must detect both, the transform test the first. Each takes the sampler; in `draft`, both look at
+the token that was drawn before they decide, so that the text has a wrong distribution.
 """
 
 from torch import Tensor
@@ -10,7 +10,8 @@ from pipeline.inference.sampling import Draft, Sampler
 
 
 def with_pending(kind: type[Sampler]) -> type[Sampler]:
-    """A sampler that lets the token be seen that nobody should see yet, and the next coin be tossed beforehand."""
+    """A subclass of `kind` that exposes the proposed token before the decision, and lets the next accept coin be tossed
+    in advance."""
 
     class Pending(kind):
         unseen: Draft | None = None
@@ -28,7 +29,7 @@ def with_pending(kind: type[Sampler]) -> type[Sampler]:
 
 
 class Discards:
-    """Looks at the probability of the token drawn, and throws it away when that is low: the commonest mistake."""
+    """Discards a drawn token if its probability is low, which is the most common mistake."""
 
     def __init__(self, sampler, threshold: float):
         self.sampler, self.threshold = sampler, threshold
@@ -44,9 +45,9 @@ class Discards:
 
 
 class LooksAtAcceptDraw:
-    """Tosses the accept coin of its draft first, and drafts only what will be accepted.
+    """Tosses the accept coin of a draft in advance, and drafts only what will be accepted.
 
-    `p` gives the backbone's processed distribution [V] behind the committed text and this round's drafts.
+    p: gives the backbone's processed distribution [V] after the committed text and this round's drafts.
     """
 
     def __init__(self, sampler, p):

@@ -1,7 +1,7 @@
-"""Tiny random backbones for tests: real transformers checkpoints, 4 thin layers, a tokenizer of bytes.
+"""Tiny random backbones for tests: real transformers checkpoints of 4 thin layers, with a tokenizer of bytes.
 
-Takes a folder and a family name, gives the checkpoint's folder; no network, under a second. Knows nothing of
-what the tests do with it.
+Takes a folder and a family name; gives the checkpoint's folder in under a second, without network. Also makes run
+folders on such a backbone, with untrained heads.
 """
 
 from pathlib import Path
@@ -65,7 +65,7 @@ def tiny_backbone(tmp_path: Path, family: str = "llama", *, seed: int = 0, sharp
 
 
 def make_run(tmp_path: Path, *words: str):
-    """A run folder `<tmp_path>/runs/t` on a tiny llama of sharp logits, from key=value words."""
+    """A run folder `<tmp_path>/runs/t` on a tiny llama with peaked distributions; `words` are key=value settings."""
     from pipeline.config import load
     from pipeline.runs.folder import RunDir
 
@@ -88,7 +88,7 @@ def make_run(tmp_path: Path, *words: str):
 
 
 def plant_heads(run, *exit_layers: int) -> None:
-    """Untrained heads, each a copy of the backbone's last layer, where distill would put them."""
+    """Save untrained heads, copies of the backbone's last layer, where distill would write them."""
     from pipeline.backbones.load import load_model
     from pipeline.inference.exit_head import ExitHead, new_exit_layer
     from pipeline.inference.fingerprint import fingerprint

@@ -1,4 +1,4 @@
-"""transformers' own answers, which the decoder must give too, on tiny backbones with untrained heads."""
+"""Reference outputs: transformers' own greedy texts, which the decoder must reproduce, and untrained heads for it."""
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,7 +14,7 @@ def load(folder) -> torch.nn.Module:
 
 
 def head_for(model, exit_layer: int) -> ExitHead:
-    """An untrained head: the copy of the last layer that distillation starts from."""
+    """An untrained head: a copy of the last layer, from which distillation starts."""
     weights = {k: v.clone() for k, v in new_exit_layer(model).state_dict().items()}
     record = {"name": "tiny", "fingerprint": fingerprint(model)}
     return ExitHead(exit_layer, model.config.num_hidden_layers, record, weights)

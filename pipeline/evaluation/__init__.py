@@ -1,1 +1,1 @@
-"""How much faster, and is it lossless? Measuring, proofs, figures and the report."""
+"""Measures how much faster decoding with an exit head is, tests that it is lossless, and writes the report."""

@@ -1,7 +1,7 @@
-"""The engine's logits against transformers' own, before anything is timed.
+"""Compares the engine's logits with transformers' own, before anything is timed.
 
-Takes the model, its engines and the prompts to measure, returns a record for results.json. Autoregressive and
-speculative decoding run in the same engine: only a comparison with `model(...)` finds what both get wrong.
+Takes the model, its engines and the prompts to measure; returns a record for results.json. Autoregressive and
+speculative decoding run in the same engine, so only a comparison with `model(...)` finds errors that both make.
 """
 
 from typing import Any
@@ -15,13 +15,13 @@ from ..inference.canary import Difference, compare, rounding
 from ..prompts.ids import Encoded
 
 TEXTS = 4
-"""Prompts compared: the longest, and the first others."""
+"""Number of prompts compared: the longest, and the first of the others."""
 
 
 def check(model: Any, engines: dict[int, SplitBackbone], encoded: Encoded, max_new_tokens: int) -> dict[str, Any]:
-    """Every engine on a few prompts, each followed by its own beginning up to the longest text that will be measured.
+    """Compare every engine on a few prompts, each repeated up to the longest length that will be measured.
 
-    Raises UserError where they differ by more than rounding explains.
+    Raises UserError where logits differ by more than rounding explains.
     """
     longest = max(encoded, key=lambda entry: len(entry[1]))
     others = [entry for entry in encoded if entry is not longest]

@@ -1,6 +1,6 @@
-"""What `exit-heads run` ends with: the results, where everything lies, and the line that uses the head.
+"""The output at the end of `exit-heads run`: the results, the paths of everything, and the line that uses the head.
 
-Takes a run folder that was evaluated and published, prints to the terminal.
+Takes a run folder that was evaluated and published; prints to the terminal.
 """
 
 from rich.console import Console
@@ -12,12 +12,12 @@ from . import results as evaluated
 
 
 def closing_table(run: RunDir) -> None:
-    """A table of all methods for each temperature, then the proofs, the judged figure and the places."""
+    """Print a table of all methods for each temperature, then the losslessness tests, the judged speedup and paths."""
     results = evaluated.read(run / "eval" / "results.json")
     console, best = Console(), results["best"]
     for t in plots.temperatures(results):
         table = Table(title=f"temperature {t:g}", title_justify="left", box=None, padding=(0, 1, 0, 0))
-        for i, name in enumerate(report.COLUMNS):  # headings broken at spaces: the table must fit 80 columns
+        for i, name in enumerate(report.COLUMNS):  # headings are broken at spaces to fit the table into 80 columns
             table.add_column(name.replace(" ", "\n"), justify="left" if i == 1 else "right", no_wrap=True)
         for entry in (h for h in results["heads"] if h["temperature"] == t):
             for row in report.rows(entry):

@@ -1,7 +1,7 @@
-"""95 % intervals by bootstrap over conversations: of one figure by itself, and of many speedups at the same time.
+"""95 % intervals by bootstrap over conversations, for a single figure and for many speedups simultaneously.
 
-Takes sums per conversation (arrays of one entry a conversation), gives values and intervals. All turns and repeats of a
-conversation are summed before they come here, because they are not independent of each other.
+Takes sums per conversation (arrays with one entry for each), gives values and intervals. The caller sums all turns and
+repeats of a conversation first, because they are not independent of each other.
 
 C conversations, R resamples
 """
@@ -13,38 +13,39 @@ import numpy as np
 RESAMPLES = 2000
 LEVEL = 0.95
 FEWEST = 8
-"""Conversations below which no speedup is judged: with fewer, resampling them says little about the others."""
+"""The fewest conversations for which a speedup is judged: resamples of fewer say little about other conversations."""
 
 SMALLEST_ERROR = 0.1
-"""Least standard error of a resample's log speedup, as a share of that of all conversations."""
+"""Lower bound of the standard error of a resample's log speedup, as a share of the error over all conversations."""
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """(n, s, m, t), each [C]: n tokens in s seconds by a method, m tokens in t seconds by the baseline."""
 
 
 def interval(value: Callable[..., np.ndarray], *columns: np.ndarray, seed: int = 0) -> tuple[float, list[float]]:
-    """value(sums of the columns over conversations) and its percentile interval; the columns are [C]."""
+    """`value` of the columns' sums over conversations, and its percentile interval [low, high]; the columns are [C]."""
     picks = np.random.default_rng(seed).integers(len(columns[0]), size=(RESAMPLES, len(columns[0])))
     low, high = np.percentile(value(*(c[picks].sum(1) for c in columns)), [2.5, 97.5])
     return float(value(*(c.sum() for c in columns))), [float(low), float(high)]
 
 
 def ratio_of_rates(n, s, m, t):
-    """n tokens in s seconds over m tokens in t seconds: what `interval` takes for a speedup."""
+    """The speedup of n tokens in s seconds over m tokens in t seconds, a `value` for `interval`."""
     return (n / s) / (m / t)
 
 
 def joint_intervals(methods: Sequence[Columns], resamples: int = RESAMPLES, seed: int = 0) -> list[list[float]] | None:
-    """Intervals of all methods' speedups that hold all at once with 95 %; None for fewer than FEWEST conversations.
+    """Simultaneous 95 % intervals of all methods' speedups; None for fewer than FEWEST conversations.
 
-    Because they hold together, the interval of whichever method is picked afterwards, by whatever rule, is honest too:
-    if no method is faster than the baseline, the lower end of the fastest lies above 1 with a chance of 2.5 %. They are
-    studentised bootstrap intervals of the log speedup (Davison and Hinkley, 1997, section 5.2), whose width comes from
-    the largest of all methods' statistics in each resample (the single-step max-T of Westfall and Young, 1993).
+    Because they hold simultaneously, the interval of a method that is selected afterwards, by any rule, is valid too:
+    if no method is faster than the baseline, the lower end for the fastest lies above 1 with a probability of 2.5 %.
+    They are studentised bootstrap intervals of the log speedup (Davison and Hinkley, 1997, section 5.2), whose width
+    comes from the largest of all methods' statistics in each resample (the single-step max-T of Westfall and Young,
+    1993).
 
-    To choose on one half of the conversations and judge on the other is as honest, and needs about twice as many
-    conversations for the same power (docs/lab-notes.md): what the first half says is lost, and the methods succeed and
-    fail on the same conversations, so that comparing many of them costs little.
+    Selecting on one half of the conversations and judging on the other would be valid too, but needs about twice as
+    many conversations for the same power (docs/lab-notes.md): it does not use the first half for the interval, and the
+    methods succeed and fail on the same conversations, so comparing many of them widens simultaneous intervals little.
     """
     count = len(methods[0][0])
     if count < FEWEST:
@@ -56,7 +57,7 @@ def joint_intervals(methods: Sequence[Columns], resamples: int = RESAMPLES, seed
     for columns, centre, error in zip(methods, centres, errors, strict=True):
         if error > 0:
             resampled_R, errors_R = _log_speedup(picks_RC, columns)
-            # A resample of nearly equal conversations has hardly an error of its own.
+            # A resample of nearly equal conversations has an error close to 0.
             statistic_R = (resampled_R - centre) / np.maximum(errors_R, SMALLEST_ERROR * error)
             largest_R, smallest_R = np.maximum(largest_R, statistic_R), np.minimum(smallest_R, statistic_R)
     if not errors.any():
@@ -68,8 +69,8 @@ def joint_intervals(methods: Sequence[Columns], resamples: int = RESAMPLES, seed
 
 
 def _log_speedup(picks_RC: np.ndarray, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
-    """(log speedup, its standard error by linearisation) [R] of the conversations, counted as often as picked."""
+    """(log speedup, its standard error by linearisation), each [R]; picks_RC counts each conversation in a resample."""
     n, s, m, t = (picks_RC @ column for column in columns)
     influence_RC = columns[0] / n[:, None] - columns[1] / s[:, None] - columns[2] / m[:, None] + columns[3] / t[:, None]
     errors_R = np.sqrt((picks_RC * influence_RC**2).sum(1))
-    return np.log(ratio_of_rates(n, s, m, t)), np.where(errors_R < 1e-12, 0.0, errors_R)  # 0 but for rounding
+    return np.log(ratio_of_rates(n, s, m, t)), np.where(errors_R < 1e-12, 0.0, errors_R)  # below it is only rounding

@@ -1,10 +1,11 @@
-"""Is the measured text the backbone's own? Greedy text is compared by token ids, sampled text by a statistical test.
+"""Tests that decoding was lossless: greedy texts are compared by token ids, sampled texts by a statistical test.
 
-Takes engines and the texts that evaluate decoded, gives the `lossless` part of results.json. The statistic of sampled
-text is the randomised probability integral transform (Brockwell, 2007), whose values are uniform if the text is
-distributed as the backbone's.
+Takes engines and the texts that evaluate decoded; gives the `lossless` part of results.json. Sampled texts are tested
+by the randomised probability integral transform (Brockwell, 2007), whose values are uniform if the text has the
+backbone's distribution.
 
-T tokens of a text, C of them in a chunk, V vocabulary, D hidden;  p: backbone's processed distribution, q: exit head's
+T tokens of a text, C of them in a chunk, V vocabulary, D hidden, P passes;
+p: the backbone's processed distribution, q: the exit head's
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,9 @@ from ..inference.sampling import Sampler
 
 CELLS = 20
 ALARM = 1e-3
-"""Chance that a run of nothing but lossless texts fails the sampling test."""
+"""The probability that an evaluation fails the sampling test although all its texts are lossless."""
 CHUNK = 32
-"""Rows of V numbers that a proof holds at once (planning/memory.py counts them)."""
+"""How many rows of V numbers are in memory at once (planning/memory.py counts them)."""
 
 Ids = dict[str, list[int]]
 """Prompt id -> token ids."""
@@ -35,11 +36,11 @@ Ids = dict[str, list[int]]
 
 @torch.inference_mode()
 def greedy(engine: SplitBackbone, prompt_ids: Ids, generations: pd.DataFrame) -> dict[str, Any] | None:
-    """Token ids of every greedy text against autoregressive decoding; None if nothing greedy was measured.
+    """Compare every greedy text with autoregressive decoding, by token ids; None if nothing greedy was measured.
 
-    In float32 all must be equal. In bfloat16 passes of one and of several tokens round differently, so a text may leave
-    the baseline's where the token wanted and the token emitted are nearly tied: `explain` decides at each first
-    divergence.
+    In float32 all must be equal. In bfloat16, passes of one and of several tokens round differently, so a text may
+    diverge from the baseline's where the wanted and the emitted token are nearly tied: `explain` decides this at each
+    first divergence.
     """
     rows = generations[generations.temperature == 0.0]
     if rows.empty:
@@ -63,23 +64,24 @@ def greedy(engine: SplitBackbone, prompt_ids: Ids, generations: pd.DataFrame) ->
 
 
 class Divergence(NamedTuple):
-    """Where two texts part for the first time."""
+    """The first place where two texts differ."""
 
     first_divergence: int
-    """Index of the token, 0 for the first one behind the prompt."""
+    """Index of the token, 0 for the first one after the prompt."""
     wanted: int | None
-    """The token there; None if that text ends before it."""
+    """The baseline's token there; None if its text ends before it."""
     emitted: int | None
+    """The other text's token there; None if that text ends before it."""
     logit_gap: float | None
     """Logit of the wanted token minus that of the emitted one, in a pass of one token; None if either is missing."""
     logit_noise: float | None
-    """By how much rounding may change that gap."""
+    """The largest change of that gap that rounding may cause."""
     explained: bool
     """Whether rounding can be the reason: the gap is no larger than the noise."""
 
 
 def first_divergence(wanted: list[int], emitted: list[int]) -> int | None:
-    """Index of the first token that differs, also where one of the texts ends; None for equal texts."""
+    """Index of the first token that differs, or that only one of the texts has; None for equal texts."""
     if wanted == emitted:
         return None
     pairs = enumerate(zip(wanted, emitted, strict=False))
@@ -94,12 +96,12 @@ def explain(
     emitted: list[int],
     others: Callable[[list[int]], Sequence[Tensor]] | None = None,
 ) -> Divergence | None:
-    """How the emitted text leaves the wanted one, and whether rounding can be why; None if it does not.
+    """Where the emitted text diverges from the wanted one, and whether rounding can be the reason; None if equal.
 
-    The two tokens at the first divergence must themselves be the tie: any other token is an error, however close the
-    two best ones are. A text that ends before the other is an error too, because texts that agree so far end together.
+    The wanted and the emitted token themselves must be nearly tied; that two other tokens are is no explanation. A text
+    that ends before the other is an error too, because equal texts end together.
 
-    others: further logits [V] behind the given token ids, from code that computes them in another way.
+    others: gives further logits [V] after the given token ids, from code that computes them in another way.
     """
     at = first_divergence(wanted, emitted)
     if at is None:
@@ -116,10 +118,11 @@ def explain(
 
 
 def tie(logits_P2: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """(gap, noise) of two tokens from their logits in P passes, of which the first is the reference.
+    """(gap, noise) of two tokens' logits in P passes, of which the first is the reference.
 
-    noise: the largest change of each token's logit between the reference and another pass, and of both the spacing of
-    `dtype` there, as a logit lies half of it from the exact value; in sum over the two tokens.
+    gap: the first token's logit minus the second's. noise: for each token, the largest change of its logit between the
+    reference and another pass, but at least half the spacing of `dtype` at that value, by which rounding alone may
+    change it; summed over the two tokens.
     """
     reference_2 = logits_P2[0]
     spacing_2 = torch.finfo(dtype).eps * 2.0 ** reference_2.abs().clamp(min=torch.finfo(dtype).tiny).log2().floor()
@@ -128,11 +131,11 @@ def tie(logits_P2: Tensor, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def by_width(engine: SplitBackbone, prompt: int, ids: list[int]) -> Iterator[Tensor]:
-    """Logits [V] of the token behind `ids`, the first of them as the baseline computes them.
+    """Logits [V] of the token after `ids` in passes of each width; the first as the baseline computes them.
 
-    The first `prompt` ids go through the model at once, as decoding does, and the rest in passes of one token; then in
-    passes of every other width that decoding has. Keys and values that other widths left differ by rounding as well, so
-    the whole text is gone through again for each.
+    The first `prompt` ids are prefilled in one pass, as in decoding, and the rest in passes of one width, starting with
+    width 1. Keys and values computed at other widths differ by rounding too, so the whole text is processed again for
+    each width.
     """
     for width in WIDTHS:
         cache = engine.new_cache(len(ids))
@@ -152,9 +155,9 @@ def sampling(
     sampler_of: Callable[[float], Sampler],
     seed: int = 0,
 ) -> dict[str, Any] | None:
-    """A chi-square test of every sampled method, the baseline too as a control; None if nothing was sampled.
+    """Test every sampled method, and the baseline as a control, by chi-square; None if nothing was sampled.
 
-    passed: no p-value lies below ALARM over the number of tests (Bonferroni).
+    `passed` in the result: no p-value is below ALARM divided by the number of tests (Bonferroni).
     """
     rows = generations[generations.temperature > 0.0]
     if rows.empty:
@@ -189,12 +192,12 @@ def sampling(
 def transform(
     engine: SplitBackbone, prompt: list[int], tokens: list[int], sampler: Sampler, generator: torch.Generator
 ) -> Tensor:
-    """u [T-1] of the tokens after the first, uniform and independent if the text is distributed as the backbone's.
+    """u [T-1] of the tokens after the first, uniform and independent if the text has the backbone's distribution.
 
-    With the vocabulary in descending order of q, u = P(before y) + U P(y), P the backbone's distribution behind the
-    true past and U ~ Uniform(0, 1): the randomised probability integral transform (Brockwell, 2007). The order by
-    q puts tokens that drafting favours next to each other, where a bias shows most; equal q keep the vocabulary's
-    order. The first token follows the prompt and is never drafted.
+    This is the randomised probability integral transform (Brockwell, 2007): with the vocabulary in descending order of
+    q, u = P(tokens before y) + U P(y), where P is the backbone's distribution given the text so far and
+    U ~ Uniform(0, 1). The order by q puts tokens that drafting favours next to each other, where a bias shows most;
+    tokens of equal q keep the vocabulary's order. The first token of a text is never drafted.
     """
     if len(tokens) < 2:
         return torch.empty(0, dtype=torch.float64)
@@ -213,7 +216,7 @@ def transform(
 def teacher_forced(
     engine: SplitBackbone, prompt: list[int], tokens: list[int], sampler: Sampler
 ) -> tuple[Tensor, Tensor]:
-    """Processed p and q [T, V] of each of the tokens given all before it, for texts that are short enough to hold."""
+    """Processed p and q, each [T, V], of every token given all before it, for texts whose rows fit into memory."""
     chunks = list(teacher_forced_chunks(engine, prompt, tokens, sampler))
     return torch.cat([p_CV for _, p_CV, _ in chunks]), torch.cat([q_CV for _, _, q_CV in chunks])
 
@@ -221,9 +224,10 @@ def teacher_forced(
 def teacher_forced_chunks(
     engine: SplitBackbone, prompt: list[int], tokens: list[int], sampler: Sampler, first: int = 0
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(index of the first token, p, q [C, V]) for the tokens from `first` on, each given all before it.
+    """Yields (index of a chunk's first token, p, q), with p and q [C, V] of each token given all before it.
 
-    The layers run once over the whole text; only CHUNK rows of logits are held at once.
+    It starts at token `first`. The layers run once over the whole text; only CHUNK rows of logits are in memory at
+    once.
     """
     ids = prompt + tokens[:-1]
     cache = engine.new_cache(len(ids))
@@ -240,10 +244,10 @@ def teacher_forced_chunks(
 
 @torch.inference_mode()
 def check_p(engine: SplitBackbone, prompt: list[int], tokens: list[int], sampler: Sampler) -> float:
-    """Largest difference of p between one teacher-forced pass and the autoregressive loop's own passes."""
+    """The largest difference of p between one teacher-forced pass and the passes of autoregressive decoding."""
     worst = 0.0
     for start, p_CV, _ in teacher_forced_chunks(engine, prompt, tokens, sampler):
-        if start == 0:  # the layers have run by now: their cache may be used again
+        if start == 0:  # only now: with fixed shapes there is one cache, and the teacher-forced pass no longer needs it
             cache = engine.new_cache(len(prompt) + len(tokens))
             hidden_1D = engine.full(prompt, 0, cache)[-1:]
         for t, forced_V in enumerate(p_CV, start):
@@ -254,7 +258,7 @@ def check_p(engine: SplitBackbone, prompt: list[int], tokens: list[int], sampler
 
 
 def uniform(u: Tensor) -> dict[str, Any]:
-    """Chi-square of u against the uniform distribution: statistic, degrees of freedom, p-value."""
+    """Chi-square test of u against the uniform distribution: statistic, degrees of freedom, p-value."""
     counts = np.histogram(u.numpy(), bins=CELLS, range=(0.0, 1.0))[0]
     expected = len(u) / CELLS
     statistic = float(((counts - expected) ** 2).sum() / max(expected, 1e-9))

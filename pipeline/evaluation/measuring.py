@@ -1,7 +1,8 @@
-"""Every method on every prompt, taking turns: what evaluate times, as tables, and their files.
+"""Times every method on every prompt, interleaved, and keeps the measurements as tables in files.
 
-Takes engines of one backbone, encoded prompts and the evaluate section, gives one row a text and one a round. The order
-of the methods rotates from prompt to prompt, so drift of the machine hits all alike.
+Takes engines of one backbone, encoded prompts and the evaluate section; gives a table with a row for each text and one
+with a row for each round. The order of the methods rotates from prompt to prompt, so that changes of the machine's
+speed affect all of them alike.
 """
 
 import gc
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Method:
-    """What is timed against the others: a head and a controller, or the baseline (exit_layer 0)."""
+    """One way of decoding that is timed: a head and a controller, or the baseline (exit_layer 0)."""
 
     exit_layer: int
     controller: str
@@ -43,7 +44,7 @@ TABLES = ("prompts", "generations", "rounds", "rivals")
 
 @dataclass
 class Found:
-    """Rows of the tables while they are measured, and what the controllers learn."""
+    """Rows of the tables while measuring, and what the controllers learned."""
 
     texts: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
@@ -51,25 +52,25 @@ class Found:
     learned: dict[Method, list[list[float]]] = field(default_factory=dict)
     """What thompson had learned after each text: the mean acceptance of each bin."""
     states: dict[Method, dict[str, Any]] = field(default_factory=dict)
-    """What it knew in the end, to start from another time."""
+    """thompson's state at the end, from which a later evaluation or a published head can start."""
 
 
 @dataclass
 class Measured:
-    """What was measured, as it lies in files: enough for every figure and proof without measuring again."""
+    """The measurements as saved in files: every figure and test can be computed from them without measuring again."""
 
     prompts: pd.DataFrame
-    """prompt, task, ids"""
+    """Columns: prompt, task, ids."""
     generations: pd.DataFrame
     rounds: pd.DataFrame
     rivals: pd.DataFrame
     about: dict[str, Any]
-    """Where and with what it was measured; `controllers`: what those that learn had learned."""
+    """Hardware, versions and settings of the measurement; under `controllers`, what the learning ones had learned."""
 
     @classmethod
     def of(cls, found: Found, encoded: Encoded, about: dict[str, Any]) -> "Measured":
-        """The tables of all rows. `about` must be fit for JSON."""
-        columns = ["rival", "exit_layer", "prompt", "task", "repeat", "tokens", "seconds"]  # there also if no row is
+        """Make the tables from all rows. `about` must be convertible to JSON."""
+        columns = ["rival", "exit_layer", "prompt", "task", "repeat", "tokens", "seconds"]  # also without rows
         learned = [
             asdict(method) | {"learned": means, "state": found.states[method]}
             for method, means in found.learned.items()
@@ -83,32 +84,32 @@ class Measured:
         )
 
     def save(self, folder: Path) -> None:
-        """One parquet file a table, and measured.json."""
+        """Write one parquet file for each table, and measured.json."""
         for name in TABLES:
             getattr(self, name).to_parquet(folder / f"{name}.parquet")
         (folder / "measured.json").write_text(json.dumps(self.about, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Measured | None":
-        """What `save` wrote; None if nothing lies there."""
+        """Read what `save` wrote; None if the folder holds no measurements."""
         if not (folder / "measured.json").exists():
             return None
         tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
         for name, column in (("prompts", "ids"), ("generations", "tokens"), ("rivals", "tokens")):
-            tables[name][column] = [row.tolist() for row in tables[name][column]]  # lists again, which were arrays
+            tables[name][column] = [row.tolist() for row in tables[name][column]]  # parquet gives arrays for lists
         return cls(**tables, about=json.loads((folder / "measured.json").read_text()))
 
     def learned(self) -> dict[Method, dict[str, Any]]:
-        """Method -> `learned` and `state` of each controller that learns."""
+        """Method -> `learned` and `state`, for each controller that learns."""
         rows = [dict(row) for row in self.about["controllers"]]
         names = ("exit_layer", "controller", "temperature")
         return {Method(*(row.pop(name) for name in names)): row for row in rows}
 
 
 def in_turns(count: int, methods: list[T], repeats: int = 1, label: str = "") -> Iterator[tuple[int, int, T]]:
-    """(repeat, prompt, method) for every prompt 0..count-1, the first method of each prompt being the next in the list.
+    """Yields (repeat, prompt, method) for every prompt 0..count-1; each prompt starts with the next method in the list.
 
-    Garbage is collected between prompts only: in the middle of a method's turn it would be counted against it.
+    Garbage is collected between prompts only, so that its time does not count for any method.
     """
     gc.disable()
     try:
@@ -124,7 +125,7 @@ def in_turns(count: int, methods: list[T], repeats: int = 1, label: str = "") ->
 
 
 class Decoders:
-    """Each method as a function of token ids; the controllers keep what they learn from text to text."""
+    """Decodes token ids by each method. Its controllers keep what they learn from text to text."""
 
     def __init__(
         self,
@@ -149,7 +150,8 @@ class Decoders:
                 controller.load_state_dict(states[method])
 
     def decode(self, method: Method, ids: list[int], draws: int, max_new_tokens: int | None = None) -> Generation:
-        """The text of a method; `draws` tells apart what is drawn for one prompt and repeat from another's."""
+        """Decode with a method. `draws` is added to the seed, so that each prompt and repeat has its own random
+        numbers, the same for all methods."""
         generator = torch.Generator(self.any_engine.device).manual_seed(self.seed + draws)
         sampler = Sampler(method.temperature, self.config.top_k, self.config.top_p, generator)
         request = Request(ids, max_new_tokens or self.config.max_new_tokens, self.ends)
@@ -168,8 +170,9 @@ def measure(
     states: dict[Method, dict[str, Any]],
     drafts: dict[int, Any],
 ) -> Found:
-    """All methods and rivals on all prompts; `drafts`: a draft model for each exit layer, for the rivals that take one.
+    """Time all methods and rivals on all prompts.
 
+    states: states from which controllers start. drafts: exit layer -> draft model, for the rivals that take one.
     Raises UserError if nothing could be drafted at some temperature.
     """
     decoders = Decoders(engines, config, ends, seed, states)
@@ -177,7 +180,7 @@ def measure(
     longest = max((ids for _, ids in encoded), key=len)
     for engine in engines.values():  # passes of fixed shapes are recorded for the longest text
         engine.new_cache(len(longest) + config.max_new_tokens)
-    warm = Decoders(engines, config, ends, seed, {})  # other controllers: what is slow once must not be learned
+    warm = Decoders(engines, config, ends, seed, {})  # own controllers: the real ones must not learn slow first passes
     for m in warm.methods:
         warm.decode(m, encoded[0][1], 0, min(32, config.max_new_tokens))
     for rival in others:  # on the longest: transformers never shrinks its static cache, and compiles anew when it grows
@@ -207,7 +210,7 @@ def measure(
 
 
 def _rivals(config: Evaluate, exit_layers: list[int]) -> list[rivals.Rival]:
-    """Those of the config, or none, and said so, where nothing greedy is measured."""
+    """The rivals that the config names; none, with a message, where nothing greedy is measured."""
     if config.rivals and 0 not in config.temperatures:
         print(f"evaluate: rivals are greedy and evaluate.temperatures={config.temperatures} has no 0: none measured")
         return []

@@ -1,12 +1,12 @@
 """Every figure of an evaluation, computed from its tables: speedups, acceptance, costs, and the judged speedup.
 
-Takes `generations` (one row a prompt, method and repeat: tokens, seconds) and `rounds` (one row a round); gives the
-entries `heads`, `rivals` and `best` of results.json. All are pure functions of tables.
+Takes `generations` (a row for each prompt, method and repeat, with tokens and seconds) and `rounds` (a row for each
+round); gives the entries `heads`, `rivals` and `best` of results.json. All functions depend on the tables alone.
 
-Speedup is tokens per second over autoregressive decoding on the same engine, dtype and prompts, interleaved;
-prefill is left out on both sides. Acceptance length counts the bonus token and is weighted per round. Intervals are
-bootstrapped over conversations, of each figure by itself; only `best` and `speedup_joint_ci95` allow for the choice
-among many methods (intervals.py).
+Speedup is tokens per second over autoregressive decoding on the same engine, dtype and prompts, interleaved; neither
+side includes the prefill. Acceptance length counts the bonus token and is a mean over rounds. Intervals are
+bootstrapped over conversations, for each figure separately; only `best` and `speedup_joint_ci95` account for the
+selection among many methods (intervals.py).
 """
 
 from typing import Any
@@ -61,18 +61,20 @@ def summarise(generations: pd.DataFrame, rounds: pd.DataFrame) -> list[dict[str,
 
 
 def _joint(base: pd.DataFrame, drafting: pd.DataFrame) -> dict[tuple[int, str], list[float] | None]:
-    """(exit layer, controller) -> interval of its speedup that holds together with those of all others."""
+    """(exit layer, controller) -> the interval of its speedup that holds simultaneously with all others."""
     groups = drafting.groupby(["exit_layer", "controller"], sort=False)
     found = joint_intervals([_columns(base, rows) for _, rows in groups])
     return {key: None if found is None else found[i] for i, (key, _) in enumerate(groups)}
 
 
 def beside(rivals: pd.DataFrame, generations: pd.DataFrame) -> list[dict[str, Any]]:
-    """One entry per rival and exit layer, prefill included on both sides of every ratio: rivals cannot be split.
+    """One entry per rival and exit layer. Both sides of every ratio include the prefill, as rivals' times cannot be
+    split.
 
-    rivals: rival, exit_layer (0 where it has none), prompt, repeat, tokens, seconds. over_autoregressive is over the
-    greedy baseline of `generations`, over_generate over the rival `generate` (None for itself, or without it), and
-    best is the fastest greedy controller over the rival. differ counts texts that are not the baseline's.
+    rivals: columns rival, exit_layer (0 where it has none), prompt, repeat, tokens, seconds. In an entry,
+    over_autoregressive is the speedup over the greedy baseline of `generations`, over_generate that over the rival
+    `generate` (None for itself, or without it), best that of the fastest greedy controller over the rival, and differ
+    the number of texts that are not the baseline's.
     """
     if rivals.empty:
         return []
@@ -102,10 +104,11 @@ def beside(rivals: pd.DataFrame, generations: pd.DataFrame) -> list[dict[str, An
 
 
 def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
-    """Mean time of each part of a round, in units of one autoregressive token.
+    """Mean time of each part of a round, in units of one autoregressive token (`token_seconds`).
 
-    shallow and head per call, verify per width (tokens verified in one pass), rest per round. target_efficiency:
-    verification of the smallest width over that of each (MoESD, Huang et al., 2025); 1 where more tokens are free.
+    shallow and head are per pass, verify per width (number of tokens verified in one pass), rest per round.
+    target_efficiency: the time of verifying the smallest width over that of each width (MoESD, Huang et al., 2025); it
+    is 1 where further tokens take no time.
     """
     parts = rounds.shallow_seconds + rounds.head_seconds + rounds.verify_seconds
     calls = max(1, int(rounds.head_passes.sum()))
@@ -121,7 +124,7 @@ def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
 
 
 class CostModel:
-    """Time of a round's parts in autoregressive tokens, from the `costs` of results.json."""
+    """Time of a round's parts, in units of one autoregressive token, from the `costs` of results.json."""
 
     def __init__(self, costs: dict[str, Any]):
         self.shallow, self.head, self.rest = costs["shallow"], costs["head"], costs["rest"]
@@ -129,48 +132,50 @@ class CostModel:
         self._widths, self._verify = zip(*known, strict=True)
 
     def verify(self, width: int) -> float:
-        """Between measured widths on the line through them; beyond the largest on the line through the outer two."""
+        """Time of a verification, interpolated linearly between measured widths, and beyond the largest one
+        extrapolated along the line through the smallest and the largest."""
         if width > self._widths[-1] and len(self._widths) > 1:
             slope = (self._verify[-1] - self._verify[0]) / (self._widths[-1] - self._widths[0])
             return self._verify[-1] + max(0.0, slope) * (width - self._widths[-1])
         return float(np.interp(width, self._widths, self._verify))
 
     def round(self, drafted: int, head_passes: int) -> tuple[float, float, float, float]:
-        """(all, shallow, head, verify)."""
+        """Times of a round: (all parts, shallow, head, verify)."""
         parts = self.shallow * (drafted + 1), self.head * head_passes, self.verify(drafted + 1)
         return sum(parts) + self.rest, *parts
 
 
 def of_fixed(controllers: dict[str, Any]) -> dict[int, Any]:
-    """What stands under each `fixed:K` that drafts anything, by K."""
+    """K -> the entry of `fixed:K`, for each K above 0."""
     lengths = {fixed_length(name): figures for name, figures in controllers.items()}
     return {k: figures for k, figures in lengths.items() if k}
 
 
 def conditional_rates(rounds: pd.DataFrame) -> list[float]:
-    """P(draft i+1 accepted | it was drafted and the first i were accepted), for each position i that was drafted."""
+    """P(draft i+1 is accepted | it was drafted and the first i were accepted), for each position i that was drafted."""
     tested = [(rounds.drafted > i) & (rounds.accepted >= i) for i in range(int(rounds.drafted.max() or 0))]
     return [float((rounds.accepted[t] > i).mean()) for i, t in enumerate(tested) if t.any()]
 
 
 def predicted_speedup(k: int, rates: list[float], costs: dict[str, Any]) -> float:
-    """Tokens per round over time per round of fixed K, from conditional rates and costs in token units.
+    """The speedup that fixed K should have, from conditional rates and costs in token units.
 
-    tokens = 1 + sum_i prod_{j<=i} rate_j;  time = (K+1) shallow + K head + verify(K+1) + rest.
+    It is tokens / time of a round: tokens = 1 + sum_i prod_{j<=i} rate_j;
+    time = (K+1) shallow + K head + verify(K+1) + rest.
     """
     tokens = 1 + float(np.cumprod(rates[:k]).sum())
     return tokens / CostModel(costs).round(k, k)[0]
 
 
 def time_per_token(rounds: pd.DataFrame, token_seconds: float) -> dict[str, float]:
-    """Where the time of a committed token goes, in units of one autoregressive token; the sum is 1 / speedup."""
+    """Time per committed token by part of a round, in units of one autoregressive token; the sum is 1 / speedup."""
     tokens = rounds.tokens.sum() * token_seconds
     parts = {name: float(rounds[f"{name}_seconds"].sum() / tokens) for name in ("shallow", "head", "verify")}
     return parts | {"rest": float(rounds.seconds.sum() / tokens) - sum(parts.values())}
 
 
 def pass_seconds(seconds, lengths) -> float:
-    """Seconds of an autoregressive token that needs a pass of its own: the first one of a text follows the prefill."""
+    """Seconds per autoregressive token, without the first of each text, which comes from the prefill."""
     return float(sum(seconds) / max(1, sum(lengths) - len(lengths)))
 
 
@@ -187,7 +192,7 @@ def _columns(base: pd.DataFrame, rows: pd.DataFrame, count: str = "length", time
 
 
 def _speedup(base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
-    """Of the texts `rows` over the baseline's texts of the same conversations."""
+    """Speedup of the texts `rows` over the baseline's texts of the same conversations, and its interval."""
     speedup, ci = interval(ratio_of_rates, *_columns(base, rows))
     return {"speedup": speedup, "speedup_ci95": ci}
 
@@ -202,10 +207,10 @@ def acceptance(rounds: pd.DataFrame) -> dict[str, Any]:
 
 
 def best(entries: list[dict[str, Any]], temperature: float) -> dict[str, Any]:
-    """The judged figure: the fastest of the entries' methods at this temperature, and how sure its speedup is.
+    """The judged figure: the fastest of the entries' methods at this temperature, with the interval of its speedup.
 
-    speedup_ci95 holds for all methods that were compared at this temperature at once (`methods` of them, also those of
-    heads that are not among `entries`), so it allows for the choice; None if there were too few conversations to judge.
+    speedup_ci95 holds simultaneously for all methods compared at this temperature (`methods` of them, including those
+    of heads that are not among `entries`), so it accounts for the selection; None if there were too few conversations.
     """
     _, entry, name = max(
         ((figures["speedup"], entry, name) for entry in entries if entry["temperature"] == temperature
@@ -268,7 +273,7 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
             for task, part in rows.groupby("task", sort=False)
         },
     }
-    # every token but the first of each text comes from a round
+    # every token except the first of each text comes from a round
     assert abs(figures["acceptance_length"] - 1 - sum(marginal)) < 1e-9
     assert figures["tokens"] == int(rounds.tokens.sum()) + len(rows)
     k = fixed_length(name)
@@ -278,7 +283,8 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
 
 
 def _before_loop(base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.DataFrame) -> tuple[float, list[float]]:
-    """Speedup on the tokens before each text's first repeated 8-gram: loops are easy to draft and flatter it."""
+    """Speedup on the tokens before each text's first repeated 8-gram, because repetitions are easy to draft and would
+    raise it."""
     ended = rounds.sort_values("round").groupby(["prompt", "repeat"])
     spent = {}
     for row in rows.itertuples():
@@ -286,7 +292,7 @@ def _before_loop(base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.DataFrame) -
             spent[row.prompt, row.repeat] = row.seconds
             continue
         group = ended.get_group((row.prompt, row.repeat))
-        reached = 1 + group.tokens.cumsum()  # the first token is not of a round
+        reached = 1 + group.tokens.cumsum()  # the first token comes from the prefill, not from a round
         inside = (reached <= row.loop).sum()
         spent[row.prompt, row.repeat] = (
             float(group.seconds.iloc[: inside + 1].sum())
@@ -299,12 +305,12 @@ def _before_loop(base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.DataFrame) -
 
 
 def _cross_predicted(k: int, base: pd.DataFrame, rounds: pd.DataFrame) -> float | None:
-    """Costs and rates of one half of the conversations predict the other half; the mean of both ways."""
+    """Predicted speedup, from costs and rates of one half of the conversations; the mean over both halves."""
     conversations = sorted(set(rounds.prompt.map(conversation_of)))
     values = []
     for half in (conversations[::2], conversations[1::2]):
         seen, unit = (rows[rows.prompt.map(conversation_of).isin(half)] for rows in (rounds, base))
-        full = seen[seen.drafted == k]  # none where the texts are shorter than K drafts
+        full = seen[seen.drafted == k]  # empty where the texts are too short for K drafts
         if full.empty or unit.empty:
             return None
         costs = cost_table(full, pass_seconds(unit.seconds, unit["length"]))

@@ -1,7 +1,7 @@
 """The table of `exit-heads heads`: a row for each exit head of the runs in one folder, and for each run without one.
 
-Takes the folder that holds the run folders, prints the table. It reads marks, records and results, loads no model and
-writes nothing, so that it answers at once and works where nothing can be written.
+Takes the folder that holds the run folders; prints the table. It only reads marks, records and results, and loads no
+model, so it is fast and works on read-only disks.
 """
 
 import json
@@ -19,11 +19,11 @@ COLUMNS = ("run", "state", "backbone", "exit layer", "controller", "speedup (95%
 DONE = {"generate": "answered", "cache": "cached", "distill": "distilled", "evaluate": "evaluated",
         "publish": "published"}  # fmt: skip
 NOTHING = "-"
-WIDTH = 500  # columns at most, and only those that are needed: a line that is cut says less than one that wraps
+WIDTH = 500  # maximum number of terminal columns: wrapped lines are better than truncated ones
 
 
 def show(runs: Path) -> None:
-    """The table, runs in the order of their names."""
+    """Print the table, with runs in the order of their names."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for name in COLUMNS:
         table.add_column(name.replace(" ", "\n"), no_wrap=True)
@@ -38,7 +38,7 @@ def show(runs: Path) -> None:
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """By COLUMNS, one for each exit layer; if there is none, one that says how far the run has come."""
+    """Rows of a run, with COLUMNS as keys: one for each exit layer, or a single one with the run's state."""
     blank = dict.fromkeys(COLUMNS, NOTHING) | {"run": run.name}
     try:
         marks = {stage: _read(run / "stages" / f"{stage}.json") for stage in DONE}
@@ -53,7 +53,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 
 def _state(marks: dict[str, Any]) -> str:
-    """How far the last stage has come that was begun."""
+    """The state of the last stage that was begun."""
     begun = [(stage, mark) for stage, mark in marks.items() if mark is not None]
     if not begun:
         return "nothing begun"
@@ -62,7 +62,7 @@ def _state(marks: dict[str, Any]) -> str:
 
 
 def _backbone(config: Path) -> str:
-    """Its name in the newest config; of a folder elsewhere the last part alone."""
+    """The backbone's name in the newest config; for an absolute path only its last part."""
     if not config.exists():
         return NOTHING
     name = yaml.safe_load(config.read_text())["backbone"]["name_or_path"]
@@ -70,12 +70,12 @@ def _backbone(config: Path) -> str:
 
 
 def _trained(run: Path) -> dict[int, dict[str, str]]:
-    """Exit layer -> nothing known yet."""
+    """Exit layer -> an empty row, for heads that were trained but not evaluated."""
     return {n: {} for n in sorted(int(p.name.split("-")[1]) for p in run.glob("heads/exit-*"))}
 
 
 def _measured(run: Path) -> dict[int, dict[str, str]]:
-    """Exit layer -> the judged figures of its fastest controller, at the temperature at which the best was chosen."""
+    """Exit layer -> the judged figures of its fastest controller, at the temperature of `best` in results.json."""
     results = _read(run / "eval" / "results.json")
     if results["schema"] != evaluated.SCHEMA:
         stale = {"state": f"evaluated by another version; {evaluated.ANEW}"}
@@ -97,7 +97,7 @@ def _measured(run: Path) -> dict[int, dict[str, str]]:
 
 
 def _published(run: Path) -> dict[int, str]:
-    """Exit layer -> the repo and tag it was last pushed as, else its folder."""
+    """Exit layer -> the repo and tag that the head was last pushed as, or its folder if it was not pushed."""
     places = {}
     for folder in run.glob("hub/*"):
         if folder.name.isdigit():
@@ -107,9 +107,9 @@ def _published(run: Path) -> dict[int, str]:
 
 
 def pushed(run: Path, folder: Path) -> dict[str, str] | None:
-    """The push of this folder of the run: repo_id, tag, commit. None if what lies there now was never pushed.
+    """repo_id, tag and commit of the push of this folder of the run; None if its present contents were never pushed.
 
-    The mark of a push goes when the folder is made anew; the records of earlier ones stay.
+    The mark of a push is removed when the folder is written anew; the records of earlier pushes stay.
     """
     name, mark = folder.relative_to(run).as_posix(), _read(run / "stages" / "push.json")
     if not _is_done(mark) or name not in mark["inputs"]:
@@ -123,5 +123,5 @@ def _is_done(mark: Any) -> bool:
 
 
 def _read(file: Path) -> Any:
-    """None if the file is not there."""
+    """The contents of a JSON file; None if it does not exist."""
     return json.loads(file.read_text()) if file.exists() else None

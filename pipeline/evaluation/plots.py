@@ -1,6 +1,6 @@
-"""The pictures of the report: one function a kind, one file a kind and temperature.
+"""The pictures of the report: a function for each kind of picture, and a file for each kind and temperature.
 
-Takes the dict of results.json, gives PNG files. Knows nothing of how anything was measured.
+Takes the dict of results.json; gives PNG files.
 """
 
 from itertools import pairwise
@@ -9,11 +9,11 @@ from typing import Any
 
 PARTS = {"shallow": "#56b4e9", "head": "#e69f00", "verify": "#0072b2", "rest": "#7f7f7f"}
 STYLES = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#000000", "X")]
-"""Colours that the colour-blind tell apart (Okabe and Ito), and a marker each for who sees none."""
+"""Colours that are safe for colour-blind readers (Okabe and Ito), and markers that need no colour at all."""
 
 LENGTHS = "lengths.png"
-"""The one picture that no temperature has."""
-FEWEST = 10  # rounds that reached a position, below which its acceptance rate is noise and not drawn
+"""The only picture that does not belong to a temperature."""
+FEWEST = 10  # an acceptance rate is drawn only if at least so many rounds reached its position
 
 
 def temperatures(results: dict[str, Any]) -> list[float]:
@@ -21,12 +21,12 @@ def temperatures(results: dict[str, Any]) -> list[float]:
 
 
 def files(kind: str, results: dict[str, Any]) -> list[str]:
-    """The files of one kind, one a temperature."""
+    """The files of one kind, one for each temperature."""
     return [f"{kind}-{t:g}.png" for t in temperatures(results)]
 
 
 def draw(file: str, results: dict[str, Any], path: Path) -> None:
-    """Draw the picture of that name to `path`."""
+    """Draw the picture named `file` and save it at `path`."""
     from matplotlib.figure import Figure
 
     if file == LENGTHS:
@@ -36,7 +36,7 @@ def draw(file: str, results: dict[str, Any], path: Path) -> None:
         return
     kind, t = file.removesuffix(".png").split("-", 1)
     entries = [h for h in results["heads"] if f"{h['temperature']:g}" == t]
-    # Narrow, so that the letters can still be read at the width of a phone.
+    # Narrow, so that the text is legible on a phone.
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(f"temperature {t}", fontsize=11)
@@ -46,21 +46,21 @@ def draw(file: str, results: dict[str, Any], path: Path) -> None:
 
 
 def _legend_below(figure: Any, columns: int) -> None:
-    """Under the picture, where it covers nothing."""
+    """Put the legend under the picture, where it covers nothing."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9,
                   handlelength=2.2, columnspacing=1.0)  # fmt: skip
 
 
 def _rows(figure: Any, axes: Any, names: list[str], each: float) -> None:
-    """One named row a controller, from the top down."""
+    """Label the rows of a picture, which has one for each name, from top to bottom."""
     figure.set_figheight(1.5 + each * len(names))
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
 def speedup(figure: Any, axes: Any, entries: list[dict[str, Any]], best: dict[str, Any]) -> None:
-    """Speedup with its interval for every controller, one colour an exit layer."""
+    """Speedup with its interval for every controller, in a colour for each exit layer."""
     _rows(figure, axes, list(best["controllers"]), 0.2 + 0.16 * len(entries))
     for j, entry in enumerate(entries):
         figures = list(entry["controllers"].values())
@@ -99,7 +99,7 @@ def acceptance(figure: Any, axes: Any, entries: list[dict[str, Any]], best: dict
     for j, entry in enumerate(entries):
         name, c = max(entry["controllers"].items(), key=lambda item: len(item[1]["conditional_rates"]))
         reached = [share * c["rounds"] for share in (1.0, *c["marginal_rates"])]
-        count = sum(n >= FEWEST for n in reached[: len(c["conditional_rates"])])  # ever fewer rounds reach the next
+        count = sum(n >= FEWEST for n in reached[: len(c["conditional_rates"])])  # `reached` decreases
         furthest = max(furthest, count)
         colour, marker = STYLES[j % len(STYLES)]
         label = f"N = {entry['exit_layer']}, {name}"

@@ -1,6 +1,6 @@
-"""Blocks of a report as Markdown and as one self-contained HTML page; Markdown tables for plans and cards too.
+"""Renders blocks of a report as Markdown and as one self-contained HTML page; also Markdown tables for plans and cards.
 
-Takes blocks (kind, content) and the folder of their pictures, gives text.
+Takes blocks (kind, content) and the folder of their pictures; gives text.
 """
 
 import base64
@@ -34,7 +34,8 @@ def markdown(page: list[Block]) -> str:
 
 
 def markdown_table(header: Sequence[str], *rows: Sequence[str], left: Sequence[bool] | None = None) -> list[str]:
-    """The lines of a table. With `left`, its columns are padded to be read as text: True to the left, else right."""
+    """The lines of a table. With `left`, columns are padded to be read as plain text: True aligns a column left, False
+    right."""
     if left is None:
         return [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(row)} |" for row in rows)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -69,10 +70,10 @@ dd { margin: 0; }
 
 
 def html_page(page: list[Block], folder: Path) -> str:
-    """The blocks as one self-contained page; pictures are read from `folder` and put into it."""
+    """The blocks as one self-contained page; pictures are read from `folder` and embedded."""
     parts = []
     for is_image, group in itertools.groupby(page, key=lambda block: block[0] == "image"):
-        if is_image:  # those that follow each other stand side by side where there is room
+        if is_image:  # consecutive pictures are placed side by side where there is room
             parts.append(f'<div class="figures">{"".join(_figure(content, folder) for _, content in group)}</div>')
         else:
             parts += [_element(kind, content) for kind, content in group]
@@ -102,7 +103,7 @@ def _element(kind: str, content: Any) -> str:
 
 
 def _table(content: list[list[str]]) -> str:
-    """In a box of its own, which scrolls where the table is wider than the page; words left, figures right."""
+    """A table in a box that scrolls if it is wider than the page; columns of words are aligned left, figures right."""
     header, *body = content
     words = [any(row[i][:1].isalpha() for row in body) for i in range(len(header))]
 

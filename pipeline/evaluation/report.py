@@ -1,6 +1,6 @@
 """The report of an evaluation: report.md and the self-contained index.html, from the verdict to the details.
 
-Takes the dict of results.json, gives report/ with the pictures of plots.py.
+Takes the dict of results.json; writes report/ with the pictures of plots.py.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def rows(entry: dict[str, Any]) -> list[list[str]]:
 
 
 def lossless_line(results: dict[str, Any]) -> str:
-    """One sentence for both proofs."""
+    """One sentence on the tests of greedy and of sampled texts."""
     greedy, sampling = results["lossless"]["greedy"], results["lossless"]["sampling"]
     parts = []
     if greedy is not None:
@@ -108,13 +108,13 @@ def blocks(results: dict[str, Any]) -> list[Block]:
 
 
 def _images(results: dict[str, Any], kind: str, caption: str) -> list[Block]:
-    """One picture a temperature."""
+    """One picture for each temperature."""
     names = zip(plots.temperatures(results), plots.files(kind, results), strict=True)
     return [("image", (file, f"Temperature {t:g}: {caption}.")) for t, file in names]
 
 
 def verdict(results: dict[str, Any]) -> Block:
-    """The first thing read: is it lossless, and does it surely pay? In words, for colours are not seen by all."""
+    """Whether decoding is lossless and whether drafting certainly pays. The words say it too, not the colour alone."""
     best = results["best"]
     figures = (
         f"{headline(best)} at temperature {best['temperature']:g}, with exit layer {best['exit_layer']} and controller "
@@ -136,7 +136,7 @@ def verdict(results: dict[str, Any]) -> Block:
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """The verdict as figures; without an interval if too few conversations were measured."""
+    """The verdict as figures for tracking; without an interval if too few conversations were measured."""
     names = ("speedup", "acceptance_length", "exit_layer", "controller", "temperature", "methods", "conversations")
     ends = dict(zip(("low", "high"), results["best"]["speedup_ci95"] or (), strict=False))
     return {
@@ -147,7 +147,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _why(results: dict[str, Any]) -> str:
-    """What a round of the best controller yields and costs: their ratio is the speedup."""
+    """How many tokens a round of the best controller yields, and what it costs; their ratio is the speedup."""
     best = results["best"]
     entry = next(h for h in results["heads"]
                  if (h["exit_layer"], h["temperature"]) == (best["exit_layer"], best["temperature"]))  # fmt: skip
@@ -237,10 +237,10 @@ def _speedup_and_length(figures: dict[str, Any]) -> str:
 
 
 def _rivals(results: dict[str, Any]) -> list[Block]:
-    """What transformers offers, in the same run; nothing if none of it was measured."""
+    """The comparison with transformers' own ways of decoding; nothing if none was measured."""
     if not results["rivals"]:
         return []
-    best = results["rivals"][0]["best"]  # the same beside all
+    best = results["rivals"][0]["best"]  # the same method in every entry
 
     def ratio(figures: dict[str, Any] | None) -> str:
         if figures is None:
@@ -265,7 +265,7 @@ def _rivals(results: dict[str, Any]) -> list[Block]:
 
 
 def _costs(entries: list[dict[str, Any]]) -> list[Block]:
-    """What each part of a round costs, verification by its width, and what the head adds to the memory."""
+    """The cost of each part of a round, of verification by its width, and the memory that the head needs."""
     parts = [["exit layer", "shallow", "head", "rest", "head, MiB", "cache, MiB"]]
     widths = sorted({int(w) for entry in entries for w in entry["costs"]["verify"]})
     verify = [["exit layer", "tokens verified at once", *map(str, widths)]]
@@ -274,7 +274,7 @@ def _costs(entries: list[dict[str, Any]]) -> list[Block]:
         sizes = [f"{entry['memory'][key] / 2**20:.2f}" for key in ("head_bytes", "cache_bytes")]
         parts.append([n, *(f"{c[part]:.3f}" for part in ("shallow", "head", "rest")), *sizes])
         for name, key in (("cost", "verify"), ("target efficiency", "target_efficiency")):
-            at = {int(w): f"{value:.2f}" for w, value in c[key].items()}  # keys are text in JSON
+            at = {int(w): f"{value:.2f}" for w, value in c[key].items()}  # keys are strings in JSON
             verify.append([n, name, *(at.get(w, "-") for w in widths)])
     unit = 1000 * entries[0]["costs"]["unit_seconds"]
     return [
@@ -290,7 +290,7 @@ def _costs(entries: list[dict[str, Any]]) -> list[Block]:
 
 
 def _predicted(entries: list[dict[str, Any]]) -> list[Block]:
-    """Is the speedup understood? Of fixed:K it follows from acceptance and costs."""
+    """The speedups of fixed:K as predicted from acceptance and costs, beside the measured ones."""
     table = [["exit layer", "controller", "predicted", "measured", "95% interval"]]
     for entry in entries:
         for name, c in entry["controllers"].items():
@@ -334,7 +334,7 @@ def _losslessness(results: dict[str, Any]) -> list[Block]:
 
 
 def _responses(results: dict[str, Any]) -> list[Block]:
-    """What the heads have learned from, if it lay in the run folder when they were measured."""
+    """The responses that the heads were trained on, if the run folder held them when the heads were measured."""
     found = results.get("responses")
     if found is None:
         return []
@@ -368,7 +368,7 @@ def _responses(results: dict[str, Any]) -> list[Block]:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """report.md, index.html and the pictures, all or nothing."""
+    """Write report.md, index.html and the pictures into a folder, atomically."""
     page = blocks(results)
     with atomic_path(folder) as temporary:
         temporary.mkdir()

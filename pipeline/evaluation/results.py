@@ -1,18 +1,18 @@
-"""What eval/results.json says, read the same way by every reader: its schema, its proofs, its headline.
+"""Reads eval/results.json and words its verdict, in one place for all readers: schema, losslessness, headline.
 
-Takes the file, or the dict in it; gives the dict, or words for it. Loads neither torch nor pandas.
+Takes the file, or the dict in it; gives the dict, or text. It needs neither torch nor pandas.
 
 `best` is the judged figure, the only one to quote as a headline:
 
     exit_layer, controller, temperature      the fastest of the methods at the first of evaluate.temperatures
     speedup                                  tokens per second over autoregressive decoding
-    speedup_ci95                             95 % interval that holds for all methods compared at once, so it allows for
-                                             the choice of the fastest; null if there were too few conversations
-    acceptance_length(_ci95)                 of that method, its interval by itself
-    methods, conversations, prompts          how many were compared, and on how many
+    speedup_ci95                             95 % interval that holds simultaneously for all methods compared, so it
+                                             accounts for selecting the fastest; null if conversations were too few
+    acceptance_length(_ci95)                 of that method; the interval does not account for the selection
+    methods, conversations, prompts          how many methods were compared, and on how many conversations and prompts
 
-Every method's figures in `heads` have two intervals: `speedup_ci95` of the method by itself, which is right for a
-method named beforehand, and `speedup_joint_ci95`, which is right for a method chosen because of its figures.
+Every method's figures in `heads` have two intervals: `speedup_ci95` is valid for a method named beforehand,
+`speedup_joint_ci95` also for a method selected because of its figures.
 """
 
 import json
@@ -23,12 +23,12 @@ from ..errors import UserError
 from .intervals import FEWEST
 
 SCHEMA = 3
-"""2: `best` had the fastest method's own interval, over prompts instead of conversations."""
+"""In schema 2, `best` had the fastest method's own interval, over prompts instead of conversations."""
 ANEW = "evaluate anew, with --redo evaluate"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results of an evaluation. Raises UserError where the file holds none, or was written by another version."""
+    """The results of an evaluation. Raises UserError if the file holds none, or has another schema."""
     try:
         results = json.loads(path.read_text())
         schema, found = results.get("schema"), bool(results["heads"])
@@ -42,17 +42,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def is_lossless(results: dict[str, Any]) -> bool:
-    """Every proof that was made passed."""
+    """Whether every losslessness test that was made passed."""
     return all(proof["passed"] for proof in results["lossless"].values() if proof is not None)
 
 
 def headline(best: dict[str, Any]) -> str:
-    """The judged speedup with its interval, or with the reason why it has none."""
+    """The judged speedup with its interval, or with the reason why there is none."""
     return f"speedup {best['speedup']:.2f} ({span(best)})"
 
 
 def span(best: dict[str, Any]) -> str:
-    """The judged interval, or why there is none."""
+    """The judged interval, or the reason why there is none."""
     if best["speedup_ci95"] is None:
         return f"not judged: {too_few(best)}"
     low, high = best["speedup_ci95"]
@@ -65,7 +65,7 @@ def too_few(best: dict[str, Any]) -> str:
 
 
 def basis(best: dict[str, Any]) -> str:
-    """What the judged figure was chosen from and measured on."""
+    """From how many methods the judged figure was selected, and on what it was measured."""
     prompts, conversations = best["prompts"], best["conversations"]
     where = f"{prompts} prompt{'s' if prompts != 1 else ''}"
     if prompts != conversations:

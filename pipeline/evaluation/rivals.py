@@ -1,7 +1,7 @@
-"""What transformers itself offers for the same greedy text: its plain loops and its ways of drafting, by name.
+"""Rivals: transformers' own ways to decode the same greedy text, plain and with drafts, selected by name.
 
-Takes a transformers model, token ids, when to stop, and draft models, gives the new tokens and the seconds they took,
-prefill included: `generate` cannot be split.
+Takes a transformers model, token ids, stopping conditions and draft models; gives the new tokens and the seconds they
+took, including the prefill, which cannot be timed separately in `generate`.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ from transformers import GenerationConfig
 from ..errors import UserError
 
 LOOKUP_TOKENS = 10
-"""Drafted per round by prompt lookup: the default of transformers' own generator. Its guides only show examples."""
+"""Tokens that prompt lookup drafts per round: the default of transformers' candidate generator."""
 
 NAME = re.compile(r"generate|generate:static|early_exit|assistant_model:[1-9]\d*|prompt_lookup")
 AT_EXIT_LAYERS = ("early_exit", "assistant_model")
 
 
 def assisted(num_drafts: int) -> dict[str, Any]:
-    """Settings of a draft model with which transformers drafts exactly `num_drafts` tokens a round.
+    """Generation settings of a draft model with which transformers drafts exactly `num_drafts` tokens a round.
 
-    By default it drafts up to 20, and stops where the draft model is less than 0.4 sure.
+    By default it drafts up to 20 and stops where the draft model's probability falls below 0.4.
     """
     return {
         "num_assistant_tokens": num_drafts,
@@ -38,14 +38,15 @@ def assisted(num_drafts: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rival:
-    """One way of decoding that transformers has; exit_layer is 0 for those that exit nowhere."""
+    """One of transformers' ways of decoding; exit_layer is 0 for those without an early exit."""
 
     rival: str
     exit_layer: int = 0
 
 
 def rivals_of(names: list[str], exit_layers: list[int]) -> list[Rival]:
-    """The rivals of these names, those that exit once for every exit layer. Raises UserError for an unknown name."""
+    """The rivals of these names; one with an early exit appears once for each exit layer. Raises UserError for an
+    unknown name."""
     if unknown := [name for name in names if not NAME.fullmatch(name)]:
         known = "generate, generate:static, early_exit, assistant_model:K, prompt_lookup"
         raise UserError(f"evaluate.rivals={names}: {unknown[0]!r} is not one of {known}; [] for none")
@@ -64,16 +65,16 @@ def decode(
     end_tokens: frozenset[int],
     drafts: Mapping[int, Any] = MappingProxyType({}),
 ) -> tuple[list[int], float]:
-    """Greedy: the new tokens, an end token included, and the seconds from ids in to ids out.
+    """Decode greedily: the new tokens, an end token included, and the seconds from ids in to ids out.
 
-    drafts: a draft model for each exit layer, for `assistant_model`.
+    drafts: exit layer -> draft model, for `assistant_model`.
     """
     ends = sorted(end_tokens)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False} | _options(rival, model.device, drafts)
     if ends:
         options |= {"eos_token_id": ends, "pad_token_id": ends[0]}  # one row is never padded, but pad must be named
     if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)  # work of the method before must not be counted; tolist() waits for ours
+        torch.cuda.synchronize(model.device)  # so that earlier work is not counted; tolist() below waits for this one
     with _undisturbed(model):
         started = time.perf_counter()
         row = torch.tensor([ids], device=model.device)
@@ -87,9 +88,9 @@ def _options(rival: Rival, device: torch.device, drafts: Mapping[int, Any]) -> d
         draft, num_drafts = drafts[rival.exit_layer], int(rival.rival.partition(":")[2])
         draft.generation_config = GenerationConfig(**assisted(num_drafts))
         return {"assistant_model": draft}
-    if rival.rival == "generate:static":  # compiled where transformers would by itself compile it: on a GPU
+    if rival.rival == "generate:static":  # compiled only on a GPU, as transformers does by default
         return {"cache_implementation": "static", "disable_compile": device.type != "cuda"}
-    if rival.rival == "early_exit":  # drafts with the backbone's own final norm and LM head behind layer N, untrained
+    if rival.rival == "early_exit":  # drafts with the backbone's final norm and LM head after layer N, untrained
         return {"assistant_early_exit": rival.exit_layer}
     if rival.rival == "prompt_lookup":
         return {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
@@ -98,10 +99,10 @@ def _options(rival: Rival, device: torch.device, drafts: Mapping[int, Any]) -> d
 
 @contextlib.contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """Plain settings inside, the model as it was afterwards, whatever happens in between.
+    """Gives the model plain generation settings inside the block, and restores it afterwards, also after an error.
 
-    The checkpoint's own settings may hold a repetition penalty or a number of drafts that a call adapts. Early exit
-    lowers the number of layers while it drafts, and leaves it there when it is interrupted.
+    The checkpoint's own settings may contain a repetition penalty, or a number of drafts that a call adapts. Early exit
+    lowers the number of layers in the config while it drafts, and does not restore it when interrupted.
     """
     layers, settings = model.config.num_hidden_layers, model.generation_config
     model.generation_config = GenerationConfig()

@@ -1,11 +1,11 @@
-"""Any controller replayed over recorded texts, in seconds instead of minutes, and the best that could have been done.
+"""Replays any controller over recorded texts, in seconds instead of minutes, and computes the optimum for comparison.
 
-Takes an engine to record traces once, then only traces, a controller and the costs of a round; gives rounds and
-times. What makes it exact: the exit head reads the hidden states of the true tokens and keeps its own keys and
-values, so q behind an accepted prefix does not depend on where a round began. Knows nothing of files but its own.
+Takes an engine to record traces once; then only traces, a controller and the costs of a round. Gives rounds and times.
+The replay is exact because the exit head reads the hidden states of the committed tokens and keeps its own keys and
+values, so that q after an accepted prefix does not depend on where a round began.
 
-T tokens of a text, V vocabulary, J drafts recorded behind a rejected one, C confidences
-p: backbone's distribution, q: exit head's
+T tokens of a text, V vocabulary, J drafts recorded after a rejected one, C confidences, P traces
+p: the backbone's distribution, q: the exit head's
 """
 
 import json
@@ -24,28 +24,28 @@ from .losslessness import teacher_forced
 from .metrics import CostModel
 
 RECORDED = LONGEST
-"""Confidences kept behind a rejected draft: no controller that reads them drafts more."""
+"""J: confidences recorded after a rejected draft. Controllers that read confidences draft no more than this."""
 
 
 @dataclass
 class Trace:
-    """What drafting would meet along one text. Index t stands for the text's token t; token 0 is never drafted."""
+    """What drafting finds at each place of one text. Index t is the text's token t; token 0 is never drafted."""
 
     prompt: str
     max_new_tokens: int
     acceptance_T: np.ndarray
-    """Chance that a draft for token t is accepted, given the text: greedy 0 or 1, sampling min(1, q/p)."""
+    """Probability that a draft for token t is accepted, given the text: greedy 0 or 1, sampling min(1, q/p)."""
     said_TC: np.ndarray
-    """What the head says of itself before it, a column each of `Recorded`."""
+    """The head's confidence before each draft, with the fields of `Recorded` as columns."""
     off_TJC: np.ndarray
-    """The same of what follows when the draft for token t is rejected and drafting goes on."""
+    """The same for the J drafts that follow a rejected draft for token t."""
 
     def __len__(self) -> int:
         return len(self.acceptance_T)
 
 
 class Recorded(NamedTuple):
-    """A Confidence that was computed earlier."""
+    """The figures of a `Confidence` as recorded earlier."""
 
     top: float
     collision: float
@@ -56,10 +56,11 @@ class Recorded(NamedTuple):
 def record(
     engine: SplitBackbone, prompt: str, ids: list[int], tokens: list[int], sampler: Sampler, max_new_tokens: int
 ) -> Trace:
-    """The trace of one text that the backbone wrote with `sampler`'s settings; its generator draws wrong drafts.
+    """The trace of one text that the backbone wrote with `sampler`'s settings. Rejected drafts are drawn with its
+    generator.
 
-    A rejected draft of a sampled text is distributed as max(q - p, 0); one such draft and its continuation by the
-    head's own draws is recorded at every position (greedy: the one that there is).
+    In sampling, a rejected draft is distributed as max(q - p, 0). At every position one such draft is drawn, and the
+    confidences along its continuation by the head are recorded; in greedy decoding the draft is determined.
     """
     p_TV, q_TV = teacher_forced(engine, ids, tokens, sampler)
     y_T1 = torch.tensor(tokens, device=p_TV.device)[:, None]
@@ -81,7 +82,7 @@ def record(
             q = Confidence(sampler.shape(logits_1V, ids, tokens[:t] + chain)[0])
             off[t, j] = _read(q)
             chain.append(sampler.draft(q))
-        engine.shallow(tokens[t : t + 1], at, cache)  # back on the path; the head catches up by itself
+        engine.shallow(tokens[t : t + 1], at, cache)  # the committed token again; the head then catches up by itself
         cache.head_length = at
     return Trace(prompt, max_new_tokens, acceptance.cpu().numpy(), np.array(said), off)
 
@@ -91,19 +92,20 @@ def _read(confidence: Confidence) -> Recorded:
 
 
 def outcomes(traces: list[Trace], seed: int) -> list[np.ndarray]:
-    """Whether a draft for each token is accepted: one draw a trace, the same for every controller of this seed."""
+    """Whether a draft for each token is accepted: booleans [T] for each trace. The draws depend on the seed alone, so
+    that all controllers face the same ones."""
     dice = np.random.default_rng(seed)
     return [dice.random(len(t)) < t.acceptance_T for t in traces]
 
 
 def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: CostModel) -> list[Round]:
-    """The rounds that decoding this text with the controller would take."""
+    """The rounds that decoding this text with the controller would take; times are in autoregressive tokens."""
     rounds, t = [], 1
     while t < len(trace):
         k = passes = 0
         rejected_at: int | None = None
         room = trace.max_new_tokens - t - 1
-        # behind an accepted end token, the last of a text that ended by itself, nothing is drafted
+        # nothing is drafted after an accepted end token, which is the last of a text that ended by itself
         while k < room and not (rejected_at is None and t + k == len(trace)) and controller.peek(k):
             passes += 1
             if rejected_at is None:
@@ -128,7 +130,7 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
 def play(
     make: Callable[[], Controller], traces: Iterable[Trace], accepted: Iterable[np.ndarray], costs: CostModel
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, time in autoregressive tokens) of each trace [P], one controller keeping its state throughout."""
+    """(tokens, time in autoregressive tokens), each [P], of every trace. One controller keeps its state throughout."""
     controller, totals = make(), []
     for trace, accepted_T in zip(traces, accepted, strict=True):
         rounds = replay(controller, trace, accepted_T, costs)
@@ -138,7 +140,8 @@ def play(
 
 
 def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel) -> float:
-    """Least time of any controller that knows every outcome beforehand (dynamic programme over the text)."""
+    """The least time of any controller that knows every outcome beforehand, by dynamic programming over the text; in
+    autoregressive tokens."""
     n = len(trace)
     prices = [costs.round(k, k)[0] for k in range(n + 1)]
     least = np.zeros(n + 1)
@@ -155,7 +158,7 @@ def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel) -> float:
 
 
 def save(path: Path, traces: list[Trace], head_sha256: str) -> None:
-    """All traces of one head in one .npz file."""
+    """Write all traces of one head into one .npz file."""
     arrays: dict[str, np.ndarray] = {"head": np.array(json.dumps({"sha256": head_sha256, "traces": len(traces)}))}
     for i, t in enumerate(traces):
         arrays[f"{i}.name"] = np.array([t.prompt, str(t.max_new_tokens)])
@@ -165,7 +168,7 @@ def save(path: Path, traces: list[Trace], head_sha256: str) -> None:
 
 
 def load(path: Path, head_sha256: str) -> list[Trace]:
-    """Raises ValueError for a file that is no trace, or that was recorded with another head."""
+    """Read the traces of a head. Raises ValueError for another kind of file, or traces of another head."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)

@@ -1,5 +1,5 @@
-"""Everything needed to decode with an exit head: torch and transformers only, imports only its siblings.
+"""Everything needed to decode with an exit head. It needs only torch, transformers and safetensors.
 
-These files are published byte for byte in `custom_generate/` of every head, so users run the code that was
-evaluated. They know nothing of run folders, configs or training.
+Its modules import nothing else of this package: they are published byte for byte in `custom_generate/` of every head,
+so that users run the code that was evaluated.
 """

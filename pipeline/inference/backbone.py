@@ -1,12 +1,13 @@
 """A causal LM cut after layer N: shallow (embedding, layers 1..N), exit head, deep (layers N+1..L, norm, LM head).
 
-Takes a transformers model of a known family, on one device or laid over several by whole layers, and an exit head;
-returns hidden states and logits of rows at absolute positions, reading and writing a KVCache. Its own layer loop over
-the model's weights makes a third of the kernel calls of the transformers one. As the model's modules are never called,
-a model in which one of them was changed is refused (unmodified.py), and so is a config whose layers do what this loop
-does not (families.py).
+Takes a transformers model of a known family, on one device or distributed over several by whole layers, and an exit
+head; returns hidden states and logits of rows at absolute positions, and reads and writes a KVCache. It runs its own
+layer loop over the model's weights, which launches a third of the kernels that transformers' loop launches. The model's
+modules are never called, so a model with a changed module is refused (unmodified.py), and so is a config whose layers
+compute something that this loop does not (families.py).
 
-M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, V vocabulary
+M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, V vocabulary,
+T positions, W rows of a fixed-width pass; a row is the hidden state of one token
 """
 
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from .unmodified import addresses, check_unmodified
 
 
 class Block(NamedTuple):
-    """Neighbouring layers on one device, all shallow, all deep, or the exit head."""
+    """Consecutive layers on one device: all are shallow, all are deep, or the only one is the exit head."""
 
     start: int
     stop: int
@@ -37,12 +38,13 @@ class Block(NamedTuple):
 class SplitBackbone:
     """The model and one exit head, ready to decode. Weights are shared with `model`, which stays usable.
 
-    fixed_shapes: on a GPU, replay passes of fixed widths as CUDA graphs instead of launching every kernel. Then there
-    is one cache, and one text at a time.
-    timed_kernels: choose matrix products by timing (kernels.py); without, the same everywhere, which another process
-    needs to compute the same to the last bit.
+    check: refuse a head whose fingerprint is not that of `model`.
+    fixed_shapes: on a GPU, replay passes of fixed widths as CUDA graphs instead of launching every kernel. Then all
+    texts share one cache, so only one text can be decoded at a time.
+    timed_kernels: choose matrix products by timing (kernels.py). False always uses torch's own, which another process
+    needs in order to compute bit-identical results.
     beyond_context: allow texts longer than max_position_embeddings, as transformers' generate does. A sliding window
-    remains the limit: beyond it full attention is not what the model computes.
+    remains the limit: for longer texts, full attention differs from what the model computes.
 
     Raises ValueError for a config or a module that is not computed exactly, N out of range, a head of another backbone,
     or a device map that splits or offloads a layer.
@@ -65,7 +67,7 @@ class SplitBackbone:
         for name, part in (("embed_tokens", model.model.embed_tokens), ("norm", model.model.norm)):
             _device_of(part, name)
         self.device = _device_of(model.lm_head, "lm_head")
-        """Where logits are."""
+        """The device of the LM head, on which logits are returned."""
         check_unmodified(model)
         if check:
             head.check_fits(model)
@@ -85,7 +87,7 @@ class SplitBackbone:
         self._rotary = model.model.rotary_emb
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         last = model.model.layers[-1]
-        with torch.device("meta"):  # not initialised: that would move the user's random state
+        with torch.device("meta"):  # initialising weights would advance the user's random state
             exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
         try:
             exit_layer.load_state_dict(head.weights, assign=True)
@@ -100,7 +102,7 @@ class SplitBackbone:
         self._kernels = _kernels_of(model, self.layers[:-1], timed_kernels)
 
     def _cut(self, devices: list[torch.device]) -> list[Block]:
-        """Blocks that end at N, at L, and where the device changes."""
+        """Cut the layers into blocks, which end at layer N, at layer L, and where the device changes."""
         blocks, start = [], 0
         for stop in range(1, len(devices) + 1):
             if stop in (self.exit_layer, self.num_layers, len(devices)) or devices[stop] != devices[start]:
@@ -109,9 +111,9 @@ class SplitBackbone:
         return blocks
 
     def still_is(self, model: nn.Module) -> bool:
-        """Whether the weights in use are those of `model`; False once others were put in their place.
+        """Whether the weights in use are still those of `model`; False once any of them was replaced.
 
-        Raises ValueError if the model was changed otherwise since: given an adapter or a hook, for example.
+        Raises ValueError if the model was changed in another way, for example by an adapter or a hook.
         """
         check_unmodified(model)
         return self._addresses == addresses(model)
@@ -119,15 +121,18 @@ class SplitBackbone:
     # ---- what the decoder calls
 
     def new_cache(self, max_length: int) -> KVCache:
-        """Room for `max_length` positions. Raises ValueError beyond the backbone's context."""
+        """An empty cache for `max_length` positions. Raises ValueError beyond the backbone's context.
+
+        With fixed shapes it is the one cache of this object, emptied.
+        """
         if max_length > self.max_context:
             raise ValueError(f"{max_length} positions are needed, the backbone's context is {self.max_context}")
         if self._fixed is None:
             return self._allocate(max_length)
         if self._fixed_cache is None or self._fixed_cache.max_length < rounded(max_length):
-            self._fixed, self._fixed_cache = FixedShapes(self.shape), None  # what was recorded dies with its cache
+            self._fixed, self._fixed_cache = FixedShapes(self.shape), None  # recordings are tied to their cache
             self._fixed_cache = self._allocate(rounded(max_length))
-            for width in WIDTHS:  # all at once, not in the middle of a text
+            for width in WIDTHS:  # record every width now, not in the middle of a text
                 zeros_WD = torch.zeros(width, self.hidden, dtype=self.dtype, device=self.device)
                 self._run(zeros_WD, 0, self.num_layers + 1, 0, self._fixed_cache)
         self._fixed_cache.length = self._fixed_cache.head_length = 0
@@ -153,8 +158,11 @@ class SplitBackbone:
         return positions_T.to(device), cos_T1C, signed_T1C
 
     def extra_bytes(self, length: int) -> dict[str, int]:
-        """Memory on top of autoregressive decoding: the head's weights; its keys, values and the stored hidden states
-        of `length` positions."""
+        """Bytes of memory needed on top of autoregressive decoding.
+
+        head_bytes: the head's weights; cache_bytes: its keys and values, and the stored hidden states, of `length`
+        positions.
+        """
         size = self.embedding_VD.element_size()
         numbers = 2 * self.shape.kv_heads * self.shape.head_dim + self.hidden
         return {
@@ -163,27 +171,28 @@ class SplitBackbone:
         }
 
     def shallow(self, ids: list[int], base: int, cache: KVCache) -> None:
-        """Run layers 1..N on tokens at positions base..; their hidden states stay in the cache."""
+        """Run layers 1..N on tokens at positions base..; their hidden states are stored in the cache."""
         hidden_MD = self._run(self._embed(ids), 0, self.exit_layer, base, cache)
         cache.hidden_TD.narrow(0, base, len(ids)).copy_(hidden_MD)
 
     def deep(self, base: int, end: int, cache: KVCache) -> Tensor:
-        """Hidden states [M, D] before the final norm, from the stored ones of positions base..end-1."""
+        """Run layers N+1..L on the stored hidden states of positions base..end-1; [M, D] before the final norm."""
         return self._run(cache.hidden_TD[base:end], self.exit_layer, self.num_layers, base, cache)
 
     def full(self, ids: list[int], base: int, cache: KVCache) -> Tensor:
-        """All L layers on tokens at positions base..; what autoregressive decoding runs. [M, D]"""
+        """Run all L layers on tokens at positions base.., as autoregressive decoding does; [M, D]."""
         return self._run(self._embed(ids), 0, self.num_layers, base, cache)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
-        """Final norm and LM head: [M, V] in float32."""
+        """Apply the final norm and the LM head; [M, V] in float32."""
         normed_MD = rms_norm(hidden_MD.to(self.device), self.final_norm_D, self.shape.eps)
         return self._kernel(len(hidden_MD))(normed_MD, self.lm_head_DV, None).float()
 
     def draft_logits(self, end: int, cache: KVCache) -> Tensor:
         """The exit head's logits [V] for the token that follows position end-1.
 
-        Positions the head has not seen (the prompt, bonus tokens) first get their keys and values.
+        The head's keys and values of positions that it has not processed yet (the prompt, bonus tokens) are computed
+        first.
         """
         base, slot = cache.head_length, self.num_layers
         hidden_MD = cache.hidden_TD[base:end].to(self.device)
@@ -193,7 +202,7 @@ class SplitBackbone:
         return self.logits(self._catch_up(hidden_MD, base, cache))[0]
 
     def _catch_up(self, hidden_MD: Tensor, base: int, cache: KVCache) -> Tensor:
-        """The head on several new rows, of which only the last needs a query, the MLP and the LM head. [1, D]"""
+        """Run the head on several new rows; only the last one needs a query and the MLP. Returns that row, [1, D]."""
         w, shape, m = self.layers[-1], self.shape, len(hidden_MD)
         rows = self._rows(self.device, base, m)
         normed_MD = rms_norm(hidden_MD, w.attention_norm_D, shape.eps)
@@ -212,7 +221,7 @@ class SplitBackbone:
         return mlp(last.linear(attended, w.out_weight, w.out_bias, hidden_MD[-1:]), w, shape, last.linear)
 
     def draft_hidden_of_all(self, end: int, cache: KVCache) -> Tensor:
-        """The exit head's hidden states [end, D] behind each of the positions 0..end-1 at once, for analysis."""
+        """The exit head's output [end, D] at all positions 0..end-1 in one pass, for analysis."""
         slot = self.num_layers
         hidden_MD = self._run(cache.hidden_TD[:end], slot, slot + 1, 0, cache)
         cache.head_length = end
@@ -221,12 +230,12 @@ class SplitBackbone:
     # ---- the passes
 
     def _embed(self, ids: list[int]) -> Tensor:
-        if len(ids) == 1:  # a view
+        if len(ids) == 1:  # a view needs no kernel
             return self.embedding_VD.narrow(0, ids[0], 1)
         return self.embedding_VD[torch.tensor(ids, device=self.embedding_VD.device)]
 
     def _run(self, hidden_MD: Tensor, start: int, stop: int, base: int, cache: KVCache) -> Tensor:
-        """Layers start..stop-1 on rows at positions base.., block by block."""
+        """Run layers start..stop-1 (from 0; L is the exit head) on rows at positions base.., block by block."""
         m = len(hidden_MD)
         fixed = self._fixed if m <= WIDTHS[-1] else None
         if fixed is not None:
@@ -263,7 +272,7 @@ class SplitBackbone:
 
 
 def _device_of(part: nn.Module, name: str) -> torch.device:
-    """The device of a layer or another part; ValueError where accelerate's map splits or offloads it."""
+    """The device of a layer or other module. Raises ValueError where accelerate's device map splits or offloads it."""
     found = {p.device for p in part.parameters()}
     offloaded = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in part.modules())
     if len(found) > 1 or offloaded:
@@ -273,7 +282,7 @@ def _device_of(part: nn.Module, name: str) -> torch.device:
 
 
 def _kernels_of(model: nn.Module, layers: list[LayerWeights], timed: bool) -> list:
-    """Timed once for a model and a number of threads: all its heads and their baseline use the same."""
+    """Kernels chosen once per model and number of threads, so that all its heads and their baseline use the same."""
     known = model.__dict__.setdefault("_kernels", {})
     key = layers[0].gate_up_weight.data_ptr(), torch.get_num_threads(), timed
     if key not in known:

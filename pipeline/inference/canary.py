@@ -1,12 +1,12 @@
-"""Are these the probabilities they should be? Short texts on which two computations of one model are compared.
+"""Compares the probabilities that two computations of one model give on short texts.
 
-`compare` asks whether the engine computes what transformers computes: it takes the split backbone, its model and a
-text, and returns the largest difference of their logits. Both sides of every later comparison (speculative and
-autoregressive decoding) run in the engine, so only this one can find what the engine itself gets wrong.
+`compare` checks that the engine computes what transformers computes: it takes the split backbone, its model and a text,
+and returns the largest difference of their logits. Speculative and autoregressive decoding both run in the engine, so
+a comparison of these two cannot find an error of the engine; this one can.
 
-`record` and `distance` ask whether a model is the backbone that was measured: a canary is a few greedy texts and how
-sure the backbone was of each of their tokens. The fingerprint reads some rows of some weights; a backbone fine-tuned in
-others passes it, and decodes to its own text with an exit head that was trained for another.
+`record` and `distance` check that a model is the backbone that was measured. A canary is a few greedy texts with the
+log-probability of each of their tokens. The fingerprint covers only some rows of some weights: a backbone whose other
+weights were fine-tuned passes it, and still decodes its own text, but the exit head was not trained for it.
 
 T tokens of a text, V vocabulary, K positions compared
 """
@@ -22,37 +22,38 @@ from .sampling import Sampler
 
 TEXTS, LENGTH = 4, 16
 TOLERANCE = 0.05
-"""Nats. Another dtype or another kernel moves log-probabilities by less, in the mean over all tokens."""
+"""In nats. Another dtype or kernel changes the log-probabilities by less than this, averaged over all tokens."""
 SPREAD = 16
-"""Positions of a text compared behind its prefill."""
+"""Number of prefilled positions of a text whose logits are compared, spread evenly."""
 
 
 class Difference(NamedTuple):
     """How far apart the logits of two computations are."""
 
     largest: float
-    """Over the positions: root mean square of the difference, over that of the logits around their mean. 0 is equal,
-    about 1.4 unrelated."""
+    """The maximum over positions of the difference's root mean square, divided by the standard deviation of the logits
+    there. 0 means equal, about 1.4 unrelated."""
     position: int
-    """Where it is largest."""
+    """The position where the difference is largest."""
     positions: int
-    """K."""
+    """K, the number of positions compared."""
 
 
 def rounding(dtype: torch.dtype, num_layers: int) -> float:
-    """The largest difference of logits, as `Difference.largest`, that two orders of the same sums explain.
+    """The largest `Difference.largest` that rounding explains, when two computations add the same numbers in different
+    orders.
 
-    Measured on random backbones and the pocket one (largest of all positions, CPU): float32 1e-6; float16 0.003 with 4
-    layers, 0.004 with 32; bfloat16 0.02 and 0.03. Attention scaled by 1.1 instead of 1 gives 0.01 to 0.15, another
-    activation 0.07 to 0.4, another window or order of norms more.
+    Measured on random backbones and the pocket one (maximum over positions, CPU): float32 1e-6; float16 0.003 with 4
+    layers, 0.004 with 32; bfloat16 0.02 and 0.03. Real errors are larger: attention scaled by 1.1 instead of 1 gives
+    0.01 to 0.15, another activation 0.07 to 0.4, another window or order of norms more.
     """
     return max(1e-4, 6 * torch.finfo(dtype).eps * (1 + num_layers / 4) ** 0.5)
 
 
 @torch.inference_mode()
 def compare(backbone: SplitBackbone, model: Any, ids: list[int]) -> Difference:
-    """The engine's logits against `model(ids)`: behind a prefill, and behind passes of all widths over what is cached,
-    split at the exit layer as a verification is."""
+    """Compare the engine's logits with those of `model(ids)`: after a prefill, and after passes of all widths over a
+    filled cache, split at the exit layer as in verification."""
     end = len(ids)
     pieces = [width for width in reversed(WIDTHS) if width < end]
     while sum(pieces) >= end:
@@ -78,7 +79,8 @@ def compare(backbone: SplitBackbone, model: Any, ids: list[int]) -> Difference:
 
 @torch.inference_mode()
 def record(backbone: SplitBackbone) -> list[dict[str, list]]:
-    """Greedy texts from tokens spread over the vocabulary, and the log-probability of each token behind the first."""
+    """The canary of a backbone: greedy texts that start from tokens spread over the vocabulary, as `ids`, and the
+    log-probability in nats of each token after the first, as `logp`."""
     canary = []
     for i in range(TEXTS):
         start = (2 * i + 1) * len(backbone.embedding_VD) // (2 * TEXTS)
@@ -90,7 +92,7 @@ def record(backbone: SplitBackbone) -> list[dict[str, list]]:
 
 @torch.inference_mode()
 def distance(model: Any, canary: list[dict[str, list]]) -> float:
-    """Mean absolute difference of the log-probabilities, in nats."""
+    """Mean absolute difference in nats between the model's log-probabilities and those of a recorded canary."""
     ids_BT = torch.tensor([text["ids"] for text in canary], device=model.device)
     logits_BTV = model(ids_BT[:, :-1]).logits.float()
     found = [_chosen(logits_TV, text["ids"]) for logits_TV, text in zip(logits_BTV, canary, strict=True)]
@@ -98,6 +100,6 @@ def distance(model: Any, canary: list[dict[str, list]]) -> float:
 
 
 def _chosen(logits_TV: torch.Tensor, ids: list[int]) -> list[float]:
-    """Log-probability of each of the ids behind the first."""
+    """Log-probability of each of the ids after the first."""
     next_T1 = torch.tensor(ids[1:], device=logits_TV.device)[:, None]
     return logits_TV.log_softmax(-1).gather(1, next_T1)[:, 0].tolist()

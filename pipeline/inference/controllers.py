@@ -1,9 +1,9 @@
 """The controllers, which decide how many tokens to draft, and the name of each. The default one is in thompson.py.
 
-Takes what the condition of losslessness allows, gives yes or no: whether to draft token k+1 may depend on
-committed text, earlier rounds, this round's drafted tokens and their q, q of token k+1, and random numbers of
-its own; never on token k+1 itself, an accept draw of this round, or the deep layers' view of it. Then the next
-token is distributed as the backbone's whatever the controller's state (docs/control.md).
+A controller answers yes or no to whether token k+1 is drafted. For decoding to stay lossless, the answer may depend on
+committed text, earlier rounds, this round's drafted tokens and their q, q of token k+1, and random numbers of its own.
+It must not depend on token k+1 itself, on an accept draw of this round, or on what the deep layers compute in it. Then
+the next token has the backbone's distribution whatever the controller's state (docs/control.md).
 """
 
 import math
@@ -15,7 +15,7 @@ from .thompson import Thompson
 
 
 class Fixed:
-    """Always K drafts. K = 0 drafts nothing: one token a round, as autoregressive decoding."""
+    """Always drafts K tokens. K = 0 drafts nothing: a round yields one token, as in autoregressive decoding."""
 
     def __init__(self, k: int):
         self.k = k
@@ -33,8 +33,8 @@ class Fixed:
 class ConfidenceStop:
     """Drafts while max q is at least a threshold (Kangaroo: Liu et al., NeurIPS 2024, section 3).
 
-    Kangaroo keeps the first token below the threshold; here it is not drawn at all, which saves its place in
-    the verification. Drawing it and throwing it away would change the distribution of the text.
+    Kangaroo keeps the first token below the threshold; here that token is not drafted, which makes verification one
+    token narrower. Looking at the token before discarding it would change the distribution of the text.
     """
 
     def __init__(self, threshold: float, limit: int = LONGEST):
@@ -52,7 +52,7 @@ class ConfidenceStop:
 
 class EntropyStop(ConfidenceStop):
     """Drafts while 1 - sqrt(gamma * H(q)), a lower bound of acceptance in the style of AdaEDL (Agrawal et al.,
-    2024, arXiv 2410.18351), is at least a threshold. gamma = 0.2; AdaEDL also adapts the threshold, we do not."""
+    2024, arXiv 2410.18351), is at least a threshold. gamma = 0.2. AdaEDL also adapts the threshold; this does not."""
 
     gamma = 0.2
 
@@ -61,11 +61,12 @@ class EntropyStop(ConfidenceStop):
 
 
 class Beta:
-    """EESD's Beta-TS as far as it can be read (Liu et al., 2024, figure 2; priors and limit are ours).
+    """EESD's Beta-TS as we understand the paper (Liu et al., ACL Findings 2024, figure 2). It states neither the priors
+    nor a limit; both are our choice.
 
-    theta ~ Beta(1 + accepted, 1 + rejected); after each draft chi ~ Bernoulli(theta) with a fresh theta: 1 goes
-    on drafting, 0 stops and verifies. At least one draft a round. Drafts behind the first rejected one were
-    never tested and count for nothing.
+    theta ~ Beta(1 + accepted, 1 + rejected). After each draft, chi ~ Bernoulli(theta) with a newly drawn theta: 1 goes
+    on drafting, 0 stops and verifies. Every round has at least one draft. Drafts after the first rejected one were
+    never tested and are not counted.
     """
 
     def __init__(self, limit: int = LONGEST, seed: int = 0):
@@ -87,14 +88,15 @@ class Beta:
 
 
 class Calibration:
-    """EESD's Calibration-TS: as Beta, but theta joins the head's own confidence with the observed acceptance.
+    """EESD's Calibration-TS: as Beta, but theta combines the head's own confidence with the observed acceptance.
 
-    theta ~ N(mu, v) cut to [0, 1], with p = max q of the last draft, n tested drafts of mean acceptance r and mean
-    confidence p', prior variance s0^2 = 0.04 and noise s^2 = 0.25 (ours). The paper's text allows two readings:
-      pull:  mu = (n s0^2 r + s^2 p) / (n s0^2 + s^2), the posterior of a Gaussian with prior mean p. It forgets p
-             as n grows;
-      shift: mu = p + n / (n + n0) (r - p'), n0 = s^2 / s0^2: the confidence, moved by its mean error. It does not.
-    Either way v = s^2 s0^2 / (n s0^2 + s^2).
+    theta ~ N(mu, v) clipped to [0, 1], with p = max q of the last draft, n tested drafts of mean acceptance r and mean
+    confidence p', prior variance s0^2 = 0.04 and noise s^2 = 0.25 (our choice). The paper's text allows two readings:
+      pull:  mu = (n s0^2 r + s^2 p) / (n s0^2 + s^2), the posterior of a Gaussian with prior mean p, in which the
+             weight of p vanishes as n grows;
+      shift: mu = p + n / (n + n0) (r - p'), n0 = s^2 / s0^2, the confidence corrected by its mean error, in which p
+             keeps its weight.
+    In both, v = s^2 s0^2 / (n s0^2 + s^2).
     """
 
     prior, noise = 0.04, 0.25
@@ -137,16 +139,16 @@ NAMES = "thompson, fixed:K, confidence:T, entropy:T (0 < T < 1), beta, calibrati
 
 
 def fixed_length(name: str) -> int | None:
-    """K of a controller's name `fixed:K`; None for any other name."""
+    """K of a controller named `fixed:K`; None for any other name."""
     kind, _, argument = name.partition(":")
     return int(argument) if kind == "fixed" and argument.isdecimal() else None
 
 
 def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller:
-    """The controller of a name, such as `thompson`, `fixed:3` or `confidence:0.6`; `none` drafts nothing.
+    """The controller of a name such as `thompson`, `fixed:3` or `confidence:0.6`; `none` drafts nothing.
 
-    `greedy` says how the text will be chosen: what predicts acceptance differs. Raises ValueError for another name
-    or a parameter out of range.
+    greedy: whether the text is decoded greedily or sampled, because a different quantity predicts acceptance in each.
+    Raises ValueError for an unknown name or a parameter out of range.
     """
     kind, _, argument = name.partition(":")
     k = fixed_length(name)

@@ -1,7 +1,7 @@
-"""Seconds of each part of a round, estimated from the rounds themselves so that slow rounds do not decide.
+"""Estimates the seconds that each part of a round takes, from recent rounds, robustly against single slow ones.
 
-Takes finished rounds with their times; gives C(k), the seconds of a round of k drafts, and says which number of drafts
-has not been timed for long. docs/control.md gives the reasons and what was measured.
+Takes finished rounds with their times; gives C(k), the seconds of a round of k drafts, and names a number of drafts
+that has not been timed for a long while. docs/control.md gives the reasons and the measurements.
 """
 
 from bisect import bisect_left, insort
@@ -10,22 +10,22 @@ from collections import deque
 from .rounds import Round
 
 PROBES = (4, 0, 1)
-"""Numbers of drafts that are timed again from time to time: both ends of the line of verification, and the single
-token."""
+"""Numbers of drafts that are timed again regularly: 4 and 1 determine the line fitted to verification, 0 the cost of
+verifying a single token."""
 WINDOW = 32
-"""Times kept of each part, and of verification at each width."""
+"""Number of times kept for each part, and for verification at each width."""
 GAP = 128
-"""Rounds after which one of PROBES is due again, when it was not drafted anyway. Less at first: half the rounds so
-far, 32 at least."""
+"""Rounds after which a number of drafts in PROBES is due again, unless it occurred anyway. In the beginning the gap is
+shorter: half of the rounds so far, but at least 32."""
 EXPIRY = 2 * GAP
-"""Rounds after which a time is forgotten, so that estimates follow the machine."""
+"""Rounds after which a time is discarded, so that estimates follow changes of the machine's speed."""
 
 
 class Recent:
-    """Trimmed mean of the last times of one part: the slowest third is left out, of two the slower one.
+    """Trimmed mean of the last times of one part: the slowest third is left out (of two times, the slower one).
 
-    What disturbs a measured time can only make it longer (another process, a kernel that is compiled), so trimming is
-    one-sided. From the second time on, one slow round has no effect, however slow it is.
+    Disturbances such as another process or the compilation of a kernel only make a time longer, so trimming is
+    one-sided. From the second time on, a single slow round has no effect, however slow it is.
     """
 
     def __init__(self) -> None:
@@ -57,26 +57,26 @@ class Recent:
 
 
 class Costs:
-    """Estimates from recent rounds: the mean of each part, and of verification as a function of the width.
+    """Estimates from recent rounds: a mean for each part, and for verification a function of the width.
 
-    Verification of one token, for which there are kernels of its own, is a number; that of more is a line
-    a + b * width with a >= 0 and b >= 0: a wider pass takes no less in all and no more per token. So no estimate can be
-    negative, and none can grow without bound. (A synthetic benchmark in place of the rounds is a third off on CPUs:
-    caches are warm there and cold here.)
+    Verifying one token uses other kernels than verifying several, so it has an estimate of its own; for several it is a
+    line a + b * width with a >= 0 and b >= 0, because a wider pass takes no less in total and no more per token. So no
+    estimate is negative or grows without bound. (A synthetic benchmark instead of the rounds is a third off on CPUs,
+    because its caches are warm and those of decoding are cold.)
     """
 
     def __init__(self) -> None:
         self.shallow, self.head, self.rest = Recent(), Recent(), Recent()
-        """Of one shallow pass, one pass of the exit head, and all that is neither of them nor verification."""
+        """Seconds of one shallow pass, of one pass of the exit head, and of all else except verification."""
         self.verify: dict[int, Recent] = {}
-        """Of a verification, by its width."""
+        """Width -> seconds of a verification."""
         self.now = 0
-        """Rounds so far."""
+        """Number of rounds so far."""
         self.seen: dict[int, int] = {}
-        """Round in which each number of drafts was last made, or asked for in vain."""
+        """Number of drafts -> the last round that made as many, or in which `due` asked for them."""
 
     def observe(self, round: Round) -> None:
-        """Learn from a round, unless it is the first of its width: that one may have compiled or chosen kernels."""
+        """Learn from a round, unless it is the first of its width, which may include compiling or choosing kernels."""
         self.now += 1
         self.seen[round.drafted] = self.now
         width = round.drafted + 1
@@ -91,17 +91,18 @@ class Costs:
         self.rest.add(max(0.0, round.seconds - parts), self.now)
 
     def due(self, limit: int) -> int | None:
-        """A number of drafts, at most `limit`, that should be timed now; the caller is taken to try."""
+        """A number of drafts, at most `limit`, that should be timed in this round, or None. It counts as timed at once,
+        because the caller is expected to try."""
         gap = min(GAP, max(32, self.now // 2))
         for drafts in PROBES:
             drafts = min(drafts, limit)
             if self.now - self.seen.setdefault(drafts, self.now) >= gap:
-                self.seen[drafts] = self.now  # a text that ends sooner must not make every round a probe
+                self.seen[drafts] = self.now  # else a text that ends before so many drafts would probe in every round
                 return drafts
         return None
 
     def rounds(self, limit: int) -> list[float]:
-        """C(k), seconds of a round of k drafts, for k = 0..limit: k+1 shallow passes, k of the head, one verify."""
+        """C(k) for k = 0..limit: the seconds of k+1 shallow passes, k head passes, one verification and the rest."""
         for part in (self.shallow, self.head, self.rest, *self.verify.values()):
             part.forget(self.now)
         shallow, verify = self.shallow.value(), self.verify_seconds(limit + 1)
@@ -109,10 +110,11 @@ class Costs:
         return [self.rest.value() + shallow + k * step + verify[k] for k in range(limit + 1)]
 
     def verify_seconds(self, widest: int) -> list[float]:
-        """Seconds of a verification of 1..widest tokens; where one kind of pass was not timed, the other stands in."""
+        """Seconds of a verification of 1..widest tokens. If only single or only wider passes were timed, their estimate
+        is used for both."""
         single = self.verify.get(1, Recent()).value()
         timed = [(len(times), width, times.value()) for width, times in self.verify.items() if width > 1 and times]
-        # a width that was timed once only cannot tell a slow round from a slow width
+        # with a single time, a slow round cannot be told from a slow width
         timed = [point for point in timed if point[0] > 1] or timed
         if not timed:
             return [single] * widest

@@ -1,10 +1,10 @@
-"""The entry point of transformers' `generate(custom_generate=...)`: prompts in, ids out, drafted by the exit head.
+"""The entry point of transformers' `generate(custom_generate=...)`: decodes prompts with drafts of an exit head.
 
-Takes what `generate` takes, and `controller=` (`thompson`, `fixed:3`, `none`, ...), `exit_head=` (a folder or a
-Hub id; default: the head this file was published with), `revision=`, `token=`, `cache_dir=`, `local_files_only=` (of a
-Hub id, as in `from_pretrained`) and `cuda_graphs=True` (fewer launches on a GPU). Sampling, stopping criteria and
-streamers work as in `generate`, and so do logits processors that keep nothing between calls (processors.py); others are
-refused. Several rows are decoded one after the other.
+Takes the arguments of `generate`, and besides `controller=` (`thompson`, `fixed:3`, `none`, ...), `exit_head=` (a
+folder or a Hub id; default: the head this file was published with), `revision=`, `token=`, `cache_dir=`,
+`local_files_only=` (for a Hub id, as in `from_pretrained`) and `cuda_graphs=True` (fewer kernel launches on a GPU).
+Sampling, stopping criteria and streamers work as in `generate`, and so do logits processors that keep no state between
+calls (processors.py); other processors are refused. The rows of a batch are decoded one after the other.
 """
 
 import json
@@ -30,13 +30,13 @@ from .thompson import Thompson
 
 
 class AnotherBackbone(UserWarning):
-    """The backbone has the fingerprint of the one that was measured, and other probabilities."""
+    """The backbone has the fingerprint of the measured one, but gives other probabilities."""
 
 
-# Handled by the decoder itself, which must know them before it drafts.
+# The decoder applies these criteria itself, because it must know them before it drafts.
 OWN_CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
-# How files of the Hub are had; transformers gives them to us as it does arguments of generate.
+# Options for downloads from the Hub, which transformers passes on among the arguments of generate.
 FETCHING = ("token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
@@ -52,11 +52,12 @@ def generate(
 ):
     """`model.generate` with self-speculative decoding; returns ids [B, T] as plain `generate` does.
 
-    A controller given by name keeps what it learns from call to call; one given as an object is the caller's.
+    A controller given by name is kept on the model and goes on learning in later calls; one given as an object is used
+    as it is.
 
-    Raises ValueError for a backbone the head does not belong to, or that was changed since transformers loaded it (by
-    an adapter, a hook, quantisation), an unknown controller, beams, a request for anything but ids, a logits processor
-    that may keep a state, or a prompt longer than the backbone's sliding window.
+    Raises ValueError for a backbone that the head was not trained for, or that was changed since transformers loaded it
+    (by an adapter, a hook, quantisation), an unknown controller, beam search, return_dict_in_generate, a logits
+    processor that may keep a state, or a prompt longer than the backbone's sliding window.
     """
     kwargs.pop("use_model_defaults", None)
     fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
@@ -66,10 +67,10 @@ def generate(
     backbone, config, controllers = _engine(model, source, revision, cuda_graphs, fetching)
     if controller is None or isinstance(controller, str):
         name = controller or config.get("controller", "thompson")
-        make_controller(name)  # a wrong name is refused before anything is computed
+        make_controller(name)  # refuses an unknown name before anything is computed
     else:
         name = None
-    # transformers 5.23 hands neither of these two to a callable, so they are taken from the call itself.
+    # transformers 5.23 passes neither the streamer nor stop_strings on to `loop`, so both are read here.
     streamer = kwargs.get("streamer")
     _stop_at_strings(kwargs)
     _end_where_measured(model, kwargs, config.get("end_tokens", []))
@@ -77,7 +78,7 @@ def generate(
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         _refuse(generation_config)
         check_stateless(logits_processor)
-        key = name, not generation_config.do_sample  # greedy and sampled texts teach different things
+        key = name, not generation_config.do_sample  # acceptance differs between greedy and sampled texts
         if name is not None and key not in controllers:
             controllers[key] = _new_controller(name, key[1], config)
         decide = controller if name is None else controllers[key]
@@ -113,16 +114,16 @@ def generate(
 
 
 def _source(named: str | None) -> str | None:
-    """Where the weights lie: in the folder that the user named if it holds them, else where they were pushed to."""
+    """Where the weights are: the folder that the caller named if it holds them, else the id they were pushed to."""
     return named if named and (Path(named) / "model.safetensors").is_file() else HEAD or named
 
 
 def _named_by_caller() -> str | None:
-    """The folder (or Hub id) that the user gave as custom_generate=.
+    """The folder or Hub id that the caller gave as custom_generate=; None if it was not a string.
 
-    transformers runs a copy of this file from a cache of its own and does not pass on what it was copied from, so the
-    name is read where it stands: in the `GenerationMixin.generate` that called ours. A published folder therefore
-    holds no path and works wherever it is moved to.
+    transformers runs a copy of this file from its own cache and does not say where it was copied from, so the name is
+    read from the stack frame of the `GenerationMixin.generate` that called `generate` here. A published folder
+    therefore contains no path and can be moved.
     """
     name = sys._getframe(2).f_locals.get("custom_generate")
     return name if isinstance(name, str) else None
@@ -131,7 +132,8 @@ def _named_by_caller() -> str | None:
 def _engine(
     model, source: str | None, revision: str | None, cuda_graphs: bool, fetching: dict[str, Any]
 ) -> tuple[SplitBackbone, dict[str, Any], dict]:
-    """The split backbone, the head's config and its controllers so far; kept on the model, loaded by the first call."""
+    """The split backbone, the head's config and the controllers made so far. The first call loads them and stores them
+    on the model; later calls reuse them unless the model's weights were replaced."""
     if source is None:
         raise ValueError("no exit head: give exit_head=<folder or Hub id>")
     known = model.__dict__.setdefault("_exit_heads", {})
@@ -159,7 +161,7 @@ def _warn_of_another(model, config: dict[str, Any]) -> None:
 
 
 def _new_controller(name: str, greedy: bool, config: dict[str, Any]) -> Controller:
-    """thompson starts from what it knew of this head when it was measured."""
+    """A controller by name; thompson starts from what it had learned of this head when the head was measured."""
     controller = make_controller(name, greedy=greedy)
     state = config.get("states", {}).get("greedy" if greedy else "sampled")
     if isinstance(controller, Thompson) and state is not None:
@@ -168,7 +170,7 @@ def _new_controller(name: str, greedy: bool, config: dict[str, Any]) -> Controll
 
 
 def _stop_at_strings(kwargs: dict[str, Any]) -> None:
-    """Turn stop_strings= and tokenizer= into the stopping criterion that transformers would make of them."""
+    """Replace stop_strings= and tokenizer= by the stopping criterion that transformers would make of them."""
     strings, tokenizer = kwargs.pop("stop_strings", None), kwargs.pop("tokenizer", None)
     if strings:
         if tokenizer is None:
@@ -178,7 +180,7 @@ def _stop_at_strings(kwargs: dict[str, Any]) -> None:
 
 
 def _end_where_measured(model, kwargs: dict[str, Any], more: list[int]) -> None:
-    """Let a text end at the head's own end tokens too (backbone.end_tokens), unless the caller gives eos_token_id=."""
+    """Add the end tokens stored with the head (backbone.end_tokens), unless the caller gives eos_token_id=."""
     if more and "eos_token_id" not in kwargs:
         ends = getattr(kwargs.get("generation_config"), "eos_token_id", None)
         ends = model.generation_config.eos_token_id if ends is None else ends
@@ -187,7 +189,8 @@ def _end_where_measured(model, kwargs: dict[str, Any], more: list[int]) -> None:
 
 
 def _watch(prompt_row, criteria: list, streamer):
-    """Called with each committed token: feed the streamer, ask the user's stopping criteria."""
+    """A function to be called with each committed token, which feeds the streamer and returns whether one of the user's
+    stopping criteria is met; None if there is neither."""
     if not criteria and streamer is None:
         return None
     ids = prompt_row[None]
@@ -206,7 +209,7 @@ def _watch(prompt_row, criteria: list, streamer):
 
 
 def _room(backbone: SplitBackbone, prompt: int, wanted: int) -> int:
-    """New tokens that can follow a prompt of that length: at a sliding window fewer than wanted, with a warning."""
+    """How many new tokens can follow a prompt of this length. Warns if a sliding window allows fewer than `wanted`."""
     room = backbone.max_context - prompt
     if 1 <= room < wanted:
         warnings.warn(
@@ -216,11 +219,11 @@ def _room(backbone: SplitBackbone, prompt: int, wanted: int) -> int:
             stacklevel=2,
         )
         return room
-    return wanted  # a prompt that leaves no room is refused by the decoder
+    return wanted  # the decoder refuses a prompt that leaves no room
 
 
 def _warn_beyond_context(model, length: int) -> None:
-    """As transformers' generate says it, and goes on."""
+    """Warn of a text longer than max_position_embeddings, as transformers' generate does, without stopping."""
     limit = model.config.max_position_embeddings
     if length > limit:
         warnings.warn(

@@ -1,9 +1,13 @@
-"""Draft with the shallow layers and the exit head, verify with the deep layers. Tokens in, tokens and rounds out.
+"""Drafts with the shallow layers and the exit head, verifies with the deep layers; and plain autoregressive decoding.
 
-A round: the pending token (committed, processed by no layer) goes through the shallow layers; the exit head
-drafts tokens one by one while the controller says so, each going through the shallow layers too; the deep
-layers then verify all of them in one pass on the hidden states already made, and yield one bonus token, which
-is the next round's pending token (Liu et al., ACL Findings 2024, figure 2).
+Takes a request (prompt ids, limits), a sampler and a controller; gives the new tokens and a record of every round.
+
+In a round, the pending token, which is committed but was processed by no layer yet, goes through the shallow layers.
+The exit head drafts tokens one by one while the controller says so, and each of them goes through the shallow layers
+too. The deep layers then verify all of them in one pass over the stored hidden states and yield one bonus token, which
+is the pending token of the next round (Liu et al., ACL Findings 2024, figure 2).
+
+M rows of a pass, D hidden, V vocabulary
 """
 
 from collections.abc import Callable
@@ -20,13 +24,13 @@ from .stopwatch import Stopwatch, stopwatch
 
 @dataclass
 class Request:
-    """One prompt and when to stop. Raises ValueError for an empty prompt or no room."""
+    """One prompt and when to stop. Raises ValueError for an empty prompt or max_new_tokens below 1."""
 
     prompt: list[int]
     max_new_tokens: int
     end_tokens: frozenset[int] = frozenset()
     on_token: Callable[[int], bool | None] | None = None
-    """Called with each committed token in order; a true answer ends the generation after it."""
+    """Called with each committed token in order; if it returns True, the generation ends after that token."""
 
     def __post_init__(self):
         if not self.prompt:
@@ -37,7 +41,7 @@ class Request:
 
 @dataclass
 class Generation:
-    """What came out; seconds are wall time, prefill apart."""
+    """The new tokens of one request and how they were decoded; `seconds` is wall time without the prefill."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "length"
@@ -46,7 +50,7 @@ class Generation:
     seconds: float = 0.0
 
     def commit(self, tokens: list[int], request: Request) -> int:
-        """Append tokens up to the first that ends the request; returns how many were taken."""
+        """Append tokens up to the first that ends the request; returns how many were appended."""
         for taken, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             stop = request.on_token is not None and request.on_token(token)
@@ -61,7 +65,10 @@ class Generation:
 
 @torch.inference_mode()
 def autoregressive(backbone: SplitBackbone, request: Request, sampler: Sampler) -> Generation:
-    """One token per pass through all layers, on the same engine: the baseline of every speedup."""
+    """Decode one token per pass through all layers, on the same engine: the baseline of every speedup.
+
+    Raises ValueError if prompt and new tokens exceed the backbone's context.
+    """
     watch = _stopwatch(backbone)
     cache, out = _start(backbone, request)
     hidden_1D = backbone.full(request.prompt, 0, cache)[-1:]
@@ -79,20 +86,23 @@ def autoregressive(backbone: SplitBackbone, request: Request, sampler: Sampler) 
 
 @torch.inference_mode()
 def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler, controller: Controller) -> Generation:
-    """The same text (greedy) or the same distribution (sampling) as `autoregressive`, in fewer deep passes."""
+    """Decode the same text (greedy) or from the same distribution (sampling) as `autoregressive`, in fewer deep passes.
+
+    Raises ValueError if prompt and new tokens exceed the backbone's context.
+    """
     watch, parts = _stopwatch(backbone), _stopwatch(backbone)
     cache, out = _start(backbone, request)
     backbone.shallow(request.prompt, 0, cache)
     hidden_MD = backbone.deep(0, len(request.prompt), cache)
     cache.commit(len(request.prompt))
     watch.mark("prefill")
-    # The first token follows the prompt; nothing can be drafted before it.
+    # The first token comes from the prefill: a round starts from a pending token.
     first_1V = sampler.shape(backbone.logits(hidden_MD[-1:]), request.prompt, out.tokens)
     out.commit([sampler.draw(first_1V[0])], request)
     while out.goes_on(request):
         parts.start()
         round, base = Round(), cache.length
-        # The bonus token always follows the drafts, so at most one draft less than what remains is of use.
+        # A bonus token follows the drafts, so no more drafts than the remaining tokens minus one are of use.
         room = request.max_new_tokens - len(out.tokens) - 1
         drafts, q = _draft(backbone, request, sampler, controller, out, cache, room, round, parts)
         drafted = [draft.token for draft in drafts]
@@ -112,7 +122,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
 
 
 def _draft(backbone, request, sampler, controller, out, cache, room, round, parts) -> tuple[list, list]:
-    """Drafts and their processed q; leaves the hidden states of all rows to verify in the cache."""
+    """Draft one round: the drafts and their processed q. The hidden states of all rows to verify are in the cache."""
     drafts: list[Draft] = []
     q: list[Confidence] = []
     drafted: list[int] = []
@@ -120,16 +130,16 @@ def _draft(backbone, request, sampler, controller, out, cache, room, round, part
     while True:
         backbone.shallow([last], cache.length + len(drafted), cache)
         parts.mark("shallow")
-        # Nothing can follow an end token; its own row is verified, the row behind it is not needed.
+        # Nothing follows a drafted end token, which is verified like any other draft.
         if len(drafted) >= room or (drafted and last in request.end_tokens) or not controller.peek(len(drafted)):
             return drafts, q
         parts.mark("rest")
         logits_1V = backbone.draft_logits(cache.length + len(drafted) + 1, cache)[None]
         confidence = Confidence(sampler.shape(logits_1V, request.prompt, out.tokens, drafted)[0])
-        draft = sampler.propose(confidence)  # read by nobody before the controller has decided
+        draft = sampler.propose(confidence)  # the token must not be read before the controller has decided
         round.head_passes += 1
         wanted = controller.draft(len(drafted), confidence)
-        if wanted:  # once seen, a draft is verified: throwing it away would change the distribution
+        if wanted:  # once its token is read, a draft must be verified: discarding it would change the distribution
             last = draft.token
             drafts.append(draft)
             q.append(confidence)

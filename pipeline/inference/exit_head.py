@@ -1,8 +1,8 @@
-"""An exit head: one decoder layer of the backbone's own class, fed the hidden state after layer N.
+"""An exit head: one decoder layer of the backbone's own class, whose input is the hidden state after layer N.
 
-Reads and writes a folder of two files, config.json (N, and which backbone it belongs to) and
-model.safetensors (the layer's weights under the layer's own names). The backbone's final norm and LM head
-turn the layer's output into draft logits.
+Reads and writes a folder of two files: config.json (N, and the backbone that the head was trained for) and
+model.safetensors (the layer's weights under the layer's own names). The backbone's final norm and LM head turn the
+layer's output into draft logits.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ SCHEMA = 1
 
 @dataclass
 class ExitHead:
-    """Weights and identity of one head."""
+    """One exit head: its weights, and the backbone and layer that it belongs to."""
 
     exit_layer: int
     """N: the head reads the hidden state after the backbone's first N decoder layers."""
     num_layers: int
-    """L: decoder layers of the backbone."""
+    """L: the number of the backbone's decoder layers."""
     backbone: dict[str, Any]
-    """name, revision, fingerprint and model_type of the backbone it was trained for."""
+    """name, revision, fingerprint and model_type of the backbone that the head was trained for."""
     weights: dict[str, Tensor]
     """Name in the decoder layer (`self_attn.q_proj.weight`, ...) -> tensor."""
 
@@ -50,11 +50,12 @@ class ExitHead:
 
     @classmethod
     def load(cls, folder: Path) -> "ExitHead":
-        """Raises ValueError if the folder holds no exit head of a schema this code knows, or not the weights saved."""
+        """Read a head from a folder. Raises ValueError if it holds no exit head of a known schema, or if the weights
+        are not those that were saved."""
         try:
             config = json.loads((Path(folder) / "config.json").read_text())
             found = _sha256(Path(folder) / "model.safetensors")
-        except (OSError, ValueError) as error:  # not JSON, not even text
+        except (OSError, ValueError) as error:  # ValueError: not JSON, or not even text
             raise ValueError(f"{folder}: no exit head here: {error}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{folder}: no exit head here: config.json holds no object")
@@ -102,10 +103,10 @@ def check_exit_layer(exit_layer: int, num_layers: int) -> None:
 
 
 def new_exit_layer(model: nn.Module) -> nn.Module:
-    """An unmodified decoder layer of the backbone's class, a copy of its last layer in float32.
+    """A copy of the backbone's last decoder layer in float32, from which training of a head starts.
 
-    Starting from the last layer is the largest single gain of all choices in training: it already speaks to
-    the final norm and the LM head. Its layer_idx is that layer's, as Qwen configs look their layer type up by it.
+    Of all choices in training, starting from the last layer gains the most: its output already fits the final norm and
+    the LM head. It keeps the last layer's layer_idx, by which Qwen configs look up the layer's type.
     """
     last = model.model.layers[-1]
     layer = type(last)(model.config, layer_idx=model.config.num_hidden_layers - 1)

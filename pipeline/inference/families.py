@@ -1,12 +1,12 @@
-"""Which configs the engine computes exactly: the model families, and the fields that change what a layer does.
+"""Decides which configs the engine computes exactly, by the model family and the fields that change a layer.
 
-Takes a transformers config; raises ValueError that names the field, its value and the remedy. Nothing is loaded for it,
-so that `plan` and `generate` refuse what decoding would refuse later.
+Takes a transformers config; raises ValueError that names the field, its value and the remedy. It needs no weights, so
+`plan` and `generate` can refuse early what decoding would refuse later.
 
-The layers of a family do what they do for any checkpoint of that family unless a field of its config says otherwise.
-Some fields are read by transformers (`hidden_act`, `rope_parameters`, `layer_types`). Others are written by other
-libraries for models of their own that share a family's name, and transformers ignores them: then neither its logits nor
-ours are the ones that the checkpoint was trained to give, and the checkpoint is refused as well.
+All checkpoints of a family compute the same function of their weights unless a field of the config changes it.
+transformers reads some of these fields (`hidden_act`, `rope_parameters`, `layer_types`). Others are written by other
+libraries for their own variants of a family, and transformers ignores them: then neither its logits nor ours are those
+that the checkpoint was trained to give, so such a checkpoint is refused too.
 """
 
 import sys
@@ -16,9 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ACTIVATIONS = ("silu", "swish")
-"""Two names of x * sigmoid(x)."""
+"""Both are names of x * sigmoid(x)."""
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-"""Types whose rotary tables are the same for every length of the sequence: they are made once."""
+"""Types whose rotary tables do not depend on the length of the sequence, so that they can be computed once."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 """Fields by which transformers and other libraries mark quantised weights."""
@@ -63,11 +63,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_routed_experts": (0,),
     "num_kv_shared_layers": (0,),
 }
-"""Fields that change what a layer or the logits are -> the values, beside None, with which they change nothing."""
+"""Fields that change a layer or the logits -> the values with which they change nothing; None is always one of them."""
 
 
 def check_config(config: Any) -> None:
-    """Raises ValueError for a config whose model the engine does not compute exactly; see the module's docstring."""
+    """Raises ValueError for a config whose model the engine does not compute exactly (see the module's docstring)."""
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise ValueError(f"model_type={kind}: not supported; these are: {', '.join(FAMILIES)}")
@@ -92,7 +92,7 @@ def check_config(config: Any) -> None:
 
 
 def check_not_quantised(config: Any) -> None:
-    """Raises ValueError for a config that says that the weights are quantised, by whichever library."""
+    """Raises ValueError for a config that marks the weights as quantised, by any library."""
     for field in QUANTISED:
         found = getattr(config, field, None)
         if found:
@@ -103,16 +103,17 @@ def check_not_quantised(config: Any) -> None:
 
 
 def _method(found: Any) -> str:
-    """The name of a quantisation, of a dictionary or of an object of transformers; without one, its fields."""
+    """The name of the quantisation method in a dictionary or an object of transformers; without a name, the fields."""
     fields = found if isinstance(found, dict) else getattr(found, "__dict__", {})
     method = fields.get("quant_method") or fields.get("quant_algo") or ", ".join(sorted(map(str, fields)))
     return str(getattr(method, "value", method))
 
 
 def window_of(config: Any, layer: int) -> int | None:
-    """How many positions, its own among them, a row of decoder layer `layer` (from 0) sees; None if all before it.
+    """How many positions a row of decoder layer `layer` (from 0) attends to, its own included; None without a limit.
 
-    As transformers masks it: mistral's `sliding_window` holds for every layer, qwen's for those of `layer_types`.
+    This follows transformers' masks: mistral's `sliding_window` applies to every layer, qwen's to those that
+    `layer_types` names.
     """
     if config.model_type == "mistral":
         return config.sliding_window
@@ -121,9 +122,9 @@ def window_of(config: Any, layer: int) -> int | None:
 
 
 def longest_exact(config: Any, beyond_context: bool = False) -> int:
-    """Positions of the longest sequence for which full attention, which the engine has, is what every layer does.
+    """Positions of the longest sequence on which the engine's full attention equals every layer's own attention.
 
-    `beyond_context`: max_position_embeddings is no limit, as it is none to transformers' generate.
+    beyond_context: do not count max_position_embeddings as a limit; transformers' generate does not either.
     """
     windows = [window_of(config, layer) for layer in range(config.num_hidden_layers)]
     longest = sys.maxsize if beyond_context else config.max_position_embeddings

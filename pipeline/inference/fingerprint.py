@@ -1,6 +1,6 @@
-"""The fingerprint of a backbone: a hash by which an exit head knows the model it was trained for.
+"""The fingerprint of a backbone: a hash by which an exit head recognises the model that it was trained for.
 
-Takes a model, or its config and a reader of its tensors, gives 64 hex digits.
+Takes a model, or a config and a function that reads its tensors; gives 64 hex digits.
 """
 
 import hashlib
@@ -13,15 +13,17 @@ from torch import nn
 
 
 def fingerprint(model: nn.Module) -> str:
-    """`fingerprint_of` a model in memory."""
+    """The fingerprint of a model in memory; see `fingerprint_of`."""
     return fingerprint_of(model.config, model.get_parameter)
 
 
 def fingerprint_of(config: Any, weight: Callable[[str], Any]) -> str:
     """sha256 of the architecture, the vocabulary size and a fixed sample of the weights, cast to bfloat16.
 
-    The cast makes a checkpoint and its float32 copy the same backbone; fine-tuning makes it another one. `weight` gives
-    a tensor by its name, or what has `shape` and rows of one: a slice of a file that was not read.
+    Because of the cast, a checkpoint and its float32 copy have the same fingerprint; a fine-tuned one differs.
+
+    weight: gives a tensor by its name, or an object with `shape` that can be sliced by rows like a tensor, such as a
+    slice of a safetensors file.
     """
     fields = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip

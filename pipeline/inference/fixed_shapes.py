@@ -1,11 +1,10 @@
-"""Passes of a few fixed widths that a GPU records once and replays as CUDA graphs.
+"""Passes of a few fixed widths, which a GPU records once and replays as CUDA graphs.
 
-Takes rows at absolute positions like the eager passes, padded to the next width, and attends to the whole cache behind
-a mask: nothing of a pass depends on how long the text is, so what surrounds the arithmetic (a kernel launch each, 20
-in a layer) is paid once. On a CPU the same passes run as they are, which is how they are tested; they are no faster
-there. Knows nothing of what the layers are for.
+Takes rows at absolute positions like the eager passes, padded to the next width, and attends to the whole cache through
+a mask. No shape of a pass depends on the length of the text, so a recorded pass can be replayed: one launch instead of
+about 20 for each layer. On a CPU the same passes run eagerly; they are no faster there, but can be tested.
 
-W rows of a width, D hidden, T positions of the cache
+W rows of a pass, one of WIDTHS; D hidden, T positions of the cache, C channels of a head
 """
 
 from collections.abc import Callable
@@ -18,11 +17,11 @@ from .layers import LayerWeights, Rows, Shape, causal_mask, run_layers
 from .rounds import WIDTHS
 
 ROOM = 256
-"""Caches are rounded up to multiples of this many positions: passes are recorded anew for each size."""
+"""Caches are rounded up to a multiple of this many positions, because passes are recorded anew for every cache size."""
 
 
 def rounded(length: int) -> int:
-    """Positions of a cache for texts of `length`, padding rows included."""
+    """Positions that a cache needs for texts of `length` tokens and the padding rows after them."""
     return -(-(length + WIDTHS[-1] - 1) // ROOM) * ROOM
 
 
@@ -30,14 +29,16 @@ def run_fixed(
     shape: Shape, hidden_WD: Tensor, positions_W: Tensor, cos_T1C: Tensor, sin_T1C: Tensor,
     layers: list[LayerWeights], keys: Tensor, values: Tensor,
 ) -> Tensor:  # fmt: skip
-    """`run_layers` with everything that depends on the positions computed from tensors."""
+    """`run_layers` in which everything that depends on the positions is computed from tensors, so that replays with
+    other positions are right. [W, D]"""
     mask = causal_mask(positions_W, keys.shape[3], shape.repeats, hidden_WD.dtype)
     rows = Rows(positions_W, cos_T1C[positions_W], sin_T1C[positions_W], mask)
     return run_layers(hidden_WD, layers, shape, rows, keys, values)
 
 
 class FixedShapes:
-    """The passes of one engine over one cache: a recording knows weights and cache by their addresses."""
+    """The passes of one engine over one cache. A recording holds the addresses of its weights and cache, so another
+    cache needs another object."""
 
     def __init__(self, shape: Shape):
         self._run: Callable[..., Tensor] = partial(run_fixed, shape)
@@ -47,9 +48,9 @@ class FixedShapes:
         self, hidden_WD: Tensor, positions_W: Tensor, tables: list[Tensor], layers: list[LayerWeights],
         keys: Tensor, values: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Hidden states [W, D] behind `layers`, W one of WIDTHS; keys and values are a whole block of the cache.
+        """Hidden states [W, D] after `layers`, W one of WIDTHS; keys and values are a whole block of the cache.
 
-        On a GPU valid until the next pass of the same layers and width.
+        On a GPU the result is overwritten by the next pass of the same layers and width.
         """
         if hidden_WD.device.type != "cuda":
             return self._run(hidden_WD, positions_W, *tables, layers, keys, values)
@@ -60,16 +61,16 @@ class FixedShapes:
 
 
 class _Recorded:
-    """A CUDA graph of one pass over fixed weights and a fixed cache; only the rows and their positions change."""
+    """A CUDA graph of one pass over fixed weights and a fixed cache. Calls replay it on other rows and positions."""
 
     def __init__(self, run: Callable[..., Tensor], hidden_WD: Tensor, positions_W: Tensor, *rest):
         self.hidden_WD, self.positions_W = hidden_WD.clone(), positions_W.clone()
         arguments = (self.hidden_WD, self.positions_W, *rest)
-        self.arguments = arguments  # what the graph reads must live as long as it
+        self.arguments = arguments  # the tensors that the graph reads must live as long as the graph
         stream = torch.cuda.Stream(hidden_WD.device)
         stream.wait_stream(torch.cuda.current_stream(hidden_WD.device))
         with torch.cuda.stream(stream):
-            for _ in range(3):  # kernels choose themselves and allocate their workspaces before anything is captured
+            for _ in range(3):  # libraries choose kernels and allocate workspaces before the capture
                 run(*arguments)
         torch.cuda.current_stream(hidden_WD.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()

@@ -1,8 +1,8 @@
-"""Which matrix product for how many rows: timed on the backbone's own weights when it is loaded.
+"""Chooses a matrix product for each number of rows, by timing them on the backbone's own weights when it is loaded.
 
-In float32 on a CPU torch's product falls from the matrix-vector routine to one made for large matrices as soon as there
-are two rows, and 3 tokens then cost more than two single ones; oneDNN's does not, but its calls cost too much for thin
-layers. Takes layer weights, gives a kernel for every width. Knows nothing of what is multiplied.
+Takes layer weights, gives a kernel for every width. In float32 on a CPU, torch uses a matrix-vector routine for one row
+and one made for large matrices from two rows on, so that a pass of 3 tokens takes longer than two passes of one token.
+oneDNN's product does not have that step, but the overhead of its calls is too large for thin layers.
 """
 
 import time
@@ -14,22 +14,22 @@ from .layers import LayerWeights, Linear, plain
 from .rounds import WIDTHS
 
 CLEARLY = 0.9
-"""A kernel must need less than this share of plain's time to be taken: ties stay with torch's own."""
+"""A kernel is chosen only if it needs less than this share of the time of `plain`; otherwise torch's own is used."""
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """`plain` by oneDNN's product, which torch itself calls for compiled models."""
+    """The same as `plain`, computed by the oneDNN product that torch itself uses in compiled models."""
     out = torch.ops.mkldnn._linear_pointwise(x, weight.t(), bias, "none", [], "")
     return out if residual is None else out.add_(residual)
 
 
 def choose(layers: list[LayerWeights], timed: bool = True) -> list[Linear]:
-    """The kernel for m rows at index min(m, 9); index 0 is unused. Untimed, and anything but float32 on a CPU,
-    stays with `plain`."""
+    """A list in which the kernel for m rows is at index min(m, 9); index 0 is unused. Without timing, and for anything
+    but float32 on a CPU, every kernel is `plain`."""
     weight = layers[0].gate_up_weight
     if not timed or weight.device.type != "cpu" or weight.dtype != torch.float32 or not _has_onednn():
         return [plain] * (WIDTHS[-1] + 1)
-    weights = [w.gate_up_weight for w in layers[:8]]  # several, so that none waits in the cache
+    weights = [w.gate_up_weight for w in layers[:8]]  # several, so that none stays in the CPU's cache
     kernels: list[Linear] = [plain] * (WIDTHS[-1] + 1)
     with torch.inference_mode():
         for width, after in zip(WIDTHS, (*WIDTHS[1:], WIDTHS[-1] + 1), strict=True):
@@ -40,12 +40,12 @@ def choose(layers: list[LayerWeights], timed: bool = True) -> list[Linear]:
 
 
 def _has_onednn() -> bool:
-    # a private operator: where a release of torch lacks it, nothing is lost but speed
+    # The operator is private: a release of torch without it only loses speed.
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _seconds(kernel: Linear, x: Tensor, weights: list[Tensor], repeats: int = 5) -> float:
-    """The least of some repeats: others on the machine only ever add."""
+    """The shortest of several repeats, because other processes can only make a repeat longer."""
     least = float("inf")
     for _ in range(repeats):
         started = time.perf_counter()

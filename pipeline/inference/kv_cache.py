@@ -1,9 +1,9 @@
-"""The memory of one decode: keys and values of every layer, and the hidden states after layer N.
+"""The cache of one text being decoded: keys and values of every layer, and the hidden states after layer N.
 
-Allocated once, so to forget rejected drafts is to move an integer. Takes the devices of its slots, gives blocks of
-slots that lie on one device. Knows nothing of tokens or of what the layers compute.
+Everything is allocated once for the longest text, so rejected drafts are dropped by resetting a length. A slot is one
+backbone layer or, after the last of them, the exit head; a block is a run of slots on one device.
 
-S slots (L backbone layers, then the exit head), G key/value heads, T longest sequence, C channels of a head, D hidden
+G key/value heads, T longest sequence, C channels of a head, D hidden
 """
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """Preallocated for `max_length` positions. What lies beyond a length is stale and never read.
+    """Keys and values for `max_length` positions. Entries beyond `length` are stale and never read.
 
-    blocks: (number of slots, device) in the order of the slots.
+    blocks: (number of slots, device) in the order of the slots. hidden_TD: storage for hidden states after layer N, on
+    the device of layer N+1.
     """
 
     def __init__(
@@ -30,14 +31,14 @@ class KVCache:
             [torch.zeros(n, 1, kv_heads, max_length, head_dim, dtype=dtype, device=d) for n, d in blocks]
             for _ in range(2)
         )
-        """Of each block [slots, 1, G, T, C]."""
+        """One tensor for each block: [slots, 1, G, T, C]."""
         self.hidden_TD = hidden_TD
         self.length = 0
-        """Committed positions whose keys and values are right in every backbone layer."""
+        """Number of committed positions, whose keys and values are valid in every backbone layer."""
         self.head_length = 0
-        """The same for the exit head, which may lag behind: bonus positions are caught up lazily."""
+        """The same for the exit head, which may be behind: it processes bonus positions when it next drafts."""
 
     def commit(self, length: int) -> None:
-        """Keep the first `length` positions, forget the rest."""
+        """Keep the first `length` positions and drop the rest."""
         self.length = length
         self.head_length = min(self.head_length, length)

@@ -1,7 +1,7 @@
-"""One decoder layer, and a run of them, as plain functions on tensors: what every pass of the engine is made of.
+"""One decoder layer, and several in sequence, as plain functions on tensors. Every pass of the engine uses them.
 
-Takes hidden states of rows at absolute positions, returns those behind the layers, and writes the rows' keys and values
-into the tensors of a cache. Which layers are shallow, and on which device they lie, backbone.py decides.
+Takes hidden states of rows at absolute positions, returns those after the layers, and writes the rows' keys and values
+into the tensors of a cache. backbone.py decides which layers are run, and on which device.
 
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, T positions of the cache
 """
@@ -19,9 +19,9 @@ from .unmodified import addresses
 
 
 class LayerWeights(NamedTuple):
-    """One decoder layer, its projections joined so that each is one matrix product.
+    """Weights of one decoder layer. Projections of the same input are joined, so that they are one matrix product.
 
-    Matrices are [in, out], views of what the model's linears hold as [out, in].
+    Matrices are [in, out], transposed views of the [out, in] weights of the model's linear layers.
     """
 
     attention_norm_D: Tensor
@@ -39,9 +39,10 @@ class LayerWeights(NamedTuple):
 
 
 def join(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Stack weights, [in, out], and biases of linears that read the same input; they become views of the joint tensors.
+    """Joined weight [in, out] and bias of linear layers that read the same input.
 
-    The model keeps working and no memory is used twice.
+    The layers' own parameters become views of the joined tensors, so the model keeps working and no memory is used
+    twice.
     """
     weight = torch.cat([linear.weight.data for linear in linears])
     for linear, part in zip(linears, weight.split([x.out_features for x in linears]), strict=True):
@@ -55,7 +56,8 @@ def join(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
 
 
 def gather(layer: nn.Module) -> LayerWeights:
-    """The weights of a Llama, Mistral, Qwen2 or Qwen3 decoder layer; joined once, however many heads use them."""
+    """The weights of a Llama, Mistral, Qwen2 or Qwen3 decoder layer. They are joined once and kept on the layer for
+    other heads."""
     attention, mlp = layer.self_attn, layer.mlp
     known, where = layer.__dict__.get("_joined", (None, None))
     if known is not None and where == addresses(layer):
@@ -83,7 +85,7 @@ def gather(layer: nn.Module) -> LayerWeights:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the layers of a backbone have in common."""
+    """Sizes that all layers of a backbone have in common, and the epsilon of their norms."""
 
     heads: int
     kv_heads: int
@@ -92,12 +94,12 @@ class Shape:
 
     @property
     def repeats(self) -> int:
-        """R, the query heads that share keys and values."""
+        """R: how many query heads share one key/value head."""
         return self.heads // self.kv_heads
 
 
 def plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """x weight + bias + residual by torch's own product for the device. weight is [in, out]."""
+    """x @ weight + bias + residual, by torch's own product for the device. weight is [in, out]."""
     if bias is not None:
         out = torch.addmm(bias, x, weight)
         return out if residual is None else out.add_(residual)
@@ -105,26 +107,26 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | Non
 
 
 Linear = Callable[..., Tensor]
-"""What `plain` is: kernels.py has another."""
+"""The type of `plain`; kernels.py has another function of it."""
 
 
 class Rows(NamedTuple):
-    """Where the rows of a pass stand and how they are multiplied: the same for every layer on a device."""
+    """Positions, rotary tables, mask and matrix product of a pass, the same for every layer on a device."""
 
     positions_M: Tensor | None
     """None where the rows are the last positions of the keys and values given."""
     cos_M1C: Tensor
     sin_M1C: Tensor
-    """Signed: rotate_half(x) * sin == roll(x, C/2) * signed sin, one kernel less."""
+    """The sign is included, which saves a kernel: rotate_half(x) * sin == roll(x, C/2) * signed sin."""
     mask: Tensor | None
-    """Additive, [M*R, T]; None for a single row, which sees everything, and for a prefill, which is causal."""
+    """Additive, [M*R, T]; None for a single row, which attends to everything, and for a prefill, which is causal."""
     linear: Linear = plain
 
 
 def run_layers(hidden_MD: Tensor, layers: list[LayerWeights], shape: Shape, rows: Rows, keys: Tensor, values: Tensor):
-    """Hidden states [M, D] behind `layers`; keys and values are [layers, 1, G, T, C] and get the new rows."""
+    """Hidden states [M, D] after `layers`. keys and values are [layers, 1, G, T, C] and receive those of the rows."""
     to = keys.select(1, 0), values.select(1, 0)
-    if rows.positions_M is None:  # cut once: a slice in every layer would cost as much as the layer's small kernels
+    if rows.positions_M is None:  # sliced once: a slice in every layer would cost as much as its small kernels
         m, end = len(hidden_MD), keys.shape[3]
         to = to[0].narrow(2, end - m, m), to[1].narrow(2, end - m, m)
     slots = (keys.unbind(0), values.unbind(0), to[0].unbind(0), to[1].unbind(0))
@@ -137,7 +139,10 @@ def decoder_layer(
     hidden_MD: Tensor, w: LayerWeights, shape: Shape, rows: Rows,
     keys: Tensor, values: Tensor, to_keys: Tensor, to_values: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Attention over keys and values [1, G, T, C], the rows' own written first through to_*, then the MLP."""
+    """One layer, [M, D] -> [M, D]: attention over keys and values [1, G, T, C], then the MLP.
+
+    The rows' own keys and values are first written to to_keys and to_values (see `write`), which are views of them.
+    """
     m, heads, groups, channels = len(hidden_MD), shape.heads, shape.kv_heads, shape.head_dim
     normed_MD = rms_norm(hidden_MD, w.attention_norm_D, shape.eps)
     qkv = rows.linear(normed_MD, w.qkv_weight, w.qkv_bias).view(m, -1, channels)
@@ -154,7 +159,7 @@ def decoder_layer(
 
 
 def write(to: Tensor, positions_M: Tensor | None, rows_MGC: Tensor) -> None:
-    """Rows to their positions of [G, T, C], or to all of [G, M, C] where no positions are given."""
+    """Write rows to their positions in `to` [G, T, C], or without positions to all of `to` [G, M, C]."""
     if positions_M is None:
         to.copy_(rows_MGC.transpose(0, 1))
     else:
@@ -162,17 +167,17 @@ def write(to: Tensor, positions_M: Tensor | None, rows_MGC: Tensor) -> None:
 
 
 def rotate(x_MHC: Tensor, rows: Rows) -> Tensor:
-    """Rotary position embedding of every head."""
+    """Apply the rotary position embedding to every head; [M, H, C]."""
     return torch.addcmul(x_MHC * rows.cos_M1C, x_MHC.roll(x_MHC.shape[-1] // 2, -1), rows.sin_M1C)
 
 
 def attend(q_MHC: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, groups: int) -> Tensor:
-    """[M, H*C] from keys and values [1, G, T, C].
+    """Attention output [M, H*C] over keys and values [1, G, T, C].
 
-    The R heads that share keys become rows of one head, so keys are never repeated.
+    The R query heads that share a key/value head are treated as rows of one head, so keys are never repeated.
     """
     m, heads, channels = q_MHC.shape
-    if m > 1 and mask is None:  # prefill: the causal kernel beats a mask of P x P
+    if m > 1 and mask is None:  # prefill: the causal kernel is faster than one with an explicit mask
         q_1HMC = q_MHC.transpose(0, 1)[None]
         out = F.scaled_dot_product_attention(q_1HMC, keys, values, is_causal=True, enable_gqa=groups != heads)
         return out[0].transpose(0, 1).reshape(m, -1)
@@ -189,8 +194,8 @@ def mlp(residual_MD: Tensor, w: LayerWeights, shape: Shape, linear: Linear) -> T
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last dimension. torch has one kernel for it on a GPU and a dozen calls on a CPU, where a product with a
-    column of ones needs half the time."""
+    """RMS norm over the last dimension. On a GPU torch has one kernel for it; on a CPU it makes a dozen calls, and the
+    matrix product used here instead takes half the time."""
     if x.ndim != 2 or x.dtype != torch.float32 or x.device.type != "cpu":
         return F.rms_norm(x, weight.shape, weight, eps)
     eps_11, mean_D1 = _constants(x.shape[1], eps)
@@ -204,7 +209,8 @@ def _constants(d: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def causal_mask(positions_M: Tensor, length: int, repeats: int, dtype: torch.dtype) -> Tensor:
-    """Additive [M*repeats, length]: the row at position p sees positions 0..p, in each of the R heads of a group."""
+    """Additive mask [M*repeats, length]: a row at position p attends to positions 0..p, in each of the R heads of a
+    group."""
     hidden = torch.arange(length, device=positions_M.device)[None] > positions_M[:, None]
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
     return mask.repeat_interleave(repeats, 0)

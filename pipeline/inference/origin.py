@@ -1,4 +1,4 @@
-"""Where the published head lies: its Hub id and tag. None: in the folder this file is in. Written by every push."""
+"""The Hub id and tag of the published head, written by every push; None for a head in the folder of this file."""
 
 HEAD: str | None = None
 REVISION: str | None = None

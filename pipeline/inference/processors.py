@@ -1,8 +1,9 @@
-"""Which of transformers' logits processors may shape drafts, and what each row of a batch needs of them.
+"""Checks which logits processors may be applied to drafts, and adapts them to single rows of a batch.
 
-Takes the processors that `generate` made and those the user gave; gives, for one row, processors that can be called
-with that row alone, or refuses one by name. A processor is called for drafts that may be rejected and for several
-positions of a round, in no fixed order and more than once, so it must be a function of (input_ids, scores) alone.
+Takes the processors that transformers' `generate` made and those that the user gave; gives, for one row, processors
+that can be called with that row alone, or refuses one by name. A processor is called for drafts that may be rejected
+and for several positions of a round, in no fixed order and more than once, so it must be a function of
+(input_ids, scores) alone.
 
 T tokens of a row, V vocabulary
 """
@@ -23,20 +24,20 @@ STATELESS = frozenset({
     "TemperatureLogitsWarper", "TopHLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "TypicalLogitsWarper",
     "WatermarkLogitsProcessor",
 })  # fmt: skip
-"""Classes of transformers.generation.logits_process (5.23) that keep nothing from call to call."""
+"""Classes of transformers.generation.logits_process (5.23) that keep no state between calls."""
 
 OPTIONS = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "guidance_scale",
     "SynthIDTextWatermarkLogitsProcessor": "watermarking_config=SynthIDTextWatermarkingConfig(...)",
 }
-"""What the user gave to get a processor that is refused."""
+"""Refused processor -> the option of `generate` by which a user asks for it."""
 
 
 def check_stateless(processors: list) -> None:
     """Raises ValueError naming the first processor that is neither known nor declared to be stateless.
 
-    A processor of one's own is declared by an attribute: `stateless = True` on its class, object or function. The exact
-    class counts for those of transformers: a subclass may keep what its parent does not.
+    A user declares a processor of their own by the attribute `stateless = True` on its class, object or function. For
+    transformers' processors the exact class must be listed, because a subclass may keep a state.
     """
     for processor in processors:
         if not _is_known(processor) and getattr(processor, "stateless", False) is not True:
@@ -57,10 +58,11 @@ def check_stateless(processors: list) -> None:
 
 
 def for_row(processors: list, row: int, rows: int) -> LogitsProcessorList | None:
-    """The processors as row `row` of a batch of `rows` has them, to be called with ids [1, T] and scores [1, V].
+    """The processors for row `row` of a batch of `rows`, to be called with ids [1, T] and scores [1, V]; None if there
+    are none.
 
-    Those of transformers that hold something for each row are given that of this row. One of the user's own is called
-    with the row repeated to a batch of `rows`, of which the result for this row is taken. None if there are none.
+    Processors of transformers that hold data for each row are reduced to this row's. A user's own processor is called
+    with the row repeated to a batch of `rows`, and its result for this row is used.
     """
     if not len(processors):
         return None
@@ -95,7 +97,7 @@ def _of_row(processor, row: int, rows: int):
 
 
 class _InBatch:
-    """A processor of the user's own, which may hold something for each row."""
+    """Calls a user's own processor, which may hold data for each row, with a batch of the size that it expects."""
 
     def __init__(self, processor, row: int, rows: int):
         self.processor, self.row, self.rows = processor, row, rows
@@ -106,9 +108,9 @@ class _InBatch:
 
 
 class Prefix:
-    """The ids before the next token on the device of the logits, written once each instead of built anew every time.
+    """The ids before the next token as a tensor on the device of the logits, to which only new ids are copied.
 
-    Follows one text: `tokens` may only grow from call to call. `drafted`, which may be replaced, is written each time.
+    It follows one text: `tokens` may only grow from call to call. `drafted` may change and is copied in every call.
     """
 
     def __init__(self) -> None:
@@ -116,10 +118,10 @@ class Prefix:
         self.tokens: list[int] | None = None
         self.ids_1T = torch.empty(1, 0, dtype=torch.long)
         self.written = 0
-        """Ids of prompt and tokens that are in the buffer."""
+        """How many ids of prompt and tokens are in the buffer."""
 
     def ids(self, prompt: list[int], tokens: list[int], drafted: list[int], device: torch.device) -> Tensor:
-        """[1, T] of prompt, tokens and drafted; a view that the next call overwrites."""
+        """prompt + tokens + drafted as ids [1, T], a view that the next call overwrites."""
         known = len(prompt) + len(tokens)
         same = self.prompt is prompt and self.tokens is tokens and self.ids_1T.device == device
         if not same or self.written > known:
@@ -131,7 +133,7 @@ class Prefix:
             grown_1T[:, : self.written] = self.ids_1T[:, : self.written]
             self.ids_1T = grown_1T
         if new:
-            # non_blocking: to bring numbers to a GPU would be a wait like reading them
+            # non_blocking: else the host would wait for the GPU
             self.ids_1T[0, end - len(new) : end].copy_(torch.tensor(new), non_blocking=True)
         self.written = known
         return self.ids_1T[:, :end]

@@ -1,7 +1,8 @@
-"""What happened in a round, what the exit head says of itself, and the interface of a controller.
+"""The record of a round, the exit head's confidence in its next token, and the interface of a controller.
 
-Takes processed logits of the head, gives numbers that a controller may look at. Knows nothing of how any
-controller decides.
+`Confidence` takes processed logits of the head and gives the numbers that a controller may read.
+
+V vocabulary; q: the exit head's distribution
 """
 
 from collections.abc import Callable
@@ -13,21 +14,22 @@ import torch
 from torch import Tensor
 
 LONGEST = 8
-"""Drafts of a round at most, of every controller that has no length of its own: the same for all, to be compared."""
+"""The most drafts in a round for every controller without a length of its own, so that they can be compared."""
 WIDTHS = (1, 2, 3, 5, LONGEST + 1)
-"""Rows of a pass at which kernels are timed, passes recorded and rounding compared; others go with the next of them."""
+"""Numbers of rows for which kernels are timed, passes recorded and rounding compared. Other numbers of rows use the
+next of these."""
 
 
 @dataclass(slots=True)
 class Round:
-    """What happened in one round."""
+    """What happened in one round; times are wall time in seconds."""
 
     drafted: int = 0
     accepted: int = 0
     tokens: int = 0
-    """Committed: accepted plus the bonus token, less what an end token or the length limit cut off."""
+    """Committed tokens: the accepted ones and the bonus token, without those after an end token or the length limit."""
     head_passes: int = 0
-    """Drafted, plus one where the controller saw a distribution and did not draft from it."""
+    """Passes of the exit head: one for each draft, and one more if the controller then decided not to draft."""
     seconds: float = 0.0
     shallow_seconds: float = 0.0
     head_seconds: float = 0.0
@@ -35,12 +37,13 @@ class Round:
 
 
 class Confidence:
-    """The head's distribution q of the next token, and what it says of itself; computed when it is read."""
+    """The head's distribution q of the next token and figures of it, each computed when it is first read."""
 
     def __init__(self, q_logits_V: Tensor):
         self.logits_V = q_logits_V
         self.read: Callable[[Tensor], float] = float
-        """Takes a number [1] off its device. On a GPU that is a wait: `Sampler.propose` lets the draft come along."""
+        """Copies a number [1] to the host, which waits for a GPU. `Sampler.propose` replaces it by a function that
+        copies the drafted token in the same transfer."""
 
     @cached_property
     def q_V(self) -> Tensor:
@@ -48,31 +51,31 @@ class Confidence:
 
     @cached_property
     def top(self) -> float:
-        """max q: of a greedy draft, the head's own estimate that it is right."""
+        """max q: for a greedy draft, the head's own estimate of the chance that it is right."""
         return self.read(self.q_V.amax(0, keepdim=True))
 
     @cached_property
     def collision(self) -> float:
-        """sum q^2: the chance that two draws from q are equal."""
+        """sum q^2: the probability that two draws from q are equal."""
         return self.read(self.q_V.dot(self.q_V)[None])
 
     @cached_property
     def entropy(self) -> float:
-        """-sum q log q, in nats."""
+        """H(q) = -sum q log q, in nats."""
         return self.read(torch.special.entr(self.q_V).sum(0, keepdim=True))
 
 
 class Controller(Protocol):
-    """Decides on-line; one object may serve many prompts and keeps what it learns."""
+    """Decides during decoding how many tokens to draft. One object may serve many prompts and keeps what it learns."""
 
     def peek(self, k: int) -> bool:
-        """After k drafts, before the exit head runs: is its next distribution worth computing?"""
+        """After k drafts, before the exit head runs: whether to compute its next distribution."""
         ...
 
     def draft(self, k: int, confidence: Confidence) -> bool:
-        """The distribution of draft k+1 is known, what was drawn from it is not: draft it?"""
+        """Given the distribution of draft k+1, but not the token drawn from it: whether to draft that token."""
         ...
 
     def observe(self, round: Round) -> None:
-        """A round is over; learn from it."""
+        """Learn from a finished round."""
         ...

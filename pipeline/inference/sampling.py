@@ -1,9 +1,9 @@
-"""From logits to tokens: the processors that shape p and q alike, drawing, and the exact accept rule.
+"""From logits to tokens: processing of logits, which is the same for p and q, drawing, and the exact accept rule.
 
-Takes logits of the exit head (q) and of the backbone (p), gives drafted tokens, how many of them are accepted
-and the bonus token; the emitted text is distributed as the backbone's own.
+Takes logits of the exit head (q) and of the backbone (p); gives drafted tokens, the number of accepted ones and the
+bonus token. The committed text has the backbone's own distribution.
 
-K drafted tokens this round, V vocabulary, M rows;  p: backbone's distribution, q: exit head's
+K drafted tokens of this round, V vocabulary, M rows, T ids;  p: the backbone's distribution, q: the exit head's
 """
 
 from collections.abc import Callable
@@ -18,10 +18,11 @@ from .rounds import Confidence
 
 
 class Draft:
-    """A token drawn from q, on its device until it is read.
+    """A token drawn from q, which stays on its device until it is read.
 
-    The first number that is read of q brings the token to the host with it: one wait for a GPU in place of two. Whoever
-    asked for the number is given that alone, and a draft that is not wanted is forgotten unseen.
+    When the first figure of q is read, the token is copied to the host in the same transfer, so that the host waits for
+    a GPU once instead of twice. The caller receives only the figure; a draft that the controller refuses is dropped
+    unread.
     """
 
     def __init__(self, token_1: Tensor):
@@ -32,7 +33,7 @@ class Draft:
         return int(self.token_1)
 
     def read_with(self, number_1: Tensor) -> float:
-        # as floats: float32 has every integer up to 2^24
+        # as floats: float32 represents every integer up to 2^24 exactly
         number, token = torch.cat((number_1, self.token_1.to(number_1.dtype))).tolist()
         self.token = int(token)
         return number
@@ -40,18 +41,18 @@ class Draft:
 
 @dataclass
 class Sampler:
-    """How the next token is chosen. Temperature 0 is greedy."""
+    """How the next token is chosen from logits. Temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     generator: torch.Generator | None = None
     processors: Callable[[Tensor, Tensor], Tensor] | None = None
-    """transformers' LogitsProcessorList: (ids [1, T], logits [1, V]) -> logits [1, V]. Replaces the three above,
-    except that temperature 0 still means greedy. Called for rejected drafts too: it must be a function of its two
-    arguments alone (processors.py)."""
+    """transformers' LogitsProcessorList: (ids [1, T], logits [1, V]) -> logits [1, V]. It replaces temperature, top_k
+    and top_p, except that temperature 0 still means greedy. It is also called for drafts that are rejected, so it must
+    be a function of its two arguments alone (processors.py)."""
     shown: list[int] | None = None
-    """The ids that processors see in place of the prompt: those of a left-padded row, padding included."""
+    """The ids that processors are given in place of the prompt: those of a left-padded row, padding included."""
     _prefix: Prefix = field(default_factory=Prefix, init=False, repr=False, compare=False)
 
     @property
@@ -63,8 +64,8 @@ class Sampler:
     ) -> Tensor:
         """Processed logits [M, V] of M consecutive positions.
 
-        The last row follows prompt + tokens + drafted, each row before it one token less. While one text is decoded
-        `prompt` and `tokens` must be the same two lists, of which `tokens` grows: only what is new is then copied.
+        The last row follows prompt + tokens + drafted, each earlier row one token less. While one text is decoded,
+        `prompt` and `tokens` must be the same two list objects, and `tokens` may only grow: only new ids are copied.
         """
         if self.processors is not None:
             shown = prompt if self.shown is None else self.shown
@@ -87,21 +88,22 @@ class Sampler:
         return int(logits_V.argmax()) if self.greedy else self._draw(logits_V.softmax(-1))
 
     def propose(self, q: Confidence) -> Draft:
-        """A token from the head's distribution that nobody has seen; it is read with the first number read of q."""
+        """A token drawn from the head's distribution, not read yet; it is read with the first figure of q (`Draft`)."""
         draft = Draft(q.logits_V.argmax(0, keepdim=True) if self.greedy else self._pick(q.q_V))
         q.read = draft.read_with
         return draft
 
     def draft(self, q: Confidence) -> int:
-        """The same, seen."""
+        """A token drawn from the head's distribution, read at once."""
         return self.propose(q).token
 
     def accept(self, drafts: list[Draft], q: list[Confidence], p_logits_MV: Tensor) -> tuple[int, int]:
-        """(accepted, bonus token) of a round, read together; p are processed logits of K+1 rows.
+        """(number of accepted drafts, bonus token) of a round, read from the device together.
 
-        Greedy: drafts are accepted while they equal the backbone's argmax. Sampling (Leviathan et al., ICML
-        2023, algorithm 1): draft x is accepted with probability min(1, p(x)/q(x)); the first rejected one is
-        replaced by a draw from the residual max(p - q, 0); if none is, the bonus comes from p's last row.
+        p_logits_MV: processed logits of the backbone in K+1 rows. Greedy: drafts are accepted while they equal the
+        backbone's argmax. Sampling (Leviathan et al., ICML 2023, algorithm 1): draft x is accepted with probability
+        min(1, p(x)/q(x)); the first rejected one is replaced by a draw from the residual max(p - q, 0); if none is
+        rejected, the bonus token is drawn from the last row of p.
         """
         if self.greedy:
             targets = p_logits_MV.argmax(-1).tolist()
@@ -111,7 +113,7 @@ class Sampler:
         if not drafts:
             return 0, self._draw(p_MV[0])
         x_K1 = torch.stack([draft.token_1 for draft in drafts])
-        # behind the last draft q is 0, which leaves p as the residual
+        # q is 0 in the row after the last draft, so that p is the residual there
         q_MV = torch.stack([*(one.q_V for one in q), torch.zeros_like(p_MV[0])])
         kept_K = self._coins((p_MV.gather(1, x_K1) / q_MV.gather(1, x_K1))[:, 0])
         accepted_1 = kept_K.cumprod(0).sum(0, keepdim=True)
@@ -123,27 +125,28 @@ class Sampler:
     def _draw(self, weights_V: Tensor) -> int:
         return int(self._pick(weights_V))
 
-    # All randomness of a text passes through these two, so that a proof can enumerate it (tests/test_exact.py). What
-    # they give stays on the device.
+    # All randomness of a text passes through these two methods, so that a test can enumerate it. Their results stay on
+    # the device.
 
     def _pick(self, weights_V: Tensor) -> Tensor:
-        """An index [1] with chance proportional to its weight: one uniform number through the inverse of the sums. (On
-        a CPU multinomial draws one for every index, which takes longer than two decoder layers of a thin model.)"""
+        """An index [1] drawn with probability proportional to its weight, by inverting the cumulative sums at one
+        uniform number. (On a CPU torch.multinomial draws a number for every index, which takes longer than two decoder
+        layers of a thin model.)"""
         exact = torch.float32 if weights_V.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         sums_V = weights_V.cumsum(-1, dtype=exact)
         u_1 = torch.rand(1, generator=self.generator, device=sums_V.device, dtype=exact)
-        # the first sum above u: never an index without weight
+        # the first sum above u, which is never at an index of weight 0
         return torch.searchsorted(sums_V, u_1.mul_(sums_V[-1:]), right=True).clamp_(max=len(sums_V) - 1)
 
     def _coins(self, chance_K: Tensor) -> Tensor:
-        """Independent coins [K] that show True with these chances; above 1 is always."""
+        """Independent booleans [K] that are True with these probabilities; above 1 means always."""
         u_K = torch.rand(len(chance_K), generator=self.generator, device=chance_K.device, dtype=chance_K.dtype)
         return u_K < chance_K
 
 
 def outside_nucleus(logits_MV: Tensor, top_p: float) -> Tensor:
-    """Mask [M, V] of the tokens outside the nucleus: the most probable tokens that together reach `top_p`, the one that
-    crosses the line included (Holtzman et al., ICLR 2020, section 3.1)."""
+    """Mask [M, V] of the tokens outside the nucleus, which is the smallest set of most probable tokens whose
+    probabilities sum to at least `top_p` (Holtzman et al., ICLR 2020, section 3.1)."""
     ordered_MV, order_MV = logits_MV.sort(-1, descending=True)
     mass_MV = ordered_MV.softmax(-1)
     outside_MV = mass_MV.cumsum(-1) - mass_MV >= top_p
@@ -151,6 +154,6 @@ def outside_nucleus(logits_MV: Tensor, top_p: float) -> Tensor:
 
 
 def residual(p_V: Tensor, q_V: Tensor) -> Tensor:
-    """max(p - q, 0), unnormalised; p itself where rounding leaves nothing of it."""
+    """max(p - q, 0) [V], unnormalised; p itself where rounding leaves only zeros."""
     rest_V = (p_V - q_V).clamp_(min=0)
     return torch.where(rest_V.sum() > 0, rest_V, p_V)

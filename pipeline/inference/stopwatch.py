@@ -1,6 +1,6 @@
-"""A stopwatch for the parts of repeated work: a mark after each part, the seconds of every part at the end.
+"""A stopwatch for the parts of repeated work: the caller marks the end of each part, and reads all seconds at the end.
 
-On a GPU, marks are events in its stream, so that measuring makes the host wait only when the result is read.
+On a GPU, marks are events in its stream, so that the host waits only when the result is read.
 """
 
 import operator
@@ -17,7 +17,7 @@ import torch
 class Stopwatch:
     """Sums the time between marks by the name of the part that each mark ends.
 
-    `moment()` records a point in time; `since(after, before)` gives the seconds between two of them.
+    moment: records a point in time. since: (after, before) -> seconds between two points in time.
     """
 
     def __init__(self, moment: Callable[[], Any], since: Callable[[Any, Any], float] = operator.sub):
@@ -25,15 +25,15 @@ class Stopwatch:
         self.start()
 
     def start(self) -> None:
-        """Forget all marks and begin anew."""
+        """Drop all marks and start measuring now."""
         self._marks: list[tuple[str, Any]] = [("", self._moment())]
 
     def mark(self, part: str) -> None:
-        """The time since the mark before (or since the start) belongs to `part`."""
+        """Count the time since the previous mark (or the start) as time of `part`."""
         self._marks.append((part, self._moment()))
 
     def read(self) -> defaultdict[str, float]:
-        """Seconds of each part since the start. On a GPU, waits until it has reached the last mark."""
+        """Seconds of each part since the start. On a GPU this waits until the stream has reached the last mark."""
         seconds: defaultdict[str, float] = defaultdict(float)
         for (_, before), (part, after) in pairwise(self._marks):
             seconds[part] += self._since(after, before)
@@ -60,7 +60,7 @@ def _passed(event: Callable[..., Any], device: torch.device) -> Any:
 
 def _seconds(after: Any, before: Any) -> float:
     after.synchronize()
-    return before.elapsed_time(after) / 1000  # of milliseconds
+    return before.elapsed_time(after) / 1000  # elapsed_time gives milliseconds
 
 
 def _now(devices: list[torch.device]) -> float:

@@ -1,8 +1,8 @@
-"""The cost-aware Thompson-sampling controller, our default: draft while the expected tokens are worth the seconds.
+"""The default controller: cost-aware Thompson sampling, which drafts while the expected tokens are worth the seconds.
 
-Takes the head's confidence before each draft, and finished rounds with their times; decides whether to draft on.
-Tokens per second are largest when every decision raises tokens - rate * seconds, `rate` being what is reached in the
-long run (docs/control.md derives it).
+Takes the head's confidence before each draft, and finished rounds with their times; decides whether to draft another
+token. Tokens per second are maximal when every decision maximises tokens - rate * seconds, where `rate` is the tokens
+per second reached in the long run (docs/control.md derives it).
 """
 
 import random
@@ -13,29 +13,30 @@ from .rounds import LONGEST, Confidence, Round
 
 BINS = 8
 PRIOR = 2.0
-"""Weight of the prior, in drafts. Until seen, a bin's acceptance is thought to be its confidence x where drafts must
-equal the backbone's choice, and (1 + x) / 2 where they need only be likely enough."""
+"""Weight of the prior, in drafts. The prior mean of a bin's acceptance is its confidence x in greedy decoding, where a
+draft must equal the backbone's choice, and (1 + x) / 2 in sampling, where acceptance is more likely."""
 MEMORY = 0.999
-"""What a round leaves of the counts of earlier rounds: acceptance changes with the text."""
+"""Discount factor of earlier rounds in the acceptance counts, per round, because acceptance changes with the text."""
 RATE_MEMORY = 0.995
-"""What a round leaves of the earlier ones in the rate."""
+"""Discount factor of earlier rounds in the rate, per round."""
 REFRESH = 8
-"""Rounds that decide by the same draws, costs and rate; one while little is known."""
+"""Number of rounds that use the same sampled acceptances, costs and rate. In the first rounds it is 1."""
 
 
 class Thompson:
-    """Sampled acceptances per confidence bin, measured costs, look-ahead over several drafts.
+    """Decides by an acceptance sampled for each confidence bin, measured costs, and look-ahead over several drafts.
 
-    theta_b ~ Beta(a_b, b_b) is drawn for every bin b of confidence, in every round at first, then for `REFRESH` rounds
-    at a time. With P the product of the theta of the drafts made, C(k) the seconds of a round with k drafts, h those of
-    a head pass, abar the mean acceptance over bins as they occur, and rate the tokens of recent rounds over what these
-    rounds cost by C (never below 1 / C(0), which needs no drafting):
+    theta_b ~ Beta(a_b, b_b) is drawn for every bin b of confidence, in every round at first, later every `REFRESH`
+    rounds. P is the product of the theta of the drafts made, C(k) the seconds of a round with k drafts, h the seconds
+    of a head pass, abar the mean acceptance over the bins, weighted by how often they occur, and rate the number of
+    tokens of recent rounds divided by their cost according to C (at least 1 / C(0), the rate without drafting):
       worth(k, a) = max over j >= 1 of  P a (1 + abar + ... + abar^(j-1)) - rate (C(k+j) - C(k) - h)
-      draft, q known, its pass paid:   go on iff worth(k, theta_bin) > 0
-      peek, q not known:               look iff  E_b[max(0, worth(k, theta_b))] > rate h
-    Refusing the first peek is K = 0, one autoregressive token. It teaches nothing about drafting, so one such round
-    in sqrt(100 + n) drafts all the same. The first rounds draft each of PROBES twice, once to warm up and once to
-    measure C; later rounds draft that many again when it was not done for long (`Costs.due`).
+      draft (q is known, the head pass is spent):  draft iff  worth(k, theta_bin) > 0
+      peek (q is not known yet):                   run the head iff  E_b[max(0, worth(k, theta_b))] > rate h
+    A refused first peek means K = 0, one autoregressive token. Such a round teaches nothing about drafting, so with
+    probability 1 / sqrt(100 + n) after n rounds it drafts one token nevertheless. The first rounds draft each number in
+    PROBES twice, once to warm up and once to measure C; later rounds repeat one that was not timed for a long while
+    (`Costs.due`).
     """
 
     def __init__(self, greedy: bool = True, seed: int = 0, limit: int = LONGEST, costs: Costs | None = None):
@@ -46,36 +47,36 @@ class Thompson:
         self.prior = [(PRIOR * a, PRIOR * (1 - a)) for a in thought]
         self.counts = [list(p) for p in self.prior]
         self.seen = [1.0] * BINS
-        """How often q fell into each bin, discounted."""
+        """How often q fell into each bin, discounted by MEMORY."""
         self.costs = costs or Costs()
         self.tokens = 0.0
-        """Tokens of all rounds, discounted by RATE_MEMORY."""
+        """Number of tokens of all rounds, discounted by RATE_MEMORY."""
         self.lengths = [0.0] * (limit + 1)
-        """How many of these rounds had each number of drafts."""
+        """lengths[k]: number of rounds with k drafts, discounted alike."""
         self.idle = 0.0
-        """Head passes that no draft came from."""
+        """Number of head passes after which nothing was drafted, discounted alike."""
         self.rounds = self.refreshed = 0
         self.plan = [] if costs else [min(k, limit) for _ in range(2) for k in PROBES]
-        """Numbers of drafts of the next rounds, as long as costs are being measured."""
-        # of the round at hand
+        """Prescribed numbers of drafts of the next rounds, in which costs are first measured."""
+        # State of the current round.
         self.bins: tuple[int, ...] = ()
         self.product = 1.0
         self.forced: int | None = None
-        # of the rounds until the next refresh
+        # Valid until the next refresh.
         self.theta: list[float] = []
         """Sampled acceptance of each bin."""
         self.looks: dict[tuple[int, ...], bool] = {}
-        """Whether to peek behind drafts of these bins."""
+        """Bins of the drafts made in a round -> whether to peek after them."""
         self.chains: list[float] = []
-        """chains[j] = 1 + abar + ... + abar^j: tokens that j + 1 more drafts bring once the first is accepted."""
+        """chains[j] = 1 + abar + ... + abar^j: expected tokens of j + 1 more drafts once the first is accepted."""
         self.times: list[float] = []
-        """times[k] = C(k)."""
+        """times[k] = C(k), in seconds."""
         self.head = 0.0
-        """h."""
+        """h: seconds of a head pass."""
         self.gains: list[list[tuple[float, float]]] = []
-        """gains[k] has, for every j >= 1 further drafts after k, (chain, seconds) as `_worth` weighs them."""
+        """gains[k][j-1] = (chain, seconds) of j >= 1 further drafts after k, the two terms of `worth`."""
         self.cheapest: list[float] = []
-        """Least seconds / chain of gains[k]."""
+        """cheapest[k]: the minimum of seconds / chain in gains[k]."""
         self.commonest = list(range(BINS))
         self.rate = 0.0
 
@@ -97,7 +98,8 @@ class Thompson:
         return False
 
     def _hopes(self, k: int) -> bool:
-        """E_b[max(0, worth(k, theta_b))] > rate h, looking at no more bins than decide it: most often one."""
+        """Whether E_b[max(0, worth(k, theta_b))] > rate h. It visits bins from the most frequent one on until the
+        answer is certain, usually after one."""
         unseen = sum(self.seen)
         needed, most = unseen * self.rate * self.head, self._worth(k, self.product)
         for b in self.commonest:
@@ -120,8 +122,8 @@ class Thompson:
         return True
 
     def signal(self, confidence: Confidence) -> float:
-        """What predicts acceptance, in [0, 1]: greedy max q; sampling sum q^2, which says more of the overlap of q with
-        p (share of the log-loss of acceptance removed on held-out prompts: docs/lab-notes.md)."""
+        """The figure in [0, 1] that predicts acceptance: max q in greedy decoding, sum q^2 in sampling, where it
+        predicts the overlap of q with p better (docs/lab-notes.md has the log-loss of both on held-out prompts)."""
         return confidence.top if self.greedy else confidence.collision
 
     def _begin(self) -> None:
@@ -131,7 +133,8 @@ class Thompson:
             self._refresh()
 
     def _refresh(self) -> None:
-        """Every few rounds what decisions rest on, acceptances drawn anew too: they must cost little beside a token."""
+        """Discount counts, draw new acceptances, and recompute costs, rate and the tables that decisions use. It is
+        done every few rounds only, because its time must be small compared with that of a token."""
         faded = 1 - MEMORY ** (self.rounds - self.refreshed)
         self.refreshed = self.rounds
         for count, prior in zip(self.counts, self.prior, strict=True):
@@ -153,15 +156,15 @@ class Thompson:
         self.commonest.sort(key=self.seen.__getitem__, reverse=True)
 
     def _rate(self) -> float:
-        """Tokens per second of recent rounds, at what they cost now: when the machine becomes slower, `times` and rate
-        change together, and what pays does not."""
+        """Tokens per second of recent rounds at current costs. When the machine becomes slower, `times` and the rate
+        change by the same factor, so decisions do not."""
         alone = 1 / self.times[0] if self.times[0] > 0 else 0.0
         seconds = sum(n * t for n, t in zip(self.lengths, self.times, strict=True))
         seconds += self.idle * self.head
         return max(alone, self.tokens / seconds if seconds > 0 else 0.0)
 
     def _pays(self, k: int, reach: float) -> bool:
-        """worth > 0, without the maximum: some j has reach * chain > rate * seconds."""
+        """Whether worth > 0, without computing the maximum: some j has reach * chain > rate * seconds."""
         return reach > self.rate * self.cheapest[k]
 
     def _worth(self, k: int, reach: float) -> float:
@@ -171,7 +174,7 @@ class Thompson:
     # ---- learning
 
     def observe(self, round: Round) -> None:
-        for i, b in enumerate(self.bins[: round.accepted + 1]):  # behind the first rejected draft nothing was tested
+        for i, b in enumerate(self.bins[: round.accepted + 1]):  # drafts after the first rejected one were not tested
             self.counts[b][i >= round.accepted] += 1
         self.bins = ()
         self.rounds += 1
@@ -181,19 +184,19 @@ class Thompson:
         self.lengths[round.drafted] += 1
         self.idle = RATE_MEMORY * self.idle + round.head_passes - round.drafted
 
-    # ---- to look at, to keep
+    # ---- inspecting and saving
 
     def acceptance(self) -> list[float]:
-        """Posterior mean of each bin, from the least confident to the most."""
+        """Posterior mean acceptance of each bin, from the least confident to the most."""
         return [a / (a + b) for a, b in self.counts]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learned about the head, as plain JSON. Times are left out: they belong to a machine."""
+        """What was learned about the head, ready for JSON. Times are left out because they depend on the machine."""
         return {"kind": "thompson", "greedy": self.greedy, "counts": [list(c) for c in self.counts],
                 "seen": list(self.seen), "rounds": self.rounds}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for a state that is not of this kind of controller."""
+        """Continue from a `state_dict`. Raises ValueError for the state of another kind of controller."""
         same = state.get("kind") == "thompson" and state.get("greedy") == self.greedy
         if not same or len(state.get("counts", [])) != BINS or len(state.get("seen", [])) != BINS:
             raise ValueError(

@@ -1,10 +1,10 @@
-"""Is a model exactly what transformers builds of its config? The engine reads weights; it never calls the modules.
+"""Checks that a model is exactly what transformers builds from its config, because the engine reads the model's weights
+and never calls its modules.
 
-Takes a loaded model, raises ValueError that names the first module which may compute anything else: another class (LoRA
-and other adapters, quantised or parametrised layers), a hook, a replaced `forward`, another attribute, a weight of
-another class, dtype or shape. Of what others attach to modules two things are known to change no value and are let
-through: accelerate's hooks that move tensors between the devices of a map, and the hooks by which transformers returns
-hidden states.
+Takes a loaded model; raises ValueError that names the first module which may compute something else: another class
+(LoRA and other adapters, quantised or parametrised layers), a hook, a replaced `forward`, a changed attribute, or a
+weight of another class, dtype or shape. Two kinds of hooks are known to change no value and are allowed: accelerate's
+hooks that move tensors between the devices of a map, and the hooks by which transformers returns hidden states.
 """
 
 import copy
@@ -21,19 +21,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HOME = ("torch.nn.", "transformers.")
-"""Where the code of every module of a supported backbone is written."""
+"""Packages that contain the code of every module of a supported backbone."""
 MOVES_TENSORS = ("AlignDevicesHook", "SequentialHook")
 """accelerate's hooks for a device map."""
 FREE = ("training", "layer_idx", "padding_idx", "gradient_checkpointing")
-"""Attributes that no value depends on."""
+"""Attributes that do not change what a module computes."""
 REMEDY = "give the model as from_pretrained loads it"
 ADAPTER = "; an adapter must be merged into the weights (merge_and_unload) and its head trained on the merged model"
 
 
 def check_unmodified(model: nn.Module) -> None:
-    """Raises ValueError unless `model` computes what its class in transformers computes for its config and weights.
-
-    The config must have passed `families.check_config`.
+    """Raises ValueError unless `model` computes exactly what its class in transformers computes from its config and
+    weights. The config must have passed `families.check_config`.
     """
     config: Any = model.config
     kind: Any = type(config)
@@ -61,13 +60,13 @@ def check_unmodified(model: nn.Module) -> None:
 
 
 def addresses(module: nn.Module) -> tuple[int, ...]:
-    """Where a module's weights lie: other numbers mean that somebody put other tensors in their place."""
+    """Memory addresses of a module's weights; they change when weights are replaced by other tensors."""
     return tuple(parameter.data_ptr() for parameter in module.parameters())
 
 
 @functools.lru_cache(maxsize=4)
 def _as_built(kind: Any, fields: str) -> Any:
-    """transformers' own model of a config, on the meta device, one decoder layer for each type of layer."""
+    """transformers' own model of a config on the meta device, with one decoder layer for each type of layer."""
     config: Any = kind(**json.loads(fields))
     kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = 1
@@ -129,7 +128,7 @@ def _check_parameters(found: nn.Module, wanted: nn.Module, path: str, dtypes: di
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    """Hooks that could change what a module is given or gives, its own and those that torch calls for all modules."""
+    """Hooks that could change a module's inputs or outputs: its own, and those that torch calls for all modules."""
     registry = torch.nn.modules.module
     for hooks in (
         module._forward_pre_hooks, module._forward_hooks,
@@ -141,7 +140,8 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _check_forward(module: nn.Module, path: str) -> None:
-    """A forward of the instance is accelerate's, around the class's own, or unknown."""
+    """Raises ValueError for a `forward` replaced on the instance, unless accelerate wrapped the class's own to move
+    tensors."""
     replaced = vars(module).get("forward")
     if replaced is None:
         return
@@ -155,7 +155,8 @@ def _check_forward(module: nn.Module, path: str) -> None:
 
 
 def _check_functions(modeling: str) -> None:
-    """The functions that the family's classes call by name, where libraries of faster kernels put their own."""
+    """Raises ValueError if a function in the family's modeling module is not transformers' own: libraries of faster
+    kernels replace them there."""
     for name, value in vars(sys.modules[modeling]).items():
         if callable(value) and not str(getattr(value, "__module__", None) or "transformers").startswith(
             ("transformers", "torch", "typing", "collections", "huggingface_hub", "builtins", "functools")
@@ -172,7 +173,8 @@ def _check_attention(config: Any) -> None:
 
 
 def _check_calls(model: Any) -> None:
-    """What decides, beside the modules, which logits `generate` would see."""
+    """Raises ValueError for what changes the logits of `generate` besides the modules: a replaced input preparation,
+    and dropout in training mode."""
     if "prepare_inputs_for_generation" in vars(model):
         raise ValueError(
             f"the model's prepare_inputs_for_generation was replaced (virtual tokens of a prompt adapter?): {REMEDY}"

@@ -1,1 +1,1 @@
-"""A measured head becomes a folder that others load: gate, parity, files, cards, Hub."""
+"""Turns a measured head into a folder that others can load, and pushes it to the Hub: gate, files, parity, cards."""

@@ -1,6 +1,7 @@
-"""From results to a published folder: gate, files, parity, card; whole under its name, or not there.
+"""Builds a published folder from the results of a run: gate, files, parity check, card.
 
-Takes a run folder that was evaluated and the form asked for, gives hub/<N>/ (head) or hub/<N>-draft/ (draft).
+Takes a run folder that was evaluated and the form asked for; writes hub/<N>/ (head) or hub/<N>-draft/ (draft),
+atomically.
 """
 
 from pathlib import Path
@@ -17,14 +18,15 @@ from . import card, draft_card, draft_model, gate, head_folder, parity
 from .parity import Form
 
 STAGES: dict[Form, str] = {"head": "publish", "draft": "draft"}
-"""The mark that each form leaves."""
+"""Form -> the stage under which it is recorded."""
 SUFFIXES: dict[Form, str] = {"head": "", "draft": "-draft"}
 
 
 def write(run: RunDir, form: Form) -> Path:
-    """The folder of the best head, or of publish.exit_layer, unless it is done already.
+    """Write the folder of the best head, or of publish.exit_layer, unless it is done already; returns its path.
 
-    Raises GateError for a head that the gate refuses, before anything is written or with nothing left of it.
+    Raises GateError for a head that the gate refuses, and UserError for a draft model without a measured fixed:K; no
+    folder is left then.
     """
     stage, settings, inputs = STAGES[form], run.config.publish, [run / "eval", run / "heads"]
     done = not run.plan(stage, inputs)

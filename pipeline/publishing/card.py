@@ -1,6 +1,6 @@
-"""The model card of a published head, from results and pedigree alone; its parts make the draft model's card too.
+"""The model card of a published head, from results and pedigree alone; the draft model's card shares its parts.
 
-Takes a run and the results of its head, gives README.md with the Hub's front matter, and the pictures it shows; names
+Takes a run and the results of its head; writes README.md with the Hub's front matter, and its pictures. The card names
 no folder, host, user or token.
 """
 
@@ -21,7 +21,7 @@ PAPER = (
     "Mechanism*, Findings of ACL 2024, [arXiv 2406.03853](https://arxiv.org/abs/2406.03853)"
 )
 HERE = "<this folder>"
-"""Stands where a Hub id would, while there is none."""
+"""Used in place of a Hub id if none is configured."""
 
 LIMITS = """\
 - Measured for one text at a time. Other hardware, dtypes, batches and kinds of text were not measured.
@@ -44,19 +44,19 @@ PROFILE = "- `speculation_profile.json`: acceptance by draft position, in the sc
 
 
 def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
-    """README.md of hub/<N>/, and its pictures."""
+    """Write README.md of hub/<N>/, and its pictures."""
     draw(folder, results)
     (folder / "README.md").write_text("\n".join(render(run, results)) + "\n")
 
 
 def draw(folder: Path, results: dict[str, Any]) -> None:
-    """The pictures that `acceptance` shows."""
+    """Draw the pictures that `acceptance` refers to."""
     for file in plots.files("acceptance", results):
         plots.draw(file, results, folder / file)
 
 
 def render(run: RunDir, results: dict[str, Any]) -> list[str]:
-    """Its lines."""
+    """The lines of the card."""
     best, n, name = results["best"], results["best"]["exit_layer"], public_name(run.config.backbone)
     repo = run.config.publish.repo_id or HERE
     return [
@@ -93,7 +93,7 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
 
 
 def front_matter(run: RunDir, tags: list[str], relation: str) -> list[str]:
-    """What the Hub reads. relation: of this repo to the backbone."""
+    """The YAML front matter that the Hub reads. relation: how this repo relates to the backbone, in the Hub's words."""
     name = public_name(run.config.backbone)
     front: dict[str, Any] = {"library_name": "transformers", **pedigree.licence(run.config)}
     if "/" in name:
@@ -117,7 +117,7 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
-    """How much faster, and whether it may be trusted."""
+    """The speedup, whether decoding is lossless, and a warning if the gate refused the head."""
     best = results["best"]
     lines = [
         f"**Speedup {best['speedup']:.2f}** ({evaluated.span(best)}) at temperature {best['temperature']:g} with "
@@ -132,7 +132,7 @@ def verdict(results: dict[str, Any]) -> list[str]:
 
 
 def length(figures: dict[str, Any]) -> str:
-    """Acceptance length and its interval."""
+    """Acceptance length and its interval, as text."""
     if figures["acceptance_length"] is None:
         return "-"
     low, high = figures["acceptance_length_ci95"]
@@ -140,7 +140,7 @@ def length(figures: dict[str, Any]) -> str:
 
 
 def backbone(results: dict[str, Any], name: str) -> list[str]:
-    """For which exact backbone."""
+    """The section that identifies the exact backbone."""
     record = results["backbone"]
     return [
         "## Backbone",
@@ -152,7 +152,7 @@ def backbone(results: dict[str, Any], name: str) -> list[str]:
 
 
 def acceptance(results: dict[str, Any]) -> list[str]:
-    """The pictures."""
+    """The section with the pictures of acceptance by draft position."""
     lines = ["## Acceptance by draft position", ""]
     for t, file in zip(plots.temperatures(results), plots.files("acceptance", results), strict=True):
         lines += [f"![Share of drafts accepted, by position, at temperature {t:g}]({file})", ""]
@@ -165,7 +165,7 @@ def acceptance(results: dict[str, Any]) -> list[str]:
 
 
 def how_measured(run: RunDir, results: dict[str, Any]) -> list[str]:
-    """Prompts, hardware, dtype, versions, command, and what the folder itself gave."""
+    """The section on prompts, hardware, dtype, versions and command, and on the parity check of the folder."""
     prompts = results["prompts"]
     lines = [
         "## How it was measured",
@@ -200,7 +200,7 @@ def _hardware(run: RunDir, results: dict[str, Any]) -> str:
 
 
 def trained(run: RunDir, results: dict[str, Any]) -> list[str]:
-    """What it learned from and how far, as far as the run folder knows."""
+    """The section on training data, loss and progress, as far as the run folder has records of them."""
     manifest, head = pedigree.responses(run), pedigree.trained(run, results["best"]["exit_layer"])
     lines = ["## How it was trained", ""]
     if manifest is not None:
@@ -225,7 +225,7 @@ def trained(run: RunDir, results: dict[str, Any]) -> list[str]:
 
 
 def licences(run: RunDir, why: str) -> list[str]:
-    """Of weights, prompts and code. why: what of the backbone is in the weights."""
+    """The section on licences of weights, prompts and code. why: how the weights depend on the backbone."""
     found = pedigree.licence(run.config)
     name = found.get("license_name") or found.get("license")
     link = f" ({found['license_link']})" if "license_link" in found else ""
@@ -254,7 +254,7 @@ def _example(run: RunDir, repo: str) -> list[str]:
 
 
 def _measured(results: dict[str, Any]) -> list[str]:
-    """A table of all controllers and one of the best by task, for each temperature."""
+    """For each temperature a table of all controllers, and one of the fastest by task."""
     lines = ["## Measured", ""]
     columns = [*report.COLUMNS[:6], "acceptance length (95 %)", report.COLUMNS[7]]
     for entry in results["heads"]:
@@ -278,6 +278,6 @@ def _by_task(entry: dict[str, Any]) -> list[str]:
 
 
 def _began(run: RunDir) -> str:
-    """How the weights began, where that matters for whose they are."""
+    """A clause for `licences` if training started from the backbone's weights; else nothing."""
     init = pedigree.config_of(run).get("distill", {}).get("init", "last")
     return "" if init == "random" else ", and began as a copy of one of its layers"

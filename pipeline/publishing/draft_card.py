@@ -1,6 +1,6 @@
-"""The model card of a draft model: what it holds, how many drafts are accepted, and the lines for each engine.
+"""The model card of a draft model: what it contains, how many drafts are accepted, and how each engine loads it.
 
-Takes a run and the results of its head, gives README.md and its pictures. Knows nothing of how anything was measured.
+Takes a run and the results of its head; writes README.md and its pictures.
 """
 
 from pathlib import Path
@@ -22,15 +22,15 @@ LIMITS = """\
 
 
 def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
-    """README.md of hub/<N>-draft/, and its pictures."""
+    """Write README.md of hub/<N>-draft/, and its pictures."""
     card.draw(folder, results)
     (folder / "README.md").write_text("\n".join(render(run, results)) + "\n")
 
 
 def render(run: RunDir, results: dict[str, Any]) -> list[str]:
-    """Its lines."""
+    """The lines of the card."""
     n, name, k = results["best"]["exit_layer"], public_name(run.config.backbone), gate.best_fixed(results)
-    assert k is not None  # without it nothing is exported
+    assert k is not None  # build.write refuses to export without it
     repo = f"{run.config.publish.repo_id}-draft" if run.config.publish.repo_id else card.HERE
     return [
         *card.front_matter(run, ["draft-model", "early-exit"], "finetune"),
@@ -60,7 +60,7 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
 
 
 def _per_k(results: dict[str, Any]) -> list[str]:
-    """Acceptance of each fixed K that was measured, which holds in any engine."""
+    """A table of the acceptance of each fixed K that was measured, which is the same in any engine."""
     rows = []
     for entry in results["heads"]:
         for k, c in of_fixed(entry["controllers"]).items():
@@ -72,7 +72,7 @@ def _per_k(results: dict[str, Any]) -> list[str]:
 
 
 def _engines(name: str, repo: str, k: int) -> list[str]:
-    """The lines for each engine, and whether a folder like this one was tried with it."""
+    """The commands for each engine, and whether a folder like this one was tested with it."""
     config = f'{{"method": "draft_model", "model": "{repo}", "num_speculative_tokens": {k}}}'
     return [
         "*Tested* means: a folder exported as this one was took as many rounds in that engine as the exit head "

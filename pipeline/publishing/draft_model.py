@@ -1,8 +1,8 @@
-"""The exit head as a draft model of its own: layers 1..N, exit layer, final norm and LM head as a plain causal LM.
+"""Exports an exit head as a separate draft model: layers 1..N, exit layer, final norm and LM head as a plain causal LM.
 
-Takes an exit head and its backbone, as files or in memory, gives a checkpoint folder that engines load as a draft
-model, or a transformers model that shares the backbone's weights. No engine needs to know what an exit head is; the
-price is a second copy of the embedding and N layers, and keys and values of their own. Knows nothing of gates or cards.
+Takes an exit head and its backbone, as files or in memory; gives a checkpoint folder that engines load as a draft
+model, or a transformers model that shares the backbone's weights. An engine needs no support for exit heads, but holds
+a second copy of the embedding and of N layers, with their own keys and values.
 """
 
 import copy
@@ -25,19 +25,19 @@ from ..inference.exit_head import ExitHead
 from .head_folder import ends_of_texts, write_json
 
 SHARD = 4 * 2**30
-"""Bytes of a safetensors file at most, and so what is held in memory at once."""
+"""Maximum size of a safetensors file in bytes, and so of the weights in memory at once."""
 
 TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                    "vocab.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
 FOLDERS_OF_SAVER = ("name_or_path", "tokenizer_file", "special_tokens_map_file")
-"""Keys of tokenizer_config.json that older versions of transformers filled with paths of the machine they ran on."""
+"""Keys of tokenizer_config.json in which older versions of transformers wrote local paths."""
 
 
 # ---- in memory
 
 
 def in_memory(model: nn.Module, head: ExitHead) -> nn.Module:
-    """The draft model on the device of the LM head; what lies there already is shared with `model`, not copied."""
+    """The draft model on the device of the LM head. Weights that are there already are shared with `model`."""
     n, lm_head = head.exit_layer, model.lm_head.weight
     config = copy.deepcopy(model.config)
     config.update(_cut(config, n))
@@ -46,7 +46,7 @@ def in_memory(model: nn.Module, head: ExitHead) -> nn.Module:
     weights = {name: w for name, w in model.state_dict().items() if _is_kept(name, n)}
     weights |= {f"model.layers.{n}.{name}": w.to(lm_head.dtype) for name, w in head.weights.items()}
     draft.load_state_dict(weights, assign=True)
-    draft.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # its tables are in no state dict
+    draft.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # its tables are not in the state dict
     return draft.to(lm_head.device).requires_grad_(False).eval()
 
 
@@ -54,9 +54,9 @@ def in_memory(model: nn.Module, head: ExitHead) -> nn.Module:
 
 
 def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) -> None:
-    """Write the checkpoint into a new folder, in the dtype of the backbone's files; only what it needs of them is read.
+    """Write the checkpoint into a new folder, in the dtype of the backbone's files; only needed parts of them are read.
 
-    num_drafts: the number of drafts a round that transformers will take by itself. Raises UserError for a backbone that
+    num_drafts: the number of drafts a round that transformers will use by default. Raises UserError for a backbone that
     cannot be read.
     """
     folder.mkdir(parents=True)
@@ -66,7 +66,7 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
     dtype = str(files.rows("model.embed_tokens.weight").dtype).removeprefix("torch.")
     fields = _json_of(backbone, "config.json") | _cut(config, head.exit_layer) | _rope(config.rope_parameters)
     fields |= {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": files.ties_embeddings(config)}
-    fields.pop("_name_or_path", None)  # may be a folder of whoever saved the checkpoint
+    fields.pop("_name_or_path", None)  # may be a local path of whoever saved the checkpoint
     write_json(folder / "config.json", fields)
     settings = _json_of(backbone, "generation_config.json") or GenerationConfig.from_model_config(config).to_diff_dict()
     settings |= ends_of_texts(backbone)
@@ -74,13 +74,13 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
     if tokenizer := _json_of(backbone, "tokenizer_config.json"):
         told = {key: value for key, value in tokenizer.items() if key not in FOLDERS_OF_SAVER}
         write_json(folder / "tokenizer_config.json", told)
-    for name in TOKENIZER_FILES:  # as they are: other engines read older forms than transformers writes today
+    for name in TOKENIZER_FILES:  # copied unchanged, as other engines may need older formats than transformers writes
         if path := file_of(backbone, name):
             shutil.copyfile(path, folder / name)
 
 
 def _cut(config: Any, n: int) -> dict[str, Any]:
-    """What changes in the config when layer N+1 is the exit layer and the last; that has the type of layer L."""
+    """Config fields that change when layer N+1, the last, is the exit layer, which has the type of layer L."""
     fields: dict[str, Any] = {"num_hidden_layers": n + 1}
     if kinds := getattr(config, "layer_types", None):
         fields["layer_types"] = [*kinds[:n], kinds[-1]]
@@ -88,7 +88,8 @@ def _cut(config: Any, n: int) -> dict[str, Any]:
 
 
 def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes rope_parameters. Engines that read its older names would else take their default theta."""
+    """Rotary parameters under transformers 5's name and the older ones. Without these, engines that read only the older
+    names would use their default theta."""
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     return {
         "rope_parameters": parameters,
@@ -98,14 +99,14 @@ def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_kept(name: str, n: int) -> bool:
-    """Whether a tensor of the backbone is one of the draft model too."""
-    if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold tables that are computed today
+    """Whether a tensor of the backbone is also part of the draft model."""
+    if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store these tables, which are computed today
         return False
     return not name.startswith("model.layers.") or int(name.split(".")[2]) < n
 
 
 def _write_weights(folder: Path, files: WeightFiles, head: ExitHead) -> None:
-    """Safetensors files of at most SHARD bytes, one in memory at a time, and the index that transformers reads."""
+    """Write safetensors files of at most SHARD bytes, one in memory at a time, and their index for transformers."""
     new = {f"model.layers.{head.exit_layer}.{name}": name for name in head.weights}
 
     def read(name: str) -> Tensor:
@@ -123,7 +124,7 @@ def _write_weights(folder: Path, files: WeightFiles, head: ExitHead) -> None:
     for i, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: read(name) for name in shard}, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors leaves it to its owner alone
+        (folder / file).chmod(0o644)  # safetensors writes files that only their owner can read
         places |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(bytes_of, names))}, "weight_map": places}
@@ -131,7 +132,7 @@ def _write_weights(folder: Path, files: WeightFiles, head: ExitHead) -> None:
 
 
 def _shards(names: Iterable[str], bytes_of: Callable[[str], int]) -> list[list[str]]:
-    """The names in order, in parts of at most SHARD bytes; a tensor larger than that is a part of its own."""
+    """The names in order, split into parts of at most SHARD bytes; a larger tensor has a part of its own."""
     shards: list[list[str]] = []
     room = 0
     for name in names:
@@ -144,6 +145,6 @@ def _shards(names: Iterable[str], bytes_of: Callable[[str], int]) -> list[list[s
 
 
 def _json_of(backbone: Backbone, name: str) -> dict[str, Any]:
-    """A file of the backbone; {} if it has none of that name."""
+    """The contents of a JSON file of the backbone; {} if it has none of that name."""
     path = file_of(backbone, name)
     return json.loads(path.read_text()) if path else {}

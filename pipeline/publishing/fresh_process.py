@@ -1,9 +1,9 @@
-"""What a user has: decode with a published folder where nothing but torch and transformers is imported.
+"""Decodes with a published folder as a user would, with only torch and transformers imported.
 
-Run by its path and never imported, as `python -P fresh_process.py`: it must work without the package it lies in. Takes
-one JSON object on stdin (backbone, folder, its form, prompts as ids), gives one as the last line of stdout: of each
-prompt the new tokens and the rounds they took, of the first one also the tokens with controllers of the folder's own,
-and what the folder warned of; or the class of the error that ended it. Knows nothing of what is right.
+It is run by its path, as `python -P fresh_process.py`, and never imported, because it must work without this package.
+It takes one JSON object on stdin (backbone, folder, its form, prompts as ids) and prints one as the last line of
+stdout: for each prompt the new tokens and the number of rounds, for the first one also the tokens with the folder's own
+controllers, and the folder's warnings; or the class of the error that ended it.
 """
 
 import json
@@ -15,11 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 NO_MEMORY = ("out of memory", "allocate memory")
-"""In messages of a GPU's allocator and driver, and of the machine's own; not all have a class for it."""
+"""Parts of the messages by which a GPU's allocator or driver, or the host, report a lack of memory. Not all of them
+have an exception class of their own."""
 
 
 class Counting:
-    """fixed:K that counts its rounds; a controller given as an object, as a user may write one."""
+    """A controller like fixed:K that counts its rounds, given as an object as a user may do."""
 
     def __init__(self, k: int):
         self.k, self.rounds = k, 0
@@ -35,14 +36,14 @@ class Counting:
 
 
 def load(source: str, job: dict[str, Any], **where: Any) -> Any:
-    """A model in the dtype of the job, on its device or laid over several."""
+    """A model in the dtype of the job, on its device or distributed over several."""
     dtype, device_map = getattr(torch, job["dtype"]), job["device_map"]
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device_map, **where)
     return model if device_map else model.to(job["device"])
 
 
 def with_head(model: Any, folder: str) -> Any:
-    """(ids, controller) -> ids and what follows, through custom_generate."""
+    """A function (ids [1, T], controller) -> ids with the new tokens, which decodes through custom_generate."""
 
     def decode(ids: torch.Tensor, controller: Any, **options: Any) -> torch.Tensor:
         return model.generate(ids, custom_generate=folder, trust_remote_code=True, controller=controller, **options)
@@ -51,7 +52,8 @@ def with_head(model: Any, folder: str) -> Any:
 
 
 def with_draft(model: Any, draft: Any) -> Any:
-    """The same, through assistant_model; a round is a call of the backbone. How many to draft, the folder says."""
+    """The same through assistant_model: each call of the backbone counts as a round, and the folder's generation config
+    sets the number of drafts."""
 
     def decode(ids: torch.Tensor, counting: Counting, **options: Any) -> torch.Tensor:
         hook = model.register_forward_hook(lambda *_: counting.observe(None))

@@ -1,6 +1,6 @@
-"""Which head may be published, and why not: the lines of the gate that need nothing but results.
+"""The gate: decides whether a head may be published, as far as the results of evaluate alone tell.
 
-Takes the dict of results.json, gives the results of one head and the reasons to refuse it. The lines that need a
+Takes the dict of results.json; gives the results of one head and the reasons to refuse it. The checks that need a
 published folder are in parity.py.
 """
 
@@ -12,9 +12,9 @@ from ..evaluation.results import ANEW, too_few
 
 
 def results_of_one(results: dict[str, Any], exit_layer: int | None) -> dict[str, Any]:
-    """The results with one head in them: that of `exit_layer`, or the best.
+    """The results reduced to one head: that of `exit_layer`, or the best.
 
-    Its `best` is the fastest method of that head, with the interval that holds for the methods of all heads.
+    Their `best` is the fastest method of that head, with the interval that holds simultaneously for all heads' methods.
 
     Raises UserError for results without greedy texts, or an exit layer that was not evaluated.
     """
@@ -32,9 +32,9 @@ def results_of_one(results: dict[str, Any], exit_layer: int | None) -> dict[str,
 
 
 def failures(results: dict[str, Any], min_speedup: float, head_sha256: str) -> list[str]:
-    """The reasons why the head of these results must not be published; none if it may.
+    """The reasons why the head of these results must not be published; an empty list if it may be.
 
-    head_sha256: of the weights that would be.
+    head_sha256: the hash of the weights that would be published.
     """
     failed = []
     greedy, sampling, best = results["lossless"]["greedy"], results["lossless"]["sampling"], results["best"]
@@ -49,7 +49,7 @@ def failures(results: dict[str, Any], min_speedup: float, head_sha256: str) -> l
     if sampling is not None and not sampling["passed"]:
         failed.append(f"lossless: sampled tokens are not distributed as the backbone's, p = {sampling['p_value']:.2g}")
     if best["speedup_ci95"] is None:
-        if min_speedup > 0:  # any speedup is more than 0, so that asks for none
+        if min_speedup > 0:  # min_speedup=0 is met by any speedup
             failed.append(
                 f"speedup: {too_few(best)} to judge it; give more of them (evaluate.num_prompts, or another "
                 f"evaluate.prompts) and {ANEW}"
@@ -65,14 +65,14 @@ def failures(results: dict[str, Any], min_speedup: float, head_sha256: str) -> l
 
 
 def best_fixed(results: dict[str, Any]) -> int | None:
-    """K of the fastest fixed:K in greedy decoding: the draft length for engines that fix it. None if there is none."""
+    """K of the fastest fixed:K in greedy decoding, for engines with a fixed draft length; None if none was measured."""
     greedy = (metrics.of_fixed(entry["controllers"]) for entry in results["heads"] if entry["temperature"] == 0)
     speedups = {k: figures["speedup"] for by_k in greedy for k, figures in by_k.items()}
     return max(speedups, key=lambda k: speedups[k]) if speedups else None
 
 
 def refused(exit_layer: int, failed: list[str]) -> GateError:
-    """What to raise for a head that failed some lines."""
+    """The error to raise for a head that failed some checks."""
     lines = "\n".join(f"  - {reason}" for reason in failed)
     return GateError(
         f"the gate refused exit layer {exit_layer}:\n{lines}\n"

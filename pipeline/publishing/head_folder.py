@@ -1,18 +1,17 @@
-"""The folder of a published head, hub/<N>/: every file in it but the card.
+"""Writes the folder of a published head, hub/<N>/, except for its card.
 
-Takes a run, the results of its head and a folder, gives the files. Knows nothing of gates, of how anything was
-measured, or of how a folder gets to the Hub.
+Takes a run, the results of its head and a folder; writes these files (build.py adds results.json):
 
-    config.json               which backbone, which N, default controller, what it learned, canary, added end tokens;
-                              AutoModel's auto_map
+    config.json               backbone, N, default controller and what it learned, canary, added end tokens; the
+                              auto_map for AutoModel
     model.safetensors         the decoder layer, under its own names
     modeling_exit_head.py     the class that AutoModel loads
-    custom_generate/          the decoder, byte for byte what was evaluated; origin.py, written by a push
-    generation_config.json    the backbone's own, with all tokens that ended a text here
-    training_config.yaml      what made it: exit-heads run --config training_config.yaml
-    provenance.json           when, with which code, versions and hardware, from inputs of which sha256
+    custom_generate/          the decoder, byte for byte what was evaluated; a push writes its origin.py
+    generation_config.json    the backbone's own, with all tokens that end a text
+    training_config.yaml      the config that made it, for exit-heads run --config training_config.yaml
+    provenance.json           time, code, versions and hardware of each stage, and the sha256 of its inputs
     speculation_profile.json  acceptance per draft position, in NVIDIA's schema
-    results.json              what was measured, and what the gate said
+    results.json              the measurements, and the result of the gate
 """
 
 import hashlib
@@ -42,7 +41,7 @@ AUTO_MAP = {"AutoConfig": "modeling_exit_head.ExitHeadConfig", "AutoModel": "mod
 
 
 def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
-    """What the head is and how it decodes, into a new folder."""
+    """Write weights, configs and code of the head into a new folder."""
     folder.mkdir(parents=True)
     n = results["best"]["exit_layer"]
     head = run / "heads" / f"exit-{n}"
@@ -54,7 +53,7 @@ def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
 
 
 def config_of(head: dict[str, Any], run: RunDir, results: dict[str, Any]) -> dict[str, Any]:
-    """What distill wrote, how it was measured best, and what transformers needs to load it as a model."""
+    """config.json: what distill wrote, the best controller and its state, and what transformers needs to load it."""
     return (
         head
         | {
@@ -70,19 +69,19 @@ def config_of(head: dict[str, Any], run: RunDir, results: dict[str, Any]) -> dic
 
 
 def added_ends_of(backbone: Backbone) -> dict[str, Any]:
-    """`end_tokens`, where texts ended at ids at which transformers' generate would go on by itself."""
+    """`end_tokens`, if texts end at ids that transformers' generate would not stop at by itself."""
     more = added_ends(backbone, load_tokenizer(backbone))
     return {"end_tokens": more} if more else {}
 
 
 def ends_of_texts(backbone: Backbone) -> dict[str, Any]:
-    """`eos_token_id` for a generation config, where the backbone's own does not name all tokens that end a text."""
+    """`eos_token_id` for a generation config, if the backbone's own does not name all tokens that end a text."""
     tokenizer = load_tokenizer(backbone)
     return {"eos_token_id": end_tokens(backbone, tokenizer)} if added_ends(backbone, tokenizer) else {}
 
 
 def write_generation_config(folder: Path, backbone: Backbone) -> None:
-    """The backbone's own file; where more tokens ended a text than it names, with all of them."""
+    """Write generation_config.json: the backbone's own, completed if it does not name all tokens that end a text."""
     settings, more = file_of(backbone, "generation_config.json"), ends_of_texts(backbone)
     if more:
         write_json(folder / "generation_config.json", (json.loads(settings.read_text()) if settings else {}) | more)
@@ -91,7 +90,7 @@ def write_generation_config(folder: Path, backbone: Backbone) -> None:
 
 
 def one_layer(config: Any) -> dict[str, Any]:
-    """The backbone's config cut to the exit layer, which has the type of the last, without what a machine put there."""
+    """The backbone's config reduced to the exit layer, which has the type of the last layer, without local paths."""
     fields = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "architectures")}
     if kinds := fields.get("layer_types"):
         fields["layer_types"] = kinds[-1:]
@@ -99,9 +98,9 @@ def one_layer(config: Any) -> dict[str, Any]:
 
 
 def states(results: dict[str, Any]) -> dict[str, Any]:
-    """What thompson learned of the head while it was measured, so that users do not start from nothing.
+    """The state of thompson after the evaluation, under `greedy` and `sampled`, from which users start.
 
-    Of several temperatures above 0 the one nearest 1.
+    If several temperatures above 0 were evaluated, `sampled` is the state of the one nearest 1.
     """
     learned = [
         (entry["temperature"], figures["state"])
@@ -113,9 +112,8 @@ def states(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_code(folder: Path) -> None:
-    """custom_generate/: the decoder, byte for byte what was evaluated, and which transformers it needs.
-
-    transformers reads requirements.txt before it imports the code, which an older one could not."""
+    """Write custom_generate/: the decoder, byte for byte what was evaluated, and requirements.txt, which transformers
+    reads before it imports the code, so that a version that is too old is reported."""
     code = folder / "custom_generate"
     code.mkdir()
     for file in sorted([*CODE.glob("*.py"), CODE / "requirements.txt"]):
@@ -123,21 +121,21 @@ def write_code(folder: Path) -> None:
 
 
 def write_origin(folder: Path, repo_id: str, revision: str) -> None:
-    """Say in custom_generate/origin.py where the weights lie: a Hub id and its tag, no longer the folder itself."""
+    """Write into custom_generate/origin.py the Hub id and tag from which users download the weights."""
     docstring = (CODE / "origin.py").read_text().partition("HEAD")[0]
     values = f"HEAD: str | None = {json.dumps(repo_id)}\nREVISION: str | None = {json.dumps(revision)}\n"
     atomic_write(folder / "custom_generate" / "origin.py", docstring + values)
 
 
 def write_pedigree(folder: Path, run: RunDir) -> None:
-    """training_config.yaml and provenance.json."""
+    """Write training_config.yaml and provenance.json."""
     (folder / "training_config.yaml").write_text(yaml.safe_dump(pedigree.config_of(run), sort_keys=False))
     records = {"stages": pedigree.records_of(run), "responses": pedigree.responses(run)}
     write_json(folder / "provenance.json", records)
 
 
 def write_profile(folder: Path, run: RunDir, results: dict[str, Any], rounds: pd.DataFrame, suffix: str) -> None:
-    """speculation_profile.json, if any fixed:K was measured in greedy decoding; `suffix` of the repo's name."""
+    """Write speculation_profile.json, if any fixed:K was measured in greedy decoding. suffix: of the repo's name."""
     name = run.config.publish.repo_id or f"{public_name(run.config.backbone)}-exit-{results['best']['exit_layer']}"
     method = "draft_model" if suffix else "exit_head"
     if profile := speculation_profile.build(results, rounds, method, name + suffix):
@@ -145,7 +143,7 @@ def write_profile(folder: Path, run: RunDir, results: dict[str, Any], rounds: pd
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Name in the folder -> file, of what is published of it: not what Python or a client left there."""
+    """Name in the folder -> file, for the files to publish: not hidden files or Python's caches."""
     found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
         name.as_posix(): path
@@ -155,9 +153,9 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def digest_of(folder: Path) -> str:
-    """sha256, 64 hex digits, over the names and the sha256 of a published folder's files: equal folders, equal digits.
+    """The sha256, 64 hex digits, of a published folder; equal folders have equal digests.
 
-    Of one line a file, `name sha256`, in the order of `files_of`.
+    It is taken over one line `name sha256` for each file, in the order of `files_of`.
     """
     lines = (f"{name} {sha256_of(path)}\n" for name, path in files_of(folder).items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -38,20 +38,20 @@ from .head_folder import digest_of, files_of
 
 ORIGIN = "custom_generate/origin.py"
 TO_MEASURE = ["config.json", "model.safetensors"]
-"""What of a published head is downloaded; its code is not."""
+"""The files of a published head that are downloaded; its code is not."""
 OF_A_NEW_REPO = {".gitattributes", "README.md"}
-"""Files that the Hub puts into a repo, and whoever made it on its site may have; the first is not ours to remove."""
+"""Files that a new repo may contain, made by the Hub or on its website. A push never removes .gitattributes."""
 
 WAITS = (1.0, 2.0, 4.0)  # seconds before another attempt
 PASSING = {408, 412, 429, 500, 502, 503, 504}
-"""Answers that may be others the next time; 412: main has moved since it was looked at."""
+"""Status codes for which another attempt may succeed; 412: main has moved since it was read."""
 CUT_OR_REFUSED = (
-    OSError,  # HfHubHTTPError is one, and whatever Xet's own client raises
+    OSError,  # includes HfHubHTTPError and the errors of Xet's client
     httpx2.TransportError,
-    json.JSONDecodeError,  # no Hub answers there
+    json.JSONDecodeError,  # the server is not a Hub
     HFValidationError,
 )
-TIMEOUT = httpx2.Timeout(600.0, connect=20.0)  # seconds; the client itself waits for ever
+TIMEOUT = httpx2.Timeout(600.0, connect=20.0)  # seconds; by default the client waits forever
 
 T = TypeVar("T")
 
@@ -60,7 +60,8 @@ T = TypeVar("T")
 
 
 def check(config: Config) -> None:
-    """What can be known before anything is made. Raises UserError if there is no token, or no Hub to be asked."""
+    """Check early what a push needs. Raises UserError if there is no token, HF_ENDPOINT is no URL, or the client is set
+    offline."""
     if config.publish.target == "hub":
         _token()
         _host()
@@ -69,10 +70,11 @@ def check(config: Config) -> None:
 
 
 def publish(run: RunDir, folder: Path, suffix: str) -> None:
-    """Push a finished folder of the run if publish.target says so, to publish.repo_id with `suffix`.
+    """Push a finished folder of the run to publish.repo_id with `suffix`, if publish.target is the Hub.
 
-    Not if the run's own record says that this very folder was pushed there. The record is a mark of its own: after a
-    failure the same command pushes again, and the folder stays as it is. Raises UserError if it did not.
+    It does nothing if the run's records say that this folder was pushed there unchanged. The push is recorded
+    separately from the folder, so after a failure the same command only pushes again. Raises UserError if the folder
+    was changed since it was written, or if the push fails.
     """
     settings = run.config.publish
     if settings.target != "hub":
@@ -90,7 +92,8 @@ def publish(run: RunDir, folder: Path, suffix: str) -> None:
 
 
 def _check_unchanged(run: RunDir, folder: Path) -> None:
-    """Raises UserError unless the folder is what the stage recorded that wrote it; older records say nothing of it."""
+    """Raises UserError if the folder differs from the digest recorded by the stage that wrote it. Older records have no
+    digest; then nothing is checked."""
     name = folder.relative_to(run.path).as_posix()
     record: dict[str, Any] = next((r for r in reversed(run.records()) if r.get("folder") == name), {})
     digest = digest_of(folder)
@@ -104,12 +107,12 @@ def _check_unchanged(run: RunDir, folder: Path) -> None:
 
 
 def push(folder: Path, repo_id: str, name: str, *, public: bool = False) -> dict[str, Any]:
-    """One commit and one tag of the whole folder; neither if the repo has that tag already.
+    """Push the whole folder as one commit and one tag; nothing if the repo has that tag already.
 
-    A new repo is private unless `public`, and a private one becomes public by it. What stood in the repo's main branch
-    and is not in the folder is removed from it. Gives repo_id, tag, commit, and whether they are new.
+    A new repo is private unless `public` is given, which also makes an existing private repo public. Files in the main
+    branch that are not in the folder are removed from it. Returns repo_id, tag, commit, and whether they are new.
 
-    Raises UserError for whatever is wrong with the card, token, rights, names, the connection or what the repo holds.
+    Raises UserError for a problem with the card, token, permissions, names, connection, or other contents of the repo.
     """
     _check_card(folder)
     api = HfApi(token=_token())
@@ -118,7 +121,7 @@ def push(folder: Path, repo_id: str, name: str, *, public: bool = False) -> dict
 
 
 def _check_card(folder: Path) -> None:
-    """Raises UserError for a card that says nothing to the Hub, or of which there are no results."""
+    """Raises UserError for a card without front matter, or a folder without results.json."""
     card, results = folder / "README.md", folder / "results.json"
     if not card.is_file() or not re.match(r"---\n.+?\n---\n", card.read_text(), re.S):
         raise UserError(f"{card}: no model card (front matter between two lines of ---); make it anew, with --redo")
@@ -127,7 +130,8 @@ def _check_card(folder: Path) -> None:
 
 
 def _push(api: HfApi, folder: Path, repo_id: str, tag: str, public: bool) -> dict[str, Any]:
-    """One attempt. Each looks first at what is there, so that what an earlier one reached is not done twice."""
+    """One attempt to push. It first reads the state of the repo, so that steps done by an earlier attempt are not
+    repeated."""
     private = _repository(api, repo_id, public)
     refs = api.list_repo_refs(repo_id)
     tags = {ref.name: ref.target_commit for ref in refs.tags}
@@ -141,7 +145,7 @@ def _push(api: HfApi, folder: Path, repo_id: str, tag: str, public: bool) -> dic
         main = next(ref.target_commit for ref in refs.branches if ref.name == "main")
         ours = any(map(_is_tag, tags)) or _is_our_commit(api.list_repo_commits(repo_id, revision=main)[0].title)
         tags[tag] = commit = _commit(api, folder, repo_id, tag, main, ours)
-        # Tried again for itself: a tag that is found there then is the one that was just made.
+        # Retried separately from the commit: an existing tag is then the one that was just made.
         what = f"publish.repo_id={repo_id}"
         _patiently(what, lambda: api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True))
     if private and public:
@@ -150,7 +154,7 @@ def _push(api: HfApi, folder: Path, repo_id: str, tag: str, public: bool) -> dic
 
 
 def _repository(api: HfApi, repo_id: str, public: bool) -> bool:
-    """Is the repo private? Made if it is not there; of a token that is no good the Hub may say that too."""
+    """Whether the repo is private. It is created if the Hub does not find it, which may also mean a bad token."""
     try:
         return bool(api.repo_info(repo_id).private)
     except RepositoryNotFoundError:
@@ -159,7 +163,7 @@ def _repository(api: HfApi, repo_id: str, public: bool) -> bool:
 
 
 def _commit(api: HfApi, folder: Path, repo_id: str, tag: str, main: str, ours: bool) -> str:
-    """The commit that holds the folder and nothing else: a new one behind `main`, or `main` if it does already."""
+    """The commit with exactly the folder's files: a new one on top of `main`, or `main` if it has them already."""
     files, there = _contents(folder, repo_id, tag), set(api.list_repo_files(repo_id, revision=main))
     if not ours and (others := there - OF_A_NEW_REPO):
         raise UserError(
@@ -168,9 +172,9 @@ def _commit(api: HfApi, folder: Path, repo_id: str, tag: str, main: str, ours: b
         )
     operations = [CommitOperationAdd(path, content) for path, content in files.items()]
     operations += [CommitOperationDelete(path) for path in sorted(there - {".gitattributes"} - files.keys())]
-    try:  # one request that names every file; the client's upload_folder may make several commits of a folder
+    try:  # a single commit; the client's upload_folder may make several
         return api.create_commit(repo_id, operations, commit_message=f"Publish {tag}", parent_commit=main).oid
-    except ValueError as error:  # the client asks first what the Hub thinks of the card
+    except ValueError as error:  # the client has the Hub validate the card first
         if not isinstance(error.__cause__, BadRequestError):
             raise
         raise UserError(
@@ -180,7 +184,7 @@ def _commit(api: HfApi, folder: Path, repo_id: str, tag: str, main: str, ours: b
 
 
 def _contents(folder: Path, repo_id: str, tag: str) -> dict[str, Path | bytes]:
-    """Path in the repo -> what will stand there. Only the pushed origin.py names the repo; the folder's own stays."""
+    """Path in the repo -> its contents. Only the pushed origin.py names the repo; the file in the folder is kept."""
     files: dict[str, Path | bytes] = dict(files_of(folder))
     if ORIGIN in files:
         with tempfile.TemporaryDirectory() as aside:
@@ -191,7 +195,7 @@ def _contents(folder: Path, repo_id: str, tag: str) -> dict[str, Path | bytes]:
 
 
 def tag_of(folder: Path, name: str) -> str:
-    """The run's name and a hash of what the folder holds: equal folders have equal tags, in every repo."""
+    """The run's name and a hash of the folder's contents: equal folders of a run have equal tags in every repo."""
     plain = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-") or "run"
     return f"{plain}-{digest_of(folder)[:12]}"
 
@@ -201,7 +205,7 @@ def _is_tag(name: str) -> bool:
 
 
 def _is_our_commit(title: str) -> bool:
-    """Of a push that was cut before its tag."""
+    """Whether a commit was made by a push, perhaps one that was interrupted before its tag."""
     return title.startswith("Publish ") and _is_tag(title.removeprefix("Publish "))
 
 
@@ -209,9 +213,9 @@ def _is_our_commit(title: str) -> bool:
 
 
 def pull(head: str) -> Path:
-    """The folder of a published head: `head` itself if it is one, else a download of org/name or org/name@revision.
+    """The folder of a published head: `head` itself if it is a folder, else a download of org/name[@revision].
 
-    Raises UserError if there is none, or if it cannot be had.
+    Raises UserError for another form of name, or if the download fails.
     """
     if Path(head).is_dir():
         return Path(head)
@@ -227,7 +231,7 @@ def pull(head: str) -> Path:
 
 
 def defaults_of(folder: Path, head: str) -> dict[str, Any]:
-    """What a config says by default when this head is measured: its own backbone, if that has a name on the Hub.
+    """Config defaults for measuring this head: the backbone it was trained for, if that is on the Hub.
 
     Raises UserError if the folder holds no head.
     """
@@ -242,17 +246,17 @@ def defaults_of(folder: Path, head: str) -> dict[str, Any]:
 
 
 def source_of(head: str, folder: Path) -> str:
-    """Where a pulled head came from, as it may be told to others: org/name@commit, or the last part of a folder."""
+    """The origin of a pulled head in a form that can be published: org/name@commit, or the last part of a folder."""
     return folder.resolve().name if Path(head).is_dir() else f"{head.partition('@')[0]}@{folder.name}"
 
 
 def run_name_of(head: str) -> str:
-    """The run folder in which a published head is measured: named after the repo, or the end of the folder's path."""
+    """The name of the run in which a published head is measured: the repo's, or the end of the folder's path."""
     parts = Path(head).resolve().parts[-3:] if Path(head).is_dir() else re.split("[/@]", head)
     return "--".join(part for part in parts if part != "/").lstrip(".")
 
 
-# ---- what can go wrong
+# ---- token, host and errors
 
 
 def _token() -> str:
@@ -263,7 +267,7 @@ def _token() -> str:
 
 
 def _host() -> str:
-    """Where the Hub is, without what a URL may hold of a user."""
+    """The host of the Hub, without a user name or password that the URL may contain."""
     parts = urlsplit(constants.ENDPOINT)
     host = parts.netloc.rpartition("@")[2]
     if parts.scheme not in ("http", "https") or not host:
@@ -272,8 +276,8 @@ def _host() -> str:
 
 
 def _patiently(what: str, attempt: Callable[[], T]) -> T:
-    """Try again where that may help; a UserError about `what` where it cannot or did not."""
-    client_logging.set_verbosity_error()  # its warnings quote URLs that a storage has signed
+    """Call `attempt`, and again after errors that may pass. Raises UserError about `what` when it finally fails."""
+    client_logging.set_verbosity_error()  # its warnings contain signed URLs of the storage
     if not sys.stderr.isatty():
         disable_progress_bars()
     waits = iter(WAITS)
@@ -291,7 +295,7 @@ def _patiently(what: str, attempt: Callable[[], T]) -> T:
 
 
 def _reason(error: BaseException) -> BaseException:
-    """What happened, out of what the client wraps it in; with a RuntimeError it ends an upload that it tried six times.
+    """The underlying error of one that the client wraps, such as its RuntimeError after six attempts to upload.
 
     Raises the error again if it has nothing to do with the connection.
     """
@@ -302,7 +306,7 @@ def _reason(error: BaseException) -> BaseException:
 
 
 def _is_of_the_hub(error: BaseException | None) -> bool:
-    """And not of this machine's files: those have an errno."""
+    """Whether an error comes from the Hub or the connection. Errors of local files are told apart by their errno."""
     of_files = isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
     return isinstance(error, CUT_OR_REFUSED) and not of_files
 
@@ -314,7 +318,7 @@ def _passes(error: BaseException) -> bool:
 
 
 def _told(error: BaseException) -> str:
-    """What it is, and what the user can do about it; nothing of what was sent."""
+    """The message for the user: what failed and the remedy, without anything of what was sent."""
     host = _host()
     if isinstance(error, OfflineModeIsEnabled):
         return "is not in the cache (HF_HOME), and HF_HUB_OFFLINE is set; unset it"

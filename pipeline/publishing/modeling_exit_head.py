@@ -1,9 +1,10 @@
 """A published exit head as a transformers model: `AutoModel.from_pretrained(folder, trust_remote_code=True)`.
 
-Takes the hidden state after the backbone's layer N, gives that of the exit layer, which the backbone's own final norm
-and LM head turn into draft logits. For looking at a head; decoding needs none of this (custom_generate/), and reading
-the weights neither: model.safetensors holds one decoder layer under its own names. Knows nothing of the backbone's
-weights.
+Takes the hidden state after the backbone's layer N; gives that of the exit layer, which the backbone's own final norm
+and LM head turn into draft logits. It serves to inspect a head. Decoding uses custom_generate/ instead, and to read the
+weights model.safetensors suffices, which contains one decoder layer under its own names.
+
+B texts, T positions, D hidden
 """
 
 import torch
@@ -12,7 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 
 class ExitHeadConfig(PretrainedConfig):
-    """exit_layer: N. num_layers: L of the backbone. backbone_config: that of the backbone, cut to the one layer."""
+    """exit_layer: N. num_layers: L of the backbone. backbone_config: the backbone's config, reduced to one layer."""
 
     model_type = "exit_head"
 
@@ -27,7 +28,7 @@ class ExitHeadModel(PreTrainedModel):
     """One decoder layer of the backbone's class."""
 
     config_class = ExitHeadConfig
-    base_model_prefix = "layer"  # the checkpoint holds the layer's names without it
+    base_model_prefix = "layer"  # names in the checkpoint lack this prefix
     _supports_sdpa = True
 
     def __init__(self, config: ExitHeadConfig):
@@ -38,11 +39,11 @@ class ExitHeadModel(PreTrainedModel):
         self.post_init()
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """[B, T, D] after layer N of positions 0..T-1 -> [B, T, D] before the final norm."""
+        """Run the layer on hidden states after layer N at positions 0..T-1; returns [B, T, D] before the final norm."""
         positions_1T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device)[None]
         rotary = self.rotary_emb(hidden_BTD, positions_1T)
-        # None where the attention is causal, or reaches back no further than its window, without a mask
+        # None where the attention function applies the causal mask or the window by itself
         mask = create_masks_for_generate(self.layer_config, hidden_BTD, None, None, positions_1T)
-        if isinstance(mask, dict):  # one for each type of layer, and there is one layer
+        if isinstance(mask, dict):  # one mask for each type of layer, and there is only one layer
             (mask,) = mask.values()
         return self.layer(hidden_BTD, attention_mask=mask, position_ids=positions_1T, position_embeddings=rotary)

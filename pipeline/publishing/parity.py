@@ -1,7 +1,7 @@
-"""Does the published folder do what was evaluated? The gate's lines that need the folder and a process of its own.
+"""Checks that the published folder decodes as evaluated: the part of the gate that needs the folder itself.
 
-Takes the tables of evaluate and a folder, decodes a few of the same prompts through it in a fresh process, gives what
-was found and the reasons to refuse it.
+Takes the tables of evaluate and a folder; decodes a few of the same prompts through it in a fresh process; gives the
+figures and the reasons to refuse it.
 """
 
 import gc
@@ -30,23 +30,24 @@ from ..runs.folder import RunDir
 
 CHILD = Path(__file__).parent / "fresh_process.py"
 PROMPTS = 4
-"""Prompts that are decoded again, the first of evaluate's."""
+"""How many of evaluate's prompts, from the first on, are decoded again."""
 OWN = {"default": None, "thompson": "thompson"}
-"""How controllers of the folder's own are asked for: the one it names, and thompson, with what it has learned."""
-MARGIN = 1e-9  # an interval over one prompt, or over equal ones, is a point
+"""Name in the report -> `controller=` by which the folder's own controllers are tested: its default, and thompson with
+its stored state."""
+MARGIN = 1e-9  # for rounding: the interval over a single prompt, or over equal ones, is a point
 
 Form = Literal["head", "draft"]
 
 
 def check(run: RunDir, results: dict[str, Any], folder: Path, form: Form, k: int) -> tuple[dict[str, Any], list[str]]:
-    """(figures, reasons to refuse): greedy texts of fixed:K through `folder`, against those that evaluate recorded.
+    """(figures, reasons to refuse): compare greedy texts of fixed:K through `folder` with those that evaluate recorded.
 
-    In float32 the ids must be equal; in bfloat16 a text may leave the recorded one where the two tokens concerned are
-    nearly tied, as in evaluate (`losslessness.explain`).
-    Tokens a round must lie within the 95 % interval of evaluate's rounds over the same prompts. The first prompt is
-    also decoded by the controllers of a head's own: the same ids, in whatever rounds.
+    In float32 the ids must be equal; in bfloat16 a text may diverge from the recorded one where the two tokens are
+    nearly tied, as in evaluate (`losslessness.explain`). The mean tokens per round must lie within the 95 % interval of
+    evaluate's rounds over the same prompts. The first prompt is also decoded with a head's own controllers, which must
+    give the same ids, in any number of rounds.
 
-    Raises UserError where this machine has no memory for it, which says nothing about the folder.
+    Raises UserError if the machine has too little memory for the check.
     """
     asked = recorded(run / "eval", results["best"]["exit_layer"], k)
     try:
@@ -63,7 +64,7 @@ def check(run: RunDir, results: dict[str, Any], folder: Path, form: Form, k: int
             f"parity: {len(unexplained)} of {len(decoded)} texts decoded through the folder in a fresh process are not "
             f"those that evaluate recorded: {', '.join(unexplained)}"
         )
-    # the first token follows the prompt; the others come in rounds
+    # the first token comes from the prefill, the others from rounds
     length = sum(len(text) - 1 for text in texts) / sum(text["rounds"] for text in said["texts"])
     tokens, rounds = np.array([[len(row["tokens"]) - 1, row["rounds"]] for row in asked]).T
     expected, (low, high) = interval(lambda t, r: t / r, tokens, rounds)
@@ -78,7 +79,7 @@ def check(run: RunDir, results: dict[str, Any], folder: Path, form: Form, k: int
 
 
 def recorded(folder: Path, exit_layer: int, k: int) -> list[dict[str, Any]]:
-    """prompt, ids, tokens and number of rounds of the first greedy texts of fixed:K that have a round at all."""
+    """prompt, ids, tokens and number of rounds of the first greedy texts of fixed:K that have any round."""
     mine = f"exit_layer == {exit_layer} and controller == 'fixed:{k}' and temperature == 0 and repeat == 0"
     prompts = pd.read_parquet(folder / "prompts.parquet").set_index("prompt")
     counts = pd.read_parquet(folder / "rounds.parquet").query(mine).groupby("prompt").size()
@@ -92,9 +93,9 @@ def recorded(folder: Path, exit_layer: int, k: int) -> list[dict[str, Any]]:
 def decode_afresh(
     config: Config, results: dict[str, Any], folder: Path, form: Form, k: int, asked: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What fresh_process.py says. Raises CalledProcessError, with what it said, where it fails.
+    """The output of fresh_process.py. Raises CalledProcessError, which has the output, if it fails.
 
-    A draft model is asked behind the first token: then its rounds begin where those of the exit head did.
+    For a draft model the first token is given with the prompt, so that its rounds begin where the exit head's did.
     """
     new, behind = results["prompts"]["max_new_tokens"], _behind(form)
     prompts = [{"ids": row["ids"] + row["tokens"][:behind], "max_new_tokens": new - behind} for row in asked]
@@ -116,7 +117,7 @@ def decode_afresh(
     }
     gc.collect()  # the stages before this one may have left a backbone on the GPU, and the child loads another
     torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory() as elsewhere:  # its modules too: nothing of an earlier folder is left in them
+    with tempfile.TemporaryDirectory() as elsewhere:  # a module cache of its own, without code of earlier folders
         done = subprocess.run(
             [sys.executable, "-P", str(CHILD)], input=json.dumps(job), env=os.environ | {"HF_MODULES_CACHE": elsewhere},
             cwd=elsewhere, text=True, capture_output=True, check=True,
@@ -125,9 +126,10 @@ def decode_afresh(
 
 
 def _reason(config: Config, error: subprocess.CalledProcessError) -> str:
-    """Why the child failed, fit to be published: an error's class and a code. What it said in full goes to stderr.
+    """Why the process failed, in a form that can be published: the error's class and the return code. Its own messages
+    are printed to stderr.
 
-    Raises UserError where it was for want of memory.
+    Raises UserError if it ran out of memory.
     """
     print(error.stderr, file=sys.stderr)
     last = (error.stdout.splitlines() or [""])[-1]
@@ -142,21 +144,21 @@ def _reason(config: Config, error: subprocess.CalledProcessError) -> str:
 
 
 def _behind(form: Form) -> int:
-    """Tokens behind the prompt that are given."""
+    """How many recorded tokens are given with the prompt."""
     return int(form == "draft")
 
 
 def _unexplained(
     run: RunDir, results: dict[str, Any], form: Form, differ: list[tuple[dict[str, Any], list[int]]]
 ) -> list[str]:
-    """Prompts whose (row, tokens now) part where rounding cannot be the reason."""
+    """Names of the prompts among the (row, new tokens) of `differ` whose divergence rounding cannot explain."""
     if not differ or results["dtype"] == "float32":
         return [row["prompt"] for row, _ in differ]
     model = load_model(run.config.backbone, device_of(run.config.machine.device), run.config.machine.device_map)
     engine = SplitBackbone(model, ExitHead.load(run / "heads" / f"exit-{results['best']['exit_layer']}"))
 
     def by_transformers(ids: list[int]) -> list[torch.Tensor]:
-        """Logits of transformers' own pass, which verifies the drafts of a draft model."""
+        """Logits [V] of transformers' own forward pass, which verifies the drafts of a draft model."""
         return [model(torch.tensor([ids], device=model.device), logits_to_keep=1).logits[0, -1]]
 
     others = by_transformers if form == "draft" else None

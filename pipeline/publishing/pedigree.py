@@ -1,6 +1,6 @@
-"""Where a head comes from, as it may be published: config, records, licences, what it was trained on and how far.
+"""The origin of a head in a form that can be published: config, records, licences, training data and progress.
 
-Takes a run folder, gives plain dicts without folders, hosts, users, servers or tokens in them (runs/anonymous.py).
+Takes a run folder; gives plain dicts that contain no folders, hosts, users, servers or tokens (runs/anonymous.py).
 """
 
 import json
@@ -17,15 +17,15 @@ from ..runs.anonymous import anonymous
 from ..runs.folder import RunDir
 
 MADE_BY = ("generate", "distill", "evaluate")
-"""Stages that a published head went through."""
+"""Stages whose configs and records are published."""
 TOLD = ("stage", "time", "seconds", "git", "git_dirty", "versions", "hardware", "inputs")
-"""Of a record in run.json; host, user and command are nobody's business."""
+"""Fields of a record in run.json that are published; host, user and command are private."""
 LICENCE = ("license", "license_name", "license_link")
-"""Of a model card's front matter."""
+"""Fields of a model card's front matter."""
 
 
 def config_of(run: RunDir) -> dict[str, Any]:
-    """The config of each stage as that stage ran; what only says where (machine, run, wandb, publish) is left out."""
+    """The config with which each stage ran, without sections that say only where (machine, run, wandb, publish)."""
     sections: dict[str, Any] = {}
     for stage in MADE_BY:
         mark = run / "stages" / f"{stage}.json"
@@ -37,21 +37,21 @@ def config_of(run: RunDir) -> dict[str, Any]:
 
 
 def records_of(run: RunDir) -> list[dict[str, Any]]:
-    """One record a stage, the newest: when, with which code, versions and hardware, from inputs of which sha256."""
+    """The newest record of each stage: time, code, versions, hardware, and the sha256 of its inputs."""
     newest = {r["stage"]: r for r in run.records()}
     told = [{key: newest[stage][key] for key in TOLD if key in newest[stage]} for stage in MADE_BY if stage in newest]
     return anonymous(told)
 
 
 def trained(run: RunDir, exit_layer: int) -> dict[str, Any] | None:
-    """What distill said of this head when it was done, and of its responses; None if it was distilled elsewhere."""
+    """distill's record of this head and of its training data; None if the run has none for it."""
     records = [r for r in run.records() if r["stage"] == "distill"]
     head = records[-1].get("heads", {}).get(f"exit-{exit_layer}") if records else None
     return head and head | {"config": records[-1]["config"]["distill"], "tokens": records[-1].get("train_tokens")}
 
 
 def responses(run: RunDir) -> dict[str, Any] | None:
-    """The manifest of what it learned from, without its shards; None if it is not here."""
+    """The manifest of the responses that the heads were trained on, without its shards; None if it is not there."""
     path = run / "responses" / "manifest.json"
     return (
         anonymous({k: v for k, v in json.loads(path.read_text()).items() if k != "shards"}) if path.exists() else None
@@ -59,7 +59,7 @@ def responses(run: RunDir) -> dict[str, Any] | None:
 
 
 def prompt_licences(run: RunDir) -> dict[str, str | None]:
-    """Source of prompts -> licence, as recorded; None where nothing was said."""
+    """Source of prompts -> its licence as recorded, or None."""
     manifest = responses(run)
     if manifest is None:
         return {}
@@ -68,18 +68,18 @@ def prompt_licences(run: RunDir) -> dict[str, str | None]:
 
 
 def datasets(run: RunDir) -> list[str]:
-    """The sources of prompts that are datasets on the Hub, by their ids; of one that is used twice, once."""
+    """The ids of those sources of prompts that are datasets on the Hub, each once."""
     ids = (source.partition("#")[0] for source in prompt_licences(run))  # origins.Origin.name numbers namesakes
     return list(dict.fromkeys(name for name in ids if is_repo_id(name) and not name.startswith("pocket/")))
 
 
 def licence(config: Config) -> dict[str, str]:
-    """Front matter of the card: `publish.licence`, or what the backbone's own card says; {} if that says nothing."""
+    """The licence for the card's front matter: `publish.licence`, or that of the backbone's card; {} if it has none."""
     if config.publish.licence is not None:
         return {"license": config.publish.licence}
     card = file_of(config.backbone, "README.md")
     try:
         front = ModelCard(card.read_text(), ignore_metadata_errors=True).data.to_dict() if card else {}
-    except (ValueError, yaml.YAMLError):  # not a card
+    except (ValueError, yaml.YAMLError):  # the file is not a card
         return {}
     return {key: front[key] for key in LICENCE if front.get(key)}

@@ -1,10 +1,10 @@
-"""speculation_profile.json: how many drafts are accepted, in a form that serving tools and simulators read.
+"""speculation_profile.json: how many drafts are accepted, in a format that serving tools and simulators read.
 
-Takes the rounds of evaluate and results, gives the fields of schema 1.0 of NVIDIA's Model-Optimizer (examples/
-specdec_bench), which is meant to travel with a draft. Knows nothing of speed.
+Takes the rounds of evaluate and results; gives the fields of schema 1.0 of NVIDIA's Model-Optimizer (examples/
+specdec_bench), which is meant to be published with a draft model.
 
-Its words: the accept length of a step is our acceptance length of a round, bonus token included; entry i of a list of
-rates is for draft i+1.
+The schema's accept length of a step is our acceptance length of a round, bonus token included; entry i of a list of
+rates belongs to draft i+1.
 """
 
 from typing import Any
@@ -15,14 +15,14 @@ from ..evaluation.metrics import conditional_rates, of_fixed
 
 SCHEMA = "1.0"
 CHAINS = ("draft_model",)
-"""The method of ours that its builder has among those of which one K tells of every smaller one."""
+"""Our methods for which NVIDIA's builder derives the accept lengths of smaller K from those of one K."""
 TOLERANCE = 0.02
 
 
 def build(results: dict[str, Any], rounds: pd.DataFrame, method: str, draft: str) -> dict[str, Any] | None:
-    """The profile of fixed:K, greedy, of the largest K that was measured; None if none was.
+    """The profile of fixed:K in greedy decoding, for the largest K that was measured; None if none was.
 
-    method: `draft_model` or `exit_head`. draft: the name the draft is published under.
+    method: `draft_model` or `exit_head`. draft: the name under which the draft is published.
     """
     n = results["best"]["exit_layer"]
     mine = rounds[(rounds.exit_layer == n) & (rounds.temperature == 0)]
@@ -49,7 +49,7 @@ def build(results: dict[str, Any], rounds: pd.DataFrame, method: str, draft: str
         "marginal_accept_rates": _rounded(marginal),
         "mean_accept_length": round(mean, 6),
         "mean_accept_length_per_request": round(float(lengths.groupby(part.prompt).mean().mean()), 6),
-        # A draft of K+1 tokens begins with that of K in an exit head too; the builder knows no such method.
+        # The chain model would be right for an exit head too, but the builder has no such method.
         "accept_length_model": "chain_analytic" if method in CHAINS else "measured_per_k",
         "accept_length_by_k": {str(j): round(1 + float(by_k[j].accepted.mean()), 6) for j in sorted(by_k)},
         "acceptance_length_histogram": {str(x): int(count) for x, count in lengths.value_counts().sort_index().items()},
@@ -75,7 +75,7 @@ def build(results: dict[str, Any], rounds: pd.DataFrame, method: str, draft: str
                 "tolerance": TOLERANCE,
                 "passed": abs(implied - mean) <= TOLERANCE,
             },
-            "marginal_monotonicity": {"passed": True, "violations": []},  # a share of rounds that shrinks with i
+            "marginal_monotonicity": {"passed": True, "violations": []},  # true by definition of the rates
         },
     }
 

@@ -1,1 +1,1 @@
-"""One file a verb. Stages never import each other; they meet in the run folder."""
+"""The stages, a file for each. Stages never import each other; they communicate through the run folder."""

@@ -1,8 +1,10 @@
-"""cache: the backbone passes once over the packed responses; distill.teacher=cached learns from what it says there.
+"""The stage `cache`: runs the backbone once over the packed responses and keeps its hidden states, from which
+distill.teacher=cached trains.
 
-Takes responses/ of the run folder, gives cache/ (training/teacher_cache.py). A shard is a pure function of responses,
-weights and its number, so any number of processes share the work, and a killed one loses no more than the shard it was
-at.
+Takes responses/ of the run folder; writes cache/ (training/teacher_cache.py). A shard is a pure function of responses,
+weights and its number, so any number of processes can share the work, and a killed one loses only its current shard.
+
+B sequences of a pass, S sequences in all, T positions of a sequence, P positions of a shard, D hidden
 """
 
 from collections.abc import Callable
@@ -21,12 +23,13 @@ from ..training.teacher import Teacher
 from ..training.teacher_cache import TeacherCache, check_room, head_of, size
 
 TOKENS_PER_PASS = 4096
-"""Padding included. Enough for a GPU to be busy; no key, as it may decide the last bits of what is kept."""
+"""Tokens of a pass, padding included: enough to keep a GPU busy. It is not a config key, because it may change the last
+bits of the cached values."""
 
 
 def run(run: RunDir) -> None:
-    """Fill cache/, or what is missing of it; nothing with distill.teacher=online. Raises UserError for what the user
-    must change."""
+    """Fill cache/, or what is missing of it; does nothing with distill.teacher=online. Raises UserError for mistakes in
+    the config, and for a cache that does not fit it."""
     config, cache = run.config, TeacherCache(run / "cache")
     if config.distill.teacher == "online":
         print("cache: distill.teacher=online: the backbone runs in every step, nothing is kept")
@@ -37,7 +40,7 @@ def run(run: RunDir) -> None:
     if not must_run and cache.is_complete():
         print("cache: done already")
         return
-    # All that a user can get wrong comes before the stage is marked as begun: a mark would ask for --redo.
+    # These checks precede the mark, so that a mistake found here can be corrected without --redo.
     architecture = load_config(config.backbone)
     check_exit_layers(config.distill.exit_layers, architecture.num_hidden_layers)
     manifest, train, validation, _ = packing.read_packed(run / "responses", config.distill)
@@ -52,7 +55,7 @@ def run(run: RunDir) -> None:
     backbone = load_model(config.backbone, device, config.machine.device_map)
     with run.stage("cache", inputs, shared=True) as summary:
         cache.begin(head)
-        cache.check(config, fingerprint, sequences)  # whoever began it
+        cache.check(config, fingerprint, sequences)  # another process may have begun it
         speed = TeacherWorker(cache, sequences, backbone, device).work()
         bytes_ = sum(shard["bytes"] for shard in (cache.manifest() or {})["shards"])
         summary |= {"tokens": head["packing"]["tokens"], "bytes": bytes_, "tokens_per_second": speed}
@@ -85,7 +88,7 @@ class TeacherWorker(ShardWorker):
         return lambda made: self.cache.put(name, tensors, made, self.of)
 
     def shard(self, index: int, report: Report) -> dict[str, torch.Tensor]:
-        """Tensor name -> [P, D] on the host: a pure function of weights, sequences and the shard's number."""
+        """Tensor name -> [P, D] on the host, a pure function of weights, sequences and the shard's number."""
         first = index * self.per_shard
         last = min(first + self.per_shard, len(self.sequences))
         step = max(1, TOKENS_PER_PASS // self.sequences.ids_ST.shape[1])

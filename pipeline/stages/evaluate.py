@@ -1,9 +1,10 @@
-"""Is it lossless, and how much faster? Every head and controller against autoregressive decoding.
+"""The stage `evaluate`: tests that decoding is lossless, and compares every head and controller with autoregressive
+decoding.
 
-Takes heads/exit-*/, or one published head, and held-out prompts. First everything is timed, and what was measured is
-saved: eval/prompts.parquet, generations.parquet, rounds.parquet, rivals.parquet and measured.json. Then the proofs and
-figures are computed from these files: eval/results.json and report/. A run that ends in between goes on from the files,
-on a machine with the same hardware and the same versions.
+Takes heads/exit-*/, or one published head, and held-out prompts. First everything is timed, and the measurements are
+saved: eval/prompts.parquet, generations.parquet, rounds.parquet, rivals.parquet and measured.json. Then tests and
+figures are computed from these files: eval/results.json and report/. A run that is interrupted in between resumes from
+the files, on a machine with the same hardware and the same versions.
 """
 
 import json
@@ -72,7 +73,7 @@ def run(run: RunDir) -> None:
     if has_ids_beyond(tokenizer, vocab_size):
         check_prompts(chosen, tokenizer, settings, vocab_size)
     model = load_model(run.config.backbone, device, run.config.machine.device_map)
-    with _threads(config.threads):  # kernels are timed as they will run
+    with _threads(config.threads):  # kernels are timed with the threads that they will run with
         engines, heads = _engines(folders, model, run.config.machine.cuda_graphs)
     drafts = _drafts(heads, model, config.rivals)
     hashes = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
@@ -90,7 +91,7 @@ def run(run: RunDir) -> None:
                 folder.mkdir()
                 Measured.of(found, encoded, _about(engine, encoded, compared)).save(folder)
             measured = Measured.load(run / "eval")
-            assert measured is not None  # one way of reading it, whether or not it was measured just now
+            assert measured is not None  # read from the files, as in a resumed run
         results = _results(run, model, engines, source, measured)
         results |= _identity(run.config, folders[0], heads[0])
         results |= {"ends": sorted(ends), "canary": canary.record(engine)}
@@ -105,7 +106,7 @@ def run(run: RunDir) -> None:
 
 
 def _heads(run: RunDir) -> tuple[list[Path], list[Path]]:
-    """Folders of the heads to measure, and those of them that lie in the run folder."""
+    """Folders of the heads to measure, and those of them that are in the run folder."""
     own = sorted((run / "heads").glob("exit-*"), key=lambda p: int(p.name.split("-")[1]))
     head = run.config.evaluate.head
     if head is None:
@@ -121,7 +122,8 @@ def _heads(run: RunDir) -> tuple[list[Path], list[Path]]:
 
 
 def _published(head: str, config: Config) -> Path:
-    """Its folder, found to hold a head of this backbone before the backbone is loaded."""
+    """The folder of a published head. Raises UserError if it holds no head, or one of another backbone; the backbone is
+    not loaded for that."""
     folder = hub.pull(head)
     try:
         belongs = ExitHead.load(folder).backbone
@@ -152,14 +154,17 @@ def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> tuple[dict[i
 
 
 def _drafts(heads: list[ExitHead], model: Any, names: list[str]) -> dict[int, Any]:
-    """A draft model of each head, if one of the rivals takes it."""
+    """Exit layer -> draft model in memory, if one of the rivals needs it; else {}."""
     if not any(name.startswith("assistant_model") for name in names):
         return {}
     return {head.exit_layer: draft_model.in_memory(model, head) for head in heads}
 
 
 def _states(path: str | None, heads: dict[int, str]) -> dict[Method, dict[str, Any]]:
-    """What controllers had learned of these heads (exit layer -> sha256) in the results of an earlier evaluation."""
+    """States of controllers from the results of an earlier evaluation of these heads (exit layer -> sha256).
+
+    Raises UserError if the file holds none, or states of other heads.
+    """
     if path is None:
         return {}
     key = f"evaluate.states={path}"
@@ -185,7 +190,7 @@ def _states(path: str | None, heads: dict[int, str]) -> dict[Method, dict[str, A
 
 
 def _check_not_trained_on(run: RunDir, chosen: list[Prompt]) -> None:
-    """Raises UserError for prompts that the heads learned from; says so where that cannot be known."""
+    """Raises UserError for prompts that the heads were trained on; warns where that cannot be determined."""
     head, folder = run.config.evaluate.head, run / "responses"
     if head is None and (folder / "manifest.json").exists():
         learned = next((r for r in reversed(run.records()) if r["stage"] == "distill"), None)
@@ -204,7 +209,8 @@ def _check_not_trained_on(run: RunDir, chosen: list[Prompt]) -> None:
 def _encode(
     config: Config, chosen: list[Prompt], engine: SplitBackbone, tokenizer: Any, ends: frozenset[int], limit: str
 ) -> Encoded:
-    """The chosen prompts, an entry a turn; earlier turns are answered greedily, whatever is measured after."""
+    """The chosen prompts encoded, with an entry for each turn. Earlier turns are answered greedily, whatever the
+    temperatures to measure."""
     settings, new = evaluation_settings(config), config.evaluate.max_new_tokens
 
     def answer(ids: list[int]) -> list[int]:
@@ -225,7 +231,8 @@ def _conversations(encoded: Encoded) -> int:
 
 
 def _about(engine: SplitBackbone, encoded: Encoded, compared: dict[str, Any]) -> dict[str, Any]:
-    """What the tables do not say of themselves; `compared` with transformers' logits."""
+    """What the tables lack: device, threads, counts, hardware, versions, and the record `compared` of the comparison
+    with transformers' logits."""
     prompts = [prompt for prompt, _ in encoded]
     return {
         "device": str(engine.device),
@@ -247,9 +254,9 @@ def _here() -> dict[str, Any]:
 
 
 def _already_measured(run: RunDir) -> Measured | None:
-    """What this stage measured, of the same config and heads, before it was ended; None if it must be measured here.
+    """Measurements saved by an interrupted run of this stage with the same config and heads; None if there are none.
 
-    The record of the stage names the hardware and versions of the process that ends it, so they must be the same.
+    The stage's record names the hardware and versions of the process that finishes it, so they must be the same.
     """
     measured = Measured.load(run / "eval") if run.is_begun("evaluate") else None
     if measured is None or any(measured.about[key] != value for key, value in _here().items()):
@@ -297,14 +304,14 @@ def _results(
 
 
 def _identity(config: Config, folder: Path, head: ExitHead) -> dict[str, Any]:
-    """The backbone, which is the same for all heads measured, and for a published head where it came from."""
+    """The backbone, which is the same for all measured heads, and for a published head its origin."""
     published = {} if config.evaluate.head is None else {"published_head": hub.source_of(config.evaluate.head, folder)}
     return {"backbone": head.backbone, "num_layers": head.num_layers, **published}
 
 
 def check(config: Config) -> None:
-    """What can be known before anything is loaded. Raises UserError for a controller or rival that does not exist, and
-    where there are no prompts to evaluate on."""
+    """Checks the config before anything is loaded. Raises UserError for a controller or rival that does not exist, for
+    an unusable evaluate.states, and if there are no prompts to evaluate on."""
     if not holds_out(config):
         raise UserError(
             f"prompts.held_out={config.prompts.held_out:g}: no prompt is left to evaluate on. Give a share above 0 "
@@ -329,7 +336,7 @@ def check(config: Config) -> None:
 
 
 class _threads:
-    """Decode on this many CPU threads, then restore."""
+    """Sets the number of CPU threads inside the block, and restores it afterwards; 0 leaves it as it is."""
 
     def __init__(self, count: int):
         self.count, self.before = count, torch.get_num_threads()

@@ -1,7 +1,7 @@
-"""generate: the backbone answers prompts; its answers are what the exit heads learn from.
+"""The stage `generate`: lets the backbone answer prompts; exit heads are trained on its answers.
 
-Takes the config's backbone and prompts, gives responses/ (generation/responses.py). Any number of processes share the
-work, shard by shard, and a killed one loses no more than the shard it was at.
+Takes the config's backbone and prompts; writes responses/ (generation/responses.py). Any number of processes can share
+the work, shard by shard, and a killed one loses only its current shard.
 """
 
 import json
@@ -37,7 +37,8 @@ from ..runs.folder import RunDir
 
 
 def run(run: RunDir) -> None:
-    """Answer the prompts, or what is left of them. Raises UserError for what the user must change."""
+    """Answer the prompts that have no answers yet. Raises UserError for mistakes in the config, the prompts or the
+    backbone, and for inputs that have changed since the responses were begun."""
     config, responses = run.config, Responses(run / "responses")
     must_run = run.plan("generate", [])
     manifest = responses.manifest()
@@ -45,7 +46,7 @@ def run(run: RunDir) -> None:
         _check_source(config, manifest, gone_is_fine=True)
         print("generate: done already")
         return
-    # All that a user can get wrong comes before the stage is marked as begun: a mark would ask for --redo.
+    # These checks precede the mark, so that a mistake found here can be corrected without --redo.
     _check_source(config, manifest)
     tokenizer, architecture = load_tokenizer(config.backbone), load_config(config.backbone)
     ends = end_tokens(config.backbone, tokenizer)
@@ -75,7 +76,7 @@ def run(run: RunDir) -> None:
 
 
 def _asked(config: Config, tokenizer: Any, architecture: Any) -> Iterator[tuple[Prompt, list[int]]]:
-    """Prompts and their ids in the order of the shards."""
+    """Yields prompts and their ids in the order of the shards."""
     g, context = config.generate, _context(config, architecture)
     taken: list[Prompt] = []
     limit = limit_of(architecture, context)
@@ -98,7 +99,8 @@ def _in_shards(asked: Iterator[tuple[Prompt, list[int]]], size: int) -> Iterator
 
 
 def _context(config: Config, architecture: Any) -> int:
-    """Tokens that a context and its answer may have together: our own decoder goes no further than a sliding window."""
+    """The most tokens that a context and its answer may have together. For our own decoder a sliding window is the
+    limit."""
     drafts = config.generate.engine == "speculative"
     return longest_exact(architecture) if drafts else architecture.max_position_embeddings
 
@@ -113,11 +115,11 @@ def _answerer(config: Config, tokenizer: Any, ends: list[int]) -> Answerer:
 
 
 def _head(config: Config, architecture: Any, answerer: Answerer) -> dict[str, Any]:
-    """What the manifest says of who makes the responses, and how."""
+    """The manifest's record of the backbone and the sampling that make the responses."""
     sampling: dict[str, Any] = {"seed": config.seed, "reproducible": answerer.reproducible}
     sampling |= to_dict(config.generate)
     folder, controller = sampling.pop("exit_head"), sampling.pop("controller")
-    if config.generate.engine == "speculative":  # of a folder of this machine nothing is said but what is in it
+    if config.generate.engine == "speculative":  # the head is recorded by its hash, not by a local path
         sampling |= {"head_sha256": sha256_of(Path(folder)), "controller": controller}
     return {
         "backbone": {
@@ -130,7 +132,7 @@ def _head(config: Config, architecture: Any, answerer: Answerer) -> dict[str, An
     }
 
 
-# ---- is it still what was begun?
+# ---- checks that the inputs have not changed
 
 
 def _check_source(config: Config, manifest: dict[str, Any] | None, *, gone_is_fine: bool = False) -> None:
@@ -140,7 +142,7 @@ def _check_source(config: Config, manifest: dict[str, Any] | None, *, gone_is_fi
     try:
         now = source_pins(config.prompts)
     except UserError:
-        if gone_is_fine:  # a finished stage needs its prompts no more, and may lie on another machine
+        if gone_is_fine:  # a finished stage no longer needs its prompts, which may be on another machine
             return
         raise
     was = pins(manifest["prompts"])
@@ -173,7 +175,7 @@ def _check_backbone(config: Config, old: dict[str, Any] | None, new: dict[str, A
         )
 
 
-# ---- what is told
+# ---- summary
 
 
 def _summary(responses: Responses, tokens_per_second: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What a run will need and whether it will pay, before any GPU is asked for: checks the config, prints the plan.
+"""The stage `plan`: checks the config and prints what a run will need and whether drafting will pay, without a GPU.
 
-Takes configs, reads at most config.json and the headers of weights that lie on this machine, and writes nothing. The
-formulas are in planning/ (docs/planning.md).
+Takes configs; reads at most config.json and the headers of weights on this machine, and writes nothing. The formulas
+are in planning/ (docs/planning.md).
 """
 
 import json
@@ -23,7 +23,7 @@ from ..training.dataloader import StepBatches
 
 
 def show(configs: Sequence[Config], varied: Sequence[str] = (), as_json: bool = False) -> None:
-    """Print the plan of one config in full, or of several, which differ in the keys `varied`, a row each.
+    """Print the plan of one config in full, or a row for each of several, which differ in the keys `varied`.
 
     Raises UserError for what the stages would refuse too.
     """
@@ -41,7 +41,7 @@ def show(configs: Sequence[Config], varied: Sequence[str] = (), as_json: bool = 
 
 
 def make(config: Config) -> Plan:
-    """The plan of a config that was found right."""
+    """The plan of a config. Raises UserError for a config that the stages would refuse."""
     a = architecture_of(config.backbone)
     check_exit_layers(config.distill.exit_layers, a.layers)
     world = Layout.of(config.machine).processes
@@ -50,12 +50,13 @@ def make(config: Config) -> Plan:
 
 
 def architecture_of(backbone: Backbone) -> Architecture:
-    """From the checkpoint's config.json; where a well-known backbone's is not on this machine, as shipped with us."""
+    """The architecture from the checkpoint's config.json; for a well-known backbone that is not on this machine, the
+    one shipped with exit-heads. Raises UserError if there is neither."""
     name = backbone.name_or_path
     known = facts().get(name)
     try:
         config, source = load_config(backbone, local=known is not None), "its config.json"
-        if any(Path(source_of(backbone)).glob("*.safetensors")):  # its weights lie here too: what they are is decisive
+        if any(Path(source_of(backbone)).glob("*.safetensors")):  # the weights on this machine decide over the config
             config.tie_word_embeddings = check_weights(backbone).ties_embeddings(config)
     except UserError:
         if known is None:

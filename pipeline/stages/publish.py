@@ -1,7 +1,7 @@
-"""Gate the best head, then write the folder that transformers loads, or a draft model for other engines.
+"""The stage `publish`: checks the best head against the gate, and writes a folder for transformers, or a draft model.
 
-Takes eval/ and heads/exit-<N>/, gives hub/<N>/ or hub/<N>-draft/; refuses a head that is not lossless, not faster, or
-not in its folder what it was when it was evaluated. Pushes the folder if publish.target asks for it.
+Takes eval/ and heads/exit-<N>/; writes hub/<N>/ or hub/<N>-draft/. It refuses a head that is not lossless, not faster,
+or whose folder does not decode as evaluated. It pushes the folder if publish.target asks for it.
 """
 
 from ..config import Config
@@ -10,17 +10,18 @@ from ..runs.folder import RunDir
 
 
 def run(run: RunDir) -> None:
-    """hub/<N>/ of the best head, or of publish.exit_layer, pushed if asked for. Raises GateError when refused."""
+    """Write hub/<N>/ of the best head, or publish.exit_layer, and push it if asked for. Raises GateError if refused."""
     hub.publish(run, build.write(run, "head"), build.SUFFIXES["head"])
 
 
 def run_draft(run: RunDir) -> None:
-    """hub/<N>-draft/: the same head as a checkpoint that engines take as a draft model. Raises GateError."""
+    """Write hub/<N>-draft/, the same head as a checkpoint that engines load as a draft model. Raises GateError if
+    refused."""
     folder = build.write(run, "draft")
     print(f"draft model: {folder}")
     hub.publish(run, folder, build.SUFFIXES["draft"])
 
 
 def check(config: Config) -> None:
-    """What can be known before anything is made. Raises UserError where nothing could be pushed."""
+    """Check early what a push needs. Raises UserError if nothing could be pushed."""
     hub.check(config)

@@ -1,8 +1,8 @@
-"""A Hub on this machine for tests: repos, commits and tags behind the routes that the real client calls.
+"""A local Hub for tests: repos, commits and tags behind the routes that the real client calls.
 
-Takes a folder for its files, gives a URL for HF_ENDPOINT; contents lie under their sha256, commits under their sha1,
-and all that was pushed is in the folder to be looked at. Cuts connections and answers with errors where a test asks for
-it. Speaks the protocol that huggingface_hub 2.4 was seen to speak, Xet left out. Knows nothing of exit heads.
+Takes a folder for its files; gives a URL for HF_ENDPOINT. Contents are stored under their sha256 and commits under
+their sha1, so tests can inspect in the folder what was pushed. It cuts connections and answers with errors where a test
+asks for it. It implements the protocol observed with huggingface_hub 2.4, without Xet.
 """
 
 import base64
@@ -22,13 +22,13 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 LARGE = (".safetensors", ".png")
-"""What the Hub keeps as large files (LFS) without being asked."""
+"""Endings of files that the Hub stores as large files (LFS) by default."""
 REPO = r"(?P<repo>[^/]+/[^/]+)"
 
 
 @dataclass
 class Account:
-    """Whose token it is, and where it may write."""
+    """The user of a token, and the namespaces that it may write to."""
 
     name: str
     writes_to: tuple[str, ...] = ()
@@ -39,18 +39,18 @@ ACCOUNTS = {"hf_of_ada": Account("ada", ("ada", "org")), "hf_reads_only": Accoun
 
 @dataclass
 class Fault:
-    """What goes wrong, `times` times, at requests whose "METHOD path" the pattern is found in."""
+    """A fault that occurs `times` times, at requests whose "METHOD path" matches the pattern anywhere."""
 
     pattern: str
     what: str
-    """during: the connection is cut when half of the body has come; after: when the work is done and nothing was
-    answered yet; or a status, such as 503."""
+    """"during": the connection is cut when half of the body has arrived; "after": it is cut when the work is done but
+    before the answer; or a status, such as 503."""
     times: int = 1
 
 
 @dataclass
 class Refusal(Exception):
-    """An answer that is an error, with the code by which the client knows it."""
+    """An error answer, with the code by which the client recognises it."""
 
     status: int
     code: str
@@ -64,7 +64,7 @@ class LoopbackHub:
     folder: Path
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
-    """"METHOD path -> status" of everything answered or cut, in order."""
+    """"METHOD path -> status" of every request, answered or cut, in order."""
 
     def __enter__(self) -> "LoopbackHub":
         for name in ("objects", "commits", "repos"):
@@ -81,12 +81,12 @@ class LoopbackHub:
         self.server.server_close()
 
     def environment(self, home: Path, token: str | None = "hf_of_ada") -> dict[str, str]:
-        """Of a client process: this Hub and no other, a cache of its own, no proxy, plain LFS."""
+        """Environment of a client process: only this Hub, its own cache, no proxy, plain LFS."""
         mine = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
         mine |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         return mine | ({"HF_TOKEN": token} if token else {})
 
-    # ---- what is stored
+    # ---- storage
 
     def store(self, content: bytes) -> str:
         name = hashlib.sha256(content).hexdigest()
@@ -129,7 +129,7 @@ class LoopbackHub:
         return found
 
     def files(self, name: str, tag: str) -> dict[str, bytes]:
-        """What a tag holds."""
+        """Path -> contents of the files of a tag."""
         repo = self.repo(name)
         assert repo is not None
         return {path: self.content(f["object"]) for path, f in self.commit(repo["tags"][tag])["files"].items()}
@@ -137,7 +137,7 @@ class LoopbackHub:
     def _file_of(self, name: str) -> Path:
         return self.folder / "repos" / (name.replace("/", "~") + ".json")
 
-    # ---- what goes wrong
+    # ---- faults
 
     def fault_at(self, request: str) -> str | None:
         for fault in self.faults:
@@ -148,12 +148,13 @@ class LoopbackHub:
 
 
 def git_id(content: bytes) -> str:
-    """How git names a small file."""
+    """git's object id of a small file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def wrong_in(front: dict[str, Any]) -> list[str]:
-    """What the Hub would not take of a card. Its list of licences is longer than would fit here: by their form."""
+    """What the Hub would reject in a card's front matter. Licences are checked by their form only, because the Hub's
+    list is long."""
     licence, errors = str(front.get("license", "other")), []
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
         errors.append(f'"license" must be one of [apache-2.0, mit, ..., other], not "{licence}"')
@@ -164,7 +165,7 @@ def wrong_in(front: dict[str, Any]) -> list[str]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request: who asks, the route, the answer."""
+    """Handles one request: authenticates, finds the route, answers."""
 
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
@@ -217,10 +218,10 @@ class Handler(BaseHTTPRequestHandler):
                 return answer if isinstance(answer, tuple) else (200, {}, json.dumps(answer).encode())
         raise Refusal(404, "NotFound", "no such route")
 
-    # ---- who asks
+    # ---- authentication
 
     def _account(self) -> Account | None:
-        """None for nobody; a token that no account has is refused whatever is asked."""
+        """The account of the request; None without a token. Raises Refusal for an unknown token."""
         header = self.headers.get("Authorization")
         if header is None:
             return None
