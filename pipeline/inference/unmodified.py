@@ -124,7 +124,9 @@ def _check_parameters(found: nn.Module, wanted: nn.Module, path: str, dtypes: di
         dtypes.setdefault(w.dtype, f"{path}.{name}")
         if w.dtype not in DTYPES or len(dtypes) > 1:
             others = " and ".join(f"{where} is {str(dtype).removeprefix('torch.')}" for dtype, where in dtypes.items())
-            raise ValueError(f"{others}: all weights must be one of float32, bfloat16, float16; load it with dtype=")
+            raise ValueError(
+                f"{others}: all weights must be one of float64, float32, bfloat16, float16; load it with dtype="
+            )
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
