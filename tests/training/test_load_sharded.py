@@ -362,7 +362,7 @@ def test_a_checkpoint_that_cannot_be_used_is_refused_before_it_is_loaded(tmp_pat
 @pytest.mark.slow
 def test_a_process_holds_little_beyond_its_shard(root) -> None:
     """By the benchmark, on a smaller model, where one process's whole copy would still be seen."""
-    words = "benchmarks/load_sharded.py --layers 4 --worlds 1 2 --dtypes float32 bfloat16".split()
+    words = "benchmarks/loading.py --layers 4 --worlds 1 2 --dtypes float32 bfloat16".split()
     done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "shard by shard" in line]
