@@ -115,7 +115,7 @@ def _fitting(
                 f"prompt {prompt.id} ({_start(prompt.text)}) has {len(ids)} tokens; with {max_new_tokens} new ones it "
                 f"does not fit into the {limit} of {context}. Set {too_long_key}=drop or ask for fewer new tokens "
                 f"({stage}.max_new_tokens={max_new_tokens})."
-                + (" No other stage has to be made anew for that." if stage == "evaluate" else "")
+                + (" Other stages stay done." if stage == "evaluate" else "")
             )
         else:
             dropped[reason] += 1

@@ -60,7 +60,7 @@ def run(run: RunDir) -> None:
         bytes_ = sum(shard["bytes"] for shard in (cache.manifest() or {})["shards"])
         summary |= {"tokens": head["packing"]["tokens"], "bytes": bytes_, "tokens_per_second": speed}
     at = f" at {speed:.0f} tokens/s in this process" if speed else ""
-    print(f"cache: what the backbone says of {summary['tokens']} tokens, {size(bytes_)}{at}")
+    print(f"cache: hidden states of {summary['tokens']} tokens, {size(bytes_)}{at}")
 
 
 class TeacherWorker(ShardWorker):

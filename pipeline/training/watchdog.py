@@ -263,6 +263,6 @@ class Stall:
             for step, line in places
         )
         return (
-            f"no step was finished for machine.timeout={self.timeout:g} s: {where}. Who is where the others are not "
-            "keeps them waiting; the stacks of each rank are in its log"
+            f"no step was finished for machine.timeout={self.timeout:g} s: {where}. The others wait for the ranks "
+            "that stand elsewhere; the stacks of each rank are in its log"
         )
