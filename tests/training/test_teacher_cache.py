@@ -185,7 +185,7 @@ def test_two_processes_learn_from_the_cache_what_one_does_online(tmp_path, backb
     shard = both / "cache" / "shard-00001.safetensors"  # in the other process's share
     whole = shard.read_bytes()
     change_a_byte(shard)
-    with pytest.raises(UserError, match=r"shard-00001\.safetensors: not what was written"):
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors: damaged"):
         distill.run(both)
     shard.write_bytes(whole)
     distill.run(both)
