@@ -5,7 +5,7 @@
 Takes laws of acceptance and of costs; gives, for each, tokens per unit of time of rounds 0..199 and 200..1999
 undisturbed, the best fixed K, and the least share of the undisturbed rate that is kept from round 200 to 599 over all
 disturbances: one round of the first 21 slower by 5, 10 or 50 times, in all its parts or in verification alone, or a
-machine half as fast for a while. To compare with another commit, run this file there too (`git worktree`).
+machine half as fast for a while. To compare two commits, run each one's own file (`git worktree`).
 """
 
 import argparse
@@ -14,8 +14,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pipeline.evaluation.simulation import known_round
 from pipeline.inference.controllers import make_controller
-from pipeline.inference.rounds import Confidence, Round
+from pipeline.inference.rounds import Round
 
 NOISE = 0.08
 """Standard deviation of the logarithm of each part's time."""
@@ -33,13 +34,6 @@ LAWS: dict[str, tuple[Callable[[random.Random], float], tuple[float, ...]]] = {
 SLOW_TIMES = [(0, 20), (0, 60), (20, 80), (100, 160)]
 
 
-class Said(Confidence):
-    """A confidence that is right."""
-
-    def __init__(self, acceptance: float):
-        self.top = self.collision = acceptance
-
-
 def play(name: str, law: str, seed: int, count: int, factors=lambda i: (1.0, 1.0)) -> np.ndarray:
     """[count, 2]: tokens and undisturbed time of each round; `factors(i)` = how much slower round i is measured in all
     parts, and in verification on top."""
@@ -50,13 +44,7 @@ def play(name: str, law: str, seed: int, count: int, factors=lambda i: (1.0, 1.0
         chances = [acceptance(dice) for _ in range(LONGEST)]
         coins = [dice.random() for _ in range(LONGEST)]
         noise = [dice.lognormvariate(0, NOISE) for _ in range(4)]
-        k = passes = 0
-        while controller.peek(k):
-            passes += 1
-            if not controller.draft(k, Said(chances[k])):
-                break
-            k += 1
-        accepted = next((j for j in range(k) if coins[j] >= chances[j]), k)
+        k, accepted, passes = known_round(controller, chances, coins)
         parts = [shallow * (k + 1), head * passes, single + further * k + (jump if k else 0), 0.02]
         slower, verify_slower = factors(i)
         timed = [part * n * slower for part, n in zip(parts, noise, strict=True)]

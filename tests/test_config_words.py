@@ -1,5 +1,7 @@
 """What is typed arrives: text keys keep their text, paths their home folder, and nothing is read from elsewhere."""
 
+import os
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +174,8 @@ def test_a_home_folder_is_found_in_every_key_that_holds_a_path(tmp_path: Path, m
             assert value_of(load(None, [f"{key}=~/a/b.jinja"]), key) == f"{tmp_path}/a/b.jinja"
             assert key.rpartition(".")[2] in anonymous.PATHS + anonymous.PATHS_OR_IDS
     assert load(None, ["run.dir=~"]).run.dir == str(tmp_path)
-    assert load(None, ["run.dir=~root/runs"]).run.dir == "/root/runs"
+    user = pwd.getpwuid(os.getuid())
+    assert load(None, [f"run.dir=~{user.pw_name}/runs"]).run.dir == f"{user.pw_dir}/runs"
     assert load(None, ["prompts.column=~/a", "wandb.project=~x"]).prompts.column == "~/a", "no path: as typed"
     with pytest.raises(UserError, match=r"run\.dir=~no-one-here/a: ~no-one-here is no user's home"):
         load(None, ["run.dir=~no-one-here/a"])

@@ -9,7 +9,7 @@ p: the backbone's distribution, q: the exit head's
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -89,6 +89,21 @@ def record(
 
 def _read(confidence: Confidence) -> Recorded:
     return Recorded(confidence.top, confidence.collision, confidence.entropy)
+
+
+def known_round(controller: Controller, chances: Sequence[float], coins: Sequence[float]) -> tuple[int, int, int]:
+    """(drafted, accepted, head passes) of a round whose law is known: draft i is accepted if coins[i] < chances[i].
+
+    The head's confidence before draft i is chances[i]. The round ends at the latest after len(chances) drafts.
+    """
+    k = passes = 0
+    while k < len(chances) and controller.peek(k):
+        passes += 1
+        if not controller.draft(k, Recorded(chances[k], chances[k], 1.0)):  # type: ignore[arg-type]
+            break
+        k += 1
+    accepted = next((j for j in range(k) if coins[j] >= chances[j]), k)
+    return k, accepted, passes
 
 
 def outcomes(traces: list[Trace], seed: int) -> list[np.ndarray]:

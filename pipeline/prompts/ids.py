@@ -55,7 +55,7 @@ def encoding(
         tokens = " ".join(tokenizer.convert_ids_to_tokens(behind))
         print(f"{section}: the tokenizer ends every text with {tokens}; behind a prompt, which goes on, it is left out")
     any_kept = False
-    for kept in _fitting(prompts, tokenizer, settings, context, max_new_tokens, wanted, stage, limit):
+    for kept in fitting(prompts, tokenizer, settings, context, max_new_tokens, wanted, stage=stage, limit=limit):
         any_kept = True
         yield kept
     if prompts and not any_kept:
@@ -77,7 +77,7 @@ def fitting(
     *,
     stage: str = "generate",
     limit: str = "context",
-) -> Encoded:
+) -> Iterator[tuple[Prompt, list[int]]]:
     """The first `wanted` prompts (0: all) with the token ids of their conversations, up to the turn to be answered.
 
     The ids are those of the rendered chat template, or without one those of tokenizer(text), turns and answers joined
@@ -87,19 +87,6 @@ def fitting(
 
     Messages name the keys of `stage`, and call the limit of `context` tokens by `limit` (context or sliding window).
     """
-    return list(_fitting(prompts, tokenizer, settings, context, max_new_tokens, wanted, stage, limit))
-
-
-def _fitting(
-    prompts: list[Prompt],
-    tokenizer: Any,
-    settings: Prompts,
-    context: int,
-    max_new_tokens: int,
-    wanted: int,
-    stage: str,
-    limit: str,
-) -> Iterator[tuple[Prompt, list[int]]]:
     room, kept = context - max_new_tokens, 0
     section = section_of(settings)
     too_long_key = "evaluate.prompts.too_long" if stage == "evaluate" else f"{section}.too_long"

@@ -40,7 +40,7 @@ def every_turn(
                 if len(prompt.answers) + 1 < len(prompt.turns):
                     later.append(next_turn(prompt, tokenizer.decode(answer(ids), skip_special_tokens=True)))
                     bar.update()
-            turns = fitting(later, tokenizer, settings, context, max_new_tokens, stage="evaluate", limit=limit)
+            turns = list(fitting(later, tokenizer, settings, context, max_new_tokens, stage="evaluate", limit=limit))
             found += turns
     return sorted(found, key=lambda entry: order[conversation_of(entry[0].id)])  # stable: turns stay in their order
 

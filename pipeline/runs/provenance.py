@@ -17,16 +17,23 @@ from typing import Any
 
 def provenance() -> dict[str, Any]:
     """A dict of the commit, versions, machine and command of this process."""
-    packages = ("torch", "transformers", "lightning", "datasets", "accelerate", "wandb", "omegaconf")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         **_git(),
-        "versions": {"exit-heads": version("exit-heads"), "python": platform.python_version()}
-        | {p: version(p) for p in packages},
-        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": _gpus()},
+        **environment(),
         "host": socket.gethostname(),
         "user": _user(),
         "command": sys.argv,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """The part of it on which a measurement depends: versions and hardware."""
+    packages = ("torch", "transformers", "lightning", "datasets", "accelerate", "wandb", "omegaconf")
+    return {
+        "versions": {"exit-heads": version("exit-heads"), "python": platform.python_version()}
+        | {p: version(p) for p in packages},
+        "hardware": {"cpu": _cpu_name(), "cores": os.cpu_count(), "gpus": _gpus()},
     }
 
 

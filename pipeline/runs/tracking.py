@@ -20,7 +20,7 @@ from .anonymous import anonymous
 from .files import atomic_path, atomic_write
 from .folder import RunDir
 from .wandb_resume import readable_steps
-from .wandb_settings import set_folders, told, wandb_root
+from .wandb_settings import init_arguments, set_folders, wandb_root
 
 INIT_TIMEOUT = 20.0  # seconds to reach the server before going on offline
 FINISH_TIMEOUT = 120.0  # seconds for the last upload; the rest stays in the run folder for `wandb sync`
@@ -168,7 +168,7 @@ def _lacking(wandb_run: Any, lines: list[str], folder: Path) -> list[dict[str, A
 
 def start_wandb(run: RunDir, stage: str) -> Any:
     """A W&B run; None for wandb.mode=disabled and if W&B fails. The run folder has all figures in any case."""
-    asked = told(run.config.wandb)
+    asked = init_arguments(run.config.wandb)
     if asked.mode == "disabled":
         return None
     (run / "wandb").mkdir(parents=True, exist_ok=True)

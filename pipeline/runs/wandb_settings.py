@@ -25,7 +25,7 @@ OURS = "EXIT_HEADS_WANDB_FOLDER"
 """Variable with the folder that `set_folders` last used, in this process or its parent: not the user's choice."""
 
 
-class Told(NamedTuple):
+class InitArguments(NamedTuple):
     """Arguments for wandb.init; None leaves W&B's own default."""
 
     mode: str
@@ -34,9 +34,9 @@ class Told(NamedTuple):
     base_url: str | None
 
 
-def told(config: Wandb) -> Told:
+def init_arguments(config: Wandb) -> InitArguments:
     settings = _settings()
-    return Told(
+    return InitArguments(
         wandb_mode(config),
         config.project or settings.get("project") or PROJECT,
         config.entity or settings.get("entity"),

@@ -45,7 +45,7 @@ from ..publishing import draft_model, hub
 from ..runs import tracking
 from ..runs.files import atomic_path, atomic_write, sha256_of
 from ..runs.folder import RunDir
-from ..runs.provenance import provenance
+from ..runs.provenance import environment
 
 
 def run(run: RunDir) -> None:
@@ -244,13 +244,8 @@ def _about(engine: SplitBackbone, encoded: Encoded, compared: dict[str, Any]) ->
             "later_turns": sum(bool(p.answers) for p in prompts),
             "tasks": count_tasks(prompts),
         },
-        **_here(),
+        **environment(),
     }
-
-
-def _here() -> dict[str, Any]:
-    record = provenance()
-    return {key: record[key] for key in ("hardware", "versions")}
 
 
 def _already_measured(run: RunDir) -> Measured | None:
@@ -259,7 +254,7 @@ def _already_measured(run: RunDir) -> Measured | None:
     The stage's record names the hardware and versions of the process that finishes it, so they must be the same.
     """
     measured = Measured.load(run / "eval") if run.is_begun("evaluate") else None
-    if measured is None or any(measured.about[key] != value for key, value in _here().items()):
+    if measured is None or any(measured.about[key] != value for key, value in environment().items()):
         return None
     print(f"evaluate: {run / 'eval'} holds what was measured before; the proofs go on from there")
     return measured

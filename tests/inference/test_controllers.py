@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from pipeline.evaluation.simulation import known_round
 from pipeline.inference.controllers import (
     Beta,
     Calibration,
@@ -285,13 +286,7 @@ def disturbed(seed: int, count: int, factor) -> tuple[float, int]:
         chances = [bimodal(dice) for _ in range(9)]
         coins = [dice.random() for _ in range(9)]
         noise = dice.lognormvariate(0, 0.08)
-        k = passes = 0
-        while controller.peek(k):
-            passes += 1
-            if not controller.draft(k, Said(chances[k])):
-                break
-            k += 1
-        accepted = next((j for j in range(k) if coins[j] >= chances[j]), k)
+        k, accepted, passes = known_round(controller, chances, coins)
         parts = [0.06 * (k + 1), 0.05 * passes, 0.94 + 0.02 * k]
         shallow, head, verify = (part * noise * factor(i) for part in parts)
         controller.observe(Round(k, accepted, accepted + 1, passes, shallow + head + verify, shallow, head, verify))

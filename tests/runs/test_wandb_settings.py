@@ -7,7 +7,7 @@ import pytest
 from pipeline.config import load
 from pipeline.runs.folder import RunDir
 from pipeline.runs.tracking import Tracker
-from pipeline.runs.wandb_settings import Told, told, wandb_mode, wandb_root
+from pipeline.runs.wandb_settings import InitArguments, init_arguments, wandb_mode, wandb_root
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +23,8 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path / "here")
 
 
-def told_by(*words: str) -> Told:
-    return told(load(None, list(words)).wandb)
+def told_by(*words: str) -> InitArguments:
+    return init_arguments(load(None, list(words)).wandb)
 
 
 def write(path: Path, **settings: str) -> None:

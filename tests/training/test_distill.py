@@ -20,7 +20,6 @@ from pipeline.errors import UserError
 from pipeline.generation.documents import Document, read_documents, read_manifest
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.fingerprint import fingerprint
-from pipeline.runs.folder import RunDir
 from pipeline.runs.wandb_settings import wandb_mode
 from pipeline.stages import distill
 from pipeline.training import packing
@@ -29,18 +28,7 @@ from pipeline.training.sharding import shard_step_model
 from pipeline.training.step_model import StepModel
 
 PASSES = "distill.sequences_per_pass=1"  # two a step
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    return tiny_backbone(tmp_path_factory.mktemp("backbone"), sharpness=4.0)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, backbone) -> RunDir:
-    run = prepare(tmp_path_factory.mktemp("undisturbed"), backbone, PASSES)
-    distill.run(run)
-    return run
+UNDISTURBED = [PASSES]
 
 
 # ---- what is learned

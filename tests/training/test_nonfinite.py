@@ -7,12 +7,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Container
-from pathlib import Path
 
 import pytest
 import torch
 from distilling import assert_same, head_bytes, lines, prepare
-from helpers import tiny_backbone
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,18 +23,7 @@ from pipeline.training.module import MAX_SKIPPED_IN_ROW, Distillation
 from pipeline.training.step_model import StepModel
 
 DECAY = "distill.weight_decay=0.1"  # it changes weights even where a gradient is zero
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    return tiny_backbone(tmp_path_factory.mktemp("backbone"), sharpness=4.0)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, backbone) -> RunDir:
-    run = prepare(tmp_path_factory.mktemp("undisturbed"), backbone, DECAY)
-    distill.run(run)
-    return run
+UNDISTURBED = [DECAY]
 
 
 # ---- ways to break exit 2 at given steps (counted from 0), in this process only

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from distilling import assert_same, end_of, finish, gone, lines, prepare, start
-from helpers import tiny_backbone
 
 from pipeline.errors import UserError
 from pipeline.runs.folder import RunDir
@@ -21,18 +20,7 @@ from pipeline.training.checkpoints import WholeFile, damage_of, newest_intact
 from pipeline.training.module import Distillation
 
 PASSES = "distill.sequences_per_pass=1"  # two a step
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    return tiny_backbone(tmp_path_factory.mktemp("backbone"), sharpness=4.0)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, backbone) -> RunDir:
-    run = prepare(tmp_path_factory.mktemp("undisturbed"), backbone, PASSES)
-    distill.run(run)
-    return run
+UNDISTURBED = [PASSES]
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, undisturbed, backbone):

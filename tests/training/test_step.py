@@ -9,7 +9,6 @@ import distilling
 import pytest
 import torch
 from distilling import assert_same, finish, head_bytes, lines, prepare, start, unpack, whole_units
-from helpers import tiny_backbone
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
@@ -27,11 +26,6 @@ STEPS = 20
 EXACT = f"""distill.max_steps={STEPS} distill.learning_rate=2e-3 distill.warmup_steps=10 distill.weight_decay=0.1
     distill.clip_norm=0.3 distill.sequences_per_step=4 distill.validate_every=10 distill.checkpoint_every=10""".split()
 ONE_BY_ONE = "distill.sequences_per_pass=1"
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    return tiny_backbone(tmp_path_factory.mktemp("backbone"), sharpness=4.0)
 
 
 # ---- against a plain loop

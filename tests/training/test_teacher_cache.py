@@ -30,11 +30,6 @@ SEQUENCE = 48 * 3 * 32 * 4
 """Bytes of a full sequence: tokens x (final and two exit layers) x D x float32."""
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    return tiny_backbone(tmp_path_factory.mktemp("backbone"), sharpness=4.0)
-
-
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch) -> None:
     """Makes shards of two sequences each."""
