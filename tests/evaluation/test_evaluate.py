@@ -199,7 +199,7 @@ def test_what_was_measured_elsewhere_or_under_no_mark_is_measured_again(run, tmp
     mark = again / "stages" / "evaluate.json"
     mark.write_text(mark.read_text().replace('"done"', '"begun"'))
     assert evaluate._already_measured(again) is not None
-    monkeypatch.setattr(evaluate, "provenance", lambda: {"hardware": {"cpu": "another"}, "versions": {}})
+    monkeypatch.setattr(evaluate, "environment", lambda: {"hardware": {"cpu": "another"}, "versions": {}})
     assert evaluate._already_measured(again) is None
     monkeypatch.undo()
     mark.unlink()
