@@ -35,8 +35,7 @@ from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead, new_exit_layer
-from pipeline.inference.kernels import onednn
-from pipeline.inference.layers import plain
+from pipeline.inference.kernels import TIMED
 from pipeline.inference.rounds import Round
 from pipeline.inference.sampling import Sampler
 from pipeline.runs.provenance import provenance
@@ -76,15 +75,16 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plain", action="store_true", help="torch's own matrix products, even if others are faster")
+    parser.add_argument("--unpacked", action="store_true", help="no copies of the weights in oneDNN's order")
     parser.add_argument("--cuda-graphs", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = random_model(args)
     n = args.exit_layer or max(1, model.config.num_hidden_layers // 8)
     head = ExitHead(n, model.config.num_hidden_layers, {}, new_exit_layer(model).state_dict())
-    engine = SplitBackbone(model, head, check=False, fixed_shapes=args.cuda_graphs)
-    if args.plain:
-        engine._kernels = [plain] * len(engine._kernels)
+    engine = SplitBackbone(
+        model, head, check=False, fixed_shapes=args.cuda_graphs, timed_kernels=not args.plain, pack=not args.unpacked
+    )
     print_header(args, model, engine, n)
     tokens, seconds, rounds = decode_all(args, model, engine)
     show(args, engine, tokens, seconds, rounds)
@@ -144,8 +144,7 @@ def show(args, engine, tokens, seconds, rounds) -> None:
     for name in ("generate", "generate:static"):
         print(f"own autoregressive loop over {name}: {over('with prefill', rivals.Rival(name))}")
     unit = pass_seconds(seconds["autoregressive"], tokens["autoregressive"])
-    size = sum(t.numel() * t.element_size() for w in engine.layers[:-1] for t in w if t is not None)
-    size += engine.lm_head_DV.numel() * engine.lm_head_DV.element_size()
+    size = sum(part.nbytes for w in engine.weights[:-1] for part in w if part is not None) + engine.lm_head.nbytes
     print(f"autoregressive: {1000 * unit:.1f} ms/token, {size / unit / 1e9:.1f} GB/s of weights\n")
     print("| acceptance | K | speedup | predicted | ideal | of ideal | acceptance length | costs: shallow, head, "
           "verify, rest |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
@@ -181,8 +180,8 @@ def predicted(mine: pd.DataFrame, k: int, seconds, tokens) -> float:
 
 def ideal(engine: SplitBackbone, k: int, a: float) -> float:
     """The speedup if every pass costs its share of the bytes of the weights, however many tokens it computes."""
-    layer = sum(t.numel() for t in engine.layers[0] if t is not None)
-    lm_head, n, layers = engine.lm_head_DV.numel(), engine.exit_layer, engine.num_layers
+    layer = sum(part.nbytes for part in engine.weights[0] if part is not None)
+    lm_head, n, layers = engine.lm_head.nbytes, engine.exit_layer, engine.num_layers
     whole = layers * layer + lm_head
     time = ((k + 1) * n * layer + k * (layer + lm_head) + (layers - n) * layer + lm_head) / whole
     return sum(a**i for i in range(k + 1)) / time
@@ -193,13 +192,13 @@ def print_header(args, model, engine, n: int) -> None:
     where = (
         ", ".join(machine["gpus"]) if args.device.startswith("cuda") else f"{machine['cpu']} ({machine['cores']} cores)"
     )
-    chosen = [w for w in (1, 2, 3, 5, 9) if engine._kernels[w] is onednn]
+    chosen = "; ".join(f"{shape}: {', '.join(names)}" for shape, names in engine.kernels.table().items())
     print(
         f"\n{date.today()}, {where}, {args.threads} thread(s), {args.dtype}, Python {platform.python_version()}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}; {args.shape}: "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, L = {engine.num_layers}, N = {n}, "
-        f"{args.texts} texts of {args.prompt} + {args.tokens} tokens; oneDNN from the start-up timing at widths "
-        f"{chosen or 'none'}; `python {' '.join(sys.argv)}`\n"
+        f"{args.texts} texts of {args.prompt} + {args.tokens} tokens; kernels at {TIMED} rows: "
+        f"{chosen or 'plain'}; `python {' '.join(sys.argv)}`\n"
     )
 
 

@@ -86,6 +86,7 @@ _RULES: dict[str, tuple[Any, str]] = {
         (lambda name: name in (None, "auto", "balanced", "sequential")),
         "null, auto, balanced or sequential",
     ),
+    "machine.pack": _one_of("auto", "off"),
     "machine.threads": _NOT_NEGATIVE,
     "machine.nodes": _POSITIVE,
     "machine.processes_per_node": _POSITIVE,

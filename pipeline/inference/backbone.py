@@ -4,24 +4,25 @@ Takes a transformers model of a known family, on one device or distributed over 
 head; returns hidden states and logits of rows at absolute positions, and reads and writes a KVCache. It runs its own
 layer loop over the model's weights, which launches a third of the kernels that transformers' loop launches. The model's
 modules are never called, so a model with a changed module is refused (unmodified.py), and so is a config whose layers
-compute something that this loop does not (families.py).
+compute something that this loop does not (families.py). What differs between model families is in their `Family`, and
+every matrix product is a `Product` with the kernel that is fastest here (kernels.py).
 
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, V vocabulary,
 T positions, W rows of a fixed-width pass; a row is the hidden state of one token
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .exit_head import ExitHead, check_exit_layer
-from .families import check_config, longest_exact
+from .families import FAMILIES, Family, check_config, longest_exact
 from .fixed_shapes import FixedShapes, rounded
-from .kernels import choose
+from .kernels import Kernels, Product
 from .kv_cache import KVCache
-from .layers import LayerWeights, Rows, Shape, attend, causal_mask, gather, mlp, rms_norm, rotate, run_layers, write
+from .layers import Rows, Shape, causal_mask, run_layers
 from .rounds import WIDTHS
 from .unmodified import addresses, check_unmodified
 
@@ -32,7 +33,8 @@ class Block(NamedTuple):
     start: int
     stop: int
     device: torch.device
-    layers: list[LayerWeights]
+    weights: list[Any]
+    """Of each layer, as the family's `gather` gives them."""
 
 
 class SplitBackbone:
@@ -43,6 +45,8 @@ class SplitBackbone:
     texts share one cache, so only one text can be decoded at a time.
     timed_kernels: choose matrix products by timing (kernels.py). False always uses torch's own, which another process
     needs in order to compute bit-identical results.
+    pack: allow copies of the weights in another order where kernels that read them are faster. They take as much memory
+    as the weights, and are made only if twice as much is available.
     beyond_context: allow texts longer than max_position_embeddings, as transformers' generate does. A sliding window
     remains the limit: for longer texts, full attention differs from what the model computes.
 
@@ -58,6 +62,7 @@ class SplitBackbone:
         check: bool = True,
         fixed_shapes: bool = False,
         timed_kernels: bool = True,
+        pack: bool = True,
         beyond_context: bool = False,
     ):
         config = model.config
@@ -78,10 +83,10 @@ class SplitBackbone:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             eps=config.rms_norm_eps,
         )
+        self.family = FAMILIES[config.model_type]
         self.hidden = config.hidden_size
         self.embedding_VD = model.model.embed_tokens.weight.data
         self.final_norm_D = model.model.norm.weight.data.to(self.device)
-        self.lm_head_DV = model.lm_head.weight.data.t()
         self.dtype = self.embedding_VD.dtype
         self.max_context = longest_exact(config, beyond_context)
         self._rotary = model.model.rotary_emb
@@ -93,20 +98,21 @@ class SplitBackbone:
             exit_layer.load_state_dict(head.weights, assign=True)
         except RuntimeError as error:  # a name or a shape
             raise ValueError(f"the exit head's weights are not those of a layer of this backbone: {error}") from None
-        self.layers = [gather(layer) for layer in model.model.layers]
-        self.layers.append(gather(exit_layer.to(self.device, self.dtype)))
-        self._fixed = FixedShapes(self.shape) if fixed_shapes else None
+        self.kernels, self.weights, self.lm_head = _products_of(model, self.family, timed_kernels, pack)
+        exit_weights = self.family.gather(exit_layer.to(self.device, self.dtype))
+        self.weights = [*self.weights, _fit(exit_weights, self.kernels)]
+        """Of layers 1..L and of the exit layer."""
+        self._fixed = FixedShapes(self.family.layer, self.shape) if fixed_shapes else None
         self._fixed_cache: KVCache | None = None
         self._addresses = addresses(model)
         self.blocks = self._cut([*devices, self.device])
-        self._kernels = _kernels_of(model, self.layers[:-1], timed_kernels)
 
     def _cut(self, devices: list[torch.device]) -> list[Block]:
         """Cut the layers into blocks, which end at layer N, at layer L, and where the device changes."""
         blocks, start = [], 0
         for stop in range(1, len(devices) + 1):
             if stop in (self.exit_layer, self.num_layers, len(devices)) or devices[stop] != devices[start]:
-                blocks.append(Block(start, stop, devices[start], self.layers[start:stop]))
+                blocks.append(Block(start, stop, devices[start], self.weights[start:stop]))
                 start = stop
         return blocks
 
@@ -130,7 +136,10 @@ class SplitBackbone:
         if self._fixed is None:
             return self._allocate(max_length)
         if self._fixed_cache is None or self._fixed_cache.max_length < rounded(max_length):
-            self._fixed, self._fixed_cache = FixedShapes(self.shape), None  # recordings are tied to their cache
+            self._fixed, self._fixed_cache = (
+                FixedShapes(self.family.layer, self.shape),
+                None,
+            )  # recordings are tied to their cache
             self._fixed_cache = self._allocate(rounded(max_length))
             for width in WIDTHS:  # record every width now, not in the middle of a text
                 zeros_WD = torch.zeros(width, self.hidden, dtype=self.dtype, device=self.device)
@@ -144,7 +153,7 @@ class SplitBackbone:
                 self._tables[device] = self._make_tables(max_length, device)
         deep = next(b for b in self.blocks if b.start == self.exit_layer)
         hidden_TD = torch.zeros(max_length, self.hidden, dtype=self.dtype, device=deep.device)
-        sizes = [(len(b.layers), b.device) for b in self.blocks]
+        sizes = [(len(b.weights), b.device) for b in self.blocks]
         return KVCache(sizes, self.shape.kv_heads, max_length, self.shape.head_dim, self.dtype, hidden_TD)
 
     def _make_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,18 +170,23 @@ class SplitBackbone:
         """Bytes of memory needed on top of autoregressive decoding.
 
         head_bytes: the head's weights; cache_bytes: its keys and values, and the stored hidden states, of `length`
-        positions.
+        positions. packed_bytes: copies of weights in another order (kernels.py), from which the baseline gains too.
         """
         size = self.embedding_VD.element_size()
         numbers = 2 * self.shape.kv_heads * self.shape.head_dim + self.hidden
         return {
-            "head_bytes": sum(t.numel() * t.element_size() for t in self.layers[-1] if t is not None),
+            "head_bytes": sum(part.nbytes for part in self.weights[-1] if part is not None),
             "cache_bytes": numbers * length * size,
+            "packed_bytes": sum(p.packed.nbytes for p in self.products() if p.packed is not None),
         }
+
+    def products(self) -> list[Product]:
+        """The matrix products of all layers, the exit layer included, and of the LM head."""
+        return [*(part for w in self.weights for part in w if isinstance(part, Product)), self.lm_head]
 
     def shallow(self, ids: list[int], base: int, cache: KVCache) -> None:
         """Run layers 1..N on tokens at positions base..; their hidden states are stored in the cache."""
-        hidden_MD = self._run(self._embed(ids), 0, self.exit_layer, base, cache)
+        hidden_MD = self._run(self.family.embed(self.embedding_VD, ids), 0, self.exit_layer, base, cache)
         cache.hidden_TD.narrow(0, base, len(ids)).copy_(hidden_MD)
 
     def deep(self, base: int, end: int, cache: KVCache) -> Tensor:
@@ -181,12 +195,11 @@ class SplitBackbone:
 
     def full(self, ids: list[int], base: int, cache: KVCache) -> Tensor:
         """Run all L layers on tokens at positions base.., as autoregressive decoding does; [M, D]."""
-        return self._run(self._embed(ids), 0, self.num_layers, base, cache)
+        return self._run(self.family.embed(self.embedding_VD, ids), 0, self.num_layers, base, cache)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Apply the final norm and the LM head; [M, V] in float32."""
-        normed_MD = rms_norm(hidden_MD.to(self.device), self.final_norm_D, self.shape.eps)
-        return self._kernel(len(hidden_MD))(normed_MD, self.lm_head_DV, None).float()
+        return self.family.logits(hidden_MD.to(self.device), self.final_norm_D, self.lm_head, self.shape)
 
     def draft_logits(self, end: int, cache: KVCache) -> Tensor:
         """The exit head's logits [V] for the token that follows position end-1.
@@ -197,28 +210,7 @@ class SplitBackbone:
         base, slot = cache.head_length, self.num_layers
         hidden_MD = cache.hidden_TD[base:end].to(self.device)
         cache.head_length = end
-        if end - base == 1 or (self._fixed is not None and end - base <= WIDTHS[-1]):
-            return self.logits(self._run(hidden_MD, slot, slot + 1, base, cache)[-1:])[0]
-        return self.logits(self._catch_up(hidden_MD, base, cache))[0]
-
-    def _catch_up(self, hidden_MD: Tensor, base: int, cache: KVCache) -> Tensor:
-        """Run the head on several new rows; only the last one needs a query and the MLP. Returns that row, [1, D]."""
-        w, shape, m = self.layers[-1], self.shape, len(hidden_MD)
-        rows = self._rows(self.device, base, m)
-        normed_MD = rms_norm(hidden_MD, w.attention_norm_D, shape.eps)
-        width = shape.heads * shape.head_dim
-        bias = (None, None) if w.qkv_bias is None else (w.qkv_bias[:width], w.qkv_bias[width:])
-        q_1HC = rows.linear(normed_MD[-1:], w.qkv_weight[:, :width], bias[0]).view(1, -1, shape.head_dim)
-        kv = rows.linear(normed_MD, w.qkv_weight[:, width:], bias[1]).view(m, -1, shape.head_dim)
-        k_MGC, v_MGC = kv.split((shape.kv_heads, shape.kv_heads), 1)
-        if w.q_norm_C is not None:
-            q_1HC, k_MGC = rms_norm(q_1HC, w.q_norm_C, shape.eps), rms_norm(k_MGC, w.k_norm_C, shape.eps)
-        keys, values = cache.keys[-1][0, :, :, : base + m], cache.values[-1][0, :, :, : base + m]
-        write(keys[0, :, base:], None, rotate(k_MGC, rows))
-        write(values[0, :, base:], None, v_MGC)
-        last = Rows(None, rows.cos_M1C[-1:], rows.sin_M1C[-1:], None, self._kernel(1))
-        attended = attend(rotate(q_1HC, last), keys, values, None, shape.kv_heads)
-        return mlp(last.linear(attended, w.out_weight, w.out_bias, hidden_MD[-1:]), w, shape, last.linear)
+        return self.logits(self._run(hidden_MD, slot, slot + 1, base, cache, last_row=True)[-1:])[0]
 
     def draft_hidden_of_all(self, end: int, cache: KVCache) -> Tensor:
         """The exit head's output [end, D] at all positions 0..end-1 in one pass, for analysis."""
@@ -229,13 +221,13 @@ class SplitBackbone:
 
     # ---- the passes
 
-    def _embed(self, ids: list[int]) -> Tensor:
-        if len(ids) == 1:  # a view needs no kernel
-            return self.embedding_VD.narrow(0, ids[0], 1)
-        return self.embedding_VD[torch.tensor(ids, device=self.embedding_VD.device)]
+    def _run(
+        self, hidden_MD: Tensor, start: int, stop: int, base: int, cache: KVCache, last_row: bool = False
+    ) -> Tensor:
+        """Run layers start..stop-1 (from 0; L is the exit head) on rows at positions base.., block by block.
 
-    def _run(self, hidden_MD: Tensor, start: int, stop: int, base: int, cache: KVCache) -> Tensor:
-        """Run layers start..stop-1 (from 0; L is the exit head) on rows at positions base.., block by block."""
+        last_row: of the last layer, only the last row's output is of use; the others may be left out.
+        """
         m = len(hidden_MD)
         fixed = self._fixed if m <= WIDTHS[-1] else None
         if fixed is not None:
@@ -251,12 +243,15 @@ class SplitBackbone:
             if fixed is not None:
                 positions_T, *tables = self._tables[block.device]
                 where = positions_T[base : base + width]
-                hidden_MD = fixed(hidden_MD, where, tables, block.layers, keys, values)
+                hidden_MD = fixed(hidden_MD, where, tables, block.weights, keys, values)
                 continue
             if rows is None or block.device != device:
                 rows, device = self._rows(block.device, base, m), block.device
             keys, values = keys.narrow(3, 0, base + m), values.narrow(3, 0, base + m)
-            hidden_MD = run_layers(hidden_MD, block.layers, self.shape, rows, keys, values)
+            last = last_row and block.stop == stop
+            hidden_MD = run_layers(
+                hidden_MD, self.family.layer, block.weights, self.shape, rows, keys, values, last_row=last
+            )
         return hidden_MD if fixed is None else hidden_MD[:m]
 
     def _rows(self, device: torch.device, base: int, m: int) -> Rows:
@@ -265,10 +260,7 @@ class SplitBackbone:
         mask = None
         if m > 1 and base > 0:
             mask = causal_mask(positions_T[base : base + m], base + m, self.shape.repeats, self.dtype)
-        return Rows(None, cos_M1C, sin_M1C, mask, self._kernel(m))
-
-    def _kernel(self, m: int):
-        return self._kernels[min(m, len(self._kernels) - 1)]
+        return Rows(None, cos_M1C, sin_M1C, mask)
 
 
 def _device_of(part: nn.Module, name: str) -> torch.device:
@@ -281,10 +273,22 @@ def _device_of(part: nn.Module, name: str) -> torch.device:
     return found.pop()
 
 
-def _kernels_of(model: nn.Module, layers: list[LayerWeights], timed: bool) -> list:
-    """Kernels chosen once per model and number of threads, so that all its heads and their baseline use the same."""
-    known = model.__dict__.setdefault("_kernels", {})
-    key = layers[0].gate_up_weight.data_ptr(), torch.get_num_threads(), timed
-    if key not in known:
-        known[key] = choose(layers, timed)
-    return known[key]
+def _products_of(model: nn.Module, family: Family, timed: bool, pack: bool) -> tuple[Kernels, list[Any], Product]:
+    """Kernels, weights of the layers, and the LM head. They are kept on the model for its other heads, so that all of
+    them and their baseline use the same; chosen anew for another number of threads, and for weights that were replaced.
+    """
+    layers = [family.gather(layer) for layer in model.model.layers]
+    lm_head = Product(model.lm_head.weight.data.t())
+    key = torch.get_num_threads(), timed, pack
+    known = model.__dict__.setdefault("_products", {})
+    if key not in known or known[key][0] != addresses(model):
+        products = [part for weights in layers for part in weights if isinstance(part, Product)]
+        kernels = Kernels([*products, lm_head], timed=timed, pack=pack)
+        known[key] = addresses(model), (kernels, [_fit(w, kernels) for w in layers], kernels.fit(lm_head))
+    return known[key][1]
+
+
+def _fit(weights: Any, kernels: Kernels) -> Any:
+    return weights._replace(
+        **{name: kernels.fit(part) for name, part in weights._asdict().items() if isinstance(part, Product)}
+    )

@@ -1,7 +1,8 @@
-"""Decides which configs the engine computes exactly, by the model family and the fields that change a layer.
+"""The model families that the engine computes, and which of their configs it computes exactly.
 
-Takes a transformers config; raises ValueError that names the field, its value and the remedy. It needs no weights, so
-`plan` and `generate` can refuse early what decoding would refuse later.
+Takes a transformers config; gives its `Family`, or raises ValueError that names the field, its value and the remedy.
+The check needs no weights, so `plan` and `generate` can refuse early what decoding would refuse later. A new family is
+a module like family_llama.py and a line in `FAMILIES`.
 
 All checkpoints of a family compute the same function of their weights unless a field of the config changes it.
 transformers reads some of these fields (`hidden_act`, `rope_parameters`, `layer_types`). Others are written by other
@@ -10,11 +11,43 @@ that the checkpoint was trained to give, so such a checkpoint is refused too.
 """
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+from . import family_llama
+from .layers import Layer
+
+
+class Family(NamedTuple):
+    """How the models of a family are computed from their weights."""
+
+    gather: Callable[[nn.Module], Any]
+    """A decoder layer of the model -> its weights, a NamedTuple of tensors and `Product`s."""
+    layer: Layer
+    """One decoder layer on rows, with these weights."""
+    embed: Callable[[Tensor, list[int]], Tensor]
+    """Embedding [V, D] and token ids -> hidden states [M, D] before the first layer."""
+    logits: Callable[..., Tensor]
+    """Hidden states [M, D] after the last layer -> logits [M, V]."""
+    window: Callable[[Any, int], int | None]
+    """Config and decoder layer (from 0) -> positions that a row attends to, its own included; None without a limit."""
+    samples: Callable[[Any], list[str]]
+    """Config -> names of the weights in the fingerprint."""
+
+
+LLAMA = Family(
+    gather=family_llama.gather,
+    layer=family_llama.decoder_layer,
+    embed=family_llama.embed,
+    logits=family_llama.logits,
+    window=family_llama.window,
+    samples=family_llama.samples,
+)
+FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
+"""model_type -> family."""
 ACTIVATIONS = ("silu", "swish")
 """Both are names of x * sigmoid(x)."""
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
@@ -110,15 +143,8 @@ def _method(found: Any) -> str:
 
 
 def window_of(config: Any, layer: int) -> int | None:
-    """How many positions a row of decoder layer `layer` (from 0) attends to, its own included; None without a limit.
-
-    This follows transformers' masks: mistral's `sliding_window` applies to every layer, qwen's to those that
-    `layer_types` names.
-    """
-    if config.model_type == "mistral":
-        return config.sliding_window
-    kinds = getattr(config, "layer_types", None)
-    return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
+    """How many positions a row of decoder layer `layer` (from 0) attends to, its own included; None without a limit."""
+    return FAMILIES[config.model_type].window(config, layer)
 
 
 def longest_exact(config: Any, beyond_context: bool = False) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .families import FAMILIES
+
 
 def fingerprint(model: nn.Module) -> str:
     """The fingerprint of a model in memory; see `fingerprint_of`."""
@@ -22,16 +24,15 @@ def fingerprint_of(config: Any, weight: Callable[[str], Any]) -> str:
 
     Because of the cast, a checkpoint and its float32 copy have the same fingerprint; a fine-tuned one differs.
 
+    The config must be of a supported family.
+
     weight: gives a tensor by its name, or an object with `shape` that can be sliced by rows like a tensor, such as a
     slice of a safetensors file.
     """
     fields = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
     digest = hashlib.sha256(json.dumps([getattr(config, f, None) for f in fields]).encode())
-    samples = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-    for i in (0, config.num_hidden_layers // 2, config.num_hidden_layers - 1):
-        samples += [f"model.layers.{i}.self_attn.q_proj.weight", f"model.layers.{i}.mlp.down_proj.weight"]
-    for name in samples:
+    for name in FAMILIES[config.model_type].samples(config):
         tensor = weight(name)
         count = tensor.shape[0]
         if len(tensor.shape) == 1:

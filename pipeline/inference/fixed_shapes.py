@@ -9,11 +9,12 @@ W rows of a pass, one of WIDTHS; D hidden, T positions of the cache, C channels 
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layers import LayerWeights, Rows, Shape, causal_mask, run_layers
+from .layers import Layer, Rows, Shape, causal_mask, run_layers
 from .rounds import WIDTHS
 
 ROOM = 256
@@ -26,37 +27,38 @@ def rounded(length: int) -> int:
 
 
 def run_fixed(
-    shape: Shape, hidden_WD: Tensor, positions_W: Tensor, cos_T1C: Tensor, sin_T1C: Tensor,
-    layers: list[LayerWeights], keys: Tensor, values: Tensor,
+    layer: Layer, shape: Shape, hidden_WD: Tensor, positions_W: Tensor, cos_T1C: Tensor, sin_T1C: Tensor,
+    weights: list[Any], keys: Tensor, values: Tensor,
 ) -> Tensor:  # fmt: skip
     """`run_layers` in which everything that depends on the positions is computed from tensors, so that replays with
     other positions are right. [W, D]"""
     mask = causal_mask(positions_W, keys.shape[3], shape.repeats, hidden_WD.dtype)
     rows = Rows(positions_W, cos_T1C[positions_W], sin_T1C[positions_W], mask)
-    return run_layers(hidden_WD, layers, shape, rows, keys, values)
+    return run_layers(hidden_WD, layer, weights, shape, rows, keys, values)
 
 
 class FixedShapes:
     """The passes of one engine over one cache. A recording holds the addresses of its weights and cache, so another
     cache needs another object."""
 
-    def __init__(self, shape: Shape):
-        self._run: Callable[..., Tensor] = partial(run_fixed, shape)
+    def __init__(self, layer: Layer, shape: Shape):
+        self._run: Callable[..., Tensor] = partial(run_fixed, layer, shape)
         self._recorded: dict[tuple[int, int], _Recorded] = {}
 
     def __call__(
-        self, hidden_WD: Tensor, positions_W: Tensor, tables: list[Tensor], layers: list[LayerWeights],
+        self, hidden_WD: Tensor, positions_W: Tensor, tables: list[Tensor], weights: list[Any],
         keys: Tensor, values: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Hidden states [W, D] after `layers`, W one of WIDTHS; keys and values are a whole block of the cache.
+        """Hidden states [W, D] after layers of these weights, W one of WIDTHS; keys and values are a whole block of the
+        cache.
 
         On a GPU the result is overwritten by the next pass of the same layers and width.
         """
         if hidden_WD.device.type != "cuda":
-            return self._run(hidden_WD, positions_W, *tables, layers, keys, values)
+            return self._run(hidden_WD, positions_W, *tables, weights, keys, values)
         key = keys.data_ptr(), len(hidden_WD)
         if key not in self._recorded:
-            self._recorded[key] = _Recorded(self._run, hidden_WD, positions_W, *tables, layers, keys, values)
+            self._recorded[key] = _Recorded(self._run, hidden_WD, positions_W, *tables, weights, keys, values)
         return self._recorded[key](hidden_WD, positions_W)
 
 

@@ -17,9 +17,9 @@ from ..backbones.ends import end_tokens
 from ..backbones.load import device_of, limit_of, load_model, load_tokenizer
 from ..backbones.source import load_config
 from ..backbones.weight_files import fingerprint_of_files
-from ..config import Config
+from ..config import Config, Machine
 from ..errors import UserError, warn
-from ..evaluation import against_transformers, losslessness, report, rivals
+from ..evaluation import against_transformers, losslessness, report, rivals, threads
 from ..evaluation.intervals import FEWEST
 from ..evaluation.measuring import Measured, Method, measure
 from ..evaluation.metrics import beside, best, summarise
@@ -73,8 +73,10 @@ def run(run: RunDir) -> None:
     if has_ids_beyond(tokenizer, vocab_size):
         check_prompts(chosen, tokenizer, settings, vocab_size)
     model = load_model(run.config.backbone, device, run.config.machine.device_map)
-    with _threads(config.threads):  # kernels are timed with the threads that they will run with
-        engines, heads = _engines(folders, model, run.config.machine.cuda_graphs)
+    heads = [_head(folder) for folder in folders]
+    count = config.threads or threads.fastest(_engine(model, heads[0], folders[0], timed_kernels=False))
+    with threads.threads(count):  # kernels are timed with the threads that they will run with
+        engines = _engines(folders, heads, model, run.config.machine)
     drafts = _drafts(heads, model, config.rivals)
     hashes = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, hashes)
@@ -82,9 +84,11 @@ def run(run: RunDir) -> None:
     measured = _already_measured(run)
     encoded, compared = [], {}
     if measured is None:
-        encoded = _encode(run.config, chosen, engine, tokenizer, ends, limit_of(model.config, engine.max_context))
+        limit = limit_of(model.config, engine.max_context)
+        with threads.threads(count):
+            encoded = _encode(run.config, chosen, engine, tokenizer, ends, limit)
         compared = against_transformers.check(model, engines, encoded, config.max_new_tokens)
-    with run.stage("evaluate", inputs, outside) as summary, _threads(config.threads):
+    with run.stage("evaluate", inputs, outside) as summary, threads.threads(count):
         if measured is None:
             found = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
             with atomic_path(run / "eval") as folder:
@@ -138,19 +142,29 @@ def _published(head: str, config: Config) -> Path:
     return folder
 
 
-def _engines(folders: list[Path], model: Any, cuda_graphs: bool) -> tuple[dict[int, SplitBackbone], list[ExitHead]]:
-    """Exit layer -> engine, and the heads in the same order."""
-    engines, heads = {}, []
-    for folder in folders:
-        try:
-            head = ExitHead.load(folder)
-            engines[head.exit_layer] = SplitBackbone(
-                model, head, fixed_shapes=cuda_graphs and model.device.type == "cuda"
-            )
-        except ValueError as error:
-            raise UserError(f"{folder}: {error}") from None
-        heads.append(head)
-    return engines, heads
+def _head(folder: Path) -> ExitHead:
+    try:
+        return ExitHead.load(folder)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def _engine(model: Any, head: ExitHead, folder: Path, **options: Any) -> SplitBackbone:
+    try:
+        return SplitBackbone(model, head, **options)
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
+
+
+def _engines(folders: list[Path], heads: list[ExitHead], model: Any, machine: Machine) -> dict[int, SplitBackbone]:
+    """Exit layer -> engine."""
+    options = {
+        "fixed_shapes": machine.cuda_graphs and model.device.type == "cuda",
+        "pack": machine.pack == "auto",
+    }
+    return {
+        head.exit_layer: _engine(model, head, folder, **options) for head, folder in zip(heads, folders, strict=True)
+    }
 
 
 def _drafts(heads: list[ExitHead], model: Any, names: list[str]) -> dict[int, Any]:
@@ -217,8 +231,7 @@ def _encode(
         check_ids(ids, tokenizer, len(engine.embedding_VD), "a prompt")
         return autoregressive(engine, Request(ids, new, ends), Sampler()).tokens
 
-    with _threads(config.evaluate.threads):
-        encoded = every_turn(chosen, tokenizer, settings, engine.max_context, new, answer, limit)
+    encoded = every_turn(chosen, tokenizer, settings, engine.max_context, new, answer, limit)
     for prompt, ids in encoded:
         check_ids(ids, tokenizer, len(engine.embedding_VD), f"prompt {prompt.id}")
     if (count := _conversations(encoded)) < FEWEST:
@@ -237,6 +250,7 @@ def _about(engine: SplitBackbone, encoded: Encoded, compared: dict[str, Any]) ->
     return {
         "device": str(engine.device),
         "threads": torch.get_num_threads(),
+        "kernels": engine.kernels.table(),
         "transformers": compared,
         "prompts": {
             "count": len(prompts),
@@ -328,17 +342,3 @@ def check(config: Config) -> None:
                 "copy it to another place first"
             )
     rivals.rivals_of(config.evaluate.rivals, [])
-
-
-class _threads:
-    """Sets the number of CPU threads inside the block, and restores it afterwards; 0 leaves it as it is."""
-
-    def __init__(self, count: int):
-        self.count, self.before = count, torch.get_num_threads()
-
-    def __enter__(self):
-        if self.count > 0:
-            torch.set_num_threads(self.count)
-
-    def __exit__(self, *_):
-        torch.set_num_threads(self.before)

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
 from pipeline.evaluation import against_transformers
-from pipeline.inference import layers
+from pipeline.inference import family_llama
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.canary import distance
 from pipeline.stages import evaluate
@@ -135,7 +136,7 @@ def test_an_engine_that_differs_from_transformers_measures_nothing(tmp_path, mon
     """Autoregressive and speculative ids stay equal under such a change, so no other comparison would find it."""
     run = make_run(tmp_path, "evaluate.temperatures=[0.0]")
     plant_heads(run, 2)
-    monkeypatch.setattr(layers, "mlp", lambda residual_MD, *_: residual_MD)
+    monkeypatch.setattr(family_llama, "F", SimpleNamespace(silu=torch.zeros_like))
     with pytest.raises(UserError, match=r"exit layer 2\) and transformers \S+ give different logits on prompt \S+: at"):
         evaluate.run(run)
     assert not (run / "eval").exists() and not (run / "report").exists()

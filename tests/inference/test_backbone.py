@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,7 @@ from pipeline.inference.controllers import Beta, Fixed, make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead, new_exit_layer
 from pipeline.inference.fingerprint import fingerprint
-from pipeline.inference.kernels import onednn
-from pipeline.inference.layers import gather, plain
+from pipeline.inference.kernels import Product, onednn, packed, plain
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.stopwatch import Stopwatch, stopwatch
 
@@ -68,10 +68,10 @@ def test_greedy_text_is_transformers_own(model) -> None:
 
 def test_two_heads_share_the_backbones_memory(llama) -> None:
     one, two = SplitBackbone(llama, head_for(llama, 1)), SplitBackbone(llama, head_for(llama, 2))
-    assert one.layers[0] is two.layers[0] and one.layers[-1] is not two.layers[-1]
-    attention = llama.model.layers[0].self_attn
-    assert attention.q_proj.weight.data_ptr() == one.layers[0].qkv_weight.data_ptr()
-    assert attention.v_proj.weight.untyped_storage().data_ptr() == one.layers[0].qkv_weight.untyped_storage().data_ptr()
+    assert one.weights[0] is two.weights[0] and one.weights[-1] is not two.weights[-1]
+    attention, joined = llama.model.layers[0].self_attn, one.weights[0].qkv.weight_IO
+    assert attention.q_proj.weight.data_ptr() == joined.data_ptr()
+    assert attention.v_proj.weight.untyped_storage().data_ptr() == joined.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
@@ -224,29 +224,71 @@ def test_cuda_graphs_give_the_same_text(llama) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
 def test_kernels_compute_the_same(rows: int, bias: bool) -> None:
-    x, weight = torch.randn(rows, 24), torch.randn(16, 24).t()
-    b, residual = torch.randn(16) if bias else None, torch.randn(rows, 16)
-    for kernel in (plain, onednn):
+    x, b, residual = torch.randn(rows, 24), torch.randn(16) if bias else None, torch.randn(rows, 16)
+    product = Product(torch.randn(16, 24).t(), b)
+    product.packed = kernels.pack(product)
+    for kernel in (plain, onednn, packed):
         for r in (None, residual):
-            expected = x @ weight + (b if bias else 0) + (0 if r is None else r)
-            torch.testing.assert_close(kernel(x, weight, b, r), expected, rtol=1e-5, atol=1e-5)
+            before = residual.clone()
+            expected = x @ product.weight_IO + (b if bias else 0) + (0 if r is None else r)
+            torch.testing.assert_close(kernel(product, x, r), expected, rtol=1e-5, atol=1e-5)
+            assert torch.equal(residual, before), "the residual is read, not written"
 
 
-def test_the_kernel_that_was_timed_faster_is_taken(llama, monkeypatch) -> None:
-    layers = [gather(layer) for layer in llama.model.layers]
-    slow = {(plain, 1): 1.0, (onednn, 1): 0.95, (plain, 2): 2.0, (onednn, 2): 1.0}
-    monkeypatch.setattr(kernels, "_seconds", lambda kernel, x, weights: slow.get((kernel, min(2, len(x)))))
-    assert kernels.choose(layers) == [plain, plain] + [onednn] * 8, "clearly faster from two rows on, not at one"
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that a kernel seems to take for one row, and for more: by the table that a test writes."""
+    table: dict = {}
+
+    def seconds(products, candidates, x_MI):
+        return {kernel: table[kernel][len(x_MI) > 1] for kernel in candidates}
+
+    monkeypatch.setattr(kernels, "_seconds", seconds)
+    return table
+
+
+def test_the_kernel_that_was_timed_faster_is_taken(llama, clock) -> None:
+    clock |= {plain: (1.0, 3.0), onednn: (0.97, 2.0), packed: (0.96, 1.0)}
     fresh = load(llama.config._name_or_path)  # a model's kernels are chosen once, with its first engine
     engine = SplitBackbone(fresh, head_for(fresh, 1))
-    assert engine._kernels == kernels.choose(layers)
+    for product in engine.products():
+        assert product.kernels == [plain, plain] + [packed] * 9, "clearly faster from two rows on, not at one"
+        assert product.packed is not None
+    copied = sum(product.weight_IO.nbytes for product in engine.products())
+    assert copied <= engine.extra_bytes(8)["packed_bytes"] < 1.5 * copied, "blocks are padded"
     expected = transformers_greedy(llama, 20)
     assert autoregressive(engine, Request(PROMPT, 20), Sampler()).tokens == expected, "the text stays what it is"
     assert self_speculative(engine, Request(PROMPT, 20), Sampler(), Fixed(3)).tokens == expected
-    bf16 = [w._replace(gate_up_weight=w.gate_up_weight.bfloat16()) for w in layers]
-    assert kernels.choose(bf16) == [plain] * 10
+    again = SplitBackbone(fresh, head_for(fresh, 2))
+    assert again.lm_head is engine.lm_head and again.weights[0] is engine.weights[0], "copies are made once"
+
+
+def test_weights_are_packed_only_where_it_is_allowed_and_there_is_memory(llama, clock, monkeypatch) -> None:
+    clock |= {plain: (1.0, 3.0), onednn: (1.0, 2.0), packed: (0.1, 0.1)}
+
+    def kernels_of(**options):
+        fresh = load(llama.config._name_or_path)
+        engine = SplitBackbone(fresh, head_for(fresh, 1), **options)
+        assert (engine.extra_bytes(8)["packed_bytes"] > 0) == (packed in engine.lm_head.kernels)
+        return engine.lm_head.kernels
+
+    assert kernels_of() == [plain] + [packed] * 10
+    assert kernels_of(pack=False) == [plain, plain] + [onednn] * 9
+    assert kernels_of(timed_kernels=False) == [plain] * 11
+    size = sum(p.numel() for p in llama.parameters()) * 4
+    monkeypatch.setattr(kernels, "available_bytes", lambda: size)
+    assert packed not in kernels_of(), "as much again must be left"
+    monkeypatch.setattr(kernels, "available_bytes", lambda: 3 * size)
+    assert packed in kernels_of()
+    with pytest.warns(UserWarning, match="cannot reorder weights"):
+        monkeypatch.setattr(kernels.torch.ops, "mkldnn", SimpleNamespace(_linear_pointwise=None))
+        assert kernels_of() == [plain, plain] + [onednn] * 9
+    monkeypatch.undo()
+    half = load(llama.config._name_or_path).bfloat16()
+    engine = SplitBackbone(half, head_for(half, 1))
+    assert engine.lm_head.kernels == [plain] * 11 and not engine.kernels.chosen, "in bfloat16 nothing is timed"
 
 
 def test_blocks_follow_the_devices(llama) -> None:

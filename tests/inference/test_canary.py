@@ -6,7 +6,7 @@ from helpers import tiny_backbone
 from oracles import PROMPT, head_for, load
 
 from pipeline.inference import backbone as backbone_module
-from pipeline.inference import layers
+from pipeline.inference import family_llama, layers
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.canary import compare, rounding
 
@@ -45,7 +45,7 @@ def scale(monkeypatch, engine) -> None:
 
 
 def activation(monkeypatch, engine) -> None:
-    monkeypatch.setattr(layers, "F", Functions(silu=torch.nn.functional.gelu))
+    monkeypatch.setattr(family_llama, "F", Functions(silu=torch.nn.functional.gelu))
 
 
 def epsilon(monkeypatch, engine) -> None:
@@ -59,7 +59,7 @@ def order_of_norms(monkeypatch, engine) -> None:
     def swapped(x, weight, eps):
         return x if x.ndim == 2 and len(x) <= 9 else honest(x, weight, eps)
 
-    monkeypatch.setattr(layers, "rms_norm", swapped)
+    monkeypatch.setattr(family_llama, "rms_norm", swapped)
 
 
 def rope(monkeypatch, engine) -> None:

@@ -1,0 +1,130 @@
+"""The decoder layer of Llama, Mistral, Qwen2 and Qwen3, and what else the engine has to know of these families.
+
+Takes a transformers model or config of one of them; gives the functions of which families.py makes their `Family`. The
+four differ only in what their checkpoints hold: Qwen2 has biases, Qwen3 normalises queries and keys.
+
+M rows of a pass, D hidden, H query heads, G key/value heads, C channels of a head, T positions of the cache,
+V vocabulary
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .kernels import Product
+from .layers import Rows, Shape, attend, rms_norm, rotate, write
+from .unmodified import addresses
+
+
+class LayerWeights(NamedTuple):
+    """Weights of one decoder layer. Projections of the same input are joined, so that they are one matrix product."""
+
+    attention_norm_D: Tensor
+    qkv: Product
+    q_norm_C: Tensor | None
+    k_norm_C: Tensor | None
+    out: Product
+    mlp_norm_D: Tensor
+    gate_up: Product
+    down: Product
+
+
+def gather(layer: nn.Module) -> LayerWeights:
+    """The weights of a decoder layer. They are joined once and kept on the layer for other heads."""
+    attention, mlp = layer.self_attn, layer.mlp
+    known, where = layer.__dict__.get("_joined", (None, None))
+    if known is not None and where == addresses(layer):
+        return known
+    q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    joined = LayerWeights(
+        attention_norm_D=layer.input_layernorm.weight.data,
+        qkv=_join([attention.q_proj, attention.k_proj, attention.v_proj]),
+        q_norm_C=q_norm.weight.data if q_norm is not None else None,
+        k_norm_C=k_norm.weight.data if k_norm is not None else None,
+        out=Product(attention.o_proj.weight.data.t(), attention.o_proj.bias),
+        mlp_norm_D=layer.post_attention_layernorm.weight.data,
+        gate_up=_join([mlp.gate_proj, mlp.up_proj]),
+        down=Product(mlp.down_proj.weight.data.t(), mlp.down_proj.bias),
+    )
+    layer.__dict__["_joined"] = joined, addresses(layer)
+    return joined
+
+
+def _join(linears: list[nn.Linear]) -> Product:
+    """One product for linear layers that read the same input.
+
+    The layers' own parameters become views of the joined tensors, so the model keeps working and no memory is used
+    twice.
+    """
+    weight = torch.cat([linear.weight.data for linear in linears])
+    for linear, part in zip(linears, weight.split([x.out_features for x in linears]), strict=True):
+        linear.weight.data = part
+    if linears[0].bias is None:
+        return Product(weight.t())
+    bias = torch.cat([linear.bias.data for linear in linears])
+    for linear, part in zip(linears, bias.split([x.out_features for x in linears]), strict=True):
+        linear.bias.data = part
+    return Product(weight.t(), bias)
+
+
+def decoder_layer(
+    hidden_MD: Tensor, w: LayerWeights, shape: Shape, rows: Rows,
+    keys: Tensor, values: Tensor, to_keys: Tensor, to_values: Tensor, last_row: bool = False,
+) -> Tensor:  # fmt: skip
+    """One layer, [M, D] -> [M, D]: attention over keys and values [1, G, T, C], then the MLP.
+
+    The rows' own keys and values are first written to to_keys and to_values (see `layers.write`), which are views of
+    them. last_row: compute the output of the last row only, [1, D]; the other rows only leave their keys and values.
+    """
+    heads, groups, channels = shape.heads, shape.kv_heads, shape.head_dim
+    normed_MD = rms_norm(hidden_MD, w.attention_norm_D, shape.eps)
+    qkv = w.qkv(normed_MD).view(len(hidden_MD), -1, channels)
+    qk, v_MGC = qkv.split((heads + groups, groups), 1)
+    if w.q_norm_C is not None:
+        q_MHC, k_MGC = qk.split((heads, groups), 1)
+        qk = torch.cat([rms_norm(q_MHC, w.q_norm_C, shape.eps), rms_norm(k_MGC, w.k_norm_C, shape.eps)], 1)
+    q_MHC, k_MGC = rotate(qk, rows).split((heads, groups), 1)
+    write(to_keys, rows.positions_M, k_MGC)
+    write(to_values, rows.positions_M, v_MGC)
+    mask = rows.mask
+    if last_row:
+        hidden_MD, q_MHC, mask = hidden_MD[-1:], q_MHC[-1:], None
+    attended = attend(q_MHC, keys, values, mask, groups)
+    hidden_MD = w.out(attended, hidden_MD)
+    gate_up = w.gate_up(rms_norm(hidden_MD, w.mlp_norm_D, shape.eps))
+    gate, up = gate_up.split((gate_up.shape[-1] // 2,) * 2, -1)
+    return w.down(F.silu(gate).mul_(up), hidden_MD)
+
+
+def embed(embedding_VD: Tensor, ids: list[int]) -> Tensor:
+    """Hidden states [M, D] before the first layer."""
+    if len(ids) == 1:  # a view needs no kernel
+        return embedding_VD.narrow(0, ids[0], 1)
+    return embedding_VD[torch.tensor(ids, device=embedding_VD.device)]
+
+
+def logits(hidden_MD: Tensor, norm_D: Tensor, lm_head: Product, shape: Shape) -> Tensor:
+    """Logits [M, V] of hidden states after the last layer, in float32."""
+    return lm_head(rms_norm(hidden_MD, norm_D, shape.eps)).float()
+
+
+def window(config: Any, layer: int) -> int | None:
+    """How many positions a row of decoder layer `layer` (from 0) attends to, its own included; None without a limit.
+
+    This follows transformers' masks: mistral's `sliding_window` applies to every layer, qwen's to those that
+    `layer_types` names.
+    """
+    if config.model_type == "mistral":
+        return config.sliding_window
+    kinds = getattr(config, "layer_types", None)
+    return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
+
+
+def samples(config: Any) -> list[str]:
+    """Names of the weights of which rows are in the fingerprint."""
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    for i in (0, config.num_hidden_layers // 2, config.num_hidden_layers - 1):
+        names += [f"model.layers.{i}.self_attn.q_proj.weight", f"model.layers.{i}.mlp.down_proj.weight"]
+    return names
