@@ -66,11 +66,12 @@ def main() -> None:
 def header(args: argparse.Namespace, model: Any, n: int, engine: SplitBackbone) -> None:
     hardware = provenance()["hardware"]
     where = hardware["cpu"] if args.device == "cpu" else ", ".join(hardware["gpus"])
+    size = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"{date.today()}, {where}, {args.threads} thread(s), {args.dtype}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; {model.config.model_type}, "
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, L = {engine.num_layers}, N = {n}, {args.context} positions before each pass; "
-        f"`python {' '.join(sys.argv)}`\n\nKernels at {', '.join(map(str, TIMED))} rows:"
+        f"{transformers.__version__}; {model.config.model_type}, {size:.0f} M parameters, L = {engine.num_layers}, "
+        f"N = {n}, {args.context} positions before each pass; `python {' '.join(sys.argv)}`\n\n"
+        f"Kernels at {', '.join(map(str, TIMED))} rows:"
     )
     for shape, names in engine.kernels.table().items():
         print(f"  {shape}: {', '.join(names)}")
@@ -175,9 +176,8 @@ def loops(args: argparse.Namespace, model: Any, engine: SplitBackbone) -> None:
         },
     }
     seconds = in_turns(calls, max(5, args.repeats // 3))
-    print(
-        f"Own autoregressive loop: {args.tokens / statistics.median(seconds['own']):.1f} tokens/s with the prefill of 32"
-    )
+    rate = args.tokens / statistics.median(seconds["own"])
+    print(f"Own autoregressive loop: {rate:.1f} tokens/s, the prefill of 32 tokens included")
     for name in ("generate", "generate:static"):
         print(f"  {name}: its time is {over(seconds[name], seconds['own'])} times that")
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from . import family_llama
+from .family_llama import decoder_layer, embed, gather, logits, samples, window
 from .layers import Layer
 
 
@@ -39,12 +39,12 @@ class Family(NamedTuple):
 
 
 LLAMA = Family(
-    gather=family_llama.gather,
-    layer=family_llama.decoder_layer,
-    embed=family_llama.embed,
-    logits=family_llama.logits,
-    window=family_llama.window,
-    samples=family_llama.samples,
+    gather=gather,
+    layer=decoder_layer,
+    embed=embed,
+    logits=logits,
+    window=window,
+    samples=samples,
 )
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
 """model_type -> family."""
