@@ -38,7 +38,7 @@ def gguf_of(backbone: Backbone) -> Path | None:
     path, name = Path(backbone.name_or_path), backbone.gguf_file
     if backbone.name_or_path in BUILT_IN:
         if name is not None:
-            raise UserError(f"{_where(backbone)}: backbone.name_or_path={path} is built in; set backbone.gguf_file=null")
+            raise UserError(f"{_where(backbone)}: backbone.name_or_path={path} is built in; set gguf_file=null")
         return None
     if path.is_file() or (path.suffix.lower() == SUFFIX and not path.is_dir()):
         if not path.is_file():

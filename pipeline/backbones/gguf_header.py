@@ -68,7 +68,7 @@ class Header:
 
 
 def read_header(path: Path, where: str) -> Header:
-    """The header of a whole GGUF file. Raises UserError for any other file, and for one that is cut short or damaged."""
+    """The header of a GGUF file. Raises UserError for any other file, and for one that is cut short or damaged."""
     if wrong := what_is_wrong(path):
         raise UserError(f"{where}: {wrong}")
     size = path.stat().st_size

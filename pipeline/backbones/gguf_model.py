@@ -1,7 +1,7 @@
 """What model a GGUF file holds: its transformers config, and which stored tensor fills which parameter.
 
-Takes a header; gives a config that the engine supports. A key or a tensor of the model that is not known here is refused
-by name, because it may change what the model computes: transformers and others pass over such keys in silence.
+Takes a header; gives a config that the engine supports. A key or a tensor of the model that is not known here is
+refused by name, because it may change what the model computes. transformers passes over such keys in silence.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..errors import reason

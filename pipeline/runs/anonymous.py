@@ -54,7 +54,9 @@ def _is_path(text: str, key: str) -> bool:
     if key in PATHS:
         return True
     path = Path(_without_query(text))
-    is_id = is_repo_id(text.partition("@")[0]) and path.suffix.lower() not in (*PROMPT_FILES, ".gguf") and not path.exists()
+    is_id = (
+        is_repo_id(text.partition("@")[0]) and path.suffix.lower() not in (*PROMPT_FILES, ".gguf") and not path.exists()
+    )
     return key in PATHS_OR_IDS and not is_id
 
 
