@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype)
+    backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype, gguf_dir="runs/backbones")
     model, tokenizer = load_model(backbone, torch.device(args.device)), load_tokenizer(backbone)
     settings = Prompts(path=args.prompt_file, held_out=0.5, too_long="drop")
     texts = load_prompts(settings, "evaluate")[: args.prompts]

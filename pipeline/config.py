@@ -93,7 +93,9 @@ class Machine:
 
 @dataclass
 class Backbone:
-    name_or_path: str = option("pocket", "pocket (built in), a Hub id, or a checkpoint folder", is_path=True)
+    name_or_path: str = option("pocket", "pocket (built in), a Hub id, a checkpoint folder or a .gguf file", True)
+    gguf_file: str | None = option(None, "name of a .gguf file in the folder or Hub repository of name_or_path")
+    gguf_dir: str = option("${run.dir}/backbones", "folder of the checkpoints that GGUF files are dequantised to", True)
     revision: str | None = option(None, "Hub commit, tag or branch; a commit makes the run repeatable")
     dtype: str = option("bfloat16", "dtype of the frozen weights in every stage: float32 or bfloat16")
     trust_remote_code: bool = option(

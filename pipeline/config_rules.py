@@ -5,6 +5,7 @@ Takes a whole Config, raises UserError with the key, its value and the remedy fo
 
 import math
 import re
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -73,6 +74,12 @@ def _is_server(url: str) -> bool:
         return False
 
 
+def _is_inside(name: str) -> bool:
+    """Is this a file's name, or a path that leads down from a folder?"""
+    parts = PurePosixPath(name).parts
+    return bool(parts) and parts[0] != "/" and ".." not in parts
+
+
 _TEMPERATURES = _are_temperatures, "a list, each 0 (greedy) or above"
 
 
@@ -91,6 +98,11 @@ _RULES: dict[str, tuple[Any, str]] = {
     "machine.nodes": _POSITIVE,
     "machine.processes_per_node": _POSITIVE,
     "backbone.dtype": _one_of("float32", "bfloat16"),
+    "backbone.gguf_file": (
+        (lambda name: name is None or (name.lower().endswith(".gguf") and _is_inside(name))),
+        "the name of a .gguf file in backbone.name_or_path, or null",
+    ),
+    "backbone.gguf_dir": (bool, "a folder is needed, such as runs/backbones"),
     "backbone.end_tokens": (_are_tokens, "a list of token texts or ids, such as ['<|im_end|>']"),
     "prompts.held_out": _SHARE,
     **_prompt_rules("prompts"),

@@ -16,6 +16,7 @@ from ..config import Backbone
 from ..errors import UserError
 from ..inference.exit_head import check_exit_layer
 from ..runs.anonymous import anonymous
+from .gguf_files import public_name_of_gguf
 from .source import explained, source_of
 from .weight_files import check_weights
 
@@ -41,8 +42,10 @@ def rounds_by(device: torch.device) -> dict[str, Any]:
 def public_name(backbone: Backbone) -> str:
     """The backbone's name without private parts: a Hub id as it is, the last part of a local folder or URL.
 
-    A snapshot in the Hub's cache has the name of its repository.
+    A snapshot in the Hub's cache has the name of its repository; a GGUF on this machine has the file's name.
     """
+    if name := public_name_of_gguf(backbone):
+        return name
     path = Path(backbone.name_or_path)
     if not path.is_dir():
         return anonymous(backbone.name_or_path, "name_or_path")

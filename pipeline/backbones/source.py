@@ -16,16 +16,21 @@ from transformers.utils import cached_file
 from ..config import Backbone
 from ..errors import UserError, reason
 from ..inference.families import check_config
-from ..pocket.paths import BACKBONE
+from ..pocket.paths import BUILT_IN
 from .damaged import damage_in
+from .gguf_files import checkpoint_of, gguf_of
 
-BUILT_IN = {"pocket": BACKBONE}
 QUANTISED_BY = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files beside config.json by which AutoGPTQ, AutoAWQ and ModelOpt mark quantised weights."""
 
 
 def source_of(backbone: Backbone) -> str:
-    """The checkpoint's folder or Hub id, as from_pretrained takes it."""
+    """The checkpoint's folder or Hub id, as from_pretrained takes it; of a GGUF, the folder that it is dequantised to.
+
+    Raises UserError for a GGUF that cannot be used.
+    """
+    if (file := gguf_of(backbone)) is not None:
+        return str(checkpoint_of(backbone, file))
     return str(BUILT_IN.get(backbone.name_or_path, backbone.name_or_path))
 
 

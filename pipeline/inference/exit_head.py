@@ -29,7 +29,7 @@ class ExitHead:
     num_layers: int
     """L: the number of the backbone's decoder layers."""
     backbone: dict[str, Any]
-    """name, revision, fingerprint and model_type of the backbone that the head was trained for."""
+    """name, revision, fingerprint and model_type of the backbone that the head was trained for; gguf if it was one."""
     weights: dict[str, Tensor]
     """Name in the decoder layer (`self_attn.q_proj.weight`, ...) -> tensor."""
 

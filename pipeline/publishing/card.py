@@ -76,7 +76,7 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
         "processor of your own is called for drafts that may be rejected: if it depends on nothing but `input_ids` and "
         "`scores`, declare it by `stateless = True`. The rows of a batch are decoded one after the other.",
         "",
-        *_example(run, repo),
+        *_example(run, repo, results["backbone"].get("gguf")),
         *backbone(results, name),
         *_measured(results),
         *acceptance(results),
@@ -147,6 +147,20 @@ def backbone(results: dict[str, Any], name: str) -> list[str]:
         "",
         f"{name}, revision {record.get('revision') or 'not pinned'}, {record['model_type']} of {results['num_layers']} "
         f"layers, fingerprint `{record['fingerprint']}` (architecture, vocabulary and a sample of the weights).",
+        "",
+        *_dequantised(record.get("gguf")),
+    ]
+
+
+def _dequantised(gguf: dict[str, Any] | None) -> list[str]:
+    """The paragraph on the GGUF file that the backbone's weights come from, if they do."""
+    if gguf is None:
+        return []
+    called = f", which calls itself {gguf['name']}" if gguf["name"] else ""
+    return [
+        f"Measured on the weights dequantised from `{gguf['file']}` ({gguf['quantisation']}, sha256 "
+        f"`{gguf['sha256']}`){called}. The checkpoint that the file was quantised from is another backbone, with "
+        "another fingerprint.",
         "",
     ]
 
@@ -240,14 +254,20 @@ def licences(run: RunDir, why: str) -> list[str]:
 # ---- parts of the head's card
 
 
-def _example(run: RunDir, repo: str) -> list[str]:
+def _example(run: RunDir, repo: str, gguf: dict[str, Any] | None) -> list[str]:
     name, revision = public_name(run.config.backbone), run.config.backbone.revision
     pinned = f', revision="{revision}"' if revision else ""
+    plain: list[str] = []
+    if gguf is not None:
+        name = name if "/" in name else "folder/of/the/file"
+        pinned += f', gguf_file="{gguf["file"]}"'
+        plain = ["del model.config.quantization_config  # the weights are dequantised, and nothing else is quantised"]
     return code(
         "python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}"{pinned}, dtype="{run.config.backbone.dtype}")',
+        *plain,
         f'inputs = AutoTokenizer.from_pretrained("{name}"{pinned})("...", return_tensors="pt")',
         f'out = model.generate(**inputs, max_new_tokens=128, custom_generate="{repo}", trust_remote_code=True)',
     )

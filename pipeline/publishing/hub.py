@@ -238,11 +238,12 @@ def defaults_of(folder: Path, head: str) -> dict[str, Any]:
     try:
         backbone = json.loads((folder / "config.json").read_text())["backbone"]
         name, revision = backbone["name"], backbone["revision"]
+        gguf = {"gguf_file": backbone["gguf"]["file"]} if "gguf" in backbone else {}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"evaluate.head={head}: {folder} holds no exit head; a published one has a config.json"
         ) from None
-    return {"backbone": {"name_or_path": name, "revision": revision}} if is_repo_id(name) else {}
+    return {"backbone": {"name_or_path": name, "revision": revision, **gguf}} if is_repo_id(name) else {}
 
 
 def source_of(head: str, folder: Path) -> str:

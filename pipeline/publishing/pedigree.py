@@ -32,6 +32,7 @@ def config_of(run: RunDir) -> dict[str, Any]:
         if mark.exists():
             sections |= json.loads(mark.read_text())["config"]
     if "backbone" in sections:
+        sections["backbone"].pop("gguf_dir", None)
         sections["backbone"]["name_or_path"] = public_name(Backbone(**sections["backbone"]))
     return anonymous(sections)
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from ..config_rules import PROMPT_FILES, is_repo_id
 
-PATHS = ("dir", "exit_head", "states", "pilot", "chat_template")
+PATHS = ("dir", "gguf_dir", "exit_head", "states", "pilot", "chat_template")
 """Keys whose values are files or folders, or a single word."""
 PATHS_OR_IDS = ("name_or_path", "path", "head", "server_model")
 """Keys whose values are files, folders, or ids on the Hub."""
@@ -54,7 +54,9 @@ def _is_path(text: str, key: str) -> bool:
     if key in PATHS:
         return True
     path = Path(_without_query(text))
-    is_id = is_repo_id(text.partition("@")[0]) and path.suffix.lower() not in PROMPT_FILES and not path.exists()
+    is_id = (
+        is_repo_id(text.partition("@")[0]) and path.suffix.lower() not in (*PROMPT_FILES, ".gguf") and not path.exists()
+    )
     return key in PATHS_OR_IDS and not is_id
 
 

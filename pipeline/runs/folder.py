@@ -47,8 +47,8 @@ SUBTREES = {
     "push-draft": (),
 }
 
-# Keys of these that say where a finished folder goes: it stays done.
-NEVER_STALE = ("publish.target", "publish.public")
+# Keys of these that say only where files go: the stage stays done.
+NEVER_STALE = ("publish.target", "publish.public", "backbone.gguf_dir")
 
 NUMBERS = ("[0-9]", "[0-9][0-9]", "[0-9][0-9][0-9]")
 """Glob patterns of an exit layer's digits: --redo of the heads must not remove a draft model in the same folder."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..backbones.ends import end_tokens
+from ..backbones.gguf_files import gguf_record
 from ..backbones.load import device_of, limit_of, load_model, load_tokenizer, public_name, rounds_by
 from ..backbones.source import load_config
 from ..backbones.weight_files import fingerprint_of_files
@@ -127,6 +128,7 @@ def _head(config: Config, architecture: Any, answerer: Answerer) -> dict[str, An
             "revision": config.backbone.revision,
             "fingerprint": fingerprint_of_files(config.backbone),
             "model_type": architecture.model_type,
+            **({"gguf": gguf} if (gguf := gguf_record(config.backbone)) else {}),
         },
         "sampling": sampling,
     }

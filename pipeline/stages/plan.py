@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from ..backbones.gguf_files import config_without_checkpoint, gguf_of
 from ..backbones.load import check_exit_layers, public_name
 from ..backbones.source import load_config, source_of
 from ..backbones.weight_files import check_weights
@@ -52,6 +53,10 @@ def make(config: Config) -> Plan:
 def architecture_of(backbone: Backbone) -> Architecture:
     """The architecture from the checkpoint's config.json; for a well-known backbone that is not on this machine, the
     one shipped with exit-heads. Raises UserError if there is neither."""
+    if file := gguf_of(backbone):
+        return Architecture.of(
+            public_name(backbone), "the header of its file", config_without_checkpoint(backbone, file)
+        )
     name = backbone.name_or_path
     known = facts().get(name)
     try:
