@@ -207,13 +207,19 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
     run = RunDir(config)
     if redo is not None:
         run.redo(*chosen[chosen.index(redo) :])
-    for name, stage in stages.items():
-        with run.at(name):
-            (stage.run_draft if name == "draft" else stage.run)(run)
+    refusal = None
+    try:
+        for name, stage in stages.items():
+            with run.at(name):
+                (stage.run_draft if name == "draft" else stage.run)(run)
+    except GateError as error:  # of the last stage: everything was measured, and the table shows it
+        refusal = error
     if verb == "run":
         from .evaluation.closing import closing_table
 
-        closing_table(run)
+        closing_table(run, published=refusal is None)
+    if refusal is not None:
+        raise refusal
 
 
 def _check_several(verb: str, redo: str | None, by: Launched) -> None:

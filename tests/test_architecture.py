@@ -34,6 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "backbones": {"inference", "pocket", "runs", "config", "errors"},
     "inference": set(),
     "pocket": set(),
+    "smollm2": {"runs", "errors"},
     "runs": FOUNDATION,
     "config": {"config_paths", "config_rules", "config_words", "errors"},
     "config_paths": {"errors"},

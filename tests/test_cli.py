@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline import cli
+from pipeline.config import load
 from pipeline.errors import GateError, UserError
 from pipeline.runs.files import atomic_write
 from pipeline.runs.folder import OUTPUTS, STAGES, RunDir
@@ -30,13 +31,15 @@ def small_stage(name: str) -> SimpleNamespace:
     return SimpleNamespace(run=run)
 
 
+def closing_table(run: RunDir, published: bool = True) -> None:
+    print("table" if published else "table of a refused head")
+
+
 @pytest.fixture(autouse=True)
 def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     ran.clear()
     monkeypatch.setattr(cli, "_stage", small_stage)
-    monkeypatch.setitem(
-        sys.modules, "pipeline.evaluation.closing", SimpleNamespace(closing_table=lambda run: print("table"))
-    )
+    monkeypatch.setitem(sys.modules, "pipeline.evaluation.closing", SimpleNamespace(closing_table=closing_table))
 
 
 def call(argv: list[str]) -> int:
@@ -192,6 +195,19 @@ def test_exit_codes(error: UserError | GateError, capsys, tmp_path: Path, monkey
     monkeypatch.setattr(cli, "_stage", lambda name: SimpleNamespace(run=raise_it))
     assert call(["publish", f"run.dir={tmp_path}"]) == error.exit_code == {UserError: 2, GateError: 3}[type(error)]
     assert capsys.readouterr().err == f"exit-heads publish: {error}\n"
+
+
+def test_a_run_shows_its_table_before_it_says_what_the_gate_refused(capsys, tmp_path: Path, monkeypatch) -> None:
+    def refuse(folder: RunDir) -> None:
+        raise GateError("too slow")
+
+    monkeypatch.setattr(
+        cli, "_stage", lambda name: SimpleNamespace(run=refuse) if name == "publish" else small_stage(name)
+    )
+    for verb, table in (("run", "table of a refused head\n"), ("publish", "")):
+        assert call([verb, f"run.dir={tmp_path}"]) == 3
+        assert capsys.readouterr() == (table, f"exit-heads {verb}: too slow\n")
+    assert ran == list(cli.stages_of(load(None, []))[:-1])
 
 
 def test_a_bug_shows_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """The output at the end of `exit-heads run`: the results, the paths of everything, and the line that uses the head.
 
-Takes a run folder that was evaluated and published; prints to the terminal.
+Takes a run folder that was evaluated, and published unless the gate refused it; prints to the terminal.
 """
 
 from rich.console import Console
@@ -11,8 +11,11 @@ from . import overview, plots, report
 from . import results as evaluated
 
 
-def closing_table(run: RunDir) -> None:
-    """Print a table of all methods for each temperature, then the losslessness tests, the judged speedup and paths."""
+def closing_table(run: RunDir, published: bool = True) -> None:
+    """Print a table of all methods for each temperature, then the losslessness tests, the judged speedup and paths.
+
+    `published`: False if the gate refused the head, so that there is no folder to use.
+    """
     results = evaluated.read(run / "eval" / "results.json")
     console, best = Console(), results["best"]
     for t in plots.temperatures(results):
@@ -33,10 +36,14 @@ def closing_table(run: RunDir) -> None:
         f"best: exit layer {best['exit_layer']}, controller {best['controller']}, temperature {best['temperature']:g}: "
         f"{evaluated.headline(best)}, acceptance length {best['acceptance_length']:.2f}; {evaluated.basis(best)}"
     )
+    paths = f"run folder: {run.path}   report: {run / 'report' / 'index.html'}"
+    if not published:
+        console.print(f"{paths}   published: nothing")
+        return
     folder = run / next(r["folder"] for r in reversed(run.records()) if r["stage"] == "publish")
     pushed = overview.pushed(run.path, folder)
     hub = pushed["repo_id"] if pushed else folder
-    console.print(f"run folder: {run.path}   report: {run / 'report' / 'index.html'}   published: {hub}")
+    console.print(f"{paths}   published: {hub}")
     console.print(
         "use it:", f'model.generate(**inputs, custom_generate="{hub}", trust_remote_code=True)', soft_wrap=True
     )

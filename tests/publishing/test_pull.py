@@ -264,6 +264,9 @@ def test_the_closing_table_names_what_was_published(pushed_run, capsys) -> None:
         summary["folder"] = "hub/3"
     closing.closing_table(pushed_run)
     assert f'custom_generate="{pushed_run / "hub" / "3"}"' in capsys.readouterr().out
+    closing.closing_table(pushed_run, published=False)  # as the gate refused it
+    out = capsys.readouterr().out
+    assert "thompson" in out and "published: nothing" in out and "custom_generate" not in out
 
 
 def test_heads_of_an_empty_place(tmp_path, capsys) -> None:
