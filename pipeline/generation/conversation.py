@@ -108,10 +108,10 @@ class Conversation:
         """Decode the last answer autoregressively on the same engine; returns its times, and how many of its tokens
         differ from those that this decoding would choose itself (greedy; when sampling, draws differ anyway).
 
-        Raises UserError if there is no answer yet.
+        Raises UserError if there is no answer yet, or one without a round.
         """
-        if self.last is None:
-            raise UserError("/compare: nothing was answered yet; it decodes the last answer without drafts.")
+        if self.last is None or not self.last.out.rounds:
+            raise UserError("/compare: there is no answer of two tokens or more yet that could be decoded again.")
         tokens = self.last.out.tokens
         s = self.settings
         # a generator of its own: a comparison must not change what is drawn next in the conversation

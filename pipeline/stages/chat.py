@@ -78,19 +78,16 @@ def run(config: Config, folder: Path) -> None:
     screen = Screen()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers alone
         conversation = begin(config, folder, screen)
-    try:
-        for line in screen.lines():
-            try:
-                if not _obey(line, conversation, screen):
-                    _answer(line, conversation, screen)
-            except _Quit:
-                break
-            except UserError as error:
-                if not screen.interactive:
-                    raise
-                screen.say(str(error), "red")
-    except BrokenPipeError:  # whoever read the answers has gone, as `head` does
-        sys.stdout = None  # type: ignore[assignment]  # or Python complains once more when it closes it
+    for line in screen.lines():
+        try:
+            if not _obey(line, conversation, screen):
+                _answer(line, conversation, screen)
+        except _Quit:
+            break
+        except UserError as error:
+            if not screen.interactive:
+                raise
+            screen.say(str(error), "red")
 
 
 def begin(config: Config, folder: Path, screen: "Screen") -> Conversation:
@@ -135,7 +132,7 @@ def _template(config: Config, tokenizer: Any, ends: frozenset[int], screen: "Scr
 
 def _opening(config: Config, head: ExitHead, device: torch.device, screen: "Screen") -> str:
     c = config.chat
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     drawn = f"temperature {c.temperature:g}" if c.temperature else "greedy"
     legend = " Green: accepted drafts; plain: the backbone's own tokens." if screen.colours else ""
     return (
@@ -212,9 +209,10 @@ def _compare(conversation: Conversation, screen: "Screen") -> None:
 def figures(answered: Answered) -> str:
     """One line on an answer: how fast it was, without prefill and without showing it, and what drafting gave."""
     out = answered.out
-    rounds = len(out.rounds)
+    if not out.rounds:
+        return "1 token, which follows the message: no round, nothing to draft"
     drafted, accepted = sum(r.drafted for r in out.rounds), sum(r.accepted for r in out.rounds)
-    length = f"{sum(r.tokens for r in out.rounds) / rounds:.2f}" if rounds else "-"
+    length = f"{sum(r.tokens for r in out.rounds) / len(out.rounds):.2f}"
     rate = f"{accepted / drafted:.0%}" if drafted else "-"
     return (
         f"{len(out.tokens)} tokens, {len(out.tokens) / out.seconds:.1f} tokens/s (first after "
