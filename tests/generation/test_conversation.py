@@ -1,4 +1,4 @@
-"""A conversation gives the pipeline's own contexts and the backbone's own tokens, and survives whatever ends an answer."""
+"""A conversation has the contexts of the pipeline and the tokens of the backbone, and survives what ends an answer."""
 
 import time
 
@@ -107,7 +107,7 @@ def test_text_is_shown_while_it_is_decoded(parts) -> None:
 
 
 def test_an_answer_that_is_stopped_stays_in_the_conversation(parts) -> None:
-    engine, tokenizer = parts
+    _, tokenizer = parts
     talk = conversation(parts)
     whole = conversation(parts).answer("tell me", shown_nowhere).out.tokens
     asked = iter([False] * 4 + [True] * 2)
