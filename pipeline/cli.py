@@ -10,7 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from .config import Config, help_text, load
+from .config import Config, load
+from .config_help import help_text
 from .config_words import variations
 from .errors import GateError, LostError, UserError
 from .launchers import Launched, launched
@@ -58,6 +59,14 @@ VERBS = {
         "the table of results and the line of Python that uses the head.",
         ["seed", "run", "machine", "backbone", "prompts", "generate", "distill", "evaluate", "publish", "wandb"],
     ),
+    "chat": (
+        "Talk with a backbone in the terminal while an exit head drafts.",
+        "Writes nothing. Accepted drafts are coloured, the backbone's own tokens are not. After each answer it prints "
+        "tokens/s, acceptance length and draft acceptance rate; /compare measures the speedup over autoregressive "
+        "decoding of the same answer. Ctrl-C ends an answer, Ctrl-D the conversation. In a pipe each line of stdin is "
+        "a message, answers go to stdout and figures to stderr.",
+        ["seed", "machine", "backbone", "chat"],
+    ),
     "heads": (
         "List the runs in run.dir: backbone, exit layer, speedup, whether lossless, and where published.",
         "Writes nothing. Unfinished runs are listed too.",
@@ -71,6 +80,21 @@ to compare several values, with a row for each combination:
 
 """
 
+CHATTING = """\
+  exit-heads chat --head runs/pocket/hub/2                 a head published here, on the backbone that it names
+  exit-heads chat --head org/my-head --temperature 0.7     one on the Hub, sampled
+  exit-heads chat --head runs/mine/heads/exit-4 --backbone my/checkpoint     a head that was only distilled
+  echo "Why is the sky blue?" | exit-heads chat --head org/my-head > answer.txt
+
+With --config FILE, backbone and prompts.chat_template are the file's. Otherwise the backbone is the one that the head
+names if it is on the Hub, else pocket; it is float32 on a CPU, and its tokenizer's chat template is used. A backbone
+without one continues the text.
+
+"""
+CHOICES = {"head": "exit head: a folder or org/name", "temperature": "0 is greedy", "top-p": "nucleus",
+           "controller": "how many tokens to draft, such as fixed:3", "max-new-tokens": "longest answer"}  # fmt: skip
+"""Options of chat that are keys of its section too."""
+
 OVERVIEW = """\
 Train early-exit draft heads for a frozen language model, test that decoding with them is lossless, measure how much
 faster it is, and publish them.
@@ -79,6 +103,7 @@ faster it is, and publish them.
   exit-heads plan --config configs/llama2-70b.yaml         memory, time and speedup of a run, before it starts
   exit-heads distill --config my.yaml distill.max_steps=500     one stage, one key changed
   exit-heads evaluate --help                               every key that the stage reads
+  exit-heads chat --head runs/pocket/hub/2                 talk with a backbone while an exit head drafts
   exit-heads heads                                         the results of all runs in ./runs
 """
 
@@ -89,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for verb, (does, writes, sections) in VERBS.items():
         keys = "keys (key=default), given as key=value or in the YAML file:\n" + help_text(sections)
-        epilog = VARY + keys if verb == "plan" else keys
+        epilog = {"plan": VARY, "chat": CHATTING}.get(verb, "") + keys
         sub = verbs.add_parser(verb, help=does, description=f"{does}\n{writes}", epilog=epilog, formatter_class=raw)
         sub.add_argument("--config", metavar="FILE", help="YAML file with values of keys; examples are in configs/")
         if verb == "plan":
@@ -144,6 +169,14 @@ def build_parser() -> argparse.ArgumentParser:
                 "--head", dest="asked", action="append", type="evaluate.head={}".format,
                 help="published head to measure: org/name, org/name@revision or a folder",
             )  # fmt: skip
+        if verb == "chat":
+            options = {name: (f"chat.{name.replace('-', '_')}", text) for name, text in CHOICES.items()}
+            options["backbone"] = "backbone.name_or_path", "pocket, a Hub id, or a checkpoint folder"
+            for name, (key, text) in options.items():
+                sub.add_argument(
+                    f"--{name}", dest="asked", action="append", type=f"{key}={{}}".format, metavar="VALUE",
+                    help=f"{text} (the same as {key}=VALUE)",
+                )  # fmt: skip
         if verb in ("publish", "run"):
             sub.add_argument(
                 "--public", dest="asked", action="append_const", const="publish.public=true",
@@ -168,6 +201,8 @@ def main(argv: list[str] | None = None) -> int:
             plan(args, config)
         elif args.verb == "heads":
             list_heads(config)
+        elif args.verb == "chat":
+            chat(config, args.config, args.words)
         elif args.verb == "generate" and (args.status or args.verify or args.show is not None):
             look(config, args.status, args.verify, args.show)
         elif args.verb == "run" and args.show_config is not None:
@@ -272,6 +307,13 @@ def config_for(verb: str, head: str, file: str | None, words: list[str]) -> Conf
     from .publishing import hub
 
     return load(file, [f"run.name={hub.run_name_of(head)}", *words], hub.defaults_of(hub.pull(head), head))
+
+
+def chat(config: Config, file: str | None, words: list[str]) -> None:
+    """Talk with the backbone. Its head gives defaults, which file and words override."""
+    stage = _stage("chat")
+    folder = stage.head_folder(config)
+    stage.run(load(file, words, stage.defaults(config, folder)), folder)
 
 
 def list_heads(config: Config) -> None:

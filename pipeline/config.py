@@ -2,8 +2,7 @@
 
 Defaults come from the dataclasses here; one YAML file wins over them, key=value words win over the file. `load` takes
 the file's path and the words, gives a checked Config, and raises UserError that names a mistyped key or value and says
-what would be right. config_words.py converts texts to types, config_paths.py expands ~, config_rules.py checks values;
-`help_text` is the list of keys that `exit-heads VERB --help` prints.
+what would be right. config_words.py converts texts to types, config_paths.py expands ~, config_rules.py checks values.
 """
 
 import difflib
@@ -297,6 +296,22 @@ class Publish:
 
 
 @dataclass
+class Chat:
+    head: str | None = option(
+        None, "exit head that drafts (--head): a folder, as runs/NAME/hub/N, or org/name[@revision] on the Hub", True
+    )
+    temperature: float = option(0.0, "sampling temperature; 0 is greedy")
+    top_k: int = option(0, "top-k of the sampling, for backbone and exit head alike; 0 = off")
+    top_p: float = option(1.0, "top-p of the sampling, for backbone and exit head alike; 1 = off")
+    controller: str = option("thompson", "how many tokens to draft, as one of evaluate.controllers, or none: no drafts")
+    max_new_tokens: int = option(512, "largest number of tokens of an answer")
+    system: str = option("", "system message, for backbones with a chat template")
+    compare: bool = option(
+        False, "whether every answer is decoded autoregressively too, to measure the speedup; /compare does it for one"
+    )
+
+
+@dataclass
 class Wandb:
     mode: str = option(
         "auto",
@@ -322,6 +337,7 @@ class Config:
     distill: Distill = field(default_factory=Distill)
     evaluate: Evaluate = field(default_factory=Evaluate)
     publish: Publish = field(default_factory=Publish)
+    chat: Chat = field(default_factory=Chat)
     plan: Plan = field(default_factory=Plan)
     wandb: Wandb = field(default_factory=Wandb)
 
@@ -379,23 +395,3 @@ def _keys(kind: type, prefix: str = "") -> list[str]:
         for entry in entries_of(f.type):
             names += _keys(entry, f"{prefix}{f.name}[].")
     return names
-
-
-def help_text(sections: list[str]) -> str:
-    """`key  default  sentence` of every key in these sections, for --help."""
-    lines = []
-    defaults = to_dict(Config())
-
-    def walk(kind: type, values: dict, prefix: str) -> None:
-        for f in fields(kind):
-            if is_dataclass(f.type):
-                if prefix or f.name in sections:
-                    walk(f.type, values[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
-            elif prefix or f.name in sections:
-                value = "null" if values[f.name] is None else values[f.name]
-                lines.append(f"  {prefix + f.name}={value}\n      {f.metadata['help']}")
-                for entry in entries_of(f.type):
-                    walk(entry, to_dict(entry), f"{prefix}{f.name}[].")
-
-    walk(Config, defaults, "")
-    return "\n".join(lines)

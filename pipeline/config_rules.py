@@ -172,6 +172,10 @@ _RULES: dict[str, tuple[Any, str]] = {
         "as the Hub names it, such as apache-2.0 (https://huggingface.co/docs/hub/repositories-licenses), or other",
     ),
     "publish.exit_layer": ((lambda n: n is None or n >= 1), "an exit layer N >= 1, or null for the best"),
+    "chat.temperature": ((lambda value: 0 <= value < math.inf), "0 (greedy) or above"),
+    "chat.top_k": _NOT_NEGATIVE,
+    "chat.top_p": _NUCLEUS,
+    "chat.max_new_tokens": _POSITIVE,
     "wandb.mode": _one_of("auto", "online", "offline", "disabled"),
 }
 

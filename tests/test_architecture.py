@@ -22,7 +22,8 @@ FOUNDATION = {"config", "config_rules", "errors", "launchers"}
 ARROWS: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
-    "cli": {"stages", "publishing", "evaluation", "generation", "runs", "config_words"} | FOUNDATION,
+    "cli": {"stages", "publishing", "evaluation", "generation", "runs", "config_help", "config_words"}
+    | FOUNDATION,
     "stages": {"publishing", "evaluation", "training", "generation", "prompts", "backbones", "inference", "planning",
                "runs"} | FOUNDATION,
     "publishing": {"evaluation", "backbones", "inference", "runs"} | FOUNDATION,
@@ -36,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
     "pocket": set(),
     "smollm2": {"runs", "errors"},
     "runs": FOUNDATION,
+    "config_help": {"config", "config_paths"},
     "config": {"config_paths", "config_rules", "config_words", "errors"},
     "config_paths": {"errors"},
     "config_rules": {"errors"},
@@ -49,8 +51,8 @@ VERBS = {path.stem for path in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
 
 # `exit-heads --help` and a mistyped key must answer at once: no import at the top of these that takes seconds.
 QUICK_TO_IMPORT = [PACKAGE / f"{name}.py" for name in (
-    "__init__", "__main__", "cli", "config", "config_paths", "config_rules", "config_words", "errors", "launchers",
-    "runs/folder", "runs/files", "runs/provenance"
+    "__init__", "__main__", "cli", "config", "config_help", "config_paths", "config_rules", "config_words", "errors",
+    "launchers", "runs/folder", "runs/files", "runs/provenance"
 )]  # fmt: skip
 HEAVY = {"torch", "transformers", "lightning", "datasets", "accelerate", "wandb", "matplotlib", "pandas", "pyarrow"}
 

@@ -18,7 +18,7 @@ from pipeline.runs.files import atomic_write
 from pipeline.runs.folder import OUTPUTS, STAGES, RunDir
 
 ran: list[str] = []
-WRITING = [verb for verb in cli.VERBS if verb not in ("plan", "heads")]  # these two only print
+WRITING = [verb for verb in cli.VERBS if verb not in ("plan", "chat", "heads")]  # these only print
 
 
 def small_stage(name: str) -> SimpleNamespace:
@@ -67,7 +67,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("verb", [*WRITING, "heads"])
+@pytest.mark.parametrize("verb", [*WRITING, "chat", "heads"])
 @pytest.mark.parametrize(("words", "named"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_mistake(verb: str, words: list[str], named: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -164,7 +164,7 @@ def test_a_home_folder_is_found_in_every_key_that_holds_a_path(tmp_path: Path, m
     assert paths(Config) == [
         "run.dir", "backbone.name_or_path", "backbone.gguf_dir", "prompts.path", "prompts.mixture[]",
         "prompts.chat_template", "generate.exit_head", "evaluate.prompts.path", "evaluate.prompts.mixture[]",
-        "evaluate.prompts.chat_template", "evaluate.head", "evaluate.states", "plan.pilot",
+        "evaluate.prompts.chat_template", "evaluate.head", "evaluate.states", "chat.head", "plan.pilot",
     ]  # fmt: skip
     for key in paths(Config):
         if key.endswith("[]"):

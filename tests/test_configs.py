@@ -9,7 +9,8 @@ import yaml
 from helpers import byte_tokenizer
 
 from pipeline import config as config_module
-from pipeline.config import Config, Source, help_text, load, to_dict
+from pipeline.config import Config, Source, load, to_dict
+from pipeline.config_help import help_text
 from pipeline.errors import UserError
 from pipeline.runs.anonymous import anonymous
 

@@ -9,6 +9,7 @@ the next token has the backbone's distribution whatever the controller's state (
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 from .rounds import LONGEST, Confidence, Controller, Round
 from .thompson import Thompson
@@ -171,3 +172,16 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
     if name in plain:
         return plain[name]()
     raise ValueError(f"controller={name}: must be {NAMES}")
+
+
+def learned_controller(name: str, config: dict[str, Any], seed: int = 0, greedy: bool = True) -> Controller:
+    """`make_controller`, but thompson starts from what it had learned of this head when the head was measured.
+
+    config: that of the head's folder; only a published one holds a state. Raises ValueError as `make_controller`, and
+    for the state of another kind of controller.
+    """
+    controller = make_controller(name, seed, greedy)
+    state = config.get("states", {}).get("greedy" if greedy else "sampled")
+    if isinstance(controller, Thompson) and state is not None:
+        controller.load_state_dict(state)
+    return controller

@@ -19,14 +19,13 @@ from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
 from .canary import TOLERANCE, distance
-from .controllers import make_controller
+from .controllers import learned_controller, make_controller
 from .decoding import Request, self_speculative
 from .exit_head import ExitHead
 from .origin import HEAD, REVISION
 from .processors import check_stateless, for_row
 from .rounds import Controller
 from .sampling import Sampler
-from .thompson import Thompson
 
 
 class AnotherBackbone(UserWarning):
@@ -80,7 +79,7 @@ def generate(
         check_stateless(logits_processor)
         key = name, not generation_config.do_sample  # acceptance differs between greedy and sampled texts
         if name is not None and key not in controllers:
-            controllers[key] = _new_controller(name, key[1], config)
+            controllers[key] = learned_controller(name, config, greedy=key[1])
         decide = controller if name is None else controllers[key]
         own = [c for c in stopping_criteria if type(c).__name__ not in OWN_CRITERIA]
         end = generation_config.eos_token_id
@@ -158,15 +157,6 @@ def _warn_of_another(model, config: dict[str, Any]) -> None:
             AnotherBackbone,
             stacklevel=2,
         )
-
-
-def _new_controller(name: str, greedy: bool, config: dict[str, Any]) -> Controller:
-    """A controller by name; thompson starts from what it had learned of this head when the head was measured."""
-    controller = make_controller(name, greedy=greedy)
-    state = config.get("states", {}).get("greedy" if greedy else "sampled")
-    if isinstance(controller, Thompson) and state is not None:
-        controller.load_state_dict(state)
-    return controller
 
 
 def _stop_at_strings(kwargs: dict[str, Any]) -> None:

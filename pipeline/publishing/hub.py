@@ -29,9 +29,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as client_logging
 
-from ..config import Config
+from ..backbones.weight_files import fingerprint_of_files
+from ..config import Backbone, Config
 from ..config_rules import is_repo_id
 from ..errors import UserError
+from ..inference.exit_head import ExitHead
 from ..runs.folder import RunDir
 from . import head_folder
 from .head_folder import digest_of, files_of
@@ -212,26 +214,27 @@ def _is_our_commit(title: str) -> bool:
 # ---- down
 
 
-def pull(head: str) -> Path:
+def pull(head: str, key: str = "evaluate.head") -> Path:
     """The folder of a published head: `head` itself if it is a folder, else a download of org/name[@revision].
 
-    Raises UserError for another form of name, or if the download fails.
+    `key` is the config key that names it, for messages. Raises UserError for another form of name, or if the download
+    fails.
     """
     if Path(head).is_dir():
         return Path(head)
     repo_id, _, revision = head.partition("@")
     if not is_repo_id(repo_id):
-        raise UserError(f"evaluate.head={head}: neither a folder here nor org/name or org/name@revision")
+        raise UserError(f"{key}={head}: neither a folder here nor org/name or org/name@revision")
     _host()
     folder = _patiently(
-        f"evaluate.head={head}",
+        f"{key}={head}",
         lambda: snapshot_download(repo_id, revision=revision or None, allow_patterns=TO_MEASURE),
     )
     return Path(folder)
 
 
-def defaults_of(folder: Path, head: str) -> dict[str, Any]:
-    """Config defaults for measuring this head: the backbone it was trained for, if that is on the Hub.
+def defaults_of(folder: Path, head: str, key: str = "evaluate.head") -> dict[str, Any]:
+    """Config defaults for using this head: the backbone it was trained for, if that is on the Hub.
 
     Raises UserError if the folder holds no head.
     """
@@ -240,10 +243,25 @@ def defaults_of(folder: Path, head: str) -> dict[str, Any]:
         name, revision = backbone["name"], backbone["revision"]
         gguf = {"gguf_file": backbone["gguf"]["file"]} if "gguf" in backbone else {}
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"evaluate.head={head}: {folder} holds no exit head; a published one has a config.json"
-        ) from None
+        raise UserError(f"{key}={head}: {folder} holds no exit head; a published one has a config.json") from None
     return {"backbone": {"name_or_path": name, "revision": revision, **gguf}} if is_repo_id(name) else {}
+
+
+def load_head(folder: Path, head: str, backbone: Backbone, key: str = "evaluate.head") -> ExitHead:
+    """The head in a pulled folder. Raises UserError if it holds none, or one of another backbone; the backbone is not
+    loaded for that."""
+    try:
+        loaded = ExitHead.load(folder)
+    except ValueError as error:
+        raise UserError(f"{key}={head}: {error}") from None
+    belongs, found = loaded.backbone, fingerprint_of_files(backbone)
+    if belongs["fingerprint"] != found:
+        raise UserError(
+            f"backbone.name_or_path={backbone.name_or_path}: not the backbone of {head}, which belongs to "
+            f"{belongs['name']} (fingerprint {belongs['fingerprint'][:12]}, not {found[:12]}). "
+            "Give the backbone that it belongs to"
+        )
+    return loaded
 
 
 def source_of(head: str, folder: Path) -> str:

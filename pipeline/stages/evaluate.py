@@ -16,7 +16,6 @@ import torch
 from ..backbones.ends import end_tokens
 from ..backbones.load import device_of, limit_of, load_model, load_tokenizer
 from ..backbones.source import load_config
-from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config, Machine
 from ..errors import UserError, warn
 from ..evaluation import against_transformers, losslessness, report, rivals, threads
@@ -122,24 +121,9 @@ def _heads(run: RunDir) -> tuple[list[Path], list[Path]]:
             f"evaluate.head={head}: {run.path} has heads of its own; give another run.name, "
             f"such as run.name={hub.run_name_of(head)}"
         )
-    return [_published(head, run.config)], []
-
-
-def _published(head: str, config: Config) -> Path:
-    """The folder of a published head. Raises UserError if it holds no head, or one of another backbone; the backbone is
-    not loaded for that."""
     folder = hub.pull(head)
-    try:
-        belongs = ExitHead.load(folder).backbone
-    except ValueError as error:
-        raise UserError(f"evaluate.head={head}: {error}") from None
-    found = fingerprint_of_files(config.backbone)
-    if belongs["fingerprint"] != found:
-        raise UserError(
-            f"backbone.name_or_path={config.backbone.name_or_path}: not the backbone of {head}, which belongs to "
-            f"{belongs['name']} (fingerprint {belongs['fingerprint'][:12]}, not {found[:12]})"
-        )
-    return folder
+    hub.load_head(folder, head, run.config.backbone)  # refuses another backbone's head before the backbone is loaded
+    return [folder], []
 
 
 def _head(folder: Path) -> ExitHead:
