@@ -332,7 +332,7 @@ def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | No
     merged = OmegaConf.structured(Config())
     for where, tree in trees:
         config_words.refuse_outside(tree, where)
-        merged = _merge(merged, tree, where)
+        _merge_into(merged, tree, where)
     try:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # ${a.reference} to nothing
@@ -348,9 +348,9 @@ def to_dict(config: Any) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
 
 
-def _merge(base: Any, new: Any, where: str) -> Any:
+def _merge_into(base: Any, new: Any, where: str) -> None:
     try:
-        return OmegaConf.merge(base, new)
+        base.merge_with(new)  # in place: OmegaConf.merge copies all of `base`, for every word
     except (OmegaConfBaseException, TypeError) as error:
         known = [f.name for f in fields(Config)] + _keys(Config)
         key = getattr(error, "full_key", None) or where.partition("=")[0]
