@@ -6,8 +6,10 @@ what would be right. config_words.py converts texts to types, config_paths.py ex
 `help_text` is the list of keys that `exit-heads VERB --help` prints.
 """
 
+import copy
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+import functools
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -329,7 +331,7 @@ def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | No
         file = Path(config_paths.expanded(str(path), "--config"))
         trees.append((f"--config {file}", config_words.read_file(file, Config)))
     trees += [(word, config_words.read_word(word, Config)) for word in words]
-    merged = OmegaConf.structured(Config())
+    merged = copy.deepcopy(_defaults())
     for where, tree in trees:
         config_words.refuse_outside(tree, where)
         _merge_into(merged, tree, where)
@@ -345,7 +347,13 @@ def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | No
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as they go to YAML, JSON and checkpoints."""
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+    return asdict(config() if isinstance(config, type) else config)
+
+
+@functools.cache
+def _defaults() -> Any:
+    """The dataclasses as omegaconf's tree: to build it takes several times as long as to copy it."""
+    return OmegaConf.structured(Config())
 
 
 def _merge_into(base: Any, new: Any, where: str) -> None:
