@@ -5,8 +5,10 @@ the file's path and the words, gives a checked Config, and raises UserError that
 what would be right. config_words.py converts texts to types, config_paths.py expands ~, config_rules.py checks values.
 """
 
+import copy
 import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
+import functools
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -352,10 +354,10 @@ def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | No
         file = Path(config_paths.expanded(str(path), "--config"))
         trees.append((f"--config {file}", config_words.read_file(file, Config)))
     trees += [(word, config_words.read_word(word, Config)) for word in words]
-    merged = OmegaConf.structured(Config())
+    merged = copy.deepcopy(_defaults())
     for where, tree in trees:
         config_words.refuse_outside(tree, where)
-        merged = _merge(merged, tree, where)
+        _merge_into(merged, tree, where)
     try:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # ${a.reference} to nothing
@@ -368,12 +370,18 @@ def load(path: str | Path | None, words: list[str], instead: dict[str, Any] | No
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dicts, lists and scalars, as they go to YAML, JSON and checkpoints."""
-    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+    return asdict(config() if isinstance(config, type) else config)
 
 
-def _merge(base: Any, new: Any, where: str) -> Any:
+@functools.cache
+def _defaults() -> Any:
+    """The dataclasses as omegaconf's tree: to build it takes several times as long as to copy it."""
+    return OmegaConf.structured(Config())
+
+
+def _merge_into(base: Any, new: Any, where: str) -> None:
     try:
-        return OmegaConf.merge(base, new)
+        base.merge_with(new)  # in place: OmegaConf.merge copies all of `base`, for every word
     except (OmegaConfBaseException, TypeError) as error:
         known = [f.name for f in fields(Config)] + _keys(Config)
         key = getattr(error, "full_key", None) or where.partition("=")[0]
