@@ -8,7 +8,7 @@ what would be right. config_words.py converts texts to types, config_paths.py ex
 import copy
 import difflib
 import functools
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from . import config_paths, config_rules, config_words
-from .config_paths import entries_of
+from .config_paths import keys_of
 from .errors import UserError
 
 
@@ -383,7 +383,7 @@ def _merge_into(base: Any, new: Any, where: str) -> None:
     try:
         base.merge_with(new)  # in place: OmegaConf.merge copies all of `base`, for every word
     except (OmegaConfBaseException, TypeError) as error:
-        known = [f.name for f in fields(Config)] + _keys(Config)
+        known = [f.name for f in fields(Config)] + keys_of(Config)
         key = getattr(error, "full_key", None) or where.partition("=")[0]
         if getattr(error, "object_type", None) is Source:  # omegaconf forgets which list a source stands in
             key = ("evaluate." if where.startswith("evaluate.") else "") + f"prompts.mixture[].{key}"
@@ -391,15 +391,3 @@ def _merge_into(base: Any, new: Any, where: str) -> None:
         remedy = f"Did you mean {close[0]}?" if close else "See exit-heads VERB --help."
         first = str(getattr(error, "msg", None) or error).splitlines()[0].partition(" Did you mean")[0].rstrip(".")
         raise UserError(f"{where}: key {key}: {first}. {remedy}") from None
-
-
-def _keys(kind: type, prefix: str = "") -> list[str]:
-    names = []
-    for f in fields(kind):
-        if is_dataclass(f.type):
-            names += _keys(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
-        else:
-            names.append(prefix + f.name)
-        for entry in entries_of(f.type):
-            names += _keys(entry, f"{prefix}{f.name}[].")
-    return names

@@ -1,4 +1,4 @@
-"""Paths in a config: a ~ at their beginning becomes the home folder, in every key that may hold a path.
+"""The keys of a config, and the paths in it: a ~ at their beginning becomes the home folder, in every key that may hold a path.
 
 Takes a Config (or any dataclass of dataclasses whose fields say `is_path` in their metadata) and changes it in place.
 Raises UserError for the home folder of a user that does not exist.
@@ -41,3 +41,16 @@ def expanded(path: str, key: str) -> str:
 def entries_of(kind: Any) -> list[type]:
     """The dataclass that a field's type is a list of, in a list; [] for every other type."""
     return [entry for entry in get_args(kind) if is_dataclass(entry)]  # type: ignore[misc]
+
+
+def keys_of(kind: type, prefix: str = "") -> list[str]:
+    """Every key of a dataclass of dataclasses, as a user writes it; `prompts.mixture[].path` for those in a list."""
+    names = []
+    for f in fields(kind):
+        if is_dataclass(f.type):
+            names += keys_of(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+        else:
+            names.append(prefix + f.name)
+        for entry in entries_of(f.type):
+            names += keys_of(entry, f"{prefix}{f.name}[].")
+    return names

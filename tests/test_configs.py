@@ -8,9 +8,9 @@ import pytest
 import yaml
 from helpers import byte_tokenizer
 
-from pipeline import config as config_module
 from pipeline.config import Config, Source, load, to_dict
 from pipeline.config_help import help_text
+from pipeline.config_paths import keys_of
 from pipeline.errors import UserError
 from pipeline.runs.anonymous import anonymous
 
@@ -102,7 +102,7 @@ def test_every_key_has_a_sentence_in_the_help() -> None:
     sections = [f.name for f in dataclasses.fields(Config)]
     lines = help_text(sections).splitlines()
     keys = [line.strip().partition("=")[0] for line in lines[0::2]]
-    assert keys == config_module._keys(Config)
+    assert keys == keys_of(Config)
     assert all(len(line.split()) >= 2 for line in lines[1::2])
 
 
