@@ -1,4 +1,4 @@
-"""The keys of a config, and the paths in it: a ~ at their beginning becomes the home folder, in every key that may hold a path.
+"""The names of a config's keys, and the paths in it: a ~ at the beginning of a path becomes the home folder.
 
 Takes a Config (or any dataclass of dataclasses whose fields say `is_path` in their metadata) and changes it in place.
 Raises UserError for the home folder of a user that does not exist.
