@@ -200,6 +200,7 @@ def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C becomes a signal
 
 
+@pytest.mark.slow
 def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     """Ctrl-C ends an answer and at the prompt nothing, mistakes are said and end nothing, Ctrl-D ends."""
     context = 16384
