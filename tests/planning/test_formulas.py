@@ -153,7 +153,7 @@ class Live(TorchDispatchMode):
         for tensor in tree_iter((args, kwargs, out)):
             if isinstance(tensor, DTensor):
                 tensor = tensor.to_local()
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_mkldnn:  # weights in oneDNN's order have no storage
                 storage = tensor.untyped_storage()
                 self.storages[storage._cdata] = StorageWeakRef(storage)
         self.storages = {key: ref for key, ref in self.storages.items() if not ref.expired()}
