@@ -239,6 +239,8 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
     for stage in stages.values():  # before --redo removes anything, and before an early stage runs for an hour
         if hasattr(stage, "check"):
             stage.check(config)
+        if verb == "run" and hasattr(stage, "check_layers"):  # of the backbone, which the first stage asks for anyway
+            stage.check_layers(config)
     run = RunDir(config)
     if redo is not None:
         run.redo(*chosen[chosen.index(redo) :])
@@ -249,10 +251,10 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
                 (stage.run_draft if name == "draft" else stage.run)(run)
     except GateError as error:  # of the last stage: everything was measured, and the table shows it
         refusal = error
-    if verb == "run":
+    if verb in ("run", "evaluate"):
         from .evaluation.closing import closing_table
 
-        closing_table(run, published=refusal is None)
+        closing_table(run, published=None if verb == "evaluate" else refusal is None)
     if refusal is not None:
         raise refusal
 

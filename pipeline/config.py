@@ -390,4 +390,6 @@ def _merge_into(base: Any, new: Any, where: str) -> None:
         close = [] if key.rstrip("[]0123456789") in known else difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         remedy = f"Did you mean {close[0]}?" if close else "See exit-heads VERB --help."
         first = str(getattr(error, "msg", None) or error).splitlines()[0].partition(" Did you mean")[0].rstrip(".")
+        if "is not a ListConfig" in first:
+            first = "a list is needed, in brackets"
         raise UserError(f"{where}: key {key}: {first}. {remedy}") from None

@@ -31,8 +31,8 @@ def small_stage(name: str) -> SimpleNamespace:
     return SimpleNamespace(run=run)
 
 
-def closing_table(run: RunDir, published: bool = True) -> None:
-    print("table" if published else "table of a refused head")
+def closing_table(run: RunDir, published: bool | None = True) -> None:
+    print("table of a measurement" if published is None else "table" if published else "table of a refused head")
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +61,7 @@ MISTAKES = {
     "mistyped value": (["distill.max_steps=many"], ["distill.max_steps", "many"]),
     "no such config file": (["--config", "nowhere.yaml"], ["nowhere.yaml", "configs/"]),
     "no value": (["seed"], ["seed", "key=value"]),
+    "one value for a list": (["distill.exit_layers=2"], ["distill.exit_layers", "a list is needed, in brackets"]),
     "exit layer below 1": (["distill.exit_layers=[0]"], ["distill.exit_layers", "N >= 1"]),
     "unknown option": (["--seed=1"], ["--seed"]),
     "config without a file": (["--config"], ["--config"]),

@@ -1,4 +1,5 @@
-"""The output at the end of `exit-heads run`: the results, the paths of everything, and the line that uses the head.
+"""The output at the end of `exit-heads run` and of `exit-heads evaluate`: the results, the paths of everything, and
+after `run` the line that uses the head.
 
 Takes a run folder that was evaluated, and published unless the gate refused it; prints to the terminal.
 """
@@ -11,10 +12,11 @@ from . import overview, plots, report
 from . import results as evaluated
 
 
-def closing_table(run: RunDir, published: bool = True) -> None:
+def closing_table(run: RunDir, published: bool | None = True) -> None:
     """Print a table of all methods for each temperature, then the losslessness tests, the judged speedup and paths.
 
-    `published`: False if the gate refused the head, so that there is no folder to use.
+    `published`: False if the gate refused the head, so that there is no folder to use; None if nothing was to be
+    published, as after `exit-heads evaluate`.
     """
     results = evaluated.read(run / "eval" / "results.json")
     console, best = Console(), results["best"]
@@ -38,7 +40,7 @@ def closing_table(run: RunDir, published: bool = True) -> None:
     )
     paths = f"run folder: {run.path}   report: {run / 'report' / 'index.html'}"
     if not published:
-        console.print(f"{paths}   published: nothing")
+        console.print(paths if published is None else f"{paths}   published: nothing")
         return
     folder = run / next(r["folder"] for r in reversed(run.records()) if r["stage"] == "publish")
     pushed = overview.pushed(run.path, folder)

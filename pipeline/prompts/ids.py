@@ -100,8 +100,9 @@ def fitting(
         elif reason == "too_long" and settings.too_long == "error":
             raise UserError(
                 f"prompt {prompt.id} ({_start(prompt.text)}) has {len(ids)} tokens; with {max_new_tokens} new ones it "
-                f"does not fit into the {limit} of {context}. Set {too_long_key}=drop or ask for fewer new tokens "
-                f"({stage}.max_new_tokens={max_new_tokens})."
+                f"does not fit into the {limit} of {context}. Set {too_long_key}=drop"
+                + (f" or {stage}.max_new_tokens={context - len(ids)}" if len(ids) < context else "")
+                + "."
                 + (" Other stages stay done." if stage == "evaluate" else "")
             )
         else:

@@ -45,6 +45,14 @@ def check(config: Config) -> None:
     losses.parse(config.distill.loss)
 
 
+def check_layers(config: Config) -> int:
+    """The backbone's number of layers L. Raises UserError if one of distill.exit_layers is not from 1 to L - 1, which
+    `exit-heads run` asks before it answers any prompt."""
+    num_layers = load_config(config.backbone).num_hidden_layers
+    check_exit_layers(config.distill.exit_layers, num_layers)
+    return num_layers
+
+
 def run(run: RunDir) -> None:
     """Train the heads of distill.exit_layers.
 
@@ -64,8 +72,7 @@ def run(run: RunDir) -> None:
     with contextlib.ExitStack() as stack:
         with before_rendezvous(place):
             # These checks precede the mark, so that a mistake found here can be corrected without --redo.
-            num_layers = load_config(run.config.backbone).num_hidden_layers
-            check_exit_layers(run.config.distill.exit_layers, num_layers)
+            num_layers = check_layers(run.config)
             device = own_device(device_of(run.config.machine.device), place)
             run.config.machine.processes_of_a_copy()  # checks
             manifest, train, validation, counts = read(run, place)

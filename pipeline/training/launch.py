@@ -66,7 +66,9 @@ def find_place(machine: Machine) -> Place:
     # With WORLD_SIZE=1 this process starts the others too.
     alone = by is not None and by.variable == "WORLD_SIZE" and by.processes == 1 and world > 1
     meets = is_set("MASTER_ADDR") and is_set("MASTER_PORT")
-    if meets and is_set("LOCAL_RANK") and not alone:
+    # LOCAL_RANK alone says nothing of how many there are: a debugger or an earlier launcher has left it.
+    named = by is not None or is_set("RANK") or is_set("NODE_RANK")
+    if meets and is_set("LOCAL_RANK") and named and not alone:
         return _place_by_variables(machine, by, node)
     if by and by.processes > 1 and by.launcher != "srun":
         if meets and by.variable == "WORLD_SIZE" and is_set("RANK"):

@@ -190,7 +190,8 @@ def test_mistakes_leave_the_stage_unmarked(tmp_path, backbone, words, message):
 
 def test_a_process_whose_others_do_not_come_names_them_and_leaves_the_stage_unmarked(tmp_path, backbone, monkeypatch):
     run = prepare(tmp_path, backbone, "machine.nodes=2", "machine.timeout=1")
-    for key, value in {"LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_network_port()}.items():
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_network_port()}
+    for key, value in variables.items():
         monkeypatch.setenv(key, str(value))
     with pytest.raises(UserError, match="rank 1 of 2 did not come within 1 s"):
         distill.run(run)

@@ -150,8 +150,12 @@ def test_a_variable_that_cannot_be_right_is_named(launcher, name, value, monkeyp
     assert "\n" not in str(caught.value) and "nset" in str(caught.value)
 
 
-def test_what_an_earlier_launcher_left_starts_nobody_else(monkeypatch) -> None:
-    for key, value in (GENERIC | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}).items():
+LEFT = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
+
+
+@pytest.mark.parametrize("left", [GENERIC | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, LEFT])
+def test_what_an_earlier_launcher_left_does_not_count(left, monkeypatch) -> None:
+    for key, value in left.items():
         monkeypatch.setenv(key, value)
     place = find_place(Machine(processes_per_node=2))
     assert (place.rank, place.address, place.starts_others) == (0, "127.0.0.1", True)
