@@ -223,11 +223,13 @@ def test_prompts_that_were_rendered_already_are_warned_of(tokenizer, capsys) -> 
     assert "warning: 1 prompts begin with a special token, as if a template" in capsys.readouterr().out
 
 
-def test_evaluates_remedy_for_a_long_prompt_leaves_generate_as_it_is(tokenizer) -> None:
-    with pytest.raises(
-        UserError, match=r"sliding window of 48\. Set evaluate\.prompts\.too_long=drop .*evaluate\.max_new"
-    ):
-        every_turn(prompts("x" * 60), tokenizer, Prompts(), 48, 8, list, "sliding window")
+@pytest.mark.parametrize(("length", "remedy"), [(60, ""), (48, ""), (44, " or evaluate.max_new_tokens=4")])
+def test_evaluates_remedy_for_a_long_prompt_leaves_generate_as_it_is(tokenizer, length, remedy) -> None:
+    """No number of new tokens is a remedy for a prompt that alone fills the window."""
+    with pytest.raises(UserError) as caught:
+        every_turn(prompts("x" * length), tokenizer, Prompts(), 48, 8, list, "sliding window")
+    end = f"sliding window of 48. Set evaluate.prompts.too_long=drop{remedy}. Other stages stay done."
+    assert str(caught.value).endswith(end)
 
 
 # ---- where an answer ends
