@@ -24,7 +24,7 @@ from .kernels import Kernels, Product
 from .kv_cache import KVCache
 from .layers import Rows, Shape, causal_mask, run_layers
 from .rounds import WIDTHS
-from .unmodified import addresses, check_unmodified
+from .unmodified import addresses, changes, check_unmodified
 
 
 class Block(NamedTuple):
@@ -98,13 +98,15 @@ class SplitBackbone:
             exit_layer.load_state_dict(head.weights, assign=True)
         except RuntimeError as error:  # a name or a shape
             raise ValueError(f"the exit head's weights are not those of a layer of this backbone: {error}") from None
-        self.kernels, self.weights, self.lm_head = _products_of(model, self.family, timed_kernels, pack)
+        shared = _products_of(model, self.family, timed_kernels, pack)
+        self.kernels, self.lm_head = shared.kernels, shared.lm_head
         exit_weights = self.family.gather(exit_layer.to(self.device, self.dtype))
-        self.weights = [*self.weights, _fit(exit_weights, self.kernels)]
+        self.weights = [*shared.weights, _fit(exit_weights, self.kernels)]
         """Of layers 1..L and of the exit layer."""
         self._fixed = FixedShapes(self.family.layer, self.shape) if fixed_shapes else None
         self._fixed_cache: KVCache | None = None
         self._addresses = addresses(model)
+        self._changes = changes(model)
         self.blocks = self._cut([*devices, self.device])
 
     def _cut(self, devices: list[torch.device]) -> list[Block]:
@@ -117,12 +119,16 @@ class SplitBackbone:
         return blocks
 
     def still_is(self, model: nn.Module) -> bool:
-        """Whether the weights in use are still those of `model`; False once any of them was replaced.
+        """Whether the weights in use are still those of `model`; False once any was replaced, or changed in place while
+        a packed copy of it is in use.
 
         Raises ValueError if the model was changed in another way, for example by an adapter or a hook.
         """
         check_unmodified(model)
-        return self._addresses == addresses(model)
+        if self._addresses != addresses(model):
+            return False
+        copies = [product for product in self.products() if product.packed is not None]
+        return not copies or (self._changes == changes(model) and all(product.is_current() for product in copies))
 
     # ---- what the decoder calls
 
@@ -182,7 +188,7 @@ class SplitBackbone:
 
     def products(self) -> list[Product]:
         """The matrix products of all layers, the exit layer included, and of the LM head."""
-        return [*(part for w in self.weights for part in w if isinstance(part, Product)), self.lm_head]
+        return [*_of(self.weights), self.lm_head]
 
     def shallow(self, ids: list[int], base: int, cache: KVCache) -> None:
         """Run layers 1..N on tokens at positions base..; their hidden states are stored in the cache."""
@@ -273,19 +279,35 @@ def _device_of(part: nn.Module, name: str) -> torch.device:
     return found.pop()
 
 
-def _products_of(model: nn.Module, family: Family, timed: bool, pack: bool) -> tuple[Kernels, list[Any], Product]:
+def _products_of(model: nn.Module, family: Family, timed: bool, pack: bool) -> "_Products":
     """Kernels, weights of the layers, and the LM head. They are kept on the model for its other heads, so that all of
     them and their baseline use the same; chosen anew for another number of threads, and for weights that were replaced.
     """
     layers = [family.gather(layer) for layer in model.model.layers]
     lm_head = Product(model.lm_head.weight.data.t())
     key = torch.get_num_threads(), timed, pack
+    state = addresses(model), changes(model)
     known = model.__dict__.setdefault("_products", {})
-    if key not in known or known[key][0] != addresses(model):
-        products = [part for weights in layers for part in weights if isinstance(part, Product)]
-        kernels = Kernels([*products, lm_head], timed=timed, pack=pack)
-        known[key] = addresses(model), (kernels, [_fit(w, kernels) for w in layers], kernels.fit(lm_head))
-    return known[key][1]
+    if key not in known or known[key].state != state or not known[key].is_current():
+        kernels = Kernels([*_of(layers), lm_head], timed=timed, pack=pack)
+        known[key] = _Products(state, kernels, [_fit(w, kernels) for w in layers], kernels.fit(lm_head))
+    return known[key]
+
+
+class _Products(NamedTuple):
+    """A model's weights with their kernels, as its engines share them."""
+
+    state: tuple[Any, ...]
+    kernels: Kernels
+    weights: list[Any]
+    lm_head: Product
+
+    def is_current(self) -> bool:
+        return all(p.is_current() for p in [*_of(self.weights), self.lm_head])
+
+
+def _of(weights: list[Any]) -> list[Product]:
+    return [part for w in weights for part in w if isinstance(part, Product)]
 
 
 def _fit(weights: Any, kernels: Kernels) -> Any:

@@ -38,12 +38,14 @@ SECONDS = 0.3
 class Product:
     """x @ weight + bias, or x @ weight + bias + residual: [M, I] -> [M, O]."""
 
-    __slots__ = ("bias_O", "kernels", "packed", "weight_IO")
+    __slots__ = ("bias_O", "kernels", "packed", "seen", "weight_IO")
 
     def __init__(self, weight_IO: Tensor, bias_O: Tensor | None = None):
         self.weight_IO, self.bias_O = weight_IO, bias_O
         """The weight is a transposed view of the [O, I] tensor of the model's linear layer."""
         self.packed: Tensor | None = None
+        self.seen: Tensor | None = None
+        """Some numbers of the weight when it was packed."""
         self.kernels: list[Kernel] = [plain] * (WIDTHS[-1] + 2)
         """The kernel for m rows is at index min(m, 10); index 0 is unused."""
 
@@ -51,6 +53,21 @@ class Product:
     def nbytes(self) -> int:
         """Bytes of the weight and the bias, as of a tensor; without the packed copy."""
         return self.weight_IO.nbytes + (0 if self.bias_O is None else self.bias_O.nbytes)
+
+    def pack(self) -> None:
+        """Copy the weight into oneDNN's blocked order, which `packed` reads. The number of rows is a hint only."""
+        with torch.inference_mode():
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight_IO.t().contiguous(), 4)
+            self.seen = self._some().clone()
+
+    def is_current(self) -> bool:
+        """Whether the packed copy still holds the weight, as far as some of its numbers tell: merging an adapter
+        changes all of them, in place and unnoticed by torch."""
+        return self.seen is None or torch.equal(self.seen, self._some())
+
+    def _some(self) -> Tensor:
+        flat = self.weight_IO.t().reshape(-1)
+        return flat[:: max(1, len(flat) // 256)]
 
     def __call__(self, x_MI: Tensor, residual_MO: Tensor | None = None) -> Tensor:
         return self.kernels[min(len(x_MI), WIDTHS[-1] + 1)](self, x_MI, residual_MO)
@@ -111,7 +128,7 @@ class Kernels:
         if kernels is not None and _differs(product):
             fitted.kernels = kernels
             if packed in kernels:
-                fitted.packed = pack(product)
+                fitted.pack()
         return fitted
 
     def table(self) -> dict[str, list[str]]:
@@ -122,21 +139,15 @@ class Kernels:
         }
 
 
-def pack(product: Product) -> Tensor:
-    """A copy of the weight in oneDNN's blocked order, which `packed` reads. The number of rows is a hint only."""
-    with torch.inference_mode():
-        return torch.ops.mkldnn._reorder_linear_weight(product.weight_IO.t().contiguous(), 4)
-
-
 def _choose(products: list[Product], pack_them: bool) -> list[Kernel]:
     candidates: list[Kernel] = [plain, onednn]
     if pack_them:
         candidates.append(packed)
         for product in products:
-            product.packed = pack(product)
+            product.pack()
     fastest = {m: _fastest(products, candidates, m) for m in TIMED}
     for product in products:
-        product.packed = None
+        product.packed = product.seen = None
     kernels: list[Kernel] = [plain]
     for m in range(1, WIDTHS[-1] + 1):
         kernels.append(fastest[next(width for width in WIDTHS if width >= m)])

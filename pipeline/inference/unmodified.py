@@ -64,6 +64,11 @@ def addresses(module: nn.Module) -> tuple[int, ...]:
     return tuple(parameter.data_ptr() for parameter in module.parameters())
 
 
+def changes(module: nn.Module) -> tuple[int, ...]:
+    """How often each of a module's weights was changed in place, as torch counts it: not through `.data`."""
+    return tuple(0 if p.is_inference() else p._version for p in module.parameters())
+
+
 @functools.lru_cache(maxsize=4)
 def _as_built(kind: Any, fields: str) -> Any:
     """transformers' own model of a config on the meta device, with one decoder layer for each type of layer."""

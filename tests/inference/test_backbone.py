@@ -228,7 +228,7 @@ def test_cuda_graphs_give_the_same_text(llama) -> None:
 def test_kernels_compute_the_same(rows: int, bias: bool) -> None:
     x, b, residual = torch.randn(rows, 24), torch.randn(16) if bias else None, torch.randn(rows, 16)
     product = Product(torch.randn(16, 24).t(), b)
-    product.packed = kernels.pack(product)
+    product.pack()
     for kernel in (plain, onednn, packed):
         for r in (None, residual):
             before = residual.clone()
@@ -289,6 +289,27 @@ def test_weights_are_packed_only_where_it_is_allowed_and_there_is_memory(llama, 
     half = load(llama.config._name_or_path).bfloat16()
     engine = SplitBackbone(half, head_for(half, 1))
     assert engine.lm_head.kernels == [plain] * 11 and not engine.kernels.chosen, "in bfloat16 nothing is timed"
+
+
+@pytest.mark.parametrize("through_data", [False, True])
+def test_a_weight_changed_in_place_is_packed_anew(llama, clock, through_data: bool) -> None:
+    """As merging an adapter does (through .data, which torch does not count), or load_state_dict."""
+    clock |= {plain: (1.0, 3.0), onednn: (1.0, 2.0), packed: (0.1, 0.1)}
+    model = load(llama.config._name_or_path)
+    engine = SplitBackbone(model, head_for(model, 1))
+    assert engine.still_is(model)
+    weight = model.model.layers[2].mlp.down_proj.weight
+    with torch.no_grad():
+        if through_data:
+            weight.data.mul_(-1)
+        else:
+            weight[3].mul_(-20)
+    assert not engine.still_is(model)
+    again = SplitBackbone(model, head_for(model, 1), check=False)
+    assert again.still_is(model)
+    expected = transformers_greedy(model, 20)
+    assert expected != transformers_greedy(llama, 20)
+    assert autoregressive(again, Request(PROMPT, 20), Sampler()).tokens == expected
 
 
 def test_blocks_follow_the_devices(llama) -> None:
