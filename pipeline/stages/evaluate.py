@@ -282,6 +282,7 @@ def _results(
         "dtype": run.config.backbone.dtype,
         "device": about["device"],
         "threads": about["threads"],
+        "kernels": about.get("kernels", {}),
         "transformers": about["transformers"],
         "prompts": about["prompts"]
         | {"source": source, "max_new_tokens": config.max_new_tokens, "repeats": config.repeats},

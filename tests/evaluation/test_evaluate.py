@@ -39,6 +39,7 @@ def test_results_hold_the_contract(run) -> None:
         "dtype",
         "device",
         "threads",
+        "kernels",
         "prompts",
         "lossless",
         "heads",
