@@ -32,7 +32,7 @@ from pipeline.inference.kernels import TIMED
 from pipeline.inference.sampling import Sampler
 from pipeline.runs.provenance import provenance
 
-WIDTHS = (1, 2, 3, 4, 5, 8, 9)
+ROWS = (1, 2, 3, 4, 5, 8, 9)
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def header(args: argparse.Namespace, model: Any, n: int, engine: SplitBackbone) 
     print(f"Packed copies: {engine.extra_bytes(1)['packed_bytes'] / 1e6:.0f} MB\n")
 
 
-def in_turns(calls: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, list[float]]:
+def timed(calls: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, list[float]]:
     """Seconds of each call in every repeat, after one that is not counted."""
     seconds: dict[Any, list[float]] = {name: [] for name in calls}
     for i in range(repeats + 1):
@@ -99,7 +99,7 @@ def over(a: list[float], b: list[float]) -> str:
 
 
 def filled(engine: SplitBackbone, args: argparse.Namespace) -> Any:
-    cache = engine.new_cache(args.context + args.tokens + WIDTHS[-1])
+    cache = engine.new_cache(args.context + args.tokens + ROWS[-1])
     engine.shallow(torch.randint(0, 1000, (args.context,)).tolist(), 0, cache)
     engine.deep(0, args.context, cache)
     engine.draft_logits(args.context, cache)
@@ -110,13 +110,13 @@ def passes(args: argparse.Namespace, engines: dict[str, SplitBackbone]) -> None:
     calls = {}
     for name, engine in engines.items():
         cache = filled(engine, args)
-        for m in WIDTHS:
+        for m in ROWS:
             ids = list(range(10, 10 + m))
             calls[name, m] = lambda e=engine, c=cache, i=ids: e.logits(e.full(i, args.context, c))
-    seconds = in_turns(calls, args.repeats)
+    seconds = timed(calls, args.repeats)
     print("| rows | " + " | ".join(f"{name}: ms, over one row" for name in engines) + " |")
     print("|---" * (1 + len(engines)) + "|")
-    for m in WIDTHS:
+    for m in ROWS:
         cells = [f"{1e3 * statistics.median(seconds[e, m]):.1f}, {over(seconds[e, m], seconds[e, 1])}" for e in engines]
         print(f"| {m} | " + " | ".join(cells) + " |")
     print()
@@ -126,14 +126,14 @@ def one_row(args: argparse.Namespace, engines: dict[str, SplitBackbone]) -> None
     calls, size = {}, 0
     for name, engine in engines.items():
         cache = filled(engine, args)
-        products = [p for p in engine.products() if p not in [*engine.weights[-1]]]
+        products = [p for p in engine.products() if all(p is not part for part in engine.weights[-1])]
         inputs = {
             len(p.weight_IO): torch.ones(1, len(p.weight_IO), dtype=engine.dtype, device=args.device) for p in products
         }
         size = sum(p.nbytes for p in products)
         calls[name, "pass"] = lambda e=engine, c=cache: e.logits(e.full([10], args.context, c))
         calls[name, "products"] = lambda ps=products, x=inputs: [p(x[len(p.weight_IO)]) for p in ps]
-    seconds = in_turns(calls, args.repeats)
+    seconds = timed(calls, args.repeats)
     print("| one row | pass: ms, GB/s | products alone: ms, GB/s | products over pass |\n|---|---|---|---|")
     for name in engines:
         cells = []
@@ -159,7 +159,7 @@ def parts(args: argparse.Namespace, engine: SplitBackbone) -> None:
     }
     for k in (1, 2, 3, 4, 8):
         calls[f"verify {k + 1}"] = lambda k=k: engine.logits(engine.deep(at, at + k + 1, cache))
-    seconds = in_turns(calls, args.repeats)
+    seconds = timed(calls, args.repeats)
     print("| part of a round | autoregressive tokens |\n|---|---|")
     for name in list(calls)[1:]:
         print(f"| {name} | {over(seconds[name], seconds['token'])} |")
@@ -175,7 +175,7 @@ def loops(args: argparse.Namespace, model: Any, engine: SplitBackbone) -> None:
             for name in ("generate", "generate:static")
         },
     }
-    seconds = in_turns(calls, max(5, args.repeats // 3))
+    seconds = timed(calls, max(5, args.repeats // 3))
     rate = args.tokens / statistics.median(seconds["own"])
     print(f"Own autoregressive loop: {rate:.1f} tokens/s, the prefill of 32 tokens included")
     for name in ("generate", "generate:static"):

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..config import Backbone
+from ..config import Backbone, Machine
 from ..errors import UserError
 from ..inference.exit_head import check_exit_layer
 from ..runs.anonymous import anonymous
@@ -37,6 +37,11 @@ def rounds_by(device: torch.device) -> dict[str, Any]:
     """Device, threads and torch version: they determine floating-point rounding, which can decide near ties."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def engine_options(machine: Machine, device: torch.device) -> dict[str, bool]:
+    """What the `machine` section says of a SplitBackbone: its options fixed_shapes and pack."""
+    return {"fixed_shapes": machine.cuda_graphs and device.type == "cuda", "pack": machine.pack == "auto"}
 
 
 def public_name(backbone: Backbone) -> str:

@@ -98,15 +98,13 @@ class SplitBackbone:
             exit_layer.load_state_dict(head.weights, assign=True)
         except RuntimeError as error:  # a name or a shape
             raise ValueError(f"the exit head's weights are not those of a layer of this backbone: {error}") from None
-        shared = _products_of(model, self.family, timed_kernels, pack)
-        self.kernels, self.lm_head = shared.kernels, shared.lm_head
+        self._shared = _products_of(model, self.family, timed_kernels, pack)
+        self.kernels, self.lm_head = self._shared.kernels, self._shared.lm_head
         exit_weights = self.family.gather(exit_layer.to(self.device, self.dtype))
-        self.weights = [*shared.weights, _fit(exit_weights, self.kernels)]
+        self.weights = [*self._shared.weights, _fit(exit_weights, self.kernels)]
         """Of layers 1..L and of the exit layer."""
         self._fixed = FixedShapes(self.family.layer, self.shape) if fixed_shapes else None
         self._fixed_cache: KVCache | None = None
-        self._addresses = addresses(model)
-        self._changes = changes(model)
         self.blocks = self._cut([*devices, self.device])
 
     def _cut(self, devices: list[torch.device]) -> list[Block]:
@@ -119,16 +117,12 @@ class SplitBackbone:
         return blocks
 
     def still_is(self, model: nn.Module) -> bool:
-        """Whether the weights in use are still those of `model`; False once any was replaced, or changed in place while
-        a packed copy of it is in use.
+        """Whether the weights in use are still those of `model`.
 
         Raises ValueError if the model was changed in another way, for example by an adapter or a hook.
         """
         check_unmodified(model)
-        if self._addresses != addresses(model):
-            return False
-        copies = [product for product in self.products() if product.packed is not None]
-        return not copies or (self._changes == changes(model) and all(product.is_current() for product in copies))
+        return self._shared.are_of(model)
 
     # ---- what the decoder calls
 
@@ -286,24 +280,30 @@ def _products_of(model: nn.Module, family: Family, timed: bool, pack: bool) -> "
     layers = [family.gather(layer) for layer in model.model.layers]
     lm_head = Product(model.lm_head.weight.data.t())
     key = torch.get_num_threads(), timed, pack
-    state = addresses(model), changes(model)
     known = model.__dict__.setdefault("_products", {})
-    if key not in known or known[key].state != state or not known[key].is_current():
+    if key not in known or not known[key].are_of(model):
         kernels = Kernels([*_of(layers), lm_head], timed=timed, pack=pack)
-        known[key] = _Products(state, kernels, [_fit(w, kernels) for w in layers], kernels.fit(lm_head))
+        fitted = [_fit(w, kernels) for w in layers], kernels.fit(lm_head)
+        known[key] = _Products(addresses(model), changes(model), kernels, *fitted)
     return known[key]
 
 
 class _Products(NamedTuple):
     """A model's weights with their kernels, as its engines share them."""
 
-    state: tuple[Any, ...]
+    addresses: tuple[int, ...]
+    changes: tuple[int, ...]
     kernels: Kernels
     weights: list[Any]
     lm_head: Product
 
-    def is_current(self) -> bool:
-        return all(p.is_current() for p in [*_of(self.weights), self.lm_head])
+    def are_of(self, model: nn.Module) -> bool:
+        """Whether these are the weights of `model`; False once any was replaced, or changed in place while a packed
+        copy of it is in use."""
+        if self.addresses != addresses(model):
+            return False
+        copies = [product for product in [*_of(self.weights), self.lm_head] if product.packed is not None]
+        return not copies or (self.changes == changes(model) and all(product.is_current() for product in copies))
 
 
 def _of(weights: list[Any]) -> list[Product]:

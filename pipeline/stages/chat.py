@@ -22,7 +22,7 @@ from rich.style import Style
 from rich.text import Text
 
 from ..backbones.ends import end_tokens
-from ..backbones.load import device_of, limit_of, load_model, load_tokenizer, public_name
+from ..backbones.load import device_of, engine_options, limit_of, load_model, load_tokenizer, public_name
 from ..config import Backbone, Config, Prompts
 from ..errors import UserError
 from ..generation.conversation import Answered, Conversation
@@ -100,10 +100,9 @@ def begin(config: Config, folder: Path, screen: "Screen") -> Conversation:
     if config.machine.threads > 0:
         torch.set_num_threads(config.machine.threads)
     model = load_model(config.backbone, device, config.machine.device_map)
-    graphs = config.machine.cuda_graphs and device.type == "cuda"
     greedy = config.chat.temperature == 0
     try:
-        engine = SplitBackbone(model, head, fixed_shapes=graphs)
+        engine = SplitBackbone(model, head, **engine_options(config.machine, device))
         its_config = json.loads((folder / "config.json").read_text())
         controller = learned_controller(config.chat.controller, its_config, config.seed, greedy)
     except ValueError as error:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..backbones.ends import end_tokens
-from ..backbones.load import device_of, limit_of, load_model, load_tokenizer
+from ..backbones.load import device_of, engine_options, limit_of, load_model, load_tokenizer
 from ..backbones.source import load_config
-from ..config import Config, Machine
+from ..config import Config
 from ..errors import UserError, warn
 from ..evaluation import against_transformers, losslessness, report, rivals, threads
 from ..evaluation.intervals import FEWEST
@@ -75,7 +75,11 @@ def run(run: RunDir) -> None:
     heads = [_head(folder) for folder in folders]
     count = config.threads or threads.fastest(_engine(model, heads[0], folders[0], timed_kernels=False))
     with threads.threads(count):  # kernels are timed with the threads that they will run with
-        engines = _engines(folders, heads, model, run.config.machine)
+        options = engine_options(run.config.machine, model.device)
+        engines = {
+            head.exit_layer: _engine(model, head, folder, **options)
+            for head, folder in zip(heads, folders, strict=True)
+        }
     drafts = _drafts(heads, model, config.rivals)
     hashes = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, hashes)
@@ -138,17 +142,6 @@ def _engine(model: Any, head: ExitHead, folder: Path, **options: Any) -> SplitBa
         return SplitBackbone(model, head, **options)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
-
-
-def _engines(folders: list[Path], heads: list[ExitHead], model: Any, machine: Machine) -> dict[int, SplitBackbone]:
-    """Exit layer -> engine."""
-    options = {
-        "fixed_shapes": machine.cuda_graphs and model.device.type == "cuda",
-        "pack": machine.pack == "auto",
-    }
-    return {
-        head.exit_layer: _engine(model, head, folder, **options) for head, folder in zip(heads, folders, strict=True)
-    }
 
 
 def _drafts(heads: list[ExitHead], model: Any, names: list[str]) -> dict[int, Any]:
