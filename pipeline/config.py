@@ -196,6 +196,11 @@ class Distill:
     loss: list[str] = option(
         ["kl"], "terms of the loss, each NAME or WEIGHT*NAME, of kl, tvd, tvd++, overlap and ce; such as [kl, 0.1*ce]"
     )
+    draft_vocabulary: str = option(
+        "auto",
+        "tokens that a head can draft: W (the W that the answers use most), 0 (all), or auto (the W of the largest "
+        "predicted speedup). Drafting and training take less time with fewer",
+    )
     learn_from: str = option(
         "responses", "tokens whose distributions are learned: responses, or all (the tokens of the prompts too)"
     )

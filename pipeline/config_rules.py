@@ -130,6 +130,10 @@ _RULES: dict[str, tuple[Any, str]] = {
     "distill.init": _one_of("last", "layer", "random"),
     "distill.sequences_per_pass": _NOT_NEGATIVE,
     "distill.patience": _NOT_NEGATIVE,
+    "distill.draft_vocabulary": (
+        (lambda text: text == "auto" or (re.fullmatch(r"\d+", text, re.ASCII) and int(text) != 1)),
+        "auto, 0 (all tokens) or a number of tokens from 2 on",
+    ),
     "distill.learn_from": _one_of("responses", "all"),
     "distill.truncated": _one_of("drop", "keep"),
     "distill.repeated_share": ((lambda value: 0 <= value <= 1), "a share from 0 to 1; 1 keeps every answer"),

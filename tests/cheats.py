@@ -38,7 +38,7 @@ class Discards:
         return k < 3
 
     def draft(self, k: int, confidence) -> bool:
-        return float(confidence.q_V[self.sampler.unseen.token]) >= self.threshold
+        return float(confidence.law.q_V[self.sampler.unseen.token]) >= self.threshold
 
     def observe(self, round) -> None:
         pass
@@ -58,7 +58,7 @@ class LooksAtAcceptDraw:
 
     def draft(self, k: int, confidence) -> bool:
         token = self.sampler.unseen.token
-        coins = self.sampler._coins((self.p() / confidence.q_V)[token : token + 1])
+        coins = self.sampler._coins((self.p() / confidence.law.q_V)[token : token + 1])
         self.sampler.coins = coins if coins[0] else None
         return bool(coins[0])
 

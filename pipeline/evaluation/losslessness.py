@@ -233,12 +233,14 @@ def teacher_forced_chunks(
     cache = engine.new_cache(len(ids))
     engine.shallow(ids, 0, cache)
     past = len(prompt) - 1
-    hidden_TD = engine.deep(0, len(ids), cache)[past:], engine.draft_hidden_of_all(len(ids), cache)[past:]
+    deep_TD = engine.deep(0, len(ids), cache)[past:]
+    drafting_TD = engine.draft_hidden_of_all(len(ids), cache)[past:]
     for start in range(first, len(tokens), CHUNK):
         stop = min(start + CHUNK, len(tokens))
-        p_CV, q_CV = (
-            sampler.shape(engine.logits(x_TD[start:stop]), prompt, tokens[: stop - 1]).softmax(-1) for x_TD in hidden_TD
-        )
+        before = prompt, tokens[: stop - 1]
+        p_CV = sampler.shape(engine.logits(deep_TD[start:stop]), *before).softmax(-1)
+        # no name keeps the logits, which are as large as q
+        q_CV = sampler.law(engine.draft_logits_of(drafting_TD[start:stop]), engine.draft_vocabulary, *before).q_V
         yield start, p_CV, q_CV
 
 

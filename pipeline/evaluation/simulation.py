@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..inference.backbone import SplitBackbone
+from ..inference.law import Law
 from ..inference.rounds import LONGEST, Confidence, Controller, Round
 from ..inference.sampling import Sampler, residual
 from .losslessness import teacher_forced
@@ -68,7 +69,7 @@ def record(
         acceptance = (q_TV.argmax(-1, keepdim=True) == y_T1)[:, 0].double()
     else:
         acceptance = (q_TV.gather(1, y_T1) / p_TV.gather(1, y_T1)).clamp(max=1)[:, 0].double()
-    said = [_read(Confidence(row.log())) for row in q_TV]
+    said = [_read(Confidence(Law(row.log()))) for row in q_TV]
     off = np.zeros((len(tokens), RECORDED, len(Recorded._fields)))
     cache = engine.new_cache(min(len(ids) + len(tokens) + RECORDED, engine.max_context))
     engine.shallow([*ids, tokens[0]], 0, cache)
@@ -78,8 +79,8 @@ def record(
         chain = [wrong]
         for j in range(min(RECORDED, cache.max_length - at)):
             engine.shallow(chain[-1:], at + j, cache)
-            logits_1V = engine.draft_logits(at + j + 1, cache)[None]
-            q = Confidence(sampler.shape(logits_1V, ids, tokens[:t] + chain)[0])
+            logits_1W = engine.draft_logits(at + j + 1, cache)[None]
+            q = Confidence(sampler.law(logits_1W, engine.draft_vocabulary, ids, tokens[:t] + chain).row(0))
             off[t, j] = _read(q)
             chain.append(sampler.draft(q))
         engine.shallow(tokens[t : t + 1], at, cache)  # the committed token again; the head then catches up by itself

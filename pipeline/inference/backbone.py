@@ -8,7 +8,7 @@ compute something that this loop does not (families.py). What differs between mo
 every matrix product is a `Product` with the kernel that is fastest here (kernels.py).
 
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, V vocabulary,
-T positions, W rows of a fixed-width pass; a row is the hidden state of one token
+T positions, W tokens that the head can draft (in fixed-width passes: rows); a row is the hidden state of one token
 """
 
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from .families import FAMILIES, Family, check_config, longest_exact
 from .fixed_shapes import FixedShapes, rounded
 from .kernels import Kernels, Product
 from .kv_cache import KVCache
+from .law import DraftVocabulary, check_draft_ids
 from .layers import Rows, Shape, causal_mask, run_layers
 from .rounds import WIDTHS
 from .unmodified import addresses, changes, check_unmodified
@@ -103,6 +104,15 @@ class SplitBackbone:
         exit_weights = self.family.gather(exit_layer.to(self.device, self.dtype))
         self.weights = [*self._shared.weights, _fit(exit_weights, self.kernels)]
         """Of layers 1..L and of the exit layer."""
+        self.draft_vocabulary: DraftVocabulary | None = None
+        """The tokens that the head can draft; None if it can draft every token."""
+        self.draft_lm_head = self.lm_head
+        if head.draft_ids_W is not None:
+            check_draft_ids(head.draft_ids_W, len(model.lm_head.weight))
+            ids_W = head.draft_ids_W.to(self.device)
+            self.draft_vocabulary = DraftVocabulary(ids_W, len(model.lm_head.weight))
+            rows = Product(model.lm_head.weight.data.index_select(0, ids_W).t())
+            self.draft_lm_head = Kernels([rows], timed=timed_kernels, pack=pack).fit(rows)
         self._fixed = FixedShapes(self.family.layer, self.shape) if fixed_shapes else None
         self._fixed_cache: KVCache | None = None
         self.blocks = self._cut([*devices, self.device])
@@ -122,7 +132,15 @@ class SplitBackbone:
         Raises ValueError if the model was changed in another way, for example by an adapter or a hook.
         """
         check_unmodified(model)
-        return self._shared.are_of(model)
+        return self._shared.are_of(model) and self._draft_rows_are_of(model.lm_head)
+
+    def _draft_rows_are_of(self, lm_head: nn.Module) -> bool:
+        """Whether the copied rows of the draft vocabulary are those of the LM head, as far as some of them tell."""
+        if self.draft_vocabulary is None:
+            return True
+        ids_W = self.draft_vocabulary.ids_W
+        some = torch.arange(0, len(ids_W), max(1, len(ids_W) // 16), device=ids_W.device)
+        return torch.equal(self.draft_lm_head.weight_IO.t()[some], lm_head.weight.data[ids_W[some]])
 
     # ---- what the decoder calls
 
@@ -175,14 +193,19 @@ class SplitBackbone:
         size = self.embedding_VD.element_size()
         numbers = 2 * self.shape.kv_heads * self.shape.head_dim + self.hidden
         return {
-            "head_bytes": sum(part.nbytes for part in self.weights[-1] if part is not None),
+            "head_bytes": sum(part.nbytes for part in self.weights[-1] if part is not None) + self._draft_bytes(),
             "cache_bytes": numbers * length * size,
             "packed_bytes": sum(p.packed.nbytes for p in self.products() if p.packed is not None),
         }
 
+    def _draft_bytes(self) -> int:
+        """Bytes of the copied rows of the LM head."""
+        return 0 if self.draft_vocabulary is None else self.draft_lm_head.nbytes
+
     def products(self) -> list[Product]:
-        """The matrix products of all layers, the exit layer included, and of the LM head."""
-        return [*_of(self.weights), self.lm_head]
+        """The matrix products of all layers, the exit layer included, and of the LM head, also for drafts."""
+        own = [] if self.draft_vocabulary is None else [self.draft_lm_head]
+        return [*_of(self.weights), self.lm_head, *own]
 
     def shallow(self, ids: list[int], base: int, cache: KVCache) -> None:
         """Run layers 1..N on tokens at positions base..; their hidden states are stored in the cache."""
@@ -202,7 +225,7 @@ class SplitBackbone:
         return self.family.logits(hidden_MD.to(self.device), self.final_norm_D, self.lm_head, self.shape)
 
     def draft_logits(self, end: int, cache: KVCache) -> Tensor:
-        """The exit head's logits [V] for the token that follows position end-1.
+        """The exit head's logits [W] for the token that follows position end-1.
 
         The head's keys and values of positions that it has not processed yet (the prompt, bonus tokens) are computed
         first.
@@ -210,7 +233,11 @@ class SplitBackbone:
         base, slot = cache.head_length, self.num_layers
         hidden_MD = cache.hidden_TD[base:end].to(self.device)
         cache.head_length = end
-        return self.logits(self._run(hidden_MD, slot, slot + 1, base, cache, last_row=True)[-1:])[0]
+        return self.draft_logits_of(self._run(hidden_MD, slot, slot + 1, base, cache, last_row=True)[-1:])[0]
+
+    def draft_logits_of(self, hidden_MD: Tensor) -> Tensor:
+        """Apply the final norm and the rows of the LM head of the tokens that the head can draft; [M, W] in float32."""
+        return self.family.logits(hidden_MD.to(self.device), self.final_norm_D, self.draft_lm_head, self.shape)
 
     def draft_hidden_of_all(self, end: int, cache: KVCache) -> Tensor:
         """The exit head's output [end, D] at all positions 0..end-1 in one pass, for analysis."""

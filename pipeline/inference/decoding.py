@@ -7,7 +7,7 @@ The exit head drafts tokens one by one while the controller says so, and each of
 too. The deep layers then verify all of them in one pass over the stored hidden states and yield one bonus token, which
 is the pending token of the next round (Liu et al., ACL Findings 2024, figure 2).
 
-M rows of a pass, D hidden, V vocabulary
+M rows of a pass, D hidden, V vocabulary, W tokens that the head can draft
 """
 
 from collections.abc import Callable
@@ -134,8 +134,9 @@ def _draft(backbone, request, sampler, controller, out, cache, room, round, part
         if len(drafted) >= room or (drafted and last in request.end_tokens) or not controller.peek(len(drafted)):
             return drafts, q
         parts.mark("rest")
-        logits_1V = backbone.draft_logits(cache.length + len(drafted) + 1, cache)[None]
-        confidence = Confidence(sampler.shape(logits_1V, request.prompt, out.tokens, drafted)[0])
+        logits_1W = backbone.draft_logits(cache.length + len(drafted) + 1, cache)[None]
+        law = sampler.law(logits_1W, backbone.draft_vocabulary, request.prompt, out.tokens, drafted)
+        confidence = Confidence(law.row(0))
         draft = sampler.propose(confidence)  # the token must not be read before the controller has decided
         round.head_passes += 1
         wanted = controller.draft(len(drafted), confidence)

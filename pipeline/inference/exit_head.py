@@ -1,8 +1,9 @@
 """An exit head: one decoder layer of the backbone's own class, whose input is the hidden state after layer N.
 
 Reads and writes a folder of two files: config.json (N, and the backbone that the head was trained for) and
-model.safetensors (the layer's weights under the layer's own names). The backbone's final norm and LM head turn the
-layer's output into draft logits.
+model.safetensors (the layer's weights under the layer's own names, and `draft_ids` if the head has a draft vocabulary).
+The backbone's final norm and LM head turn the layer's output into draft logits; with a draft vocabulary, only the rows
+of the LM head of its W tokens do (law.py).
 """
 
 import hashlib
@@ -11,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .fingerprint import fingerprint
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)
+"""Heads of schema 1 have no draft vocabulary."""
+DRAFT_IDS = "draft_ids"
 
 
 @dataclass
@@ -32,11 +37,15 @@ class ExitHead:
     """name, revision, fingerprint and model_type of the backbone that the head was trained for; gguf if it was one."""
     weights: dict[str, Tensor]
     """Name in the decoder layer (`self_attn.q_proj.weight`, ...) -> tensor."""
+    draft_ids_W: Tensor | None = None
+    """Ids of the tokens that the head can draft, ascending, int64; None: every token."""
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors into an existing or new folder."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: w.detach().to("cpu").contiguous() for name, w in sorted(self.weights.items())}
+        if self.draft_ids_W is not None:
+            tensors[DRAFT_IDS] = self.draft_ids_W.to("cpu", torch.int32)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config = {
             "model_type": "exit_head",
@@ -44,6 +53,7 @@ class ExitHead:
             "exit_layer": self.exit_layer,
             "num_layers": self.num_layers,
             "backbone": self.backbone,
+            "draft_vocabulary": 0 if self.draft_ids_W is None else len(self.draft_ids_W),
             "sha256": _sha256(folder / "model.safetensors"),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -59,10 +69,10 @@ class ExitHead:
             raise ValueError(f"{folder}: no exit head here: {error}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{folder}: no exit head here: config.json holds no object")
-        if config.get("model_type") != "exit_head" or config.get("schema") != SCHEMA:
+        if config.get("model_type") != "exit_head" or config.get("schema") not in READABLE:
             raise ValueError(
                 f"{folder}: model_type={config.get('model_type')}, schema={config.get('schema')}: "
-                f"not an exit head of schema {SCHEMA}"
+                f"not an exit head of schema {' or '.join(map(str, READABLE))}"
             )
         if found != config.get("sha256", found):
             raise ValueError(
@@ -74,8 +84,15 @@ class ExitHead:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder}: model.safetensors cannot be read: {error}") from None
+        ids_W = weights.pop(DRAFT_IDS, None)
+        if (0 if ids_W is None else ids_W.numel()) != config.get("draft_vocabulary", 0):
+            raise ValueError(
+                f"{folder}: config.json says draft_vocabulary={config.get('draft_vocabulary', 0)}, model.safetensors "
+                f"holds {0 if ids_W is None else ids_W.numel()} ids: get the head anew"
+            )
+        ids_W = None if ids_W is None else ids_W.long()
         try:
-            return cls(config["exit_layer"], config["num_layers"], config["backbone"], weights)
+            return cls(config["exit_layer"], config["num_layers"], config["backbone"], weights, ids_W)
         except KeyError as error:
             raise ValueError(f"{folder}/config.json: {error} is missing: get the head anew") from None
 

@@ -1,8 +1,8 @@
 """The record of a round, the exit head's confidence in its next token, and the interface of a controller.
 
-`Confidence` takes processed logits of the head and gives the numbers that a controller may read.
+`Confidence` takes the law of the head's next draft and gives the numbers that a controller may read.
 
-V vocabulary; q: the exit head's distribution
+W tokens that the head can draft; q: the exit head's distribution
 """
 
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .law import Law
 
 LONGEST = 8
 """The most drafts in a round for every controller without a length of its own, so that they can be compared."""
@@ -37,32 +39,28 @@ class Round:
 
 
 class Confidence:
-    """The head's distribution q of the next token and figures of it, each computed when it is first read."""
+    """Figures of the law q of the next draft, each computed when it is first read."""
 
-    def __init__(self, q_logits_V: Tensor):
-        self.logits_V = q_logits_V
+    def __init__(self, law: Law):
+        self.law = law
         self.read: Callable[[Tensor], float] = float
         """Copies a number [1] to the host, which waits for a GPU. `Sampler.propose` replaces it by a function that
         copies the drafted token in the same transfer."""
 
     @cached_property
-    def q_V(self) -> Tensor:
-        return self.logits_V.softmax(-1)
-
-    @cached_property
     def top(self) -> float:
         """max q: for a greedy draft, the head's own estimate of the chance that it is right."""
-        return self.read(self.q_V.amax(0, keepdim=True))
+        return self.read(self.law.q_W.amax(0, keepdim=True))
 
     @cached_property
     def collision(self) -> float:
         """sum q^2: the probability that two draws from q are equal."""
-        return self.read(self.q_V.dot(self.q_V)[None])
+        return self.read(self.law.q_W.dot(self.law.q_W)[None])
 
     @cached_property
     def entropy(self) -> float:
         """H(q) = -sum q log q, in nats."""
-        return self.read(torch.special.entr(self.q_V).sum(0, keepdim=True))
+        return self.read(torch.special.entr(self.law.q_W).sum(0, keepdim=True))
 
 
 class Controller(Protocol):

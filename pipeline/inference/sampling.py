@@ -3,7 +3,8 @@
 Takes logits of the exit head (q) and of the backbone (p); gives drafted tokens, the number of accepted ones and the
 bonus token. The committed text has the backbone's own distribution.
 
-K drafted tokens of this round, V vocabulary, M rows, T ids;  p: the backbone's distribution, q: the exit head's
+K drafted tokens of this round, V vocabulary, W tokens that the head can draft, M rows, T ids
+p: the backbone's distribution, q: the exit head's
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .law import DraftVocabulary, Law
 from .processors import Prefix
 from .rounds import Confidence
 
@@ -83,13 +85,31 @@ class Sampler:
             logits_MV = logits_MV.masked_fill(outside_nucleus(logits_MV, self.top_p), float("-inf"))
         return logits_MV
 
+    def law(
+        self,
+        logits_MW: Tensor,
+        vocabulary: DraftVocabulary | None,
+        prompt: list[int],
+        tokens: list[int],
+        drafted: list[int] | None = None,
+    ) -> Law:
+        """The law of the drafts at M consecutive positions, from the head's logits; positions are those of `shape`."""
+        if vocabulary is not None and self.processors is not None:
+            # Processors know tokens by their ids, so they are given logits of all V.
+            logits_MV = self.shape(vocabulary.spread(logits_MW, float("-inf")), prompt, tokens, drafted)
+            # They may forbid the whole draft vocabulary. Then no q is better than another, but it must be one.
+            forbidden_M1 = logits_MV.isneginf().all(-1, keepdim=True)
+            return Law(torch.where(forbidden_M1, 0.0, logits_MV))
+        return Law(self.shape(logits_MW, prompt, tokens, drafted), vocabulary)
+
     def draw(self, logits_V: Tensor) -> int:
         """A token from processed logits."""
         return int(logits_V.argmax()) if self.greedy else self._draw(logits_V.softmax(-1))
 
     def propose(self, q: Confidence) -> Draft:
         """A token drawn from the head's distribution, not read yet; it is read with the first figure of q (`Draft`)."""
-        draft = Draft(q.logits_V.argmax(0, keepdim=True) if self.greedy else self._pick(q.q_V))
+        law = q.law
+        draft = Draft(law.token(law.logits_W.argmax(0, keepdim=True) if self.greedy else self._pick(law.q_W)))
         q.read = draft.read_with
         return draft
 
@@ -114,7 +134,7 @@ class Sampler:
             return 0, self._draw(p_MV[0])
         x_K1 = torch.stack([draft.token_1 for draft in drafts])
         # q is 0 in the row after the last draft, so that p is the residual there
-        q_MV = torch.stack([*(one.q_V for one in q), torch.zeros_like(p_MV[0])])
+        q_MV = torch.stack([*(one.law.q_V for one in q), torch.zeros_like(p_MV[0])])
         kept_K = self._coins((p_MV.gather(1, x_K1) / q_MV.gather(1, x_K1))[:, 0])
         accepted_1 = kept_K.cumprod(0).sum(0, keepdim=True)
         p_1V, q_1V = p_MV.index_select(0, accepted_1), q_MV.index_select(0, accepted_1)

@@ -14,6 +14,10 @@ import yaml
 
 Shape = tuple[int, ...]
 
+WORTH_CUTTING = 16_384
+"""Vocabularies below this are drafted whole by default: their LM heads cost little."""
+USUAL_DRAFT_VOCABULARY = 8_192
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -96,6 +100,13 @@ class Architecture:
     def embedding(self) -> int:
         """V D: parameters of the embedding, and of the LM head."""
         return self.vocabulary * self.hidden
+
+    def draft_vocabulary(self, asked: str) -> int:
+        """W: the tokens that a head can draft. For distill.draft_vocabulary=auto, which depends on the responses, a
+        usual number."""
+        if asked == "auto":
+            return USUAL_DRAFT_VOCABULARY if self.vocabulary >= WORTH_CUTTING else self.vocabulary
+        return min(int(asked) or self.vocabulary, self.vocabulary)
 
     @property
     def parameters(self) -> int:

@@ -6,6 +6,7 @@ of one autoregressive token, as in metrics.CostModel.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from ..config import Config
 from ..errors import UserError
 from ..evaluation.metrics import of_fixed, predicted_speedup
-from .architecture import Architecture
+from .architecture import WORTH_CUTTING, Architecture
 
 DRAFTS = range(1, 9)
 """The draft lengths K that are tried: controllers draft no more."""
@@ -22,6 +23,12 @@ ROUND = 0.05
 measured 0.01 for the pocket backbone on a CPU, and it can be several times 0.05 for a small backbone on a fast GPU."""
 TARGETS = (1.0, 1.3)
 """Speedups for which the needed acceptance rate is computed."""
+
+
+SIZES = tuple(1024 * 2**i for i in range(2, 10))
+"""Sizes W from which distill.draft_vocabulary=auto chooses, besides the whole vocabulary."""
+USUAL_RATE = 0.6
+"""Acceptance rate for that choice, if every token can be drafted."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +69,16 @@ class Prediction:
         return max(self.speedups, key=self.speedups.__getitem__)
 
 
-def costs_by_weight(a: Architecture, exit_layer: int) -> dict[str, Any]:
+def costs_by_weight(a: Architecture, exit_layer: int, draft_vocabulary: int) -> dict[str, Any]:
     """Costs of a round if a pass takes as long as reading its weights, however many tokens it computes.
 
-    An autoregressive token reads L P + V D weights, the shallow layers N P, the head P + V D, and verification
-    (L - N) P + V D.
+    An autoregressive token reads L P + V D weights, the shallow layers N P, the head P + W D, and verification
+    (L - N) P + V D, where W is the size of the draft vocabulary, V without one.
     """
     whole = a.layers * a.layer + a.embedding
     return {
         "shallow": exit_layer * a.layer / whole,
-        "head": (a.layer + a.embedding) / whole,
+        "head": (a.layer + draft_vocabulary * a.hidden) / whole,
         "verify": {1: ((a.layers - exit_layer) * a.layer + a.embedding) / whole},
         "rest": ROUND,
     }
@@ -81,6 +88,22 @@ def speedups(costs: dict[str, Any], rates: list[float]) -> dict[int, float]:
     """K -> predicted speedup with fixed K, for each K of DRAFTS."""
     lasting = [*rates, *[rates[-1]] * len(DRAFTS)]
     return {k: predicted_speedup(k, lasting, costs) for k in DRAFTS}
+
+
+def choose_draft_vocabulary(a: Architecture, exit_layers: list[int], coverage: Callable[[int], float]) -> int:
+    """The size W of the largest predicted speedup, a mean over the exit layers; 0 if that is the whole vocabulary.
+
+    coverage: W -> the share of the answers' tokens that such a vocabulary can draft. The acceptance rate falls with it.
+    """
+    if a.vocabulary < WORTH_CUTTING:
+        return 0
+
+    def gain(w: int) -> float:
+        rate = USUAL_RATE * (coverage(w) if w < a.vocabulary else 1.0)
+        return sum(max(speedups(costs_by_weight(a, n, w), [rate]).values()) for n in exit_layers)
+
+    best = max([a.vocabulary, *(w for w in SIZES if w < a.vocabulary)], key=gain)
+    return 0 if best == a.vocabulary else best
 
 
 def needed(costs: dict[str, Any], target: float) -> float | None:
@@ -104,7 +127,8 @@ def predict(a: Architecture, config: Config) -> list[Prediction]:
         mine: list[Expected | None] = [e for e in everything if e.exit_layer == n] or [None]
         for expected in mine:
             measured = expected is not None and expected.costs is not None
-            costs = expected.costs if measured else costs_by_weight(a, n)  # type: ignore[union-attr]
+            draftable = a.draft_vocabulary(config.distill.draft_vocabulary)
+            costs = expected.costs if measured else costs_by_weight(a, n, draftable)  # type: ignore[union-attr]
             assert costs is not None
             ceiling = max(speedups(costs, [1.0]).values())
             targets = {target: needed(costs, target) for target in TARGETS}

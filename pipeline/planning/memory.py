@@ -70,7 +70,6 @@ def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
     d, w, degree = config.distill, weight_bytes(config), layout.degree
     heads, sequences = len(d.exit_layers), sequences_of_pass(config, layout)
     n = sequences * d.sequence_length
-    chunk = min(d.loss_chunk, n)
     units = a.units[-2:] if d.teacher == "cached" else a.units  # then only LM head and final norm
     held = sum(share(unit, degree) for unit in units)
     largest = max(sum(map(prod, unit)) for unit in [*units, a.layer_shapes])
@@ -107,8 +106,7 @@ def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
             *of_heads(heads, gradients=1),
             Row("LM head, whole", a.embedding * w, f"{giga(a.embedding)} x {w} B"),
             Row("rows of the teacher", states * w, f"{n} x {a.hidden} x {w} B"),
-            Row("logits of a chunk", chunk * a.vocabulary * logit_bytes(config),
-                f"{chunk} x {a.vocabulary} x {logit_bytes(config)} B"),
+            *logits_of_a_chunk(a, config),
         ],
         "backward pass": [hidden, *of_heads(heads, gradients=2)],
         "gradient of a head": [
@@ -134,6 +132,19 @@ def saved(a: Architecture, config: Config, sequences: int) -> float:
     if a.qk_norm:
         token += (w + 4) * (a.query + a.key)
     return sequences * (length * token + length**2 * w)
+
+
+def logits_of_a_chunk(a: Architecture, config: Config) -> list["Row"]:
+    """With a draft vocabulary, a step has logits of W tokens, and a validation two buffers of V for the teacher."""
+    chunk, each, w = config.distill.loss_chunk, logit_bytes(config), weight_bytes(config)
+    drafted = a.draft_vocabulary(config.distill.draft_vocabulary)
+    if drafted == a.vocabulary:
+        return [Row("logits of a chunk", chunk * drafted * each, f"{chunk} x {drafted} x {each} B")]
+    rows = Row("LM head, draft vocabulary", drafted * a.hidden * w, f"{drafted} x {a.hidden} x {w} B")
+    step, validation = drafted * each, a.vocabulary * 3 * 4
+    if step > validation:
+        return [rows, Row("logits of a chunk", chunk * step, f"{chunk} x {drafted} x {each} B")]
+    return [rows, Row("logits of a validation's chunk", chunk * validation, f"{chunk} x {a.vocabulary} x 12 B")]
 
 
 def logit_bytes(config: Config) -> int:

@@ -64,17 +64,18 @@ def teacher_flops(a: Architecture, length: int) -> float:
     return a.layers * (2 * _matrices(a) + 4 * length * a.query)
 
 
-def logits_flops(a: Architecture) -> float:
-    return 2 * a.embedding
+def logits_flops(a: Architecture, vocabulary: int) -> float:
+    """FLOPs of the logits of one token, of a vocabulary of this size."""
+    return 2 * vocabulary * a.hidden
 
 
-def head_flops(a: Architecture, length: int) -> float:
+def head_flops(a: Architecture, length: int, vocabulary: int) -> float:
     """FLOPs per token of one head, forward and backward, with its logits and their gradient.
 
-    6 x matrices + 14 T Q + 4 V D: the backward pass of fused attention recomputes the scores, so it takes 10 T Q after
-    the forward pass's 4.
+    6 x matrices + 14 T Q + 4 W D, with W tokens of the draft vocabulary (V without one): the backward pass of fused
+    attention recomputes the scores, so it takes 10 T Q after the forward pass's 4.
     """
-    return 6 * _matrices(a) + 14 * length * a.query + 2 * logits_flops(a)
+    return 6 * _matrices(a) + 14 * length * a.query + 2 * logits_flops(a, vocabulary)
 
 
 def _matrices(a: Architecture) -> int:
@@ -90,7 +91,8 @@ def step(a: Architecture, config: Config, layout: Layout, gpu: Gpu) -> Step:
     d, w, heads = config.distill, weight_bytes(config), len(config.distill.exit_layers)
     tokens = d.sequences_per_step * d.sequence_length
     online = d.teacher == "online"
-    per_token = logits_flops(a) + heads * head_flops(a, d.sequence_length)
+    drafted = a.draft_vocabulary(d.draft_vocabulary)
+    per_token = logits_flops(a, drafted) + heads * head_flops(a, d.sequence_length, drafted)
     per_token += teacher_flops(a, d.sequence_length) * online
     passes = ceil(d.sequences_per_step / layout.processes / sequences_of_pass(config, layout))
     backbone = _unit_parameters(a, layers=online) * w
@@ -133,8 +135,9 @@ def distill(a: Architecture, config: Config, layout: Layout, gpu: Gpu) -> Stage:
 
 def _share_of_heads(a: Architecture, config: Config) -> float:
     length, online = config.distill.sequence_length, config.distill.teacher == "online"
-    heads = len(config.distill.exit_layers) * head_flops(a, length)
-    return heads / (heads + logits_flops(a) + online * teacher_flops(a, length))
+    drafted = a.draft_vocabulary(config.distill.draft_vocabulary)
+    heads = len(config.distill.exit_layers) * head_flops(a, length, drafted)
+    return heads / (heads + logits_flops(a, drafted) + online * teacher_flops(a, length))
 
 
 def cache(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:

@@ -175,6 +175,20 @@ def acceptance(results: dict[str, Any]) -> list[str]:
         "Of the rounds that reached the position (conditional) and of all rounds (marginal), by the controller that "
         "drafted furthest.",
         "",
+        *draft_vocabulary(results),
+    ]
+
+
+def draft_vocabulary(results: dict[str, Any]) -> list[str]:
+    """Which tokens the head can draft; nothing if it can draft all."""
+    found = results["heads"][0].get("draft_vocabulary", {"size": 0, "of": 0})
+    if found["size"] == found["of"]:
+        return []
+    return [
+        f"The head drafts {found['size']:,} of the backbone's {found['of']:,} tokens, which are "
+        f"{found['coverage']:.1%} of the tokens of the measured texts. The others come from the backbone alone, so the "
+        "text has them as often as ever.",
+        "",
     ]
 
 

@@ -13,19 +13,28 @@ from transformers.masking_utils import create_masks_for_generate
 
 
 class ExitHeadConfig(PretrainedConfig):
-    """exit_layer: N. num_layers: L of the backbone. backbone_config: the backbone's config, reduced to one layer."""
+    """exit_layer: N. num_layers: L of the backbone. backbone_config: the backbone's config, reduced to one layer.
+    draft_vocabulary: W, the number of tokens that the head can draft; 0 for all."""
 
     model_type = "exit_head"
 
-    def __init__(self, exit_layer: int = 1, num_layers: int = 2, backbone_config: dict | None = None, **kwargs):
+    def __init__(
+        self,
+        exit_layer: int = 1,
+        num_layers: int = 2,
+        backbone_config: dict | None = None,
+        draft_vocabulary: int = 0,
+        **kwargs,
+    ):
         self.exit_layer = exit_layer
         self.num_layers = num_layers
+        self.draft_vocabulary = draft_vocabulary
         self.backbone_config = backbone_config or {}
         super().__init__(**kwargs)
 
 
 class ExitHeadModel(PreTrainedModel):
-    """One decoder layer of the backbone's class."""
+    """One decoder layer of the backbone's class; `draft_ids` [W] are the tokens that it can draft, if not all."""
 
     config_class = ExitHeadConfig
     base_model_prefix = "layer"  # names in the checkpoint lack this prefix
@@ -36,6 +45,8 @@ class ExitHeadModel(PreTrainedModel):
         layer_config = AutoConfig.for_model(**config.backbone_config)
         backbone = AutoModel.from_config(layer_config, attn_implementation=config._attn_implementation)
         self.layer, self.rotary_emb, self.layer_config = backbone.layers[0], backbone.rotary_emb, backbone.config
+        if config.draft_vocabulary:
+            self.register_buffer("draft_ids", torch.zeros(config.draft_vocabulary, dtype=torch.int32))
         self.post_init()
 
     def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:

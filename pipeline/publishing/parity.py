@@ -4,6 +4,7 @@ Takes the tables of evaluate and a folder; decodes a few of the same prompts thr
 figures and the reasons to refuse it.
 """
 
+import dataclasses
 import gc
 import json
 import os
@@ -25,7 +26,10 @@ from ..errors import UserError
 from ..evaluation import losslessness
 from ..evaluation.intervals import interval
 from ..inference.backbone import SplitBackbone
+from ..inference.controllers import Fixed
+from ..inference.decoding import Request, self_speculative
 from ..inference.exit_head import ExitHead
+from ..inference.sampling import Sampler
 from ..runs.folder import RunDir
 
 CHILD = Path(__file__).parent / "fresh_process.py"
@@ -49,7 +53,11 @@ def check(run: RunDir, results: dict[str, Any], folder: Path, form: Form, k: int
 
     Raises UserError if the machine has too little memory for the check.
     """
-    asked = recorded(run / "eval", results["best"]["exit_layer"], k)
+    n = results["best"]["exit_layer"]
+    asked = recorded(run / "eval", n, k)
+    head = ExitHead.load(run / "heads" / f"exit-{n}")
+    if form == "draft" and head.draft_ids_W is not None:
+        asked = with_every_token(run, results, head, k, asked)
     try:
         said = decode_afresh(run.config, results, folder, form, k, asked)
     except subprocess.CalledProcessError as error:
@@ -88,6 +96,23 @@ def recorded(folder: Path, exit_layer: int, k: int) -> list[dict[str, Any]]:
         {"prompt": name, "ids": prompts.ids[name].tolist(), "tokens": texts[name].tolist(), "rounds": int(counts[name])}
         for name in [name for name in prompts.index if name in counts][:PROMPTS]
     ]
+
+
+def with_every_token(
+    run: RunDir, results: dict[str, Any], head: ExitHead, k: int, asked: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of `recorded` with the rounds that the head takes with the whole LM head, which a draft model has.
+
+    evaluate's own rounds are those with the head's draft vocabulary.
+    """
+    model = load_model(run.config.backbone, device_of(run.config.machine.device), run.config.machine.device_map)
+    engine = SplitBackbone(model, dataclasses.replace(head, draft_ids_W=None))
+    new, ends = results["prompts"]["max_new_tokens"], frozenset(results["ends"])
+    rows = []
+    for row in asked:
+        out = self_speculative(engine, Request(row["ids"], new, ends), Sampler(), Fixed(k))
+        rows.append(row | {"rounds": len(out.rounds)})
+    return rows
 
 
 def decode_afresh(

@@ -24,6 +24,8 @@ from ..backbones.source import load_config
 from ..config import Config
 from ..errors import UserError
 from ..inference.exit_head import ExitHead
+from ..planning.architecture import Architecture
+from ..planning.gain import choose_draft_vocabulary
 from ..runs.files import atomic_path
 from ..runs.folder import RunDir
 from ..runs.tracking import Tracker
@@ -31,6 +33,7 @@ from ..training import losses, packing
 from ..training.callbacks import Checkpoints, Preemption, Recorder, Signals, Throughput
 from ..training.checkpoints import WholeFile, check_format, newest_intact
 from ..training.dataloader import StepBatches
+from ..training.draft_vocabulary import coverage, ranked
 from ..training.launch import Place, find_place, own_device, workers
 from ..training.load_sharded import check_checkpoint, fail_on_all_ranks
 from ..training.module import Distillation
@@ -77,16 +80,17 @@ def run(run: RunDir) -> None:
             run.config.machine.processes_of_a_copy()  # checks
             manifest, train, validation, counts = read(run, place)
             fingerprint = manifest["backbone"]["fingerprint"]
+            draft_ids_W, vocabulary = draft_vocabulary(run.config, place, train, validation)
             cached_teacher = open_cached_teacher(run, manifest["backbone"], train, validation)
             check_checkpoint(run.config.backbone, fingerprint, run.config.distill.exit_layers, run.config.distill.init)
             summary = stack.enter_context(run.stage("distill", inputs)) if place.rank == 0 else {}
         log = stack.enter_context(rank_log(run / "logs", place))
         stack.enter_context(quiet())
         stack.enter_context(workers(place, run / "config.yaml", run.config.machine.processes_per_node))
-        module, throughput = fit(run, place, device, log, fingerprint, train, validation, cached_teacher)
+        module, throughput = fit(run, place, device, log, fingerprint, train, validation, cached_teacher, draft_ids_W)
         if place.rank == 0:
             save_heads(run, module, num_layers, manifest["backbone"])
-            summary |= {"responses": counts} | describe(module, throughput)
+            summary |= {"responses": counts, "draft_vocabulary": vocabulary} | describe(module, throughput)
     if place.rank == 0:
         for name, head in summary["heads"].items():
             after, before = (h["expected_acceptance_length"] for h in (head, head["before"]))
@@ -102,6 +106,36 @@ def read(run: RunDir, place: Place) -> tuple[dict[str, Any], packing.Packed, pac
     if place.rank == 0:
         print(response_counts(found))
     return manifest, train, validation, found
+
+
+def draft_vocabulary(
+    config: Config, place: Place, train: packing.Packed, validation: packing.Packed
+) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    """The tokens that the heads shall draft, ascending [W] (None: all), and what the run's record says of them.
+
+    Raises UserError for a draft vocabulary larger than the backbone's.
+    """
+    asked, backbone = config.distill.draft_vocabulary, load_config(config.backbone)
+    whole = backbone.vocab_size
+    if asked != "auto" and int(asked) > whole:
+        raise UserError(
+            f"distill.draft_vocabulary={asked}: the backbone's vocabulary has {whole} tokens; give 2 to {whole}, 0 for "
+            "all of them, or auto"
+        )
+    ranked_V = ranked(train, whole)
+    if asked == "auto":
+        architecture = Architecture.of(config.backbone.name_or_path, "", backbone)
+        size = choose_draft_vocabulary(
+            architecture, config.distill.exit_layers, lambda w: coverage(ranked_V, validation, [w])[0]
+        )
+    else:
+        size = int(asked) % whole  # all tokens: no draft vocabulary
+    if size == 0:
+        return None, {"size": whole, "of": whole}
+    (covered,) = coverage(ranked_V, validation, [size])
+    if place.rank == 0:
+        print(f"distill: the heads draft {size} of {whole} tokens, {covered:.2%} of those of the validation's answers")
+    return ranked_V[:size].sort().values, {"size": size, "of": whole, "coverage": covered}
 
 
 def open_cached_teacher(
@@ -136,6 +170,7 @@ def fit(
     train: packing.Packed,
     validation: packing.Packed,
     cached_teacher: CachedTeacher | None,
+    draft_ids_W: torch.Tensor | None,
 ) -> tuple[Distillation, Throughput]:
     """Train from the newest checkpoint, or from the start, to distill.max_steps or until every head has stopped."""
     d = run.config.distill
@@ -146,7 +181,7 @@ def fit(
     signals = Signals()
     preemption = Preemption(checkpoints, signals)
     recorder = Recorder(Tracker(run, place.rank == 0), throughput, d.validate_every, d.max_steps, place.rank == 0)
-    module = Distillation(run.config, fingerprint, train, validation, cached_teacher)
+    module = Distillation(run.config, fingerprint, train, validation, cached_teacher, draft_ids_W)
     try:
         with watched_process_group(place, device, run.config.machine.timeout, log) as watchdog:
             resumed = agree_on_checkpoint(run / "checkpoints", place)
@@ -227,7 +262,7 @@ def stop(preemption: Preemption, place: Place) -> None:
 def save_heads(run: RunDir, module: Distillation, num_layers: int, backbone: dict[str, Any]) -> None:
     for n, name in zip(run.config.distill.exit_layers, module.names, strict=True):
         with atomic_path(run / "heads" / name) as folder:
-            ExitHead(n, num_layers, backbone, module.best[name]["weights"]).save(folder)
+            ExitHead(n, num_layers, backbone, module.best[name]["weights"], module.draft_ids_W).save(folder)
 
 
 def describe(module: Distillation, throughput: Throughput) -> dict[str, Any]:

@@ -8,9 +8,11 @@ the files, on a machine with the same hardware and the same versions.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..backbones.ends import end_tokens
@@ -102,8 +104,10 @@ def run(run: RunDir) -> None:
         results = _results(run, model, engines, source, measured)
         results |= _identity(run.config, folders[0], heads[0])
         results |= {"ends": sorted(ends), "canary": canary.record(engine)}
+        written = measured.generations.query("controller == 'autoregressive'").tokens
         for entry in results["heads"]:
             entry["head_sha256"] = hashes[entry["exit_layer"]]
+            entry["draft_vocabulary"] = _draftable(engines[entry["exit_layer"]], written)
         results["rivals"] = beside(measured.rivals, measured.generations)
         results["responses"] = inspection.figures(run)
         summary["best"] = results["best"]
@@ -288,6 +292,15 @@ def _results(
         "loop_ngram": LOOP,
         "best": best(heads, config.temperatures[0]),
     }
+
+
+def _draftable(engine: SplitBackbone, texts: Iterable[list[int]]) -> dict[str, Any]:
+    """How many tokens the head can draft, of how many, and which share of the tokens of `texts` they are."""
+    size = len(engine.embedding_VD)
+    if engine.draft_vocabulary is None:
+        return {"size": size, "of": size, "coverage": 1.0}
+    known, tokens = engine.draft_vocabulary.ids_W.tolist(), np.concatenate([*texts])
+    return {"size": len(known), "of": size, "coverage": float(np.isin(tokens, known).mean())}
 
 
 def _identity(config: Config, folder: Path, head: ExitHead) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 turns them into expected acceptance lengths, by which the best step of a head is chosen.
 
 Letters: H heads, R rows (positions that predict a response token), C rows of one chunk, D hidden size,
-V vocabulary.
+V vocabulary, W tokens of the draft vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,11 @@ from .chunked_loss import ChunkedLogits
 
 @torch.no_grad()
 def draft_statistics(
-    weight_VD: Tensor, teacher_RD: Tensor, students_RD: Sequence[Tensor], chunk: int
+    weight_VD: Tensor,
+    teacher_RD: Tensor,
+    students_RD: Sequence[Tensor],
+    chunk: int,
+    draft_ids_W: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """How well each head would draft the token after each row, at temperature 1. Each value is [H, R], float32.
 
@@ -25,7 +29,14 @@ def draft_statistics(
     overlap  sum_v min(p, q) = 1 - TV(p, q): the probability that speculative sampling accepts a token drawn from
              q (Leviathan et al. 2023, theorem 3.5)
     match    1 where argmax p = argmax q, so that greedy decoding accepts, else 0
+
+    With a draft vocabulary, q is 0 outside it. overlap and match are still those of the whole p. The loss is that of
+    training, KL of p restricted to the draft vocabulary and renormalised, and there is a fourth figure:
+
+    lost_mass  1 - sum of p over the draft vocabulary: what no head can draft
     """
+    if draft_ids_W is not None:
+        return _with_draft_vocabulary(weight_VD, teacher_RD, students_RD, chunk, draft_ids_W)
     shape = (len(students_RD), len(teacher_RD))
     found = {name: torch.empty(shape, device=weight_VD.device) for name in ("loss", "overlap", "match")}
     logits = ChunkedLogits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4)
@@ -39,6 +50,30 @@ def draft_statistics(
             ratio_CV = torch.sub(log_p_CV, log_q_CV, out=logits.rows(3, len(log_q_CV)))
             found["loss"][h, rows] = ratio_CV.mul_(p_CV).sum(-1).float()
             found["overlap"][h, rows] = torch.minimum(p_CV, log_q_CV.exp_()).sum(-1).float()
+    return found
+
+
+def _with_draft_vocabulary(
+    weight_VD: Tensor, teacher_RD: Tensor, students_RD: Sequence[Tensor], chunk: int, draft_ids_W: Tensor
+) -> dict[str, Tensor]:
+    shape = (len(students_RD), len(teacher_RD))
+    found = {name: torch.empty(shape, device=weight_VD.device) for name in ("loss", "overlap", "match", "lost_mass")}
+    rows_at_once = min(chunk, max(1, len(teacher_RD)))
+    whole = ChunkedLogits(weight_VD, rows_at_once, buffers=2)
+    drafts = ChunkedLogits(weight_VD.index_select(0, draft_ids_W), rows_at_once, buffers=2)
+    for start in range(0, len(teacher_RD), chunk):
+        rows = slice(start, start + chunk)
+        log_p_CV = whole.log_softmax(0, teacher_RD[rows], 1.0)
+        best_C, log_p_CW = log_p_CV.argmax(-1), log_p_CV.index_select(-1, draft_ids_W)
+        p_CW = log_p_CW.exp()
+        mass_C1 = p_CW.sum(-1, keepdim=True)
+        found["lost_mass"][:, rows] = (1 - mass_C1[:, 0]).float()
+        for h, student_RD in enumerate(students_RD):
+            log_q_CW = drafts.log_softmax(0, student_RD[rows], 1.0)
+            found["match"][h, rows] = (draft_ids_W[log_q_CW.argmax(-1)] == best_C).float()
+            ratio_CW = (log_p_CW - mass_C1.log() - log_q_CW).mul_(p_CW).div_(mass_C1)
+            found["loss"][h, rows] = ratio_CW.sum(-1).float()
+            found["overlap"][h, rows] = torch.minimum(p_CW, log_q_CW.exp_()).sum(-1).float()
     return found
 
 

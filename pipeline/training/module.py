@@ -4,7 +4,8 @@
 that a resumed run ends with the same bits. The forward pass of a step is in step_model.py; what happens around the
 steps (logging, saving, signals) is in callbacks.py.
 
-Letters: B sequences, T tokens of a sequence, R rows (positions that predict a response token), H heads that learn.
+Letters: B sequences, T tokens of a sequence, R rows (positions that predict a response token), H heads that learn,
+W tokens of the draft vocabulary.
 """
 
 import math
@@ -34,6 +35,8 @@ from .teacher_cache import CachedTeacher
 
 FIGURES = ("loss", "overlap", "match", "expected_acceptance_length", "greedy_acceptance_length")
 """What a validation measures of each head: means over the rows of the held-out responses."""
+LOST = "lost_mass"
+"""Measured too if there is a draft vocabulary."""
 
 MAX_SKIPPED_IN_ROW = 5
 """Training stops when a head has had so many steps in a row without a finite loss and gradient."""
@@ -63,6 +66,7 @@ class Distillation(lightning.LightningModule):
         train: Packed,
         validation: Packed,
         cached_teacher: CachedTeacher | None = None,
+        draft_ids_W: Tensor | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False  # a Lightning batch is an optimizer step, of one pass or several
@@ -70,6 +74,8 @@ class Distillation(lightning.LightningModule):
         self.packed_train, self.packed_validation = train, validation
         self.cached_teacher = cached_teacher
         """The teacher's hidden states of any sequence; only with distill.teacher=cached."""
+        self.draft_ids_W = draft_ids_W
+        """The tokens that the heads shall draft; None: all."""
         self.names = [f"exit-{n}" for n in config.distill.exit_layers]
         self.step_model: StepModel | None = None
         self.losses: dict[str, float] = {}
@@ -123,7 +129,8 @@ class Distillation(lightning.LightningModule):
             c.seed,
             layers=c.distill.teacher == "online",
         )
-        self.step_model = StepModel(backbone, c.distill.exit_layers, heads, c)
+        ids_W = None if self.draft_ids_W is None else self.draft_ids_W.to(self.device)
+        self.step_model = StepModel(backbone, c.distill.exit_layers, heads, c, ids_W)
         shard_step_model(self.step_model, heads, mesh)
 
     def configure_optimizers(self) -> Any:
@@ -239,7 +246,8 @@ class Distillation(lightning.LightningModule):
         """
         assert self.step_model is not None
         packed, names = self.packed_validation, self.learning
-        sums = torch.zeros(len(FIGURES), len(names), dtype=torch.float64, device=self.device)
+        measured = FIGURES if self.draft_ids_W is None else (*FIGURES, LOST)
+        sums = torch.zeros(len(measured), len(names), dtype=torch.float64, device=self.device)
         batches = validation_batches(len(packed), self._sequences_per_pass(), self.global_rank, self.trainer.world_size)
         with self._evaluating():
             for indices in batches:
@@ -249,11 +257,11 @@ class Distillation(lightning.LightningModule):
                 found, index_R = self.step_model(*inputs, statistics=True, teacher_states=states, heads=names)
                 found["expected_acceptance_length"] = acceptance_lengths(found["overlap"], index_R)
                 found["greedy_acceptance_length"] = acceptance_lengths(found["match"], index_R)
-                sums += torch.stack([found[name].double().sum(-1) for name in FIGURES])
+                sums += torch.stack([found[name].double().sum(-1) for name in measured])
         means = (self._sum(sums) / packed.rows_S.sum().item()).cpu()
         logged: dict[str, float] = {}
         for h, name in enumerate(names):
-            figures = {figure: means[f, h].item() for f, figure in enumerate(FIGURES)}
+            figures = {figure: means[f, h].item() for f, figure in enumerate(measured)}
             logged |= {f"val/{name}/{figure}": value for figure, value in figures.items()}
             self._compare_with_best(name, step, figures)
         self.validated_step = step

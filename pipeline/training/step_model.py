@@ -3,7 +3,8 @@
 `StepModel` takes packed sequences and gives the loss of every head, or its figures on held-out responses. It is the
 root of the FSDP2 units (sharding.py): because its forward is the whole step, one root gathers and frees every unit.
 
-Letters: B sequences, T tokens of a sequence, R rows (positions that predict a response token), D hidden size, H heads.
+Letters: B sequences, T tokens of a sequence, R rows (positions that predict a response token), D hidden size, H heads,
+W tokens of the draft vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,11 +22,22 @@ from .teacher import Teacher, TeacherStates, last_layer_arguments
 
 
 class StepModel(nn.Module):
-    """A frozen backbone and its exit heads, named `exit-N` after their exit layers."""
+    """A frozen backbone and its exit heads, named `exit-N` after their exit layers.
 
-    def __init__(self, backbone: nn.Module, exit_layers: list[int], heads: list[nn.Module], config: Config):
+    draft_ids_W: the tokens that the heads shall draft, on the device of the heads. Then p and q of the loss are those
+    over these tokens alone, which is p restricted to them and renormalised. None: all tokens.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        exit_layers: list[int],
+        heads: list[nn.Module],
+        config: Config,
+        draft_ids_W: Tensor | None = None,
+    ):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.draft_ids_W = backbone, draft_ids_W
         self.heads = nn.ModuleDict({f"exit-{n}": head for n, head in zip(exit_layers, heads, strict=True)})
         self.terms = parse(config.distill.loss)
         self.temperature, self.chunk = config.distill.temperature, config.distill.loss_chunk
@@ -66,9 +78,13 @@ class StepModel(nn.Module):
         lm_head.unshard()  # type: ignore[operator]  # once, for teacher and every head, and freed before backward
         try:
             if statistics:
-                return draft_statistics(lm_head.weight, teacher_RD, students_RD, self.chunk), index_R
+                weights = lm_head.weight, teacher_RD, students_RD
+                return draft_statistics(*weights, self.chunk, self.draft_ids_W), index_R
+            rows = lm_head.weight
+            if self.draft_ids_W is not None:
+                rows = rows.index_select(0, self.draft_ids_W)
             return LinearDistillation.apply(
-                lm_head.weight, teacher_RD, self.terms, scale, self.temperature, self.chunk, self.stopwatch.mark,
+                rows, teacher_RD, self.terms, scale, self.temperature, self.chunk, self.stopwatch.mark,
                 *students_RD,
             )  # fmt: skip
         finally:

@@ -19,6 +19,7 @@ from pipeline.inference.controllers import (
     make_controller,
 )
 from pipeline.inference.costs import PROBES, Costs
+from pipeline.inference.law import Law
 from pipeline.inference.rounds import Confidence, Round
 from pipeline.inference.thompson import Thompson
 
@@ -80,7 +81,7 @@ class Said:
 
 def test_confidence_is_that_of_the_distribution() -> None:
     q = torch.tensor([0.7, 0.2, 0.1, 0.0])
-    confidence = Confidence(q.log())
+    confidence = Confidence(Law(q.log()))
     assert confidence.top == pytest.approx(0.7)
     assert confidence.entropy == pytest.approx(-sum(x * math.log(x) for x in (0.7, 0.2, 0.1)))
     assert confidence.collision == pytest.approx(0.49 + 0.04 + 0.01)

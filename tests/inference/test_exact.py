@@ -17,6 +17,7 @@ from pipeline.inference import decoding
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.costs import Costs, Recent
 from pipeline.inference.decoding import Request, self_speculative
+from pipeline.inference.law import DraftVocabulary
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.stopwatch import Stopwatch
 from pipeline.inference.thompson import Thompson
@@ -25,12 +26,16 @@ PROMPT = [1]
 
 
 class Tables:
-    """Stands for SplitBackbone: p and q of every prefix are random logits; a hidden state is the prefix itself."""
+    """Stands for SplitBackbone: p and q of every prefix are random logits; a hidden state is the prefix itself.
+
+    can_draft: the tokens of a draft vocabulary.
+    """
 
     device = torch.device("cpu")
 
-    def __init__(self, vocabulary: int, seed: int):
+    def __init__(self, vocabulary: int, seed: int, can_draft: list[int] | None = None):
         self.v, self.seed, self.known = vocabulary, seed, {}
+        self.draft_vocabulary = DraftVocabulary(torch.tensor(can_draft), vocabulary) if can_draft else None
 
     def table(self, kind: int, prefix: tuple[int, ...]):
         if (kind, prefix) not in self.known:
@@ -52,7 +57,8 @@ class Tables:
         return torch.stack([self.table(0, prefix) for prefix in prefixes])
 
     def draft_logits(self, end, cache):
-        return self.table(1, tuple(self.text[:end]))
+        q_V = self.table(1, tuple(self.text[:end]))
+        return q_V if self.draft_vocabulary is None else q_V[self.draft_vocabulary.ids_W]
 
 
 class Positions:
@@ -106,6 +112,7 @@ def joint(decode, sampler, length: int) -> dict[tuple[int, ...], float]:
     return total
 
 
+@torch.inference_mode()
 def backbones_own(tables: Tables, sampler: Sampler, length: int) -> dict[tuple[int, ...], float]:
     law = {}
     for text in itertools.product(range(tables.v), repeat=length):
@@ -169,6 +176,30 @@ def test_five_tokens_have_the_backbones_joint_law(name: str) -> None:
 def test_three_token_vocabulary_and_processors(name: str, shape: str) -> None:
     sampler = Scripted(**({"temperature": 1.0} | SHAPES[shape]))
     assert distance(Tables(3, seed=5), sampler, CONTROLLERS[name](), new=4, compared=4) < 1e-6
+
+
+def forbids_and_allows(ids_1T, logits_1V):
+    """A processor that forbids one token after each text; after some it leaves nothing of the draft vocabulary."""
+    logits_1V = logits_1V.clone()
+    logits_1V[0, [1] if ids_1T.shape[1] % 2 else [0, 2]] = float("-inf")
+    return logits_1V
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "processors"])
+@pytest.mark.parametrize("name", ["fixed:2", "confidence", "thompson, seed 1"])
+def test_a_head_that_cannot_draft_every_token(name: str, shape: str) -> None:
+    sampler = Scripted(**({"temperature": 1.0} | (SHAPES | {"processors": {"processors": forbids_and_allows}})[shape]))
+    tables = Tables(3, seed=5, can_draft=[0, 2])
+    assert distance(tables, sampler, CONTROLLERS[name](), new=4, compared=4) < 1e-6
+
+
+def test_a_q_that_stands_at_other_tokens_is_caught(monkeypatch) -> None:
+    def shifted(vocabulary, x, fill):
+        return x.new_full((*x.shape[:-1], vocabulary.size), fill).index_copy_(-1, vocabulary.ids_W - 1, x)
+
+    monkeypatch.setattr(DraftVocabulary, "spread", shifted)
+    tables = Tables(3, seed=5, can_draft=[1, 2])
+    assert distance(tables, Scripted(temperature=1.0), make_controller("fixed:2"), new=4, compared=4) > 1e-3
 
 
 def test_four_drafts_in_one_round() -> None:

@@ -18,6 +18,7 @@ from pipeline.inference import decoding
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed, make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
+from pipeline.inference.law import Law
 from pipeline.inference.rounds import Confidence
 from pipeline.inference.sampling import Draft, Sampler, residual
 from pipeline.inference.stopwatch import Stopwatch
@@ -43,7 +44,7 @@ def test_residual_of_equal_distributions_is_p() -> None:
 
 def test_accept_follows_its_uniform_numbers() -> None:
     """q certain of token 0, p gives it 1/4: a quarter of the drafts is accepted, the rest becomes token 1."""
-    q = Confidence(torch.tensor([0.0, float("-inf")]))
+    q = Confidence(Law(torch.tensor([0.0, float("-inf")])))
     p = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
     sampler = Sampler(temperature=1.0, generator=torch.Generator().manual_seed(0))
     outcomes = [sampler.accept([Draft(torch.tensor([0]))], [q], p) for _ in range(2000)]

@@ -58,7 +58,7 @@ def test_copies_sum_gradients_over_the_network() -> None:
 def test_speedup_by_weights_is_the_formula_of_speculative_decoding() -> None:
     """With nothing beside the passes: (1 - a^(K+1)) / (1 - a) tokens for 1 + K c, c = (N + 1 + h) / (L + h)."""
     a = Architecture.of("x", "test", AutoConfig.for_model(**facts()["meta-llama/Llama-2-70b-hf"]))
-    costs = gain.costs_by_weight(a, 5) | {"rest": 0}
+    costs = gain.costs_by_weight(a, 5, a.vocabulary) | {"rest": 0}
     h = a.embedding / a.layer
     c = (5 + 1 + h) / (80 + h)
     for k, speedup in gain.speedups(costs, [0.8]).items():
@@ -68,7 +68,7 @@ def test_speedup_by_weights_is_the_formula_of_speculative_decoding() -> None:
 
 def test_the_acceptance_that_is_needed_is_just_enough() -> None:
     a = architecture_of(load(None, []).backbone)
-    costs = gain.costs_by_weight(a, 2)
+    costs = gain.costs_by_weight(a, 2, a.vocabulary)
     for target in (1.0, 1.3, 2.5):
         needed = gain.needed(costs, target)
         assert needed is not None
@@ -78,9 +78,13 @@ def test_the_acceptance_that_is_needed_is_just_enough() -> None:
 
 
 def test_what_was_typed_in_is_what_is_predicted_with() -> None:
-    p = make(load(None, ["distill.exit_layers=[1,2,31]", "plan.acceptance=[0.6,0.0,1.0]"]))
+    p = make(
+        load(None, ["distill.exit_layers=[1,2,31]", "plan.acceptance=[0.6,0.0,1.0]", "distill.draft_vocabulary=0"])
+    )
     first, _, last = p.predictions
-    assert first.speedups[3] == pytest.approx(predicted_speedup(3, [0.6] * 3, gain.costs_by_weight(p.architecture, 1)))
+    assert first.speedups[3] == pytest.approx(
+        predicted_speedup(3, [0.6] * 3, gain.costs_by_weight(p.architecture, 1, p.architecture.vocabulary))
+    )
     said = estimate.verdicts(p)
     assert said[-3].startswith("exit layer 1 should pay: 1.") and p.best == first
     assert re.fullmatch(r"exit layer 2 will not pay: 0\.8\d times as fast with K = 1 .* an acceptance of 19%", said[-2])
@@ -121,7 +125,7 @@ def test_a_pilot_of_this_backbone_gives_rates_and_costs(tmp_path: Path) -> None:
 def test_a_pilot_of_another_backbone_or_device_gives_rates_only(tmp_path: Path, changes: dict[str, Any]) -> None:
     p = make(load(None, ["plan.gpu=cpu", pilot(tmp_path, **changes)]))
     (one,) = p.predictions
-    assert not one.measured and one.costs == gain.costs_by_weight(p.architecture, 2)
+    assert not one.measured and one.costs == gain.costs_by_weight(p.architecture, 2, p.architecture.vocabulary)
     assert one.expected is not None and one.expected.rates == [0.6, 0.8]
 
 
@@ -150,7 +154,7 @@ def test_what_would_fit_does() -> None:
     words = ["--config", str(ROOT / "configs/llama2-70b.yaml"), "plan.gpu=A100-40GB"]
     p = make(load(words[1], words[2:]))
     assert not p.fits
-    (verdict,) = [line for line in estimate.verdicts(p) if line.startswith("distill does not fit: 40.9 of 35.5 GiB")]
+    (verdict,) = [line for line in estimate.verdicts(p) if line.startswith("distill does not fit: 40.8 of 35.5 GiB")]
     remedy = re.search(r"it would with (.*): ([\d.]+) GiB", verdict)
     assert remedy, verdict
     changed = make(load(words[1], [*words[2:], *remedy[1].split()]))

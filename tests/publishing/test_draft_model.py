@@ -4,6 +4,7 @@ Text is no test of a draft model: any gives the backbone's own. The number of ro
 simulated along the backbone's greedy text from the exit head itself, and it is another where the export is wrong.
 """
 
+import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ import torch
 from helpers import make_run, plant_heads, tiny_backbone
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.backbones.load import load_model
 from pipeline.config import Backbone
@@ -273,6 +274,30 @@ def test_its_card_has_a_line_for_every_engine_with_the_best_length(run) -> None:
                      "TensorRT-LLM": "not tested", "llama.cpp": "not tested"}  # fmt: skip
     assert "| 1 | 0 |" in text and "| 3 | 1 |" in text, "acceptance of every length that was measured"
     assert ModelCard.load(run / "hub" / "3-draft" / "README.md").data.tags[0] == "speculative-decoding"
+
+
+@pytest.mark.slow
+def test_a_head_with_a_draft_vocabulary_is_published_in_both_forms(tmp_path) -> None:
+    """As a head it drafts from two thirds of the tokens; as a draft model it has the whole LM head, and is the backbone
+    itself, so every draft is accepted there and only there."""
+    run = make_run(tmp_path, "publish.min_speedup=0", "evaluate.controllers=[fixed:3]", "publish.force=true")
+    plant_heads(run, 3)
+    head = ExitHead.load(run / "heads" / "exit-3")
+    dataclasses.replace(head, draft_ids_W=torch.tensor([i for i in range(258) if i % 3])).save(run / "heads" / "exit-3")
+    evaluate.run(run)
+    publish.run(run)
+    publish.run_draft(run)
+    as_head, as_draft = (json.loads((run / "hub" / name / "results.json").read_text()) for name in ("3", "3-draft"))
+    assert as_head["lossless"]["greedy"]["identical"] == as_head["lossless"]["greedy"]["texts"]
+    assert as_head["heads"][0]["draft_vocabulary"]["size"] == 172
+    said, found = as_head["gate"]["parity"], as_draft["gate"]["parity"]
+    assert said["tokens_per_round"] == pytest.approx(said["evaluated"], abs=1e-12)
+    assert found["tokens_per_round"] == pytest.approx(found["evaluated"], abs=1e-12)
+    assert said["tokens_per_round"] < found["tokens_per_round"] and found["identical"] == found["texts"]
+    assert "drafts 172 of the backbone's 258 tokens" in (run / "hub" / "3" / "README.md").read_text()
+    assert "from a part of the vocabulary" in (run / "hub" / "3-draft" / "README.md").read_text()
+    loaded = AutoModel.from_pretrained(run / "hub" / "3", trust_remote_code=True)
+    assert loaded.draft_ids.tolist() == [i for i in range(258) if i % 3]
 
 
 def test_a_wrong_export_is_refused(run, tmp_path) -> None:
