@@ -5,13 +5,15 @@
 Takes a backbone; gives three tables, all measured in turns in one run. (1) Milliseconds of a pass of m rows with
 logits, and its ratio to one row: with torch's own products, with kernels chosen among torch's and oneDNN's, and with
 packed weights too. (2) Weights read per second in a pass of one row, and in its products alone: the rest is everything
-that is no product. (3) Parts of a round in units of an autoregressive token, and the engine's autoregressive loop
+that is no product. (3) Parts of a round in units of an autoregressive token, the head pass also with draft
+vocabularies of several sizes, and the engine's autoregressive loop
 beside transformers' `generate` with a dynamic and with a static cache. The exit head is a copy of the last layer: what
 it costs does not depend on what it has learned. A ratio is that of the medians, with the 2.5 % and 97.5 % quantiles of
 the repeats' own ratios. The machine should do nothing else.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
@@ -33,6 +35,8 @@ from pipeline.inference.sampling import Sampler
 from pipeline.runs.provenance import provenance
 
 ROWS = (1, 2, 3, 4, 5, 8, 9)
+DRAFTED = (4096, 8192, 16_384)
+"""Sizes of draft vocabularies whose head pass is timed."""
 
 
 def main() -> None:
@@ -50,6 +54,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.backbone, dtype=getattr(torch, args.dtype)).to(args.device).eval()
     n = args.exit_layer or max(1, model.config.num_hidden_layers // 10)
     head = ExitHead(n, model.config.num_hidden_layers, {}, new_exit_layer(model).state_dict())
+    sizes = [w for w in DRAFTED if w < model.config.vocab_size]
+    cut = {w: dataclasses.replace(head, draft_ids_W=torch.arange(w)) for w in sizes}
     with threads(args.threads), torch.inference_mode():
         engines = {
             "torch's own": SplitBackbone(model, head, check=False, timed_kernels=False),
@@ -59,7 +65,7 @@ def main() -> None:
         header(args, model, n, engines["chosen, packed too"])
         passes(args, engines)
         one_row(args, engines)
-        parts(args, engines["chosen, packed too"])
+        parts(args, engines["chosen, packed too"], {w: SplitBackbone(model, h, check=False) for w, h in cut.items()})
         loops(args, model, engines["chosen, packed too"])
 
 
@@ -144,18 +150,22 @@ def one_row(args: argparse.Namespace, engines: dict[str, SplitBackbone]) -> None
     print()
 
 
-def parts(args: argparse.Namespace, engine: SplitBackbone) -> None:
-    """Each part as a round calls it: one token through the shallow layers, one head pass, K + 1 rows verified."""
+def parts(args: argparse.Namespace, engine: SplitBackbone, cut: dict[int, SplitBackbone]) -> None:
+    """Each part as a round calls it: one token through the shallow layers, one head pass, K + 1 rows verified.
+
+    cut: size of a draft vocabulary -> engine with such a head.
+    """
     cache, at = filled(engine, args), args.context
 
-    def head() -> None:
+    def head(drafting: SplitBackbone) -> None:
         cache.head_length = at
-        engine.draft_logits(at + 1, cache)
+        drafting.draft_logits(at + 1, cache)
 
     calls: dict[str, Callable[[], Any]] = {
         "token": lambda: engine.logits(engine.full([10], at, cache)),
         "shallow": lambda: engine.shallow([10], at, cache),
-        "head": head,
+        "head": lambda: head(engine),
+        **{f"head that drafts {w:,} tokens": lambda e=e: head(e) for w, e in cut.items()},
     }
     for k in (1, 2, 3, 4, 8):
         calls[f"verify {k + 1}"] = lambda k=k: engine.logits(engine.deep(at, at + k + 1, cache))

@@ -68,7 +68,7 @@ def test_figures_are_those_of_the_whole_p_and_a_q_that_is_zero_elsewhere(chunk: 
 def trained(tmp_path_factory):
     """(folder of a backbone, a run that distilled heads which draft 40 of its 258 tokens)"""
     folder = tmp_path_factory.mktemp("vocabulary")
-    backbone = tiny_backbone(folder, sharpness=20)
+    backbone = tiny_backbone(folder, sharpness=5)
     run = prepare(folder, backbone, "distill.draft_vocabulary=40", "distill.exit_layers=[2]")
     distill.run(run)
     return backbone, run
