@@ -50,8 +50,9 @@ class Machine:
     cuda_graphs: bool = option(False, "evaluate: record the decoder's passes as CUDA graphs; it has no effect on a CPU")
     pack: str = option(
         "auto",
-        "auto or off: evaluate and chat copy the weights into the order that oneDNN reads fastest (float32 on a CPU), "
-        "which doubles their memory; auto does so where it is faster and twice as much memory is free",
+        "auto or off: generate (engine padded), evaluate and chat copy the weights into the order that oneDNN reads "
+        "fastest (float32 on a CPU), which doubles their memory; auto does so where it helps and twice as much memory "
+        "is free",
     )
     threads: int = option(0, "CPU threads of every stage except evaluate (evaluate.threads); 0 = torch's default")
     servers: list[str] = option(
@@ -174,7 +175,7 @@ class Generate:
     max_new_tokens: int = option(128, "largest number of tokens of a response")
     temperatures: list[float] = option([0.0, 1.0], "temperatures, assigned to the prompts in turn; 0 is greedy")
     top_p: float = option(1.0, "probability mass of the nucleus that responses are sampled from; 1 = off")
-    batch_size: int = option(64, "number of prompts answered together")
+    batch_size: int = option(128, "number of prompts answered together")
     shard_size: int = option(
         128, "number of prompts of a shard, the unit that one process claims and that is lost if it is killed"
     )

@@ -1,8 +1,10 @@
 """The answerer `padded`: left-padded batches in this process, from which finished rows are removed.
 
-Takes a transformers model; gives each question's new ids. The result of a call depends on its arguments alone.
+Takes a transformers model; gives each question's new ids. The result of a call depends on its arguments alone. What the
+prompts of a batch begin with in common, such as a system message, is computed once. On a CPU the model's linear layers
+and its attention are computed by faster functions meanwhile (products.py, grouped_attention.py).
 
-Letters: B rows still generating, T positions, V vocabulary.
+Letters: B rows still generating, R rows drawn for at once, T positions, V vocabulary.
 """
 
 from collections.abc import Collection
@@ -207,7 +209,7 @@ def sample(logits_BV: Tensor, temperatures_B: Tensor, top_p: float, generator: t
     chosen_B = logits_BV.argmax(-1)
     hot = temperatures_B > 0
     if hot.any():
-        logits_BV = logits_BV[hot] / temperatures_B[hot, None]
+        logits_BV = logits_BV[hot].div_(temperatures_B[hot, None])
         p_BV = logits_BV.softmax(-1)
         if top_p < 1:
             p_BV = p_BV.masked_fill(outside_nucleus(logits_BV, top_p), 0)

@@ -8,10 +8,9 @@ Letters: M rows of a pass, I inputs and O outputs of a linear layer.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
-from ...inference.kernels import Kernel, Product, available_bytes, of_many_rows
+from ...inference.kernels import Kernel, Product, available_bytes, of_many_rows, plain
 
 
 @contextmanager
@@ -19,7 +18,8 @@ def fast_products(model: nn.Module, *, pack: bool) -> Iterator[None]:
     """While this context lasts, the model's linear layers compute with oneDNN's kernel, which is up to twice as fast as
     torch's own for 64 rows and more.
 
-    Nothing is timed, so that equal calls give equal results. pack: copy the weights into oneDNN's own order, where the
+    Nothing is timed, so that equal calls give equal results; and packed weights give the same numbers as others from
+    two rows on, so that free memory does not matter to them. pack: copy the weights into oneDNN's own order, where the
     memory that is available is at least twice their size; the copies last as long as this context. A layer of a class
     of its own, such as an adapter or a quantised layer, computes as before, and hooks are called as before.
     """
@@ -48,6 +48,8 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _forward(product: Product, kernel: Kernel):
     def forward(input: Tensor) -> Tensor:
-        return kernel(product, input.reshape(-1, input.shape[-1]), None).view(*input.shape[:-1], -1)
+        x_MI = input.reshape(-1, input.shape[-1])
+        chosen = kernel if len(x_MI) > 1 else plain
+        return chosen(product, x_MI, None).view(*input.shape[:-1], -1)
 
     return forward
