@@ -174,12 +174,16 @@ def measure_padded(config: Config, args: argparse.Namespace) -> None:
     answers: dict[str, list] = {name: [] for name in versions}
     for repeat in range(args.repeats):
         for name, answerer in versions.items():
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             rows = args.old_batch_size if name == "old" else args.batch_size
             given = answerer.answer(questions, Sampling(args.new_tokens, 1.0, rows, repeat))
             speeds[name].append(sum(len(a.ids) for a in given) / (time.perf_counter() - started))
             answers[name].append(given)
-            print(f"{name} {speeds[name][-1]:.1f} tokens/s", file=sys.stderr, flush=True)
+            print(
+                f"{name} {speeds[name][-1]:.1f} tokens/s, {time.process_time() - worked:.0f} s of all threads",
+                file=sys.stderr,
+                flush=True,
+            )
     lm_head = model.lm_head.weight.numel()
     layers = sum(p.numel() for p in model.model.layers.parameters())
     pairs = zip(answers["old"][0][::2], answers["new"][0][::2], strict=True)
