@@ -175,7 +175,7 @@ class Generate:
     max_new_tokens: int = option(128, "largest number of tokens of a response")
     temperatures: list[float] = option([0.0, 1.0], "temperatures, assigned to the prompts in turn; 0 is greedy")
     top_p: float = option(1.0, "probability mass of the nucleus that responses are sampled from; 1 = off")
-    batch_size: int = option(128, "number of prompts answered together")
+    batch_size: int = option(64, "number of prompts answered together")
     shard_size: int = option(
         128, "number of prompts of a shard, the unit that one process claims and that is lost if it is killed"
     )
