@@ -2,17 +2,21 @@
 
 Each part prints a Markdown table:
 
+    padded     the answerer `padded` against another version of its file (--old), in turns in one process
     answerers  tokens/s of every answerer and of transformers' generate, interleaved in one process, and the ratios
     kills      `exit-heads generate` killed twenty times against an undisturbed run
     processes  one and two processes that share a run
     memory     peak memory with 1,000 and with 20,000 prompts
 
   python benchmarks/generation.py                      all, on the pocket backbone: 25 minutes on 2 cores
+  git show COMMIT:pipeline/generation/answerers/padded.py > old.py
+  python benchmarks/generation.py --part padded --old old.py backbone.name_or_path=... prompts.path=...
   python benchmarks/generation.py --part answerers generate.exit_head=runs/NAME/heads/exit-1
   python benchmarks/generation.py --part answerers backbone.name_or_path=... machine.device=cuda backbone.dtype=bfloat16
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -149,6 +153,57 @@ def measure_answerers(config: Config, args: argparse.Namespace) -> None:
             )
 
 
+def measure_padded(config: Config, args: argparse.Namespace) -> None:
+    """tokens/s of two versions of `padded`, half of the prompts greedy and half at T = 1."""
+    if args.old is None:
+        print("part padded: left out, as no --old FILE was given", file=sys.stderr)
+        return
+    spec = importlib.util.spec_from_file_location("pipeline.generation.answerers.padded_old", args.old)
+    assert spec is not None and spec.loader is not None
+    old = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(old)
+    model = load_model(config.backbone, device_of(config.machine.device))
+    tokenizer = load_tokenizer(config.backbone)
+    found = load_prompts(config.prompts, "distill")[: args.prompts]
+    context = model.config.max_position_embeddings
+    prompts = [ids for _, ids in encode(found, tokenizer, config.prompts, context, args.new_tokens)]
+    questions = [Question(ids, [], float(i % 2)) for i, ids in enumerate(prompts)]
+    ends = end_tokens(config.backbone, tokenizer)
+    versions = {"old": old.Padded(model, ends), "new": Padded(model, ends)}
+    speeds: dict[str, list[float]] = {name: [] for name in versions}
+    answers: dict[str, list] = {name: [] for name in versions}
+    for repeat in range(args.repeats):
+        for name, answerer in versions.items():
+            started, worked = time.perf_counter(), time.process_time()
+            rows = args.old_batch_size if name == "old" else args.batch_size
+            given = answerer.answer(questions, Sampling(args.new_tokens, 1.0, rows, repeat))
+            speeds[name].append(sum(len(a.ids) for a in given) / (time.perf_counter() - started))
+            answers[name].append(given)
+            print(
+                f"{name} {speeds[name][-1]:.1f} tokens/s, {time.process_time() - worked:.0f} s of all threads",
+                file=sys.stderr,
+                flush=True,
+            )
+    lm_head = model.lm_head.weight.numel()
+    layers = sum(p.numel() for p in model.model.layers.parameters())
+    pairs = zip(answers["old"][0][::2], answers["new"][0][::2], strict=True)
+    same = sum(a.ids == b.ids for a, b in pairs)
+    print_facts(config, model.device.type, f"{len(prompts)} prompts of {statistics.mean(map(len, prompts)):.0f} "
+                f"tokens on average, {args.new_tokens} new tokens, batches of {args.old_batch_size} (old) and "
+                f"{args.batch_size} (new), "
+                f"{args.repeats} turns")  # fmt: skip
+    print(f"A new token takes {2e-6 * (layers + lm_head):.0f} MFLOP of products with weights, a prompt's token "
+          f"{2e-6 * layers:.0f}. {same} of {len(questions[::2])} greedy answers are equal.\n")  # fmt: skip
+    print("| version | tokens/s | range | over old | range | cut off | mean length |\n|---|---|---|---|---|---|---|")
+    for name, each in speeds.items():
+        ratios = [a / b for a, b in zip(each, speeds["old"], strict=True)]
+        every = [a for given in answers[name] for a in given]
+        print(f"| {name} | {statistics.median(each):.0f} | {min(each):.0f}-{max(each):.0f} | "
+              f"{statistics.median(ratios):.2f} | {min(ratios):.2f}-{max(ratios):.2f} | "
+              f"{sum(not a.finished for a in every) / len(every):.1%} | "
+              f"{statistics.mean(len(a.ids) for a in every):.1f} |")  # fmt: skip
+
+
 # ---- the command line
 
 
@@ -281,6 +336,7 @@ def print_facts(config: Config, device: str, what: str) -> None:
 
 
 PARTS = {
+    "padded": measure_padded,
     "answerers": measure_answerers,
     "kills": measure_kills,
     "processes": measure_processes,
@@ -291,6 +347,8 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be given again")
+    parser.add_argument("--old", help="part padded: another version of pipeline/generation/answerers/padded.py")
+    parser.add_argument("--old-batch-size", type=int, default=64, help="part padded: batches of the other version")
     parser.add_argument("--prompts", type=int, default=128, help="prompts answered by each batched answerer")
     parser.add_argument("--sequential", type=int, default=6, help="prompts answered one by one")
     parser.add_argument("--new-tokens", type=int, default=64)

@@ -121,7 +121,8 @@ class AnswerWorker(ShardWorker):
             for turn in turns
         ]
         sampling = Sampling(g.max_new_tokens, g.top_p, g.batch_size, seed)
-        told = None if report is None else lambda _, new_tokens: report(new_tokens)
+        last = not any(_turns_left(turn.prompt) for turn in turns)
+        told = None if report is None else lambda answers, tokens: report(tokens, answers if last else 0)
         return list(zip(turns, questions, self.answerer.answer(questions, sampling, told), strict=True))
 
     def _next_turns(self, answered: list[tuple[Turn, Answer]], counts: Counter[str]) -> list[Turn]:

@@ -139,6 +139,17 @@ class Kernels:
         }
 
 
+def of_many_rows(product: Product, *, pack: bool) -> Kernel | None:
+    """The kernel for many rows without timing, so that equal passes give equal results: oneDNN's, packed if that is
+    allowed. The product is packed then. None where torch's own is the only one."""
+    if not _differs(product):
+        return None
+    if not pack or not _can_pack():
+        return onednn
+    product.pack()
+    return packed
+
+
 def _choose(products: list[Product], pack_them: bool) -> list[Kernel]:
     candidates: list[Kernel] = [plain, onednn]
     if pack_them:

@@ -6,14 +6,17 @@ Takes a folder (shards.py) and, from the subclass, how to make and write a shard
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from .shards import Shards, made
 
-Report = Callable[[int], None]
-"""Called from time to time while a shard is made, with the number of new tokens since the last call."""
+
+class Report(Protocol):
+    def __call__(self, new_tokens: int, units: int = 0) -> None:
+        """Called from time to time while a shard is made, with the number of new tokens since the last call, and of
+        units that are done, where that is known before the shard's end."""
 
 
 class ShardWorker(ABC):
@@ -43,14 +46,14 @@ class ShardWorker(ABC):
 
         Returns the tokens/s of this process, 0 if it made no shard.
         """
-        started, tokens = time.time(), 0
+        started, tokens, early = time.time(), 0, 0
         bar = tqdm(total=self.total(), desc=self.shards.stage, unit=self.unit, unit_scale=self.unit == "token")
 
-        def report(new_tokens: int) -> None:
-            nonlocal tokens
-            tokens += new_tokens
+        def report(new_tokens: int, units: int = 0) -> None:
+            nonlocal tokens, early
+            tokens, early = tokens + new_tokens, early + units
             bar.set_postfix_str(f"{tokens / (time.time() - started):.0f} tokens/s", refresh=False)
-            bar.update(0)
+            bar.update(units)
 
         def make(index: int, name: str) -> None:
             began = time.time()
@@ -60,5 +63,8 @@ class ShardWorker(ABC):
         self.shards.compare(self.by)
         with bar:
             for entry in self.shards.complete(make):
-                bar.update(self.units(entry))
+                units = self.units(entry)
+                counted = min(early, units)
+                early -= counted
+                bar.update(units - counted)
         return round(tokens / (time.time() - started), 1) if tokens else 0.0

@@ -37,7 +37,9 @@ def make_answerer(config: Config, load_model: Callable[[], Any], tokenizer: Any,
             return Speculative(load_model(), head, config.generate.controller, ends)
         except ValueError as error:
             raise UserError(f"generate.exit_head={config.generate.exit_head}: {error}") from None
-    return Continuous(load_model(), ends) if name == "continuous" else Padded(load_model(), ends)
+    if name == "continuous":
+        return Continuous(load_model(), ends)
+    return Padded(load_model(), ends, pack=config.machine.pack == "auto")
 
 
 def _head(config: Config) -> ExitHead:
