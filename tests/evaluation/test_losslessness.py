@@ -59,7 +59,7 @@ def test_honest_texts_pass(engine, shape) -> None:
 @pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES[1:])])
 def test_the_discarding_stub_is_caught(engine, shape) -> None:
     sampler = with_pending(Sampler)(1.0, generator=torch.Generator().manual_seed(3), **shape)
-    found = verdict(engine, texts(engine, lambda s: Discards(s, 0.2), sampler, 45), **shape)
+    found = verdict(engine, texts(engine, lambda s: Discards(s, 0.2), sampler, 30), **shape)
     assert not found["passed"] and found["p_value"] < 1e-4
 
 

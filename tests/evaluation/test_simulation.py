@@ -63,19 +63,24 @@ def test_greedy_rounds_are_the_decoders_own(engine, name: str) -> None:
     ]
 
 
+def sampler(seed: int) -> Sampler:
+    return Sampler(1.0, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def sampled_traces(engine) -> list[Trace]:
+    """Of 25 texts; a trace knows no controller."""
+    texts = [autoregressive(engine, Request(PROMPT24, NEW), sampler(1000 + seed)).tokens for seed in range(25)]
+    return [simulation.record(engine, "p", PROMPT24, t, sampler(2000 + i), NEW) for i, t in enumerate(texts)]
+
+
 @pytest.mark.parametrize("name", ["fixed:2", "confidence:0.3"])
-def test_sampled_rounds_have_the_decoders_law(engine, name: str) -> None:
+def test_sampled_rounds_have_the_decoders_law(engine, sampled_traces, name: str) -> None:
     """Mean drafted and accepted per round of 25 texts each way, within four standard errors."""
-
-    def sampler(seed: int) -> Sampler:
-        return Sampler(1.0, generator=torch.Generator().manual_seed(seed))
-
     real, simulated = [], []
-    for seed in range(25):
+    for seed, trace in enumerate(sampled_traces):
         out = self_speculative(engine, Request(PROMPT24, NEW), sampler(seed), make_controller(name))
         real += [(r.drafted, r.accepted) for r in out.rounds]
-        text = autoregressive(engine, Request(PROMPT24, NEW), sampler(1000 + seed)).tokens
-        trace = simulation.record(engine, "p", PROMPT24, text, sampler(2000 + seed), NEW)
         rounds = simulation.replay(make_controller(name), trace, simulation.outcomes([trace], seed)[0], COSTS)
         simulated += [(r.drafted, r.accepted) for r in rounds]
     a, b = np.array(real, float), np.array(simulated, float)

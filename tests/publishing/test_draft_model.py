@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from helpers import make_run, plant_heads, tiny_backbone
@@ -275,8 +276,9 @@ def test_its_card_has_a_line_for_every_engine_with_the_best_length(run) -> None:
     assert ModelCard.load(run / "hub" / "3-draft" / "README.md").data.tags[0] == "speculative-decoding"
 
 
-def test_a_wrong_export_is_refused(run, tmp_path) -> None:
+def test_a_wrong_export_is_refused(run, tmp_path, monkeypatch) -> None:
     """Two layers swapped: the same texts in other rounds."""
+    monkeypatch.setattr(parity, "subprocess", forked)
     results = json.loads((run / "hub" / "3-draft" / "results.json").read_text())
     swapped = changed(run / "hub" / "3-draft", tmp_path / "swapped", swap=True)
     figures, failed = parity.check(run, results, swapped, "draft", gate.best_fixed(results))
