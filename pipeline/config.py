@@ -199,8 +199,7 @@ class Distill:
     )
     draft_vocabulary: str = option(
         "auto",
-        "tokens that a head can draft: W (the W that the answers use most), 0 (all), or auto (the W of the largest "
-        "predicted speedup). Drafting and training take less time with fewer",
+        "tokens that a head can draft: the W that the answers use most, 0 (all), or auto (the W that shall pay most)",
     )
     learn_from: str = option(
         "responses", "tokens whose distributions are learned: responses, or all (the tokens of the prompts too)"

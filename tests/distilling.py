@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import forked
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -109,7 +110,7 @@ def unpack(packed: packing.Packed, batch: Sequence[int]):
 # ---- processes
 
 
-def start(run: RunDir, manner: str = "", *, each: bool = False) -> list[subprocess.Popen]:
+def start(run: RunDir, manner: str = "", *, each: bool = False) -> list[forked.Popen]:
     """The process that a user would start, which starts the others; or, with `each`, all that a launcher would start.
 
     What they say goes to <run>.log.
@@ -123,20 +124,16 @@ def start(run: RunDir, manner: str = "", *, each: bool = False) -> list[subproce
         ranks = [(n, r) for n in range(machine.nodes) for r in range(machine.processes_per_node)]
         places = [meet_at | {"NODE_RANK": str(n), "LOCAL_RANK": str(r)} for n, r in ranks]
     command = [sys.executable, __file__, str(config), *filter(None, [manner])]
-    with log.open("a") as file:
-        return [
-            subprocess.Popen(command, env=os.environ | place, stdout=file, stderr=file, start_new_session=True)
-            for place in places
-        ]
+    return [forked.Popen(command, env=os.environ | place, stdout=log, stderr=log) for place in places]
 
 
-def finish(processes: list[subprocess.Popen], run: RunDir) -> None:
+def finish(processes: list[forked.Popen], run: RunDir) -> None:
     """Waits for the processes, all of which must end with code 0; pytest limits the time."""
     codes = list(map(end_of, processes))
     assert not any(codes), f"{codes}\n{run.path.with_suffix('.log').read_text()}"
 
 
-def end_of(process: subprocess.Popen) -> int:
+def end_of(process: forked.Popen) -> int:
     """Waits for its exit code; kills its group if the wait is interrupted."""
     try:
         return process.wait()

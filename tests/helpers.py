@@ -65,7 +65,10 @@ def tiny_backbone(tmp_path: Path, family: str = "llama", *, seed: int = 0, sharp
 
 
 def make_run(tmp_path: Path, *words: str):
-    """A run folder `<tmp_path>/runs/t` on a tiny llama with peaked distributions; `words` are key=value settings."""
+    """A run folder `<tmp_path>/runs/t` on a tiny llama with peaked distributions; `words` are key=value settings.
+
+    Only greedy texts are evaluated: a temperature more doubles the time and the pictures of evaluate.
+    """
     from pipeline.config import load
     from pipeline.runs.folder import RunDir
 
@@ -82,7 +85,8 @@ def make_run(tmp_path: Path, *words: str):
         "distill.exit_layers=[2]", "distill.max_steps=4", "distill.sequence_length=64", "distill.sequences_per_step=2",
         "distill.validate_every=2", "distill.checkpoint_every=2", "distill.truncated=keep",
         "distill.repeated_share=1.0", "evaluate.num_prompts=4",
-        "evaluate.max_new_tokens=20", 'evaluate.controllers=["fixed:2","thompson"]', "evaluate.rivals=[]",
+        "evaluate.max_new_tokens=20", "evaluate.temperatures=[0.0]",
+        'evaluate.controllers=["fixed:2","thompson"]', "evaluate.rivals=[]",
     ]  # fmt: skip
     return RunDir(load(None, [*base, *words]))
 

@@ -4,11 +4,11 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 from helpers import make_run, plant_heads
@@ -99,7 +99,7 @@ def test_killed_in_the_middle_of_each_stage_ends_the_same(tmp_path) -> None:
         "distill.checkpoint_every=5", "distill.validate_every=10", "evaluate.num_prompts=8",
         "evaluate.max_new_tokens=48", "evaluate.temperatures=[0.0]",
     ]  # fmt: skip
-    subprocess.run(cli("run", *words, "run.name=calm"), check=True, env=ENVIRONMENT, timeout=900)
+    forked.run(cli("run", *words, "run.name=calm"), check=True, env=ENVIRONMENT)
     killed = tmp_path / "killed"
     # When each stage has left its first trace and is still at work, but for publish, which is over in a moment.
     traces = {
@@ -110,7 +110,7 @@ def test_killed_in_the_middle_of_each_stage_ends_the_same(tmp_path) -> None:
         "publish": lambda: (killed / "stages" / "publish.json").exists(),
     }
     for stage, trace in traces.items():
-        process = subprocess.Popen(cli("run", *words, "run.name=killed"), env=ENVIRONMENT, start_new_session=True)
+        process = forked.Popen(cli("run", *words, "run.name=killed"), env=ENVIRONMENT)
         deadline = time.time() + 600
         while not trace() and process.poll() is None and time.time() < deadline:
             time.sleep(0.005)
@@ -119,7 +119,7 @@ def test_killed_in_the_middle_of_each_stage_ends_the_same(tmp_path) -> None:
         if stage != "publish":
             state = json.loads((killed / "stages" / f"{stage}.json").read_text())["state"]
             assert state == "begun", f"{stage} was over before it could be killed"
-    subprocess.run(cli("run", *words, "run.name=killed"), check=True, env=ENVIRONMENT, timeout=900)
+    forked.run(cli("run", *words, "run.name=killed"), check=True, env=ENVIRONMENT)
     assert made(killed) == made(tmp_path / "calm")
     assert not [p for p in killed.rglob(".tmp-*") if "wandb" not in p.parts], (
         "temporary files of the killed stay behind"

@@ -32,7 +32,7 @@ def draw(file: str, results: dict[str, Any], path: Path) -> None:
     if file == LENGTHS:
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         lengths(figure, results["responses"])
-        figure.savefig(path, dpi=140)
+        _save(figure, path)
         return
     kind, t = file.removesuffix(".png").split("-", 1)
     entries = [h for h in results["heads"] if f"{h['temperature']:g}" == t]
@@ -42,7 +42,15 @@ def draw(file: str, results: dict[str, Any], path: Path) -> None:
     axes.set_title(f"temperature {t}", fontsize=11)
     best = next(h for h in entries if h["exit_layer"] == results["best"]["exit_layer"])
     DRAW[kind](figure, axes, entries, best)
-    figure.savefig(path, dpi=140)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Drawn once: `savefig` would lay the figure out and go through all its texts, and then do so again to draw it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(140)
+    FigureCanvasAgg(figure).print_png(path)
 
 
 def _legend_below(figure: Any, columns: int) -> None:

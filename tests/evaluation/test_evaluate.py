@@ -25,7 +25,7 @@ PICTURES = ("speedup", "time", "acceptance", "drafted", "learned")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("evaluate"))
+    run = make_run(tmp_path_factory.mktemp("evaluate"), "evaluate.temperatures=[0.0,1.0]")
     plant_heads(run, 2, 3)
     evaluate.run(run)
     return run
@@ -135,7 +135,7 @@ def test_a_second_run_does_nothing_and_another_config_is_refused(run, tmp_path, 
 
 def test_an_engine_that_differs_from_transformers_measures_nothing(tmp_path, monkeypatch) -> None:
     """Autoregressive and speculative ids stay equal under such a change, so no other comparison would find it."""
-    run = make_run(tmp_path, "evaluate.temperatures=[0.0]")
+    run = make_run(tmp_path)
     plant_heads(run, 2)
     monkeypatch.setattr(family_llama, "F", SimpleNamespace(silu=torch.zeros_like))
     with pytest.raises(UserError, match=r"exit layer 2\) and transformers \S+ give different logits on prompt \S+: at"):
@@ -151,7 +151,7 @@ def test_an_engine_that_differs_from_transformers_measures_nothing(tmp_path, mon
 
 def test_a_wrong_engine_is_caught(tmp_path, monkeypatch) -> None:
     """If the deep layers went wrong in drafted rounds, the ids would differ and the verdict must say so."""
-    run = make_run(tmp_path, "evaluate.temperatures=[0.0]")
+    run = make_run(tmp_path)
     plant_heads(run, 2)
     # The comparison with transformers would see it first: here, what stands behind it is looked at.
     monkeypatch.setattr(against_transformers, "check", lambda *_: {})
@@ -196,7 +196,7 @@ def test_what_was_measured_is_on_disk_before_any_proof_and_is_gone_on_from(tmp_p
 
 
 def test_what_was_measured_elsewhere_or_under_no_mark_is_measured_again(run, tmp_path, monkeypatch) -> None:
-    again = make_run(tmp_path)
+    again = make_run(tmp_path, "evaluate.temperatures=[0.0,1.0]")
     shutil.copytree(run.path, again.path, dirs_exist_ok=True)
     mark = again / "stages" / "evaluate.json"
     mark.write_text(mark.read_text().replace('"done"', '"begun"'))

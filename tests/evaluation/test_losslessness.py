@@ -20,8 +20,9 @@ NEW = 120
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("l")
-    model = load(tiny_backbone(folder, sharpness=2.0, vocab_size=24, eos_token_id=None, pad_token_id=None))
-    return SplitBackbone(model, head_for(model, 2))
+    fields = {"num_hidden_layers": 2, "vocab_size": 24, "eos_token_id": None, "pad_token_id": None}
+    model = load(tiny_backbone(folder, sharpness=2.0, **fields))
+    return SplitBackbone(model, head_for(model, 1))
 
 
 def texts(engine, controller, sampler, count: int) -> pd.DataFrame:
@@ -59,7 +60,7 @@ def test_honest_texts_pass(engine, shape) -> None:
 @pytest.mark.parametrize("shape", [SHAPES[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES[1:])])
 def test_the_discarding_stub_is_caught(engine, shape) -> None:
     sampler = with_pending(Sampler)(1.0, generator=torch.Generator().manual_seed(3), **shape)
-    found = verdict(engine, texts(engine, lambda s: Discards(s, 0.2), sampler, 45), **shape)
+    found = verdict(engine, texts(engine, lambda s: Discards(s, 0.2), sampler, 20), **shape)
     assert not found["passed"] and found["p_value"] < 1e-4
 
 
@@ -157,8 +158,8 @@ def test_honest_bfloat16_texts_leave_each_other_at_ties_of_their_own_tokens(tmp_
     model = load(tiny_backbone(tmp_path, sharpness=4.0, eos_token_id=None, pad_token_id=None)).bfloat16()
     model.model.rotary_emb.float()
     engine = SplitBackbone(model, head_for(model, 2), check=False, timed_kernels=False)
-    draw, found = torch.Generator().manual_seed(1), []
-    for _ in range(100):  # about one text in ten leaves the baseline's
+    draw, found = torch.Generator().manual_seed(11), []  # of which the first and the fourth text do
+    for _ in range(100):  # about one text in ten leaves the baseline's; which ones, depends on the processor
         prompt = torch.randint(10, 200, (12,), generator=draw).tolist()
         wanted = autoregressive(engine, Request(prompt, 64), Sampler()).tokens
         emitted = self_speculative(engine, Request(prompt, 64), Sampler(), make_controller("fixed:4")).tokens

@@ -20,7 +20,7 @@ from pipeline.stages import evaluate, generate
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = make_run(tmp_path_factory.mktemp("report"), "wandb.mode=offline")
+    run = make_run(tmp_path_factory.mktemp("report"), "wandb.mode=offline", "evaluate.temperatures=[0.0,1.0]")
     plant_heads(run, 2)
     (run / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')  # as if distill had been here
     evaluate.run(run)

@@ -116,7 +116,7 @@ def test_the_table_has_a_row_for_every_rival_prompt_and_repeat(run) -> None:
              ("assistant_model:2", 3), ("prompt_lookup", 0)]  # fmt: skip
     assert counts == dict.fromkeys(exits, 2 * 2)
     generations = pd.read_parquet(run / "eval" / "generations.parquet")
-    assert len(generations) == 2 * 2 * (1 + 2) * 2, "2 prompts, 2 repeats, 2 temperatures; rivals are not among ours"
+    assert len(generations) == 2 * 2 * (1 + 2), "2 prompts, 2 repeats; rivals are not among ours"
     greedy = generations[(generations.exit_layer == 0) & (generations.temperature == 0)]
     expected = {(r.prompt, r.repeat): (list(r.tokens), r.task) for r in greedy.itertuples()}
     assert all((list(r.tokens), r.task) == expected[r.prompt, r.repeat] for r in table.itertuples())

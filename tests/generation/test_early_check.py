@@ -23,7 +23,7 @@ def _nothing_was_made(run: RunDir) -> bool:
 
 def test_prompts_without_room_for_evaluates_answers(tmp_path, capsys) -> None:
     _prompts(tmp_path, long_share=2)
-    words = ["evaluate.max_new_tokens=24", "evaluate.temperatures=[0.0]", "evaluate.controllers=[fixed:2]"]
+    words = ["evaluate.max_new_tokens=24", "evaluate.controllers=[fixed:2]"]
     run = make_run(tmp_path, *words)
     with pytest.raises(
         UserError, match=r"context of 256\. Set evaluate\.prompts\.too_long=drop or .*evaluate\.max_new"

@@ -80,7 +80,7 @@ def often(tmp_path_factory) -> Path:
 
 
 WORDS = ["backbone.end_tokens=[40]", "generate.max_new_tokens=60", "evaluate.controllers=[fixed:2]",
-         "evaluate.temperatures=[0.0]", "evaluate.num_prompts=1"]  # fmt: skip
+         "evaluate.num_prompts=1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["padded", "continuous", "speculative"])

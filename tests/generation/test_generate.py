@@ -5,11 +5,11 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -196,16 +196,16 @@ def test_a_killed_run_goes_on_to_the_same_responses(tmp_path, backbone):
     _config(tmp_path, backbone)
     many = ("generate.max_new_tokens=120", "generate.shard_size=5", "generate.temperatures=[1.0,0.0]")
     words = _words(tmp_path, backbone, "run.name=killed", *many)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "generate", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    said = tmp_path / "said"
+    command = [sys.executable, "-m", "pipeline", "generate", *words]
+    process = forked.Popen(command, env=os.environ, stdout=said, stderr=said)
     folder = tmp_path / "runs" / "killed" / "responses"
     deadline = time.time() + 240
     while len(entries := sorted(folder.glob("entries/shard-*.json"))) < 2:
-        assert process.poll() is None and time.time() < deadline, process.communicate()[0].decode()
+        assert process.poll() is None and time.time() < deadline, said.read_text()
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    assert process.wait() == -signal.SIGKILL
     assert not json.loads((folder / "manifest.json").read_text())["complete"]
     assert len(list(folder.glob("shard-*.parquet"))) < 12
     kept, lost = (folder / f"{path.stem}.parquet" for path in entries[:2])
@@ -267,12 +267,14 @@ def test_two_processes_share_the_work(tmp_path, backbone):
     with contextlib.ExitStack() as held:  # until both have seen that there is nothing for them: so that both get some
         for i in range(15):
             held.enter_context(claims.hold(f"shard-{i:05d}.parquet"))
-        both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-        for process in both:
-            assert any("waiting for other processes" in line for line in process.stderr), process.communicate()
-    for process in both:
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0 and " responses (" in out, err
+        said = {forked.Popen(command, env=os.environ, stdout=file, stderr=file): file
+                for file in (tmp_path / "one", tmp_path / "two")}  # fmt: skip
+        for process, file in said.items():
+            while not (file.exists() and "waiting for other processes" in file.read_text()):
+                assert process.poll() is None, file.read_text()
+                time.sleep(0.1)
+    for process, file in said.items():
+        assert process.wait(240) == 0 and " responses (" in file.read_text(), file.read_text()
     folder = tmp_path / "runs" / "t" / "responses"
     entries = [json.loads(p.read_text()) for p in folder.glob("entries/*.json")]
     assert len(entries) == 15 and sum(e["counts"]["prompts"] for e in entries) == 60

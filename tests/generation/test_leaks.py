@@ -99,7 +99,6 @@ def test_responses_that_the_heads_did_not_learn_from_prove_nothing(trained) -> N
 
 def test_without_responses_it_is_said_that_nothing_could_be_checked(tmp_path, capsys) -> None:
     few = [
-        "evaluate.temperatures=[0.0]",
         "evaluate.num_prompts=1",
         "evaluate.max_new_tokens=4",
         "evaluate.controllers=[fixed:2]",

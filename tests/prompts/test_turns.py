@@ -87,7 +87,7 @@ def spec_bench_run(tmp_path, *words: str):
     path = tmp_path / "question.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in spec_bench_rows()))
     return make_run(tmp_path, f"evaluate.prompts.path={path}", "evaluate.num_prompts=0", "evaluate.repeats=2",
-                    "evaluate.max_new_tokens=12", *words)  # fmt: skip
+                    "evaluate.max_new_tokens=12", "evaluate.temperatures=[0.0,1.0]", *words)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import shutil
 import weakref
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from helpers import make_run, plant_heads
@@ -20,7 +21,7 @@ from pipeline.publishing import build, gate, head_folder, parity
 from pipeline.runs.files import sha256_of
 from pipeline.stages import evaluate, publish
 
-JUDGED = ("evaluate.num_prompts=8", "prompts.held_out=0.6", "evaluate.temperatures=[0.0]")
+JUDGED = ("evaluate.num_prompts=8", "prompts.held_out=0.6")
 """As few conversations as a speedup is judged on."""
 
 
@@ -139,7 +140,7 @@ def test_results_of_another_version_are_named_as_such(run, tmp_path, capsys) -> 
     assert [row["exit layer"] for row in rows] == ["2", "3"] and all("--redo evaluate" in row["state"] for row in rows)
 
 
-def test_a_refused_head_is_not_written_unless_forced(run, tmp_path) -> None:
+def test_a_refused_head_is_not_written_unless_forced(run, forked_child, tmp_path) -> None:
     strict = copy_of(run, tmp_path, "publish.min_speedup=50", "publish.exit_layer=2")
     for run_stage in (publish.run, publish.run_draft):
         with pytest.raises(GateError, match=r"exit layer 2:\n  - speedup"):
@@ -215,12 +216,18 @@ def test_a_whole_folder_gives_what_was_evaluated(run, folder) -> None:
     assert figures["tokens_per_round"] == pytest.approx(figures["evaluated"], abs=1e-12), "the very same rounds"
 
 
+@pytest.fixture
+def forked_child(monkeypatch) -> None:
+    """The check's process need not be a fresh one where the folder is what is wrong."""
+    monkeypatch.setattr(parity, "subprocess", forked)
+
+
 def damaged(folder: Path, target: Path) -> Path:
     shutil.copytree(folder, target)
     return target
 
 
-def test_other_weights_are_told_by_their_rounds(run, folder, tmp_path) -> None:
+def test_other_weights_are_told_by_their_rounds(run, folder, forked_child, tmp_path) -> None:
     """The text is the backbone's with any head, so only the rounds can tell."""
     other = damaged(folder[0], tmp_path / "other")
     file = other / "model.safetensors"
@@ -232,7 +239,7 @@ def test_other_weights_are_told_by_their_rounds(run, folder, tmp_path) -> None:
     assert "tokens a round through the folder in a fresh process; evaluate had" in failed[0]
 
 
-def test_other_code_is_told_by_its_text(run, folder, tmp_path) -> None:
+def test_other_code_is_told_by_its_text(run, folder, forked_child, tmp_path) -> None:
     """A decoder whose bonus tokens are the least likely ones."""
     other = damaged(folder[0], tmp_path / "other")
     code = other / "custom_generate" / "sampling.py"
@@ -243,7 +250,7 @@ def test_other_code_is_told_by_its_text(run, folder, tmp_path) -> None:
     assert any("of 6 texts decoded through the folder in a fresh process are not those" in line for line in failed)
 
 
-def test_the_folders_own_controllers_are_tried(run, folder, tmp_path) -> None:
+def test_the_folders_own_controllers_are_tried(run, folder, forked_child, tmp_path) -> None:
     """A default that no decoder knows, or a state that thompson cannot read: fixed:K sees nothing of either."""
     config = json.loads((folder[0] / "config.json").read_text())
     for i, wrong in enumerate(({"controller": "fast"}, {"states": {"greedy": {"rounds": "many"}}})):
@@ -261,7 +268,7 @@ def begins_with(folder: Path, target: Path, line: str) -> Path:
     return target
 
 
-def test_a_folder_that_does_not_work_says_why(run, folder, tmp_path, capfd) -> None:
+def test_a_folder_that_does_not_work_says_why(run, folder, forked_child, tmp_path, capfd) -> None:
     """On stderr in full; the reason, which may be published, names no more than the error's class."""
     wrong = begins_with(folder[0], tmp_path / "wrong", f"raise ValueError('cannot read {tmp_path}')")
     _, failed = check(run, wrong, folder[1])
@@ -279,7 +286,7 @@ def test_a_folder_that_does_not_work_says_why(run, folder, tmp_path, capfd) -> N
         ("raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')", 1),
     ],
 )
-def test_want_of_memory_is_the_machines_fault(run, folder, tmp_path, line, code) -> None:
+def test_want_of_memory_is_the_machines_fault(run, folder, forked_child, tmp_path, line, code) -> None:
     other = begins_with(folder[0], tmp_path / "other", line)
     with pytest.raises(UserError, match=rf"machine\.device=cpu: no memory here.*return code {code}\)"):
         check(run, other, folder[1])

@@ -14,6 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 import torch
@@ -35,7 +36,7 @@ from pipeline.config import load
 from pipeline.inference.canary import TOLERANCE, distance
 from pipeline.inference.controllers import Fixed
 from pipeline.inference.exit_head import ExitHead, new_exit_layer
-from pipeline.publishing import card, head_folder, pedigree, speculation_profile
+from pipeline.publishing import card, head_folder, parity, pedigree, speculation_profile
 from pipeline.publishing.modeling_exit_head import ExitHeadConfig, ExitHeadModel
 from pipeline.runs.files import sha256_of
 from pipeline.runs.folder import RunDir
@@ -71,7 +72,7 @@ def run(tmp_path_factory):
         patch.setenv("HF_TOKEN", SECRETS["token"])
         folder = tmp_path_factory.mktemp("publish")
         run = make_run(folder, "publish.min_speedup=0", f"machine.servers=[http://{SECRETS['server']}:8000/v1]",
-                       "publish.licence=apache-2.0")  # fmt: skip
+                       "publish.licence=apache-2.0", "evaluate.temperatures=[0.0,1.0]")  # fmt: skip
         for run_stage in (generate.run, distill.run, evaluate.run, publish.run, publish.run_draft):
             run_stage(run)
     return run
@@ -133,6 +134,7 @@ def test_nor_in_what_is_published_by_force(run, tmp_path, monkeypatch, capfd) ->
     (code / "custom_generate.py").write_text(broken)
     monkeypatch.setattr(head_folder, "CODE", code)
     monkeypatch.setattr(socket, "gethostname", lambda: SECRETS["host"])
+    monkeypatch.setattr(parity, "subprocess", forked)
     forced = copy_of(run, tmp_path, "publish.min_speedup=0", "publish.force=true")
     publish.run(forced)
     assert_nothing_of_this_machine(forced)

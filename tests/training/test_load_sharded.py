@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -415,10 +416,9 @@ def test_two_processes_fetch_a_hub_checkpoint_once_and_nothing_they_do_not_need(
     env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
     env["HF_HUB_OFFLINE"] = "0"
     command = [sys.executable, "-c", FETCHES, fingerprint_of_files(Backbone(str(folder)))]
-    processes = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [forked.Popen(command, env=env, stderr=tmp_path / "said") for _ in range(2)]
     for process in processes:
-        _, error = process.communicate(timeout=300)
-        assert process.returncode == 0, error
+        assert process.wait(300) == 0, (tmp_path / "said").read_text()
     server.shutdown()
     weights = sorted(file.name for file in folder.glob("model-*.safetensors"))
     assert sorted(fetched) == sorted([*weights, INDEX, "config.json"])
