@@ -24,6 +24,9 @@ __all__ = ["CalledProcessError", "Popen", "run"]  # of subprocess, in whose plac
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor"])
 """Nothing that reads the environment when it is imported (huggingface_hub, transformers) or starts a thread."""
+PATH = tuple(sys.path)
+"""Of before the first test: transformers adds the folder of its modules' cache, in which a child would then look for
+those of its own."""
 
 
 class Popen:
@@ -42,7 +45,7 @@ class Popen:
         stderr: Path | str = os.devnull,
     ):
         files = [str(Path(file).absolute()) for file in (stdin, stdout, stderr)]
-        target = (argv, dict(env), str(Path(cwd).absolute()), files)
+        target = (PATH, argv, dict(env), str(Path(cwd).absolute()), files)
         self._process = CONTEXT.Process(target=_main, args=target, daemon=True)
         self._process.start()
         self.args, self.pid = argv, self._process.pid
@@ -75,9 +78,10 @@ def run(
     return done
 
 
-def _main(argv: list[str], env: dict[str, str], cwd: str, files: list[str]) -> None:
+def _main(path: tuple[str, ...], argv: list[str], env: dict[str, str], cwd: str, files: list[str]) -> None:
     """In the forked process: becomes what the command line says."""
     os.setsid()
+    sys.path[:] = path
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -244,7 +244,7 @@ def test_as_a_rival_it_decodes_the_same_text_in_the_simulated_rounds(llama) -> N
 def run(tmp_path_factory):
     """Evaluated with two fixed lengths, and exported: a head that is the last layer behind all others, always right."""
     run = make_run(tmp_path_factory.mktemp("export"), "publish.min_speedup=0",
-                   "evaluate.controllers=[fixed:1,fixed:3]")  # fmt: skip
+                   "evaluate.controllers=[fixed:1,fixed:3]", "evaluate.temperatures=[0.0,1.0]")  # fmt: skip
     plant_heads(run, 3)
     evaluate.run(run)
     publish.run_draft(run)
