@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..inference.backbone import SplitBackbone
+from ..inference.law import Law
 from ..inference.rounds import WIDTHS
 from ..inference.sampling import Sampler
 
@@ -237,10 +238,11 @@ def teacher_forced_chunks(
     drafting_TD = engine.draft_hidden_of_all(len(ids), cache)[past:]
     for start in range(first, len(tokens), CHUNK):
         stop = min(start + CHUNK, len(tokens))
-        before = prompt, tokens[: stop - 1]
-        p_CV = sampler.shape(engine.logits(deep_TD[start:stop]), *before).softmax(-1)
-        # no name keeps the logits, which are as large as q
-        q_CV = sampler.law(engine.draft_logits_of(drafting_TD[start:stop]), engine.draft_vocabulary, *before).q_V
+        p_CV = sampler.shape(engine.logits(deep_TD[start:stop]), prompt, tokens[: stop - 1]).softmax(-1)
+        # Not `sampler.law`, nor arguments in a tuple: they would keep the unprocessed logits, which are as large as q.
+        q_logits_CW = sampler.shape(engine.draft_logits_of(drafting_TD[start:stop]), prompt, tokens[: stop - 1])
+        q_CV = Law(q_logits_CW, engine.draft_vocabulary).q_V
+        del q_logits_CW
         yield start, p_CV, q_CV
 
 
