@@ -157,15 +157,16 @@ def parts(args: argparse.Namespace, engine: SplitBackbone, cut: dict[int, SplitB
     """
     cache, at = filled(engine, args), args.context
 
-    def head(drafting: SplitBackbone) -> None:
-        cache.head_length = at
-        drafting.draft_logits(at + 1, cache)
+    def head(drafting: SplitBackbone, own: Any) -> None:
+        own.head_length = at
+        drafting.draft_logits(at + 1, own)
 
+    with_cache = {w: (e, filled(e, args)) for w, e in cut.items()}
     calls: dict[str, Callable[[], Any]] = {
         "token": lambda: engine.logits(engine.full([10], at, cache)),
         "shallow": lambda: engine.shallow([10], at, cache),
-        "head": lambda: head(engine),
-        **{f"head that drafts {w:,} tokens": lambda e=e: head(e) for w, e in cut.items()},
+        "head": lambda: head(engine, cache),
+        **{f"head that drafts {w:,} tokens": lambda e=e, c=c: head(e, c) for w, (e, c) in with_cache.items()},
     }
     for k in (1, 2, 3, 4, 8):
         calls[f"verify {k + 1}"] = lambda k=k: engine.logits(engine.deep(at, at + k + 1, cache))
