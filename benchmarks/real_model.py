@@ -6,10 +6,10 @@ Takes a backbone; gives three tables, all measured in turns in one run. (1) Mill
 logits, and its ratio to one row: with torch's own products, with kernels chosen among torch's and oneDNN's, and with
 packed weights too. (2) Weights read per second in a pass of one row, and in its products alone: the rest is everything
 that is no product. (3) Parts of a round in units of an autoregressive token, the head pass also with draft
-vocabularies of several sizes, and the engine's autoregressive loop
-beside transformers' `generate` with a dynamic and with a static cache. The exit head is a copy of the last layer: what
-it costs does not depend on what it has learned. A ratio is that of the medians, with the 2.5 % and 97.5 % quantiles of
-the repeats' own ratios. The machine should do nothing else.
+vocabularies of several sizes, and the engine's autoregressive loop beside transformers' `generate` with a dynamic and
+with a static cache. The exit head is a copy of the last layer: what it costs does not depend on what it has learned. A
+ratio is that of the medians, with the 2.5 % and 97.5 % quantiles of the repeats' own ratios. The machine should do
+nothing else.
 """
 
 import argparse

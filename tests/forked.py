@@ -30,9 +30,8 @@ those of its own."""
 
 
 class Popen:
-    """As subprocess.Popen, in a session of its own. `argv` is [interpreter, -P or nothing, one of script, -m module
-    and -c code, words ...];
-    output goes to the ends of files, as it does in subprocess."""
+    """As subprocess.Popen, in a session of its own. `argv` is an interpreter, perhaps -P, then a script, -m and a
+    module, or -c and code, then words; output is appended to files."""
 
     def __init__(
         self,

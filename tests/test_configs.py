@@ -114,6 +114,8 @@ WRONG = [
     (["distill.max_steps=many"], ["distill.max_steps", "many"]),
     (["distill.max_steps=1.5"], ["distill.max_steps", "1.5"]),
     (["distill.max_steps=0"], ["distill.max_steps=0", "at least 1"]),
+    (["distill.draft_vocabulary=1"], ["distill.draft_vocabulary=1", "from 2 on"]),
+    (["distill.draft_vocabulary=8k"], ["distill.draft_vocabulary=8k", "auto, 0"]),
     (["distill.exit_layers=[0]"], ["distill.exit_layers", "N >= 1"]),
     (["distill.exit_layers=[2,-1]"], ["distill.exit_layers", "N >= 1"]),
     (["distill.exit_layers=[]"], ["distill.exit_layers", "one or more"]),

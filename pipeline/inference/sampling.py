@@ -149,19 +149,35 @@ class Sampler:
     # the device.
 
     def _pick(self, weights_V: Tensor) -> Tensor:
-        """An index [1] drawn with probability proportional to its weight, by inverting the cumulative sums at one
-        uniform number. (On a CPU torch.multinomial draws a number for every index, which takes longer than two decoder
-        layers of a thin model.)"""
-        exact = torch.float32 if weights_V.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        sums_V = weights_V.cumsum(-1, dtype=exact)
-        u_1 = torch.rand(1, generator=self.generator, device=sums_V.device, dtype=exact)
-        # the first sum above u, which is never at an index of weight 0
-        return torch.searchsorted(sums_V, u_1.mul_(sums_V[-1:]), right=True).clamp_(max=len(sums_V) - 1)
+        """An index [1] drawn with probability proportional to its weight."""
+        device = weights_V.device
+        u_1 = torch.rand(1, generator=self.generator, device=device, dtype=exact_dtype(device))
+        return inverted(weights_V, u_1)
 
     def _coins(self, chance_K: Tensor) -> Tensor:
         """Independent booleans [K] that are True with these probabilities; above 1 means always."""
         u_K = torch.rand(len(chance_K), generator=self.generator, device=chance_K.device, dtype=chance_K.dtype)
         return u_K < chance_K
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """In which probabilities are added up: Apple's GPUs have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def inverted(weights_MV: Tensor, u_M1: Tensor) -> Tensor:
+    """Indices [M, 1] with probabilities proportional to the weights (or [1] of [V]), by inverting their cumulative sums
+    at uniform numbers from 0 to 1, in the dtype of `u`.
+
+    On a CPU torch.multinomial draws a number for every index, which takes longer than two decoder layers of a thin
+    model.
+    """
+    sums_MV = weights_MV.cumsum(-1, dtype=u_M1.dtype)
+    total_M1 = sums_MV[..., -1:].contiguous()
+    # The first sum above u * total is never at an index of weight 0. Rounding may give u * total = total: then it is
+    # the first index that has the total, as the last may have weight 0.
+    last_M1 = torch.searchsorted(sums_MV, total_M1)
+    return torch.searchsorted(sums_MV, u_M1 * total_M1, right=True).minimum(last_M1)
 
 
 def outside_nucleus(logits_MV: Tensor, top_p: float) -> Tensor:

@@ -25,7 +25,7 @@ TARGETS = (1.0, 1.3)
 """Speedups for which the needed acceptance rate is computed."""
 
 
-SIZES = tuple(1024 * 2**i for i in range(2, 10))
+SIZES = tuple(4096 * 2**i for i in range(8))
 """Sizes W from which distill.draft_vocabulary=auto chooses, besides the whole vocabulary."""
 USUAL_RATE = 0.6
 """Acceptance rate for that choice, if every token can be drafted."""

@@ -106,7 +106,7 @@ def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
             *of_heads(heads, gradients=1),
             Row("LM head, whole", a.embedding * w, f"{giga(a.embedding)} x {w} B"),
             Row("rows of the teacher", states * w, f"{n} x {a.hidden} x {w} B"),
-            *logits_of_a_chunk(a, config),
+            *logits_of_a_chunk(a, config, min(d.loss_chunk, n)),
         ],
         "backward pass": [hidden, *of_heads(heads, gradients=2)],
         "gradient of a head": [
@@ -134,17 +134,23 @@ def saved(a: Architecture, config: Config, sequences: int) -> float:
     return sequences * (length * token + length**2 * w)
 
 
-def logits_of_a_chunk(a: Architecture, config: Config) -> list["Row"]:
-    """With a draft vocabulary, a step has logits of W tokens, and a validation two buffers of V for the teacher."""
-    chunk, each, w = config.distill.loss_chunk, logit_bytes(config), weight_bytes(config)
+def logits_of_a_chunk(a: Architecture, config: Config, chunk: int) -> list["Row"]:
+    """Of `chunk` rows. With a draft vocabulary, a step has logits of W tokens; a validation has two buffers of V for
+    the teacher, four of W for the heads, and the products that fill them."""
+    each, w = logit_bytes(config), weight_bytes(config)
     drafted = a.draft_vocabulary(config.distill.draft_vocabulary)
     if drafted == a.vocabulary:
         return [Row("logits of a chunk", chunk * drafted * each, f"{chunk} x {drafted} x {each} B")]
     rows = Row("LM head, draft vocabulary", drafted * a.hidden * w, f"{drafted} x {a.hidden} x {w} B")
-    step, validation = drafted * each, a.vocabulary * 3 * 4
+    step, validation = drafted * each, a.vocabulary * 12 + drafted * 20
     if step > validation:
         return [rows, Row("logits of a chunk", chunk * step, f"{chunk} x {drafted} x {each} B")]
-    return [rows, Row("logits of a validation's chunk", chunk * validation, f"{chunk} x {a.vocabulary} x 12 B")]
+    return [
+        rows,
+        Row(
+            "logits of a validation's chunk", chunk * validation, f"{chunk} x ({a.vocabulary} x 12 + {drafted} x 20) B"
+        ),
+    ]
 
 
 def logit_bytes(config: Config) -> int:

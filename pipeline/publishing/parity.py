@@ -53,11 +53,9 @@ def check(run: RunDir, results: dict[str, Any], folder: Path, form: Form, k: int
 
     Raises UserError if the machine has too little memory for the check.
     """
-    n = results["best"]["exit_layer"]
-    asked = recorded(run / "eval", n, k)
-    head = ExitHead.load(run / "heads" / f"exit-{n}")
-    if form == "draft" and head.draft_ids_W is not None:
-        asked = with_every_token(run, results, head, k, asked)
+    asked = recorded(run / "eval", results["best"]["exit_layer"], k)
+    if form == "draft":
+        asked = with_every_token(run, results, k, asked)
     try:
         said = decode_afresh(run.config, results, folder, form, k, asked)
     except subprocess.CalledProcessError as error:
@@ -98,13 +96,14 @@ def recorded(folder: Path, exit_layer: int, k: int) -> list[dict[str, Any]]:
     ]
 
 
-def with_every_token(
-    run: RunDir, results: dict[str, Any], head: ExitHead, k: int, asked: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def with_every_token(run: RunDir, results: dict[str, Any], k: int, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of `recorded` with the rounds that the head takes with the whole LM head, which a draft model has.
 
-    evaluate's own rounds are those with the head's draft vocabulary.
+    evaluate's own rounds are those with the head's draft vocabulary; without one they are the same.
     """
+    head = _head(run, results)
+    if head.draft_ids_W is None:
+        return asked
     model = load_model(run.config.backbone, device_of(run.config.machine.device), run.config.machine.device_map)
     engine = SplitBackbone(model, dataclasses.replace(head, draft_ids_W=None))
     new, ends = results["prompts"]["max_new_tokens"], frozenset(results["ends"])
@@ -113,6 +112,10 @@ def with_every_token(
         out = self_speculative(engine, Request(row["ids"], new, ends), Sampler(), Fixed(k))
         rows.append(row | {"rounds": len(out.rounds)})
     return rows
+
+
+def _head(run: RunDir, results: dict[str, Any]) -> ExitHead:
+    return ExitHead.load(run / "heads" / f"exit-{results['best']['exit_layer']}")
 
 
 def decode_afresh(
@@ -180,7 +183,7 @@ def _unexplained(
     if not differ or results["dtype"] == "float32":
         return [row["prompt"] for row, _ in differ]
     model = load_model(run.config.backbone, device_of(run.config.machine.device), run.config.machine.device_map)
-    engine = SplitBackbone(model, ExitHead.load(run / "heads" / f"exit-{results['best']['exit_layer']}"))
+    engine = SplitBackbone(model, _head(run, results))
 
     def by_transformers(ids: list[int]) -> list[torch.Tensor]:
         """Logits [V] of transformers' own forward pass, which verifies the drafts of a draft model."""

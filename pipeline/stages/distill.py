@@ -11,6 +11,7 @@ import os
 import signal
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +126,13 @@ def draft_vocabulary(
     ranked_V = ranked(train, whole)
     if asked == "auto":
         architecture = Architecture.of(config.backbone.name_or_path, "", backbone)
-        size = choose_draft_vocabulary(
-            architecture, config.distill.exit_layers, lambda w: coverage(ranked_V, validation, [w])[0]
-        )
+        covered_by = partial(coverage, ranked_V, validation)
+        size = choose_draft_vocabulary(architecture, config.distill.exit_layers, covered_by)
     else:
         size = int(asked) % whole  # all tokens: no draft vocabulary
     if size == 0:
         return None, {"size": whole, "of": whole}
-    (covered,) = coverage(ranked_V, validation, [size])
+    covered = coverage(ranked_V, validation, size)
     if place.rank == 0:
         print(f"distill: the heads draft {size} of {whole} tokens, {covered:.2%} of those of the validation's answers")
     return ranked_V[:size].sort().values, {"size": size, "of": whole, "coverage": covered}

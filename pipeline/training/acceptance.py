@@ -35,44 +35,31 @@ def draft_statistics(
 
     lost_mass  1 - sum of p over the draft vocabulary: what no head can draft
     """
-    if draft_ids_W is not None:
-        return _with_draft_vocabulary(weight_VD, teacher_RD, students_RD, chunk, draft_ids_W)
+    rows_at_once, ids_W = min(chunk, max(1, len(teacher_RD))), draft_ids_W
+    whole = ChunkedLogits(weight_VD, rows_at_once, buffers=4 if ids_W is None else 2)
+    drafts = whole if ids_W is None else ChunkedLogits(weight_VD.index_select(0, ids_W), rows_at_once, buffers=4)
+    names = ("loss", "overlap", "match") if ids_W is None else ("loss", "overlap", "match", "lost_mass")
     shape = (len(students_RD), len(teacher_RD))
-    found = {name: torch.empty(shape, device=weight_VD.device) for name in ("loss", "overlap", "match")}
-    logits = ChunkedLogits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4)
-    for start in range(0, len(teacher_RD), chunk):
-        rows = slice(start, start + chunk)
-        log_p_CV = logits.log_softmax(0, teacher_RD[rows], 1.0)
-        p_CV = torch.exp(log_p_CV, out=logits.rows(1, len(log_p_CV)))
-        for h, student_RD in enumerate(students_RD):
-            log_q_CV = logits.log_softmax(2, student_RD[rows], 1.0)
-            found["match"][h, rows] = (log_q_CV.argmax(-1) == log_p_CV.argmax(-1)).float()
-            ratio_CV = torch.sub(log_p_CV, log_q_CV, out=logits.rows(3, len(log_q_CV)))
-            found["loss"][h, rows] = ratio_CV.mul_(p_CV).sum(-1).float()
-            found["overlap"][h, rows] = torch.minimum(p_CV, log_q_CV.exp_()).sum(-1).float()
-    return found
-
-
-def _with_draft_vocabulary(
-    weight_VD: Tensor, teacher_RD: Tensor, students_RD: Sequence[Tensor], chunk: int, draft_ids_W: Tensor
-) -> dict[str, Tensor]:
-    shape = (len(students_RD), len(teacher_RD))
-    found = {name: torch.empty(shape, device=weight_VD.device) for name in ("loss", "overlap", "match", "lost_mass")}
-    rows_at_once = min(chunk, max(1, len(teacher_RD)))
-    whole = ChunkedLogits(weight_VD, rows_at_once, buffers=2)
-    drafts = ChunkedLogits(weight_VD.index_select(0, draft_ids_W), rows_at_once, buffers=2)
+    found = {name: torch.empty(shape, device=weight_VD.device) for name in names}
     for start in range(0, len(teacher_RD), chunk):
         rows = slice(start, start + chunk)
         log_p_CV = whole.log_softmax(0, teacher_RD[rows], 1.0)
-        best_C, log_p_CW = log_p_CV.argmax(-1), log_p_CV.index_select(-1, draft_ids_W)
-        p_CW = log_p_CW.exp()
-        mass_C1 = p_CW.sum(-1, keepdim=True)
-        found["lost_mass"][:, rows] = (1 - mass_C1[:, 0]).float()
+        best_C, count = log_p_CV.argmax(-1), len(log_p_CV)
+        log_p_CW = log_p_CV
+        if ids_W is not None:
+            log_p_CW = torch.index_select(log_p_CV, -1, ids_W, out=drafts.rows(0, count))
+        p_CW = torch.exp(log_p_CW, out=drafts.rows(1, count))
+        mass_C = None if ids_W is None else p_CW.sum(-1)
         for h, student_RD in enumerate(students_RD):
-            log_q_CW = drafts.log_softmax(0, student_RD[rows], 1.0)
-            found["match"][h, rows] = (draft_ids_W[log_q_CW.argmax(-1)] == best_C).float()
-            ratio_CW = (log_p_CW - mass_C1.log() - log_q_CW).mul_(p_CW).div_(mass_C1)
-            found["loss"][h, rows] = ratio_CW.sum(-1).float()
+            log_q_CW = drafts.log_softmax(2, student_RD[rows], 1.0)
+            drafted_C = log_q_CW.argmax(-1)
+            found["match"][h, rows] = ((drafted_C if ids_W is None else ids_W[drafted_C]) == best_C).float()
+            ratio_CW = torch.sub(log_p_CW, log_q_CW, out=drafts.rows(3, count))
+            loss_C = ratio_CW.mul_(p_CW).sum(-1)
+            if mass_C is not None:  # p / mass in place of p
+                loss_C = loss_C / mass_C - mass_C.log()
+                found["lost_mass"][h, rows] = (1 - mass_C).float()
+            found["loss"][h, rows] = loss_C.float()
             found["overlap"][h, rows] = torch.minimum(p_CW, log_q_CW.exp_()).sum(-1).float()
     return found
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from pipeline.runs import shards
 from pipeline.runs.claims import Claims
+from pipeline.runs.shard_worker import Report, ShardWorker
 from pipeline.runs.shards import Shards
 
 
@@ -85,6 +87,32 @@ def test_what_is_left_behind_is_made_by_who_waits(tmp_path: Path, monkeypatch: p
 
     assert len(list(here.complete(make))) == 5 and sorted(made) == here.names()
     assert here.is_complete() and here.claims.names() == set()
+
+
+class Worker(ShardWorker):
+    """Makes shards of five units, of which it reports none, some or all before a shard's end."""
+
+    unit = "unit"
+
+    def total(self) -> int:
+        return 15
+
+    def units(self, entry: dict[str, Any]) -> int:
+        return 5
+
+    def make(self, index: int, name: str, report: Report):
+        for _ in range((0, 3, 5)[index]):
+            report(7, 1)
+        return lambda how: self.shards.place(name, lambda path: path.write_text(name), how)
+
+
+def test_units_that_are_done_before_the_end_of_a_shard_count_once(tmp_path: Path, monkeypatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(tqdm, "update", lambda bar, n=1: seen.append(n))
+    here = Small(tmp_path / "shards")
+    here.begin({"count": 3})
+    Worker(here, {}).work()
+    assert seen == [5, 1, 1, 1, 2, 1, 1, 1, 1, 1, 0]
 
 
 def test_many_make_each_shard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

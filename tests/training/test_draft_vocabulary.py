@@ -32,7 +32,7 @@ def test_tokens_of_answers_come_first_then_those_of_prompts_then_the_lower_ids()
     train = packed([5, 5, 5, 7, 2, 7, 3, 0, 0, 0], [False, False, False, True, True, True, True] + [False] * 3, 7)
     assert ranked(train, 9).tolist() == [7, 2, 3, 5, 0, 1, 4, 6, 8]
     validation = packed([1, 7, 7, 8, 5], [False, True, True, True, True], 5)
-    assert coverage(ranked(train, 9), validation, [1, 3, 4, 9]) == [0.5, 0.5, 0.75, 1.0]
+    assert [coverage(ranked(train, 9), validation, w) for w in (1, 3, 4, 9)] == [0.5, 0.5, 0.75, 1.0]
 
 
 def test_the_size_of_the_largest_predicted_speedup_is_chosen() -> None:

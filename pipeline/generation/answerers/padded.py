@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ...inference.sampling import outside_nucleus
+from ...inference.sampling import exact_dtype, inverted, outside_nucleus
 from .grouped_attention import grouped_attention
 from .interface import Answer, Question, Report, Sampling
 from .products import fast_products
@@ -218,16 +218,7 @@ def sample(logits_BV: Tensor, temperatures_B: Tensor, top_p: float, generator: t
 
 
 def draw(p_BV: Tensor, generator: torch.Generator) -> Tensor:
-    """An index for each row, [B], drawn with the row's probabilities by inverting its cumulative sums at one uniform
-    number. (On a CPU torch.multinomial draws a number for every index, which takes longer than the LM head.)"""
-    exact = torch.float32 if p_BV.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    u_B1 = torch.rand(len(p_BV), 1, generator=generator, device=p_BV.device, dtype=exact)
-    drawn = []
-    for p_RV, u_R1 in zip(p_BV.split(DRAWN), u_B1.split(DRAWN), strict=True):
-        sums_RV = p_RV.cumsum(-1, dtype=exact)
-        total_R1 = sums_RV[:, -1:].contiguous()
-        # The first sum above u * total is never at an index of probability 0. Rounding may give u * total = total: then
-        # it is the first index that has the total, as the last may have probability 0.
-        last_R1 = torch.searchsorted(sums_RV, total_R1)
-        drawn.append(torch.searchsorted(sums_RV, u_R1 * total_R1, right=True).minimum(last_R1)[:, 0])
-    return torch.cat(drawn)
+    """An index for each row, [B], drawn with the row's probabilities."""
+    u_B1 = torch.rand(len(p_BV), 1, generator=generator, device=p_BV.device, dtype=exact_dtype(p_BV.device))
+    parts = zip(p_BV.split(DRAWN), u_B1.split(DRAWN), strict=True)
+    return torch.cat([inverted(p_RV, u_R1)[:, 0] for p_RV, u_R1 in parts])
