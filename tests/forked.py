@@ -3,23 +3,28 @@
 Takes the command line of a Python process; gives what subprocess gives for it. The import of torch and of what
 transformers takes of it is 5 of the 8 seconds of a process that decodes five texts, so tests that start many
 use this. It is for processes that only have to be other ones: where a test asks what a fresh interpreter does or may
-import, it starts one by subprocess.
+import, it starts one by subprocess. Tests that fork many processes off their own are `apart`.
 """
 
 import atexit
 import contextlib
+import functools
+import importlib
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from subprocess import CalledProcessError, CompletedProcess, TimeoutExpired
 from typing import Any
 
 __all__ = ["CalledProcessError", "Popen", "run"]  # of subprocess, in whose place tests put this module
+
+SPAWN = multiprocessing.get_context("spawn")
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor"])
@@ -75,6 +80,33 @@ def run(
     if check:
         done.check_returncode()
     return done
+
+
+def apart(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that forks runs in a fresh process, whose children end with it. Its fixtures must be picklable.
+
+    A process that has had threads, such as OpenMP's or a server's, may leave their locks behind in what is forked off
+    it, which then waits for ever.
+    """
+
+    @functools.wraps(test)
+    def in_a_fresh_process(**fixtures: Any) -> None:
+        process = SPAWN.Process(target=_call, args=(test.__module__, test.__name__, fixtures))
+        process.start()
+        try:
+            process.join()
+        finally:
+            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert process.exitcode == 0, "the test failed in its own process: see stderr"
+
+    return in_a_fresh_process
+
+
+def _call(module: str, name: str, fixtures: Mapping[str, Any]) -> None:
+    os.setsid()
+    getattr(importlib.import_module(module), name).__wrapped__(**fixtures)
 
 
 def _main(path: tuple[str, ...], argv: list[str], env: dict[str, str], cwd: str, files: list[str]) -> None:

@@ -86,7 +86,10 @@ class Scaled(nn.Linear):
 @pytest.mark.parametrize("pack", [False, True])
 def test_fast_products_are_those_of_the_layers(pack):
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(48, 96), nn.Linear(96, 64, bias=False), Scaled(64, 32), nn.Linear(32, 16).double())
+    layers = nn.Sequential(
+        nn.Linear(48, 2731), nn.Linear(2731, 48, bias=False), Scaled(48, 2731), nn.Linear(2731, 48).double(),
+        nn.Linear(48, 2730),
+    )  # fmt: skip
     called: list[int] = []
     layers[0].register_forward_hook(lambda *_: called.append(1))
     x = torch.randn(3, 50, 48)
@@ -98,7 +101,7 @@ def test_fast_products_are_those_of_the_layers(pack):
             torch.testing.assert_close(layers[:3](x[:1, :1]), expected[:1, :1])
             raise KeyError
         assert torch.equal(layers[:3](x), expected), "the layers compute as before"
-    assert changed == [True, True, False, False], "only torch's own layers in float32"
+    assert changed == [True, True, False, False, False], "only torch's own layers in float32, and large ones"
     assert len(called) == 4 and not any("forward" in vars(layer) for layer in layers)
 
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import forked
 import pyarrow.parquet as pq
 import pytest
 import torture
@@ -54,6 +55,7 @@ def _rows(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
+@forked.apart
 def test_twenty_kills_change_nothing(tmp_path):
     import pipeline.stages.generate  # noqa: F401  (once, before the forks)
 

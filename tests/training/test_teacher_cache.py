@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torture
@@ -193,6 +194,8 @@ def test_two_processes_learn_from_the_cache_what_one_does_online(tmp_path, backb
 
 
 def words_of(folder: Path, backbone: Path, *words: str) -> list[str]:
+    """For a test in a process of its own, which has no fixture's patches."""
+    folders.SHARD_BYTES = 2 * SEQUENCE
     run = cached(folder, backbone, *words)
     return ["cache", f"run.dir={run.config.run.dir}", "run.name=run", f"backbone.name_or_path={backbone}", *WORDS,
             "distill.teacher=cached", *words]  # fmt: skip
@@ -202,6 +205,7 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+@forked.apart
 def test_two_processes_make_one_cache(tmp_path, backbone, alone):
     words, log = words_of(tmp_path, backbone), torture.Log()
     here = TeacherCache(tmp_path / "run" / "cache")
@@ -226,6 +230,7 @@ def test_two_processes_make_one_cache(tmp_path, backbone, alone):
 
 
 @pytest.mark.slow
+@forked.apart
 def test_twelve_kills_change_nothing(tmp_path, backbone, alone):
     words, log, r = words_of(tmp_path, backbone), torture.Log(), random.Random(5)
     folder, kills, refused, number = tmp_path / "run" / "cache", 0, 0, 0
@@ -254,6 +259,7 @@ def test_twelve_kills_change_nothing(tmp_path, backbone, alone):
     assert not left, "neither claims nor temporary files are left"
 
 
+@forked.apart
 def test_a_disk_that_fills_on_the_way(tmp_path, backbone, alone):
     words, log = words_of(tmp_path, backbone), torture.Log()
     assert ended(torture.start(f"disk:{SEQUENCE}", words, log)) == 2

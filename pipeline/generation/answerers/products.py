@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from ...inference.kernels import Kernel, Product, available_bytes, of_many_rows, plain
 
+FEWEST_WEIGHTS = 1 << 17
+"""A layer with fewer computes as before: a call of oneDNN costs 30 us more than one of torch, and the first call with
+another number of rows a millisecond, which is more than these layers save."""
+
 
 @contextmanager
 def fast_products(model: nn.Module, *, pack: bool) -> Iterator[None]:
@@ -23,7 +27,7 @@ def fast_products(model: nn.Module, *, pack: bool) -> Iterator[None]:
     memory that is available is at least twice their size; the copies last as long as this context. A layer of a class
     of its own, such as an adapter or a quantised layer, computes as before, and hooks are called as before.
     """
-    linears = [module for module in model.modules() if _is_plain(module)]
+    linears = [module for module in model.modules() if _is_worth_it(module)]
     pack = pack and available_bytes() >= 2 * sum(linear.weight.nbytes for linear in linears)
     changed = []
     try:
@@ -39,11 +43,13 @@ def fast_products(model: nn.Module, *, pack: bool) -> Iterator[None]:
             del linear.forward
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether this is torch's own linear layer with a weight of its own, and computes what its class does."""
+def _is_worth_it(module: nn.Module) -> bool:
+    """Whether this is torch's own linear layer with a large weight of its own, and computes what its class does."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
-    return type(module.weight) is nn.Parameter and type(module.weight.data) is Tensor
+    if type(module.weight) is not nn.Parameter or type(module.weight.data) is not Tensor:
+        return False
+    return module.weight.numel() >= FEWEST_WEIGHTS
 
 
 def _forward(product: Product, kernel: Kernel):
