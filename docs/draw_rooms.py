@@ -20,7 +20,7 @@ WIDTH, HEIGHT = 3.7, 0.86
 # Where each room stands: column, row (0 is the top). Every arrow must lead to a lower row.
 PLACES = {
     "cli": (1.0, 0), "stages": (1.0, 1), "publishing": (0.0, 2), "training": (2.0, 2), "planning": (1.0, 2),
-    "evaluation": (0.5, 3), "generation": (1.0, 4), "smollm2": (0.0, 4), "prompts": (0.5, 5), "backbones": (1.5, 5),
+    "evaluation": (0.5, 3), "generation": (1.0, 4), "smollm2": (2.0, 0), "prompts": (0.5, 5), "backbones": (1.5, 5),
     "inference": (2.0, 6), "pocket": (1.0, 6), "runs": (0.0, 6), "config": (1.5, 7), "launchers": (0.5, 7),
     "errors": (1.0, 8),
 }  # fmt: skip

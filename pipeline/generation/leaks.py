@@ -1,9 +1,13 @@
 """Checks that no evaluation prompt was trained on, by comparing with the responses that the heads learned from.
 
-Takes the responses folder and the prompts to evaluate on. generate already leaves the evaluation prompts of its config
-out; as the config may have changed since, the prompts are compared with those that were actually answered.
+Takes the responses folder, or the hashes of its prompts that a published head brings, and the prompts to evaluate on.
+generate already leaves the evaluation prompts of its config out; as the config may have changed since, the prompts are
+compared with those that were actually answered.
 """
 
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
@@ -13,6 +17,8 @@ from .responses import rows_of
 
 SHOWN = 3
 """Number of prompts that the message names."""
+PUBLISHED = "trained_on.json"
+"""The file of a published head with the hashes of the prompts that it learned from."""
 
 
 def check_not_trained_on(folder: Path, chosen: list[Prompt], section: str) -> None:
@@ -22,15 +28,43 @@ def check_not_trained_on(folder: Path, chosen: list[Prompt], section: str) -> No
     UserError if the responses cannot be read.
     """
     ids, forms = _answered(folder)
-    trained_on = [p for p in chosen if p.id in ids or normal_form(p.turns[0]) in forms]
+    remedy = (
+        "Take them out or give other prompts (evaluate.prompts.path); or make the responses anew with this config "
+        "(--redo generate, then distill), which leaves the prompts of evaluate out."
+    )
+    _refuse(chosen, lambda p: p.id in ids or normal_form(p.turns[0]) in forms, section, remedy)
+
+
+def check_not_published_as_trained_on(head: Path, chosen: list[Prompt], section: str) -> bool:
+    """The same for a published head, by hash: False if its folder does not say what it was trained on."""
+    try:
+        hashes = set(json.loads((head / PUBLISHED).read_text()))
+    except FileNotFoundError:
+        return False
+    remedy = "Take them out or give other prompts (evaluate.prompts.path)."
+    _refuse(chosen, lambda p: hash_of(p.turns[0]) in hashes, section, remedy)
+    return True
+
+
+def hashes_of(folder: Path) -> list[str]:
+    """The hashes of all prompts with an answer, sorted. Raises UserError if the responses cannot be read."""
+    return sorted({hash_of(form) for form in _answered(folder)[1]})
+
+
+def hash_of(prompt: str) -> str:
+    """16 hex digits of the sha256 of a first turn's normal form, which is its own normal form."""
+    return hashlib.sha256(normal_form(prompt).encode()).hexdigest()[:16]
+
+
+def _refuse(chosen: list[Prompt], is_known: Callable[[Prompt], bool], section: str, remedy: str) -> None:
+    trained_on = [p for p in chosen if is_known(p)]
     if not trained_on:
         return
     named = ", ".join(f"{p.id} ({p.turns[0][:40]!r})" for p in trained_on[:SHOWN])
     more = " ..." if len(trained_on) > SHOWN else ""
     raise UserError(
         f"{section}: the heads were trained on {len(trained_on)} of the {len(chosen)} prompts to be evaluated on, equal"
-        f" or nearly equal: {named}{more}. Take them out or give other prompts (evaluate.prompts.path); or make the "
-        "responses anew with this config (--redo generate, then distill), which leaves the prompts of evaluate out."
+        f" or nearly equal: {named}{more}. {remedy}"
     )
 
 

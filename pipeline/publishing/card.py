@@ -38,7 +38,9 @@ FILES = """\
   model from hidden state to hidden state.
 - `custom_generate/`: the decoder, byte for byte the one that was measured.
 - `results.json`: what was measured.
-- `training_config.yaml`, `provenance.json`: what made it, with which code, versions and hardware."""
+- `training_config.yaml`, `provenance.json`: what made it, with which code, versions and hardware.
+- `trained_on.json`, where there is one: hashes of the prompts that it learned from, so that `exit-heads evaluate`
+  can refuse to measure it on them."""
 
 PROFILE = "- `speculation_profile.json`: acceptance by draft position, in the schema of NVIDIA's Model-Optimizer."
 

@@ -10,6 +10,7 @@ Takes a run, the results of its head and a folder; writes these files (build.py 
     generation_config.json    the backbone's own, with all tokens that end a text
     training_config.yaml      the config that made it, for exit-heads run --config training_config.yaml
     provenance.json           time, code, versions and hardware of each stage, and the sha256 of its inputs
+    trained_on.json           hashes of the prompts that it learned from
     speculation_profile.json  acceptance per draft position, in NVIDIA's schema
     results.json              the measurements, and the result of the gate
 """
@@ -28,6 +29,7 @@ from ..backbones.load import load_tokenizer, public_name
 from ..backbones.source import load_config
 from ..backbones.weight_files import file_of
 from ..config import Backbone
+from ..generation import leaks
 from ..runs.files import atomic_write, sha256_of
 from ..runs.folder import RunDir
 from . import pedigree, speculation_profile
@@ -47,7 +49,6 @@ def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
     head = run / "heads" / f"exit-{n}"
     shutil.copyfile(head / "model.safetensors", folder / "model.safetensors")
     write_json(folder / "config.json", config_of(json.loads((head / "config.json").read_text()), run, results))
-    shutil.copyfile(MODELING, folder / MODELING.name)
     write_code(folder)
     write_generation_config(folder, run.config.backbone)
 
@@ -112,8 +113,10 @@ def states(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_code(folder: Path) -> None:
-    """Write custom_generate/: the decoder, byte for byte what was evaluated, and requirements.txt, which transformers
-    reads before it imports the code, so that a version that is too old is reported."""
+    """Write the code that transformers loads: the model, and in custom_generate/ the decoder, byte for byte what was
+    evaluated, with requirements.txt, which transformers reads before it imports the code, so that a version that is
+    too old is reported."""
+    shutil.copyfile(MODELING, folder / MODELING.name)
     code = folder / "custom_generate"
     code.mkdir()
     for file in sorted([*CODE.glob("*.py"), CODE / "requirements.txt"]):
@@ -128,10 +131,12 @@ def write_origin(folder: Path, repo_id: str, revision: str) -> None:
 
 
 def write_pedigree(folder: Path, run: RunDir) -> None:
-    """Write training_config.yaml and provenance.json."""
+    """Write training_config.yaml, provenance.json and, while the responses are there, trained_on.json."""
     (folder / "training_config.yaml").write_text(yaml.safe_dump(pedigree.config_of(run), sort_keys=False))
     records = {"stages": pedigree.records_of(run), "responses": pedigree.responses(run)}
     write_json(folder / "provenance.json", records)
+    if (run / "responses" / "manifest.json").exists():
+        write_json(folder / leaks.PUBLISHED, leaks.hashes_of(run / "responses"))
 
 
 def write_profile(folder: Path, run: RunDir, results: dict[str, Any], rounds: pd.DataFrame, suffix: str) -> None:

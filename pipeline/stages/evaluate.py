@@ -26,7 +26,7 @@ from ..evaluation.measuring import Measured, Method, measure
 from ..evaluation.metrics import beside, best, summarise
 from ..evaluation.results import SCHEMA
 from ..generation import inspection
-from ..generation.leaks import check_not_trained_on
+from ..generation.leaks import check_not_published_as_trained_on, check_not_trained_on
 from ..generation.repetition import LOOP
 from ..inference import canary
 from ..inference.backbone import SplitBackbone
@@ -65,7 +65,7 @@ def run(run: RunDir) -> None:
         print("evaluate: done already")
         return
     chosen = evaluation_prompts(run.config)[: config.num_prompts or None]
-    _check_not_trained_on(run, chosen)
+    _check_not_trained_on(run, chosen, folders[0])
     device = device_of(run.config.machine.device)
     tokenizer = load_tokenizer(run.config.backbone)
     ends = frozenset(end_tokens(run.config.backbone, tokenizer))
@@ -184,9 +184,10 @@ def _states(path: str | None, heads: dict[int, str]) -> dict[Method, dict[str, A
     return {method: state for method, (_, state) in found.items()}
 
 
-def _check_not_trained_on(run: RunDir, chosen: list[Prompt]) -> None:
+def _check_not_trained_on(run: RunDir, chosen: list[Prompt], published: Path) -> None:
     """Raises UserError for prompts that the heads were trained on; warns where that cannot be determined."""
     head, folder = run.config.evaluate.head, run / "responses"
+    section = section_of(evaluation_settings(run.config))
     if head is None and (folder / "manifest.json").exists():
         learned = next((r for r in reversed(run.records()) if r["stage"] == "distill"), None)
         if learned and learned["inputs"]["responses/manifest.json"] != sha256_of(folder / "manifest.json"):
@@ -194,7 +195,9 @@ def _check_not_trained_on(run: RunDir, chosen: list[Prompt]) -> None:
                 f"{run.path}: the heads learned from other responses than those that are in responses/ now, so whether "
                 "they were trained on the prompts of evaluate is not known. Make them anew: --redo distill."
             )
-        check_not_trained_on(folder, chosen, section_of(evaluation_settings(run.config)))
+        check_not_trained_on(folder, chosen, section)
+        return
+    if head is not None and check_not_published_as_trained_on(published, chosen, section):
         return
     missing = f"{folder} holds no responses" if head is None else f"evaluate.head={head} brings no training prompts"
     unknown = "whether some of the prompts that are evaluated on were trained on could not be checked"

@@ -1,12 +1,14 @@
 """No prompt that the heads were trained on is evaluated on: not after a change of the config either."""
 
 import json
+import shutil
+from contextlib import nullcontext
 
 import pytest
 from helpers import make_run, plant_heads
 
 from pipeline.errors import UserError
-from pipeline.generation.leaks import check_not_trained_on
+from pipeline.generation.leaks import PUBLISHED, check_not_trained_on, hashes_of
 from pipeline.prompts.origins import origins
 from pipeline.prompts.prompt import Prompt
 from pipeline.prompts.reading import read
@@ -110,3 +112,17 @@ def test_without_responses_it_is_said_that_nothing_could_be_checked(tmp_path, ca
     head = run / "heads" / "exit-2"
     evaluate.run(make_run(tmp_path, "run.name=o", f"evaluate.head={head}", *few))
     assert f"evaluate.head={head} brings no training prompts" in capsys.readouterr().err
+
+
+def test_a_published_head_brings_hashes_of_its_prompts(trained, tmp_path) -> None:
+    """Another spelling of a prompt that it learned from is refused; others are measured."""
+    head = tmp_path / "head"
+    shutil.copytree(trained / "heads" / "exit-2", head)
+    (head / PUBLISHED).write_text(json.dumps(hashes_of(trained / "responses")))
+    answered = _of(trained, role_is_evaluate=False)[0].turns[0]
+    asked = ["evaluate.num_prompts=1", "evaluate.max_new_tokens=4", "evaluate.controllers=[fixed:2]", "run.name=o"]
+    for prompt, refused in ((f" {answered.upper()}\n", True), ("Something else", False)):
+        path = _other(trained, "asked.jsonl", [{"prompt": prompt}])
+        run = _changed(trained, *asked, f"evaluate.head={head}", f"evaluate.prompts.path={path}")
+        with pytest.raises(UserError, match="trained on 1 of the 1 prompts") if refused else nullcontext():
+            evaluate.run(run)

@@ -94,7 +94,7 @@ def test_folder_holds_the_code_byte_for_byte(run) -> None:
     assert {p.name for p in hub.iterdir()} == {
         "README.md", "acceptance-0.png", "acceptance-1.png", "config.json", "custom_generate", "generation_config.json",
         "model.safetensors", "modeling_exit_head.py", "provenance.json", "results.json", "speculation_profile.json",
-        "training_config.yaml",
+        "trained_on.json", "training_config.yaml",
     }  # fmt: skip
     names = {p.name for p in CODE.glob("*.py")} | {"requirements.txt"}
     assert {p.name for p in (hub / "custom_generate").iterdir()} == {head_folder.PUBLISHED_AS.get(n, n) for n in names}

@@ -1,0 +1,102 @@
+"""Shows what the exit head of the repository does: the same answers, plain and drafted, side by side, with their speed.
+
+Takes the file that `fetch` keeps and the folder head/ beside this module: a published head without its code, which is
+that of the installed package. Gives text on stdout; `assemble` also gives a whole published folder, which everything
+takes that takes a head.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ..config import Backbone, Chat, Config, Prompts
+from ..generation.conversation import Answered, Conversation
+from ..inference.decoding import Generation, Request, autoregressive
+from ..inference.sampling import Sampler
+from ..publishing import head_folder
+from ..runs.files import atomic_path
+from ..stages import chat
+
+HEAD = Path(__file__).with_name("head")
+QUESTIONS = Path(__file__).with_name("prompts") / "evaluate.jsonl"
+
+
+def assemble(folder: Path) -> Path:
+    """Write the published folder of the head of the repository, with the code of this package; returns its path."""
+    with atomic_path(folder) as new:
+        shutil.copytree(HEAD, new)
+        head_folder.write_code(new)
+    return folder
+
+
+def run(backbone: Path, folder: Path, *, questions: int, new_tokens: int, controller: str, screen: Console) -> bool:
+    """Answer the questions greedily, plainly and with drafts, and show both. True if all texts are identical."""
+    config = Config(
+        backbone=Backbone(name_or_path=str(backbone), dtype="float32"),
+        prompts=Prompts(chat_template="tokenizer"),
+        chat=Chat(head=str(assemble(folder)), temperature=0.0, max_new_tokens=new_tokens, controller=controller),
+    )
+    conversation = chat.begin(config, folder, chat.Screen())
+    plains: list[Generation] = []
+    drafts: list[Generation] = []
+    for question in first_of_each_task(questions):
+        pieces: list[tuple[str, str]] = []
+        conversation.reset()
+        answered = conversation.answer(question, lambda text, accepted: pieces.append((text, "green" * accepted)))
+        plain = _plainly(conversation, answered)
+        plains.append(plain)
+        drafts.append(answered.out)
+        screen.print(_side_by_side(question, conversation, plain, answered, Text.assemble(*pieces)))
+    identical = sum(plain.tokens == drafted.tokens for plain, drafted in zip(plains, drafts, strict=True))
+    screen.print(
+        f"{_speed(plains)} plain and {_speed(drafts)} drafted: {_seconds(plains) / _seconds(drafts):.2f} times as fast; "
+        f"{identical} of {len(plains)} texts identical. Green: accepted drafts.\n"
+        f"Talk to it: exit-heads chat --head {folder} --backbone {backbone}"
+    )
+    return identical == len(plains)
+
+
+def first_of_each_task(count: int) -> list[str]:
+    """Questions that the head was not trained on: one of each task in turn, in the order of their file."""
+    tasks: dict[str, list[str]] = {}
+    for line in QUESTIONS.read_text().splitlines():
+        row = json.loads(line)
+        tasks.setdefault(row["task"], []).append(row["prompt"])
+    return list(_in_turn(list(tasks.values())))[:count]
+
+
+def _in_turn(lists: list[list[str]]) -> Iterator[str]:
+    for i in range(max(map(len, lists))):
+        yield from (each[i] for each in lists if i < len(each))
+
+
+def _plainly(conversation: Conversation, answered: Answered) -> Generation:
+    """The same answer by autoregressive decoding on the same engine, which has the same fast kernels."""
+    request = Request(answered.ids, conversation.settings.max_new_tokens, conversation.ends)
+    return autoregressive(conversation.engine, request, Sampler())
+
+
+def _side_by_side(
+    question: str, conversation: Conversation, plain: Generation, answered: Answered, drafted: Text
+) -> Group:
+    text = conversation.tokenizer.decode(plain.tokens, skip_special_tokens=True)
+    table = Table(expand=True)
+    table.add_column(f"plain, {_speed([plain])}", ratio=1)
+    table.add_column(f"drafted, {_speed([answered.out])}", ratio=1)
+    table.add_row(Text(text), drafted)
+    return Group(Panel(Text(question)), table, Text(chat.figures(answered), "dim"))
+
+
+def _seconds(texts: list[Generation]) -> float:
+    """Without prefill, which is the same with drafts and without."""
+    return sum(text.seconds for text in texts)
+
+
+def _speed(texts: list[Generation]) -> str:
+    return f"{sum(len(text.tokens) for text in texts) / _seconds(texts):.1f} tokens/s"
