@@ -240,8 +240,8 @@ class Evaluate:
     top_p: float = option(1.0, "top-p of the sampling, for backbone and exit head alike; 1 = off")
     controllers: list[str] = option(
         ["thompson", "fixed:1", "fixed:2", "fixed:4", "beta"],
-        "controllers, which decide how many tokens to draft: thompson, fixed:K, confidence:T, entropy:T, beta, "
-        "calibration",
+        "how many tokens a round drafts: thompson (learns while it decodes what pays), fixed:K, confidence:T and "
+        "entropy:T (until the head is less sure than T), beta and calibration (those of the EESD paper)",
     )
     rivals: list[str] = option(
         ["generate", "generate:static", "early_exit", "assistant_model:2", "prompt_lookup"],
