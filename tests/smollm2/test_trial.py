@@ -33,7 +33,9 @@ def test_plain_and_drafted_stand_side_by_side(place, tmp_path, monkeypatch, caps
     assert said.count("plain, ") == 3 and said.count("drafted, ") == 3
     assert (whole / "model.safetensors").read_bytes() == (head / "model.safetensors").read_bytes()
     published = {path.name for path in (whole / "custom_generate").iterdir()}
-    assert {"generate.py", "decoding.py", "requirements.txt"} <= published and (whole / head_folder.MODELING.name).exists()
+    assert {"generate.py", "decoding.py", "requirements.txt"} <= published and (
+        whole / head_folder.MODELING.name
+    ).exists()
 
 
 def test_questions_are_of_every_task_and_in_turn() -> None:
@@ -41,4 +43,3 @@ def test_questions_are_of_every_task_and_in_turn() -> None:
     rows = [json.loads(line) for line in trial.QUESTIONS.read_text().splitlines()]
     tasks = [next(row["task"] for row in rows if row["prompt"] == question) for question in asked]
     assert len(set(asked)) == 8 and len(set(tasks[:6])) == 6 and tasks[6:] == tasks[:2]
-
