@@ -46,17 +46,16 @@ def run(backbone: Path, folder: Path, *, questions: int, new_tokens: int, contro
     plains: list[Generation] = []
     drafts: list[Generation] = []
     for question in first_of_each_task(questions):
-        pieces: list[tuple[str, str]] = []
-        conversation.reset()
-        answered = conversation.answer(question, lambda text, accepted: pieces.append((text, "green" * accepted)))
+        answered, coloured = _drafted(conversation, question)
         plain = _plainly(conversation, answered)
         plains.append(plain)
         drafts.append(answered.out)
-        screen.print(_side_by_side(question, conversation, plain, answered, Text.assemble(*pieces)))
+        screen.print(_side_by_side(question, conversation, plain, answered, coloured))
     identical = sum(plain.tokens == drafted.tokens for plain, drafted in zip(plains, drafts, strict=True))
+    times = _seconds(plains) / _seconds(drafts)
     screen.print(
-        f"{_speed(plains)} plain and {_speed(drafts)} drafted: {_seconds(plains) / _seconds(drafts):.2f} times as fast; "
-        f"{identical} of {len(plains)} texts identical. Green: accepted drafts.\n"
+        f"{_speed(plains)} plain and {_speed(drafts)} drafted: {times:.2f} times as fast; {identical} of "
+        f"{len(plains)} texts identical. Green: accepted drafts.\n"
         f"Talk to it: exit-heads chat --head {folder} --backbone {backbone}"
     )
     return identical == len(plains)
@@ -74,6 +73,17 @@ def first_of_each_task(count: int) -> list[str]:
 def _in_turn(lists: list[list[str]]) -> Iterator[str]:
     for i in range(max(map(len, lists))):
         yield from (each[i] for each in lists if i < len(each))
+
+
+def _drafted(conversation: Conversation, question: str) -> tuple[Answered, Text]:
+    """The answer, and its text with accepted drafts in green."""
+    text = Text()
+    conversation.reset()
+
+    def show(piece: str, accepted: bool) -> None:
+        text.append(piece, "green" if accepted else None)
+
+    return conversation.answer(question, show), text
 
 
 def _plainly(conversation: Conversation, answered: Answered) -> Generation:
