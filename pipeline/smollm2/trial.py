@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ..config import Backbone, Chat, Config, Prompts
+from ..config import load
 from ..generation.conversation import Answered, Conversation
 from ..inference.decoding import Generation, Request, autoregressive
 from ..inference.sampling import Sampler
@@ -37,11 +37,17 @@ def assemble(folder: Path) -> Path:
 
 def run(backbone: Path, folder: Path, *, questions: int, new_tokens: int, controller: str, screen: Console) -> bool:
     """Answer the questions greedily, plainly and with drafts, and show both. True if all texts are identical."""
-    config = Config(
-        backbone=Backbone(name_or_path=str(backbone), dtype="float32"),
-        prompts=Prompts(chat_template="tokenizer"),
-        chat=Chat(head=str(assemble(folder)), temperature=0.0, max_new_tokens=new_tokens, controller=controller),
-    )
+    settings = {
+        "backbone": {"name_or_path": str(backbone), "gguf_dir": str(backbone.parent), "dtype": "float32"},
+        "prompts": {"chat_template": "tokenizer"},
+        "chat": {
+            "head": str(assemble(folder)),
+            "max_new_tokens": new_tokens,
+            "temperature": 0.0,
+            "controller": controller,
+        },
+    }
+    config = load(None, [], settings)
     conversation = chat.begin(config, folder, chat.Screen())
     plains: list[Generation] = []
     drafts: list[Generation] = []
