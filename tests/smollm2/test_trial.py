@@ -7,6 +7,10 @@ import pytest
 from helpers import make_run, plant_heads
 from rich.console import Console
 
+from pipeline.errors import UserError
+from pipeline.generation.leaks import check_not_published_as_trained_on
+from pipeline.inference.exit_head import ExitHead
+from pipeline.prompts.prompt import Prompt
 from pipeline.publishing import head_folder
 from pipeline.smollm2 import trial
 
@@ -36,6 +40,17 @@ def test_plain_and_drafted_stand_side_by_side(place, tmp_path, monkeypatch, caps
     assert {"generate.py", "decoding.py", "requirements.txt"} <= published and (
         whole / head_folder.MODELING.name
     ).exists()
+
+
+def test_the_repositorys_head_is_whole_and_has_seen_no_evaluation_prompt() -> None:
+    head = ExitHead.load(trial.HEAD)
+    assert head.exit_layer == 2 and head.num_layers == 30 and head.draft_ids_W is not None
+    assert sum(path.stat().st_size for path in trial.HEAD.rglob("*")) < 10 << 20
+    asked = [Prompt("p", (json.loads(line)["prompt"],), "") for line in trial.QUESTIONS.read_text().splitlines()]
+    assert len(asked) >= 40 and check_not_published_as_trained_on(trial.HEAD, asked, "evaluate.prompts")
+    learned = [json.loads(line)["prompt"] for line in trial.QUESTIONS.with_name("train.jsonl").read_text().splitlines()]
+    with pytest.raises(UserError, match="trained on 1 of the 1"):
+        check_not_published_as_trained_on(trial.HEAD, [Prompt("p", (learned[0],), "")], "evaluate.prompts")
 
 
 def test_questions_are_of_every_task_and_in_turn() -> None:
