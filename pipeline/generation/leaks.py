@@ -36,24 +36,27 @@ def check_not_trained_on(folder: Path, chosen: list[Prompt], section: str) -> No
 
 
 def check_not_published_as_trained_on(head: Path, chosen: list[Prompt], section: str) -> bool:
-    """The same for a published head, by hash: False if its folder does not say what it was trained on."""
+    """The same for a published head, by hash: False if its folder does not say what it was trained on. Raises
+    UserError for a damaged list too."""
     try:
         hashes = set(json.loads((head / PUBLISHED).read_text()))
     except FileNotFoundError:
         return False
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{head / PUBLISHED}: not the hashes of prompts that a published head has ({error})") from None
     remedy = "Take them out or give other prompts (evaluate.prompts.path)."
-    _refuse(chosen, lambda p: hash_of(p.turns[0]) in hashes, section, remedy)
+    _refuse(chosen, lambda p: _hash(normal_form(p.turns[0])) in hashes, section, remedy)
     return True
 
 
 def hashes_of(folder: Path) -> list[str]:
     """The hashes of all prompts with an answer, sorted. Raises UserError if the responses cannot be read."""
-    return sorted({hash_of(form) for form in _answered(folder)[1]})
+    return sorted(map(_hash, _answered(folder)[1]))
 
 
-def hash_of(prompt: str) -> str:
-    """16 hex digits of the sha256 of a first turn's normal form, which is its own normal form."""
-    return hashlib.sha256(normal_form(prompt).encode()).hexdigest()[:16]
+def _hash(form: str) -> str:
+    """16 hex digits of the sha256 of a normal form."""
+    return hashlib.sha256(form.encode()).hexdigest()[:16]
 
 
 def _refuse(chosen: list[Prompt], is_known: Callable[[Prompt], bool], section: str, remedy: str) -> None:

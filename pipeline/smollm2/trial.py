@@ -7,7 +7,7 @@ takes that takes a head.
 
 import json
 import shutil
-from collections.abc import Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -24,6 +24,8 @@ from ..runs.files import atomic_path
 from ..stages import chat
 
 HEAD = Path(__file__).with_name("head")
+FOLDER = Path("runs/smollm2-135m-head")
+"""Where `try` assembles it, from the root of the repository."""
 QUESTIONS = Path(__file__).with_name("prompts") / "evaluate.jsonl"
 
 
@@ -73,12 +75,8 @@ def first_of_each_task(count: int) -> list[str]:
     for line in QUESTIONS.read_text().splitlines():
         row = json.loads(line)
         tasks.setdefault(row["task"], []).append(row["prompt"])
-    return list(_in_turn(list(tasks.values())))[:count]
-
-
-def _in_turn(lists: list[list[str]]) -> Iterator[str]:
-    for i in range(max(map(len, lists))):
-        yield from (each[i] for each in lists if i < len(each))
+    in_turn = chain.from_iterable(zip_longest(*tasks.values()))
+    return [question for question in in_turn if question][:count]
 
 
 def _drafted(conversation: Conversation, question: str) -> tuple[Answered, Text]:
@@ -93,7 +91,8 @@ def _drafted(conversation: Conversation, question: str) -> tuple[Answered, Text]
 
 
 def _plainly(conversation: Conversation, answered: Answered) -> Generation:
-    """The same answer by autoregressive decoding on the same engine, which has the same fast kernels."""
+    """The same question by autoregressive decoding on the same engine, which has the same fast kernels; unlike
+    `Conversation.compare`, which decodes a text that is there, it chooses every token anew."""
     request = Request(answered.ids, conversation.settings.max_new_tokens, conversation.ends)
     return autoregressive(conversation.engine, request, Sampler())
 

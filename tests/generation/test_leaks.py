@@ -126,3 +126,6 @@ def test_a_published_head_brings_hashes_of_its_prompts(trained, tmp_path) -> Non
         run = _changed(trained, *asked, f"evaluate.head={head}", f"evaluate.prompts.path={path}")
         with pytest.raises(UserError, match="trained on 1 of the 1 prompts") if refused else nullcontext():
             evaluate.run(run)
+    (head / PUBLISHED).write_text("[1, ")
+    with pytest.raises(UserError, match="not the hashes of prompts"):
+        evaluate.run(_changed(trained, *asked[:-1], "run.name=damaged", f"evaluate.head={head}"))
