@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from wandb_records import lines, rows, segments
 from pipeline.config import load
 from pipeline.runs.folder import RunDir
 from pipeline.runs.tracking import Tracker
+from pipeline.runs.wandb_resume import steps_in
 
 KILLED = """
 import os, signal, sys, time
@@ -61,12 +63,21 @@ def test_what_a_killed_start_logged_in_vain_is_logged_once_more(words: list[str]
 
 
 def logged(run: RunDir, after: int, *steps: int) -> None:
-    """One start, from the checkpoint of step `after`."""
+    """One start, from the checkpoint of step `after`; returns when W&B's file has every step.
+
+    W&B's own process writes, and on a loaded machine it may still do so after `finish` has returned.
+    """
+    known = {*(run / "wandb").rglob("run-*.wandb")}
     tracker = Tracker(run, True)
     tracker.start(after)
     for step in steps:
         tracker.log(step, {"loss": float(step)})
     tracker.finish()
+    (file,) = {*(run / "wandb").rglob("run-*.wandb")} - known
+    deadline = time.monotonic() + 60
+    while steps[-1] not in steps_in(file):
+        assert time.monotonic() < deadline, f"W&B did not write step {steps[-1]} to {file}"
+        time.sleep(0.05)
 
 
 def test_a_file_that_w_and_b_cannot_read_stops_nothing(words: list[str], capsys: pytest.CaptureFixture) -> None:
