@@ -35,6 +35,12 @@ VERBS = {
         "killed, the same command goes on with what is missing. With distill.teacher=online it does nothing.",
         ["run", "machine", "backbone", "distill"],
     ),
+    "pilot": (
+        "Choose the exit layer N, for distill.exit_layers=auto: train short heads at several N and measure them.",
+        "Writes pilot/ and pilot/choice.json, whose N distill, evaluate and publish then take. It takes minutes, and "
+        "trains on the cache (distill.teacher=cached). With exit layers given it does nothing.",
+        ["seed", "run", "machine", "backbone", "distill", "evaluate"],
+    ),
     "distill": (
         "Train one exit head for each exit layer N on the responses; the backbone stays frozen.",
         "Writes heads/exit-<N>/ and metrics.jsonl. If it is killed, the same command goes on from the last checkpoint.",
@@ -55,8 +61,8 @@ VERBS = {
     ),
     "run": (
         "Run every stage except plan in order, skipping finished ones.",
-        "The stages are generate, cache (with distill.teacher=cached), distill, evaluate and publish. It ends with "
-        "the table of results and the line of Python that uses the head.",
+        "The stages are generate, cache (with distill.teacher=cached), pilot (with distill.exit_layers=auto), distill, "
+        "evaluate and publish. It ends with the table of results and the line of Python that uses the head.",
         ["seed", "run", "machine", "backbone", "prompts", "generate", "distill", "evaluate", "publish", "wandb"],
     ),
     "chat": (
@@ -247,6 +253,10 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
     refusal = None
     try:
         for name, stage in stages.items():
+            if name == "pilot":
+                _train_pilot(run)
+            elif name not in ("generate", "cache"):
+                run = _stage("pilot").chosen(run)
             with run.at(name):
                 (stage.run_draft if name == "draft" else stage.run)(run)
     except GateError as error:  # of the last stage: everything was measured, and the table shows it
@@ -257,6 +267,12 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
         closing_table(run, published=None if verb == "evaluate" else refusal is None)
     if refusal is not None:
         raise refusal
+
+
+def _train_pilot(run: RunDir) -> None:
+    """Train the heads among which the stage pilot chooses, unless the exit layers are given or chosen."""
+    if candidates := _stage("pilot").prepare(run):
+        _stage("distill").run(candidates)
 
 
 def _check_several(verb: str, redo: str | None, by: Launched) -> None:
@@ -276,8 +292,10 @@ def _check_several(verb: str, redo: str | None, by: Launched) -> None:
 
 
 def stages_of(config: Config) -> tuple[str, ...]:
-    """The stages of the verb `run`; `cache` is one of them only with distill.teacher=cached."""
-    return tuple(name for name in STAGES if name != "cache" or config.distill.teacher == "cached")
+    """The stages of the verb `run`; `cache` is one of them only with distill.teacher=cached, and `pilot` only with
+    distill.exit_layers=auto."""
+    left_out = {"cache": config.distill.teacher != "cached", "pilot": bool(config.distill.exit_layers)}
+    return tuple(name for name in STAGES if not left_out.get(name, False))
 
 
 def show_config(config: Config, keys: list[str]) -> None:

@@ -184,7 +184,7 @@ class Generate:
 @dataclass
 class Distill:
     exit_layers: list[int] = option(
-        [2], "exit layers N, 1 <= N < L of a backbone with L layers; one head is trained for each"
+        [2], "exit layers N, 1 <= N < L, with a head for each; auto (an empty list): `exit-heads pilot` chooses one"
     )
     teacher: str = option(
         "online",

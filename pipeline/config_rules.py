@@ -121,8 +121,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     "machine.server_api": _one_of("auto", "completions", "chat"),
     "machine.server_timeout": _ABOVE_ZERO,
     "distill.exit_layers": (
-        (lambda ns: bool(ns) and min(ns) >= 1 and _differ(ns)),
-        "one or more different exit layers, each N >= 1, such as [2]",
+        (lambda ns: not ns or (min(ns) >= 1 and _differ(ns))),
+        "auto, or one or more different exit layers, each N >= 1, such as [2]",
     ),
     "machine.shard_degree": _NOT_NEGATIVE,
     "machine.timeout": _ABOVE_ZERO,
@@ -198,6 +198,11 @@ def check(config: Any) -> None:
         )
     if config.publish.target == "hub" and config.publish.repo_id is None:
         raise UserError("publish.target=hub: publish.repo_id=null; name the repo, as publish.repo_id=org/name")
+    if not config.distill.exit_layers and config.distill.teacher != "cached":
+        raise UserError(
+            f"distill.exit_layers=auto: distill.teacher={config.distill.teacher}; give distill.teacher=cached, as the "
+            "pilot trains on the cache, or name the exit layers, such as distill.exit_layers=[2]"
+        )
     _check_prompts("prompts", config.prompts)
     _check_prompts("evaluate.prompts", config.evaluate.prompts)
 

@@ -16,6 +16,8 @@ from .errors import UserError
 
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NULLS = ("", "~", "null", "Null", "NULL")
+AUTO = "auto"
+"""In place of a list of whole numbers: the empty list, for which the pipeline chooses."""
 TAGS = ("str", "int", "float", "bool", "null", "timestamp", "value")
 """The YAML types of a scalar, by the ends of their names."""
 
@@ -129,6 +131,8 @@ def typed(value: Any, kind: Any) -> Any:
         return [typed(entry, entry_kind) for entry in value]
     if not isinstance(value, Scalar):
         return value  # of an explicit tag, such as !!binary
+    if kind == list[int] and value == AUTO:
+        return []
     choices = _choices(kind)
     if value.is_null and (value == "" or type(None) in choices or str not in (kind, *choices)):
         return None

@@ -3,8 +3,9 @@
 #SBATCH --time=00:15:00
 #SBATCH --output=exit-heads-%j.log
 #
-# The whole pipeline as Slurm jobs: generate (an array of jobs), cache (an array, only with distill.teacher=cached),
-# distill (over several nodes), evaluate, publish. Each job waits for the one before it. docs/cluster.md says more.
+# The whole pipeline as Slurm jobs: generate (an array of jobs), cache (an array, only with distill.teacher=cached), pilot
+# (only with distill.exit_layers=auto), distill (over several nodes), evaluate, publish. Each job waits for the one before
+# it. docs/cluster.md says more.
 #
 #   sbatch slurm/distill.sh --config configs/pocket.yaml key=value ...   a small job submits the others
 #   bash   slurm/distill.sh --config configs/pocket.yaml key=value ...   submits them from here; without Slurm, runs all
@@ -29,6 +30,7 @@ one_gpu=${EH_GPUS:+${EH_GPUS%"${EH_GPUS##*:}"}1}
 : "${EH_GENERATE_GPUS=$one_gpu}" # GPUs per task; more with machine.device_map=auto: exit-heads plan says how many
 : "${EH_EVALUATE_GPUS=$one_gpu}" # GPUs; likewise
 : "${EH_CACHE_GPUS=$EH_EVALUATE_GPUS}" # GPUs per task
+: "${EH_PILOT_GPUS=$EH_EVALUATE_GPUS}" # GPUs; only with distill.exit_layers=auto
 : "${EH_PUBLISH_GPUS=$EH_EVALUATE_GPUS}" # publish needs GPUs too: it tries the folder on the backbone
 : "${EH_PROCESSES=}"     # processes per node of distill; default: one per GPU, without GPUs machine.processes_per_node
 : "${EH_CPUS=4}"         # stage; CPUs per process
@@ -150,7 +152,7 @@ submit() {
     local name after='' id flags ids=() lines=()
     for name in "${stages[@]}"; do
         # singleton: never beside a job of the same run and stage that is still in the queue
-        case $name in distill | evaluate | publish) after+=,singleton ;; esac
+        case $name in pilot | distill | evaluate | publish) after+=,singleton ;; esac
         flags_of "$name" "$after"
         if [ -n "$dry" ]; then
             printf '%q ' sbatch "${flags[@]}" "$0" --stage "$name" "$folder" "${words[@]}"
@@ -200,11 +202,13 @@ main() {
     done
     # A mistake in the config is found here, and not by a job after it has waited in the queue.
     values=$(exit_heads run "${words[@]}" --show-config run.dir run.name machine.nodes machine.processes_per_node \
-        machine.device distill.teacher) || exit $?
+        machine.device distill.teacher distill.exit_layers) || exit $?
     mapfile -t values <<<"$values"
     run_name=${values[1]} folder=${values[0]}/${values[1]} logs=${values[0]}/${values[1]}/logs
-    stages=(generate cache distill evaluate publish)
-    [ "${values[5]}" = cached ] || stages=(generate distill evaluate publish)
+    stages=(generate)
+    [ "${values[5]}" != cached ] || stages+=(cache)
+    [ "${values[6]}" != "[]" ] || stages+=(pilot) # distill.exit_layers=auto
+    stages+=(distill evaluate publish)
     if [ -n "$here" ] || { [ -z "$dry" ] && ! command -v sbatch >/dev/null; }; then
         run_here
         return

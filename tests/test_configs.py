@@ -118,7 +118,7 @@ WRONG = [
     (["distill.draft_vocabulary=8k"], ["distill.draft_vocabulary=8k", "auto, 0"]),
     (["distill.exit_layers=[0]"], ["distill.exit_layers", "N >= 1"]),
     (["distill.exit_layers=[2,-1]"], ["distill.exit_layers", "N >= 1"]),
-    (["distill.exit_layers=[]"], ["distill.exit_layers", "one or more"]),
+    (["distill.exit_layers=auto"], ["distill.exit_layers=auto", "distill.teacher=cached"]),
     (["distill.exit_layers=[2,2]"], ["distill.exit_layers", "different"]),
     (["distill.exit_layers=2"], ["distill.exit_layers"]),
     (["distill.held_out=0"], ["distill.held_out"]),

@@ -42,7 +42,10 @@ def made(run: Path) -> dict[str, object]:
 
 
 def test_run_makes_everything_and_then_nothing(tmp_path, capsys) -> None:
-    run = make_run(tmp_path, "publish.min_speedup=0", "distill.teacher=cached")
+    run = make_run(
+        tmp_path, "publish.min_speedup=0", "distill.teacher=cached", "distill.exit_layers=auto",
+        "generate.num_prompts=24", "distill.held_out=0.3",
+    )  # fmt: skip
     words = ["run", "--config", str(config_file(run, tmp_path))]
     assert main(words) == 0
     out = capsys.readouterr().out

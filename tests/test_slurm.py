@@ -23,7 +23,8 @@ from pipeline.runs import folder as rundir
 from pipeline.runs.folder import RunDir
 from pipeline.stages.plan import make
 
-STAGES = tuple(name for name in rundir.STAGES if name != "cache")
+STAGES = tuple(name for name in rundir.STAGES if name not in ("cache", "pilot"))
+CACHED = ("generate", "cache", "distill", "evaluate", "publish")
 """Of a teacher that is online."""
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,7 +83,15 @@ def test_the_chain_that_would_be_submitted(tmp_path: Path) -> None:
 
 def test_a_cached_teacher_has_a_stage_of_its_own(tmp_path: Path) -> None:
     stages = [flags(command)[""][1] for command in dry(tmp_path, "distill.teacher=cached")]
-    assert stages == ["generate", "cache", "distill", "evaluate", "publish"]
+    assert stages == [*CACHED]
+
+
+def test_the_pilot_has_a_stage_of_its_own(tmp_path: Path) -> None:
+    commands = [*map(flags, dry(tmp_path, "distill.teacher=cached", "distill.exit_layers=auto", EH_PILOT_GPUS="2"))]
+    assert [command[""][1] for command in commands] == ["generate", "cache", "pilot", "distill", "evaluate", "publish"]
+    pilot, distill = commands[2:4]
+    assert pilot["dependency"] == "afterok:<job of cache>,singleton" and pilot["gpus-per-node"] == "2"
+    assert distill["dependency"] == "afterok:<job of pilot>,singleton"
 
 
 def test_knobs_reach_the_stages_they_are_for(tmp_path: Path) -> None:
@@ -290,11 +299,11 @@ class TestTiny:
         run, words = tiny
         words = [*words, "distill.teacher=cached"]
         chain = Chain(cluster, tmp_path, *words, EH_ARRAY="2", EH_NODES="2", EH_GPUS="h100:1")
-        assert list(chain.jobs) == list(rundir.STAGES)
+        assert list(chain.jobs) == [*CACHED]
         for stage, before in (("cache", "generate"), ("distill", "cache")):
             assert cluster.job(chain[stage])["Dependency"] == f"afterok:{chain[before]}_*(unfulfilled)"
         assert cluster.job(chain["publish"])["Dependency"].startswith(f"afterok:{chain['evaluate']}(")
-        assert chain.states() == {stage: {"COMPLETED"} for stage in rundir.STAGES}, chain.log("distill")
+        assert chain.states() == {stage: {"COMPLETED"} for stage in CACHED}, chain.log("distill")
         for stage in ("generate", "cache"):
             assert sorted(task["ArrayTaskId"] for task in cluster.tasks(chain[stage])) == ["0", "1"]
         distill = cluster.job(chain["distill"])

@@ -23,12 +23,21 @@ ROUND = 0.05
 measured 0.01 for the pocket backbone on a CPU, and it can be several times 0.05 for a small backbone on a fast GPU."""
 TARGETS = (1.0, 1.3)
 """Speedups for which the needed acceptance rate is computed."""
-
-
+CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Exit layers that distill.exit_layers=auto tries."""
 SIZES = tuple(4096 * 2**i for i in range(8))
 """Sizes W from which distill.draft_vocabulary=auto chooses, besides the whole vocabulary."""
 USUAL_RATE = 0.6
 """Acceptance rate for that choice, if every token can be drafted."""
+
+
+def candidates(layers: int) -> list[int]:
+    """The exit layers among which distill.exit_layers=auto chooses for a backbone of so many layers.
+
+    None lies beyond a third of them: even if every draft were accepted, 3 shallow layers in 10 for each of 4 drafts
+    leave little to gain.
+    """
+    return [n for n in CANDIDATES if n <= layers // 3] or [1]
 
 
 @dataclass(frozen=True)

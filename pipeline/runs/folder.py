@@ -7,7 +7,7 @@ the mark and the stage's files.
     runs/<name>/
       config.yaml  run.json             the newest resolved config; one provenance record per stage run
       stages/<stage>.json               begun or done, of which config and inputs
-      responses/  cache/  heads/  checkpoints/  eval/  report/  hub/  metrics.jsonl  logs/  wandb/
+      responses/  cache/  pilot/  heads/  checkpoints/  eval/  report/  hub/  metrics.jsonl  logs/  wandb/
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from .files import TEMPORARY, atomic_write, remove, sha256_of, who
 from .presence import Presence
 from .provenance import provenance
 
-STAGES = ("generate", "cache", "distill", "evaluate", "publish")
+STAGES = ("generate", "cache", "pilot", "distill", "evaluate", "publish")
 SHARED = ("generate", "cache")
 """Stages that any number of processes may work on together."""
 
@@ -39,6 +39,7 @@ SUBTREES = {
         "backbone",
         *(f"distill.{key}" for key in ("sequence_length", "truncated", "repeated_share", "held_out")),
     ),
+    "pilot": ("seed", "backbone", "distill", "evaluate.temperatures"),
     "distill": ("seed", "backbone", "distill"),
     "evaluate": ("seed", "backbone", "prompts", "evaluate"),
     "publish": ("backbone", "publish"),
@@ -57,6 +58,7 @@ NUMBERS = ("[0-9]", "[0-9][0-9]", "[0-9][0-9][0-9]")
 OUTPUTS = {
     "generate": ("responses",),
     "cache": ("cache",),
+    "pilot": ("pilot",),
     "distill": ("heads", "checkpoints", "metrics.jsonl", "wandb"),
     "evaluate": ("eval", "report"),
     "publish": (*(f"hub/{n}" for n in NUMBERS), "stages/push.json"),

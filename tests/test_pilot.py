@@ -1,0 +1,107 @@
+"""distill.exit_layers=auto: the pilot's choice, and what the later stages make of it."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from helpers import make_run
+
+from pipeline.cli import main
+from pipeline.config import load
+from pipeline.errors import UserError
+from pipeline.planning.gain import candidates
+from pipeline.runs.folder import RunDir
+from pipeline.stages import cache, distill, generate, pilot
+
+AUTO = ["distill.teacher=cached", "distill.exit_layers=auto", "distill.held_out=0.3", "generate.num_prompts=24"]
+
+
+@pytest.fixture(autouse=True)
+def two_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny backbone has 4 layers, a third of which leave one candidate."""
+    for module in (pilot, cache):
+        monkeypatch.setattr(module, "candidates", lambda layers: [1, 2])
+
+
+def test_candidates_are_the_first_third_of_the_layers() -> None:
+    assert candidates(2) == candidates(4) == [1]
+    assert candidates(30) == [1, 2, 3, 4, 6, 8] and candidates(80) == [1, 2, 3, 4, 6, 8, 12, 16]
+
+
+def test_the_exit_layer_of_the_largest_predicted_speedup_is_trained(tmp_path: Path, capsys) -> None:
+    run = make_run(tmp_path, *AUTO)
+    generate.run(run)
+    cache.run(run)
+    assert json.loads((run / "cache" / "manifest.json").read_text())["exit_layers"] == [1, 2]
+    with pytest.raises(UserError, match="exit-heads pilot"):
+        distill.run(pilot.chosen(run))
+    distill.run(pilot.prepare(run))
+    heads = sorted(path.name for path in (run / "pilot" / "heads").iterdir())
+    assert heads == ["exit-1", "exit-2"] and not (run / "heads").exists()
+    pilot.run(run)
+    found = json.loads((run / "pilot" / "choice.json").read_text())
+    predicted = {row["exit_layer"]: row["predicted"] for row in found["candidates"]}
+    assert found["exit_layer"] == max(predicted, key=predicted.get) and predicted.keys() == {1, 2}
+    out = capsys.readouterr().out
+    assert f"exit layer {found['exit_layer']} is predicted to pay most" in out and "<- chosen" in out
+    assert next(r for r in run.records() if r["stage"] == "pilot")["exit_layer"] == found["exit_layer"]
+
+    (run / "pilot" / "choice.json").write_text(json.dumps(found | {"exit_layer": 1}))  # either may have won
+    assert pilot.chosen(run).config.distill.exit_layers == [1]
+    distill.run(pilot.chosen(run))
+    assert [path.name for path in (run / "heads").iterdir()] == ["exit-1"]
+    assert pilot.prepare(run) is None
+    pilot.run(run)
+    assert "pilot: done already: exit layer 1" in capsys.readouterr().out
+    run.redo("pilot")
+    assert not (run / "pilot").exists() and (run / "cache" / "manifest.json").exists(), "its links were removed alone"
+    assert list((run / "responses").glob("*.parquet"))
+
+
+def test_the_prompts_are_those_of_the_held_out_responses(tmp_path: Path) -> None:
+    run = make_run(tmp_path, *AUTO)
+    generate.run(run)
+    answers = pd.concat(map(pd.read_parquet, sorted((run / "responses").glob("shard-*.parquet"))))
+    known = {tuple(ids) for ids in answers.prompt_ids}
+    found = [tuple(ids) for _, ids in pilot._held_out(run)]
+    assert pilot.FEWEST <= len(found) <= pilot.PROMPTS and len(set(found)) == len(found) and set(found) <= known
+
+
+def test_too_few_held_out_responses(tmp_path: Path) -> None:
+    run = make_run(tmp_path, *AUTO, "generate.num_prompts=8")
+    generate.run(run)
+    with pytest.raises(UserError, match=r"exit_layers=auto: [0-3] held-out responses are too few.*num_prompts"):
+        pilot._held_out(run)
+
+
+def test_exit_layers_that_are_given_need_no_pilot(tmp_path: Path, capsys) -> None:
+    run = make_run(tmp_path)
+    assert pilot.prepare(run) is None
+    pilot.run(run)
+    assert "[2] is given" in capsys.readouterr().out and pilot.chosen(run) is run and not (run / "pilot").exists()
+
+
+def test_auto_is_written_as_a_word_or_in_yaml_and_needs_the_cache(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("distill: {exit_layers: auto, teacher: cached}\n")
+    assert load(file, []).distill.exit_layers == [] == load(None, AUTO).distill.exit_layers
+    assert main(["run", f"run.dir={tmp_path / 'runs'}", "distill.exit_layers=auto"]) == 2
+    assert "distill.teacher=online; give distill.teacher=cached" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_process_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="the pilot takes one"):
+        pilot.check(make_run(tmp_path, *AUTO).config)
+
+
+def test_a_choice_is_read_from_the_folder_of_the_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path, *AUTO)
+    assert pilot.chosen(run).config.distill.exit_layers == []
+    (run / "pilot").mkdir()
+    (run / "pilot" / "choice.json").write_text('{"exit_layer": 3}')
+    again = RunDir(run.config)
+    assert pilot.chosen(again).config.distill.exit_layers == [3] and again.config.distill.exit_layers == []
