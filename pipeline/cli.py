@@ -175,6 +175,12 @@ def build_parser() -> argparse.ArgumentParser:
                 "--head", dest="asked", action="append", type="evaluate.head={}".format,
                 help="published head to measure: org/name, org/name@revision or a folder",
             )  # fmt: skip
+        if verb in ("evaluate", "chat"):
+            sub.add_argument(
+                "--allow-other-backbone", dest="asked", action="append_const",
+                const=f"{verb}.allow_other_backbone=true",
+                help=f"take a head of another version of this backbone (the same as {verb}.allow_other_backbone=true)",
+            )  # fmt: skip
         if verb == "chat":
             options = {name: (f"chat.{name.replace('-', '_')}", text) for name, text in CHOICES.items()}
             options["backbone"] = "backbone.name_or_path", "pocket, a Hub id, or a checkpoint folder"

@@ -38,7 +38,8 @@ ARROWS: dict[str, set[str]] = {
     "smollm2": {"stages", "publishing", "generation", "inference", "runs", "config", "errors"},
     "runs": FOUNDATION,
     "config_help": {"config", "config_paths"},
-    "config": {"config_paths", "config_rules", "config_words", "errors"},
+    "config": {"config_paths", "config_rules", "config_sections", "config_words", "errors"},
+    "config_sections": {"errors"},
     "config_paths": {"errors"},
     "config_rules": {"errors"},
     "config_words": {"errors"},
@@ -51,7 +52,8 @@ VERBS = {path.stem for path in (PACKAGE / "stages").glob("*.py")} - {"__init__"}
 
 # `exit-heads --help` and a mistyped key must answer at once: no import at the top of these that takes seconds.
 QUICK_TO_IMPORT = [PACKAGE / f"{name}.py" for name in (
-    "__init__", "__main__", "cli", "config", "config_help", "config_paths", "config_rules", "config_words", "errors",
+    "__init__", "__main__", "cli", "config", "config_help", "config_paths", "config_rules",
+    "config_sections", "config_words", "errors",
     "launchers", "runs/folder", "runs/files", "runs/provenance"
 )]  # fmt: skip
 HEAVY = {"torch", "transformers", "lightning", "datasets", "accelerate", "wandb", "matplotlib", "pandas", "pyarrow"}

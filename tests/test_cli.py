@@ -208,9 +208,7 @@ def test_a_run_shows_its_table_before_it_says_what_the_gate_refused(capsys, tmp_
     def refuse(folder: RunDir) -> None:
         raise GateError("too slow")
 
-    monkeypatch.setattr(
-        cli, "_stage", lambda name: stub(refuse) if name == "publish" else small_stage(name)
-    )
+    monkeypatch.setattr(cli, "_stage", lambda name: stub(refuse) if name == "publish" else small_stage(name))
     for verb, table in (("run", "table of a refused head\n"), ("publish", "")):
         assert call([verb, f"run.dir={tmp_path}"]) == 3
         assert capsys.readouterr() == (table, f"exit-heads {verb}: too slow\n")

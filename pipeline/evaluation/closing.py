@@ -34,6 +34,8 @@ def closing_table(run: RunDir, published: bool | None = True) -> None:
                 table.add_row(*row, style="bold green" if chosen else None)
         console.print(table)
     console.print(f"lossless = {report.lossless_line(results)}")
+    for _, text in report.foreign(results):
+        console.print(text)
     console.print(
         f"best: exit layer {best['exit_layer']}, controller {best['controller']}, temperature {best['temperature']:g}: "
         f"{evaluated.headline(best)}, acceptance length {best['acceptance_length']:.2f}; {evaluated.basis(best)}"

@@ -75,6 +75,7 @@ def blocks(results: dict[str, Any]) -> list[Block]:
     page: list[Block] = [
         ("h1", f"{results['backbone']['name']}: exit heads measured"),
         verdict(results),
+        *foreign(results),
         ("p", _why(results)),
         *_elsewhere(results),
         ("p", f"Lossless: {lossless_line(results)}."),
@@ -105,6 +106,21 @@ def blocks(results: dict[str, Any]) -> list[Block]:
     if any(c.get("learned") for h in results["heads"] for c in h["controllers"].values()):
         page += _images(results, "learned", "what thompson learned: mean acceptance by confidence of the head")
     return page + _losslessness(results) + _responses(results)
+
+
+def foreign(results: dict[str, Any]) -> list[Block]:
+    """Says that the head was trained for another backbone (evaluate.allow_other_backbone)."""
+    if "trained_for" not in results:
+        return []
+    of, name = results["trained_for"], results["backbone"]["name"]
+    return [
+        (
+            "p",
+            f"{results['published_head']} was trained for {of['name']} (fingerprint {of['fingerprint'][:12]}) and "
+            f"drafts here for {name}, because of allow_other_backbone: the texts are those of {name}, and acceptance "
+            "and speedup hold for this pair alone.",
+        )
+    ]
 
 
 def _images(results: dict[str, Any], kind: str, caption: str) -> list[Block]:

@@ -47,12 +47,16 @@ def generate(
     controller: str | Controller | None = None,
     revision: str | None = None,
     cuda_graphs: bool = False,
+    allow_other_backbone: bool = False,
     **kwargs,
 ):
     """`model.generate` with self-speculative decoding; returns ids [B, T] as plain `generate` does.
 
     A controller given by name is kept on the model and goes on learning in later calls; one given as an object is used
     as it is.
+
+    With `allow_other_backbone` another version of the head's backbone, such as its unquantised weights, is taken too:
+    the text is that version's own, and a warning says by how much it differs.
 
     Raises ValueError for a backbone that the head was not trained for, or that was changed since transformers loaded it
     (by an adapter, a hook, quantisation), an unknown controller, beam search, return_dict_in_generate, a logits
@@ -63,7 +67,7 @@ def generate(
     source = exit_head or _source(_named_by_caller())
     if exit_head is None and revision is None:
         revision = REVISION
-    backbone, config, controllers = _engine(model, source, revision, cuda_graphs, fetching)
+    backbone, config, controllers = _engine(model, source, revision, cuda_graphs, allow_other_backbone, fetching)
     if controller is None or isinstance(controller, str):
         name = controller or config.get("controller", "thompson")
         make_controller(name)  # refuses an unknown name before anything is computed
@@ -129,20 +133,21 @@ def _named_by_caller() -> str | None:
 
 
 def _engine(
-    model, source: str | None, revision: str | None, cuda_graphs: bool, fetching: dict[str, Any]
+    model, source: str | None, revision: str | None, cuda_graphs: bool, any_backbone: bool, fetching: dict[str, Any]
 ) -> tuple[SplitBackbone, dict[str, Any], dict]:
     """The split backbone, the head's config and the controllers made so far. The first call loads them and stores them
     on the model; later calls reuse them unless the model's weights were replaced."""
     if source is None:
         raise ValueError("no exit head: give exit_head=<folder or Hub id>")
     known = model.__dict__.setdefault("_exit_heads", {})
-    key = (source, revision, model.device, model.dtype, cuda_graphs)
+    key = (source, revision, model.device, model.dtype, cuda_graphs, any_backbone)
     if key not in known or not known[key][0].still_is(model):  # an adapter may have been added since the last call
         where = {"revision": revision, **fetching}
         paths = [Path(cached_file(source, name, **where)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
         recorded = cuda_graphs and model.device.type == "cuda"
-        known[key] = SplitBackbone(model, head, fixed_shapes=recorded, beyond_context=True), config, {}
+        engine = SplitBackbone(model, head, check=not any_backbone, fixed_shapes=recorded, beyond_context=True)
+        known[key] = engine, config, {}
         _warn_of_another(model, config)
     return known[key]
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -29,6 +30,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as client_logging
 
+from ..backbones.load import public_name
+from ..backbones.source import load_config
 from ..backbones.weight_files import fingerprint_of_files
 from ..config import Backbone, Config
 from ..config_rules import is_repo_id
@@ -247,21 +250,40 @@ def defaults_of(folder: Path, head: str, key: str = "evaluate.head") -> dict[str
     return {"backbone": {"name_or_path": name, "revision": revision, **gguf}} if is_repo_id(name) else {}
 
 
-def load_head(folder: Path, head: str, backbone: Backbone, key: str = "evaluate.head") -> ExitHead:
-    """The head in a pulled folder. Raises UserError if it holds none, or one of another backbone; the backbone is not
-    loaded for that."""
+def load_head(
+    folder: Path, head: str, backbone: Backbone, key: str = "evaluate.head", allow_other: bool = False
+) -> tuple[ExitHead, dict[str, Any] | None]:
+    """The head in a pulled folder, and None. The backbone is not loaded for that.
+
+    With `allow_other` a head of another backbone with as many layers is taken too: then its `backbone` is the given
+    one, and the backbone that it was trained for comes second.
+    Raises UserError if the folder holds no head, or one that cannot be taken.
+    """
     try:
         loaded = ExitHead.load(folder)
     except ValueError as error:
         raise UserError(f"{key}={head}: {error}") from None
     belongs, found = loaded.backbone, fingerprint_of_files(backbone)
-    if belongs["fingerprint"] != found:
+    if belongs["fingerprint"] == found:
+        return loaded, None
+    section, config = key.partition(".")[0], load_config(backbone)
+    what = (
+        f"backbone.name_or_path={backbone.name_or_path}: not the backbone of {head}, which belongs to "
+        f"{belongs['name']} (fingerprint {belongs['fingerprint'][:12]}, not {found[:12]})"
+    )
+    if not allow_other:
         raise UserError(
-            f"backbone.name_or_path={backbone.name_or_path}: not the backbone of {head}, which belongs to "
-            f"{belongs['name']} (fingerprint {belongs['fingerprint'][:12]}, not {found[:12]}). "
-            "Give the backbone that it belongs to"
+            f"{what}. Give the backbone that it belongs to; if this one is another version of the same model, such as "
+            f"its unquantised weights, {section}.allow_other_backbone=true (--allow-other-backbone) takes the head"
         )
-    return loaded
+    if (config.model_type, config.num_hidden_layers) != (belongs["model_type"], loaded.num_layers):
+        raise UserError(
+            f"{what}; {section}.allow_other_backbone=true cannot help, as this is a {config.model_type} of "
+            f"{config.num_hidden_layers} layers and that a {belongs['model_type']} of {loaded.num_layers}"
+        )
+    name = public_name(backbone)
+    given = {"name": name, "revision": backbone.revision, "fingerprint": found, "model_type": config.model_type}
+    return replace(loaded, backbone=given), belongs
 
 
 def source_of(head: str, folder: Path) -> str:

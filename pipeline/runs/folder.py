@@ -224,7 +224,7 @@ def _differences(old: Any, new: Any, key: str = "") -> list[str]:
         return [d for n in names for d in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and _are_dicts(old + new):
         return [d for i, (o, n) in enumerate(zip(old, new, strict=True)) for d in _differences(o, n, f"{key}[{i}]")]
-    if old is None and new == []:  # the mark is older than this key
+    if old is None and (new == [] or new is False):  # the mark is older than this key
         return []
     return [] if old == new else [f"{key} was {_short(old)}, is {_short(new)}"]
 

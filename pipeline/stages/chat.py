@@ -92,7 +92,13 @@ def run(config: Config, folder: Path) -> None:
 
 def begin(config: Config, folder: Path, screen: "Screen") -> Conversation:
     """Load everything and warm it up. Raises UserError for a head of another backbone and for unusable settings."""
-    head = hub.load_head(folder, str(config.chat.head), config.backbone, "chat.head")
+    named = str(config.chat.head)
+    head, belongs = hub.load_head(folder, named, config.backbone, "chat.head", config.chat.allow_other_backbone)
+    if belongs:
+        screen.say(
+            f"{named} was trained for {belongs['name']} (fingerprint {belongs['fingerprint'][:12]}) and drafts for "
+            f"{head.backbone['name']}, because of allow_other_backbone: the answers are those of the latter"
+        )
     device = device_of(config.machine.device)
     tokenizer = load_tokenizer(config.backbone)
     ends = frozenset(end_tokens(config.backbone, tokenizer))

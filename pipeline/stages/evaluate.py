@@ -53,7 +53,7 @@ def run(run: RunDir) -> None:
     """Measure all heads of the run, or the published one. Raises UserError for wrong controllers, prompts or heads."""
     check(run.config)
     config = run.config.evaluate
-    folders, inputs = _heads(run)
+    folders, inputs, published = _heads(run)
     settings = evaluation_settings(run.config)
     source = source_record(settings, "evaluate")
     outside = pins(source)
@@ -74,7 +74,7 @@ def run(run: RunDir) -> None:
     if has_ids_beyond(tokenizer, vocab_size):
         check_prompts(chosen, tokenizer, settings, vocab_size)
     model = load_model(run.config.backbone, device, run.config.machine.device_map)
-    heads = [_head(folder) for folder in folders]
+    heads = [_head(folder) for folder in folders] if published is None else [published[0]]
     count = config.threads or threads.fastest(_engine(model, heads[0], folders[0], timed_kernels=False))
     with threads.threads(count):  # kernels are timed with the threads that they will run with
         options = engine_options(run.config.machine, model.device)
@@ -103,6 +103,8 @@ def run(run: RunDir) -> None:
             assert measured is not None  # read from the files, as in a resumed run
         results = _results(run, model, engines, source, measured)
         results |= _identity(run.config, folders[0], heads[0])
+        if published and published[1]:
+            results["trained_for"] = published[1]
         results |= {"ends": sorted(ends), "canary": canary.record(engine)}
         written = measured.generations.query("controller == 'autoregressive'").tokens
         for entry in results["heads"]:
@@ -116,22 +118,25 @@ def run(run: RunDir) -> None:
     tracking.mirror_report(run, report.summary(results), report.blocks(results), run / "report")
 
 
-def _heads(run: RunDir) -> tuple[list[Path], list[Path]]:
-    """Folders of the heads to measure, and those of them that are in the run folder."""
+def _heads(run: RunDir) -> tuple[list[Path], list[Path], tuple[ExitHead, dict[str, Any] | None] | None]:
+    """Folders of the heads to measure, those of them that are in the run folder, and for a published head what
+    `hub.load_head` gives."""
     own = sorted((run / "heads").glob("exit-*"), key=lambda p: int(p.name.split("-")[1]))
     head = run.config.evaluate.head
     if head is None:
         if not own:
             raise UserError(f"{run / 'heads'} holds no exit head: run distill first, or `exit-heads run`.")
-        return own, own
+        return own, own, None
     if own:
         raise UserError(
             f"evaluate.head={head}: {run.path} has heads of its own; give another run.name, "
             f"such as run.name={hub.run_name_of(head)}"
         )
     folder = hub.pull(head)
-    hub.load_head(folder, head, run.config.backbone)  # refuses another backbone's head before the backbone is loaded
-    return [folder], []
+    published = hub.load_head(  # refuses another backbone's head before the backbone is loaded
+        folder, head, run.config.backbone, allow_other=run.config.evaluate.allow_other_backbone
+    )
+    return [folder], [], published
 
 
 def _head(folder: Path) -> ExitHead:

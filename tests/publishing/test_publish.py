@@ -410,6 +410,10 @@ def test_clear_errors(served) -> None:
     stranger = AutoModelForCausalLM.from_config(model.config)
     with pytest.raises(ValueError, match="this exit head belongs to tiny"):
         stranger.generate(**inputs, **ours)
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    with pytest.warns(UserWarning, match="not quite the tiny-llama that the exit head was trained for"):
+        drafted = stranger.generate(**inputs, **ours | greedy, allow_other_backbone=True)
+    assert torch.equal(drafted, stranger.generate(**inputs, **greedy)), "the stranger's own text"
 
 
 def test_a_backbone_fine_tuned_since_is_told_once(served, run) -> None:

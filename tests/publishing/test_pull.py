@@ -111,6 +111,31 @@ def test_the_wrong_backbone_is_named_before_it_is_loaded(place, tmp_path, capsys
     assert not list((tmp_path / "runs").rglob("*.json"))
 
 
+def test_another_version_of_the_backbone_may_be_allowed(place, tmp_path, capsys) -> None:
+    """As between a quantised checkpoint and the Hub's. The texts are those of the backbone given, and all say so."""
+    other = tiny_backbone(tmp_path, sharpness=4.0, seed=1)
+    head = place / "runs" / "t" / "hub" / "2"
+    words = [f"run.dir={tmp_path / 'runs'}", "run.name=there", f"backbone.name_or_path={other}"]
+    assert measure(place, head, *words) == 2
+    assert "--allow-other-backbone" in capsys.readouterr().err
+    assert measure(place, head, *words, "--allow-other-backbone") == 0
+    said = "2 was trained for tiny (fingerprint"
+    assert said in " ".join(capsys.readouterr().out.split())
+    results = json.loads((tmp_path / "runs" / "there" / "eval" / "results.json").read_text())
+    trained = json.loads((head / "config.json").read_text())["backbone"]
+    assert results["trained_for"] == trained != results["backbone"] and results["backbone"]["name"] == other.name
+    assert results["lossless"]["greedy"]["identical"] == results["lossless"]["greedy"]["texts"] > 0
+    assert said in (tmp_path / "runs" / "there" / "report" / "report.md").read_text()
+
+
+def test_a_backbone_of_another_size_is_never_allowed(place, tmp_path, capsys) -> None:
+    other = tiny_backbone(tmp_path, num_hidden_layers=6)
+    words = [f"run.dir={tmp_path / 'runs'}", f"backbone.name_or_path={other}", "--allow-other-backbone"]
+    assert measure(place, place / "runs" / "t" / "hub" / "2", *words) == 2
+    assert "a llama of 6 layers and that a llama of 4" in capsys.readouterr().err
+    assert not list((tmp_path / "runs").rglob("*.json"))
+
+
 def test_the_head_brings_its_own_backbone(place, tmp_path, capsys, monkeypatch) -> None:
     """One that has a name on the Hub is loaded from there (here: looked for, offline); file and words win over it."""
     monkeypatch.chdir(tmp_path)
