@@ -95,7 +95,7 @@ class Measured:
         if not (folder / "measured.json").exists():
             return None
         tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
-        for name, column in (("prompts", "ids"), ("generations", "tokens"), ("rivals", "tokens")):
+        for name, column in (("prompts", "ids"), ("generations", "tokens"), ("rounds", "drafts"), ("rivals", "tokens")):
             tables[name][column] = [row.tolist() for row in tables[name][column]]  # parquet gives arrays for lists
         return cls(**tables, about=json.loads((folder / "measured.json").read_text()))
 

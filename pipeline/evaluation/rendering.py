@@ -12,7 +12,8 @@ from typing import Any
 
 Block = tuple[str, Any]
 """(kind, content): text for "h1", "h2", "h3", "p" and for the verdict, which is "good", "unsure" or "bad";
-[header, *rows] for "table", (file, caption) for "image", [(word, what it means), ...] for "words"."""
+[header, *rows] for "table", (file, caption) for "image", [(word, what it means), ...] for "words", and for "drafts" a
+text of texts.py."""
 
 
 MARKS = {"h1": "# ", "h2": "## ", "h3": "### ", "p": "", "good": "> ", "unsure": "> ", "bad": "> "}
@@ -28,9 +29,18 @@ def markdown(page: list[Block]) -> str:
             lines += [f"![{content[1]}]({content[0]})", ""]
         elif kind == "words":
             lines += [f"- **{word}**: {meaning}" for word, meaning in content] + [""]
+        elif kind == "drafts":
+            lines += [*(f"    {line}" for line in _marked(content["pieces"]).splitlines()), ""]
         else:
             lines += [MARKS[kind] + content, ""]
     return "\n".join(lines)
+
+
+def _marked(pieces: list[list[str]]) -> str:
+    """The text with accepted drafts in brackets and without the rejected ones."""
+    kept = itertools.groupby((p for p in pieces if p[1] != "rejected"), key=lambda piece: piece[1] == "accepted")
+    runs = ((drafted, "".join(piece[0] for piece in run)) for drafted, run in kept)
+    return "".join(f"[{text}]" if drafted else text for drafted, text in runs)
 
 
 def markdown_table(header: Sequence[str], *rows: Sequence[str], left: Sequence[bool] | None = None) -> list[str]:
@@ -48,6 +58,12 @@ def markdown_table(header: Sequence[str], *rows: Sequence[str], left: Sequence[b
     return [line(header), f"|{'|'.join(rules)}|", *map(line, rows)]
 
 
+DRAFTS = """
+.drafts { white-space: pre-wrap; border: 1px solid #d8dde6; padding: .6rem .9rem; } .drafts span:hover, .drafts
+del:hover { outline: 2px solid #0072b2; } .accepted { background: #bfe6d8; border-radius: .2rem; }
+.rejected { color: #a03c00; font-size: .8em; opacity: .75; }
+"""
+"""The style of texts of texts.py."""
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c2330; background: #fff; max-width: 62rem; margin: 0 auto;
        padding: 1rem; overflow-wrap: break-word; }
@@ -81,8 +97,13 @@ def html_page(page: list[Block], folder: Path) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+        f"<title>{title}</title><style>{STYLE}{DRAFTS}</style></head><body>{''.join(parts)}</body></html>\n"
     )
+
+
+def html_part(page: list[Block]) -> str:
+    """Blocks without pictures as HTML for a notebook, with the style of texts.py's."""
+    return f"<style>{DRAFTS}</style>{''.join(_element(kind, content) for kind, content in page)}"
 
 
 def _figure(content: tuple[str, str], folder: Path) -> str:
@@ -97,9 +118,17 @@ def _element(kind: str, content: Any) -> str:
         return _table(content)
     if kind == "words":
         return f"<dl>{''.join(f'<dt>{html.escape(w)}</dt><dd>{html.escape(m)}</dd>' for w, m in content)}</dl>"
+    if kind == "drafts":
+        return f'<div class="drafts">{"".join(map(_piece, content["pieces"]))}</div>'
     if kind in ("good", "unsure", "bad"):
         return f'<p class="verdict {kind}">{html.escape(content)}</p>'
     return f"<{kind}>{html.escape(content)}</{kind}>"
+
+
+def _piece(piece: list[str]) -> str:
+    text, kind, note = map(html.escape, piece)
+    tag = "del" if kind == "rejected" else "span"
+    return f'<{tag} class="{kind}" title="{note}">{text}</{tag}>'
 
 
 def _table(content: list[list[str]]) -> str:

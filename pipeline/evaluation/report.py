@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.files import atomic_path
-from . import plots
+from . import plots, texts
 from .losslessness import ALARM
 from .metrics import best as fastest
 from .rendering import Block, html_page, markdown
@@ -105,7 +105,7 @@ def blocks(results: dict[str, Any]) -> list[Block]:
     ]  # fmt: skip
     if any(c.get("learned") for h in results["heads"] for c in h["controllers"].values()):
         page += _images(results, "learned", "what thompson learned: mean acceptance by confidence of the head")
-    return page + _losslessness(results) + _responses(results)
+    return page + texts.blocks(results.get("texts", [])) + _losslessness(results) + _responses(results)
 
 
 def foreign(results: dict[str, Any]) -> list[Block]:

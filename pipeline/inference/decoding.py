@@ -111,7 +111,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         p_logits_MV = sampler.shape(logits_MV, request.prompt, out.tokens, drafted)
         round.accepted, bonus = sampler.accept(drafts, q, p_logits_MV)
         parts.mark("verify")
-        round.drafted = len(drafted)
+        round.drafted, round.drafts = len(drafted), drafted
         round.tokens = out.commit([*drafted[: round.accepted], bonus], request)
         cache.commit(base + 1 + round.accepted)
         parts.mark("rest")

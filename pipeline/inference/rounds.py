@@ -6,7 +6,7 @@ W tokens that the head can draft; q: the exit head's distribution
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -36,6 +36,8 @@ class Round:
     shallow_seconds: float = 0.0
     head_seconds: float = 0.0
     verify_seconds: float = 0.0
+    drafts: list[int] = field(default_factory=list)
+    """Ids of the drafted tokens."""
 
 
 class Confidence:

@@ -20,7 +20,7 @@ from ..backbones.load import device_of, engine_options, limit_of, load_model, lo
 from ..backbones.source import load_config
 from ..config import Config
 from ..errors import UserError, warn
-from ..evaluation import against_transformers, losslessness, report, rivals, threads
+from ..evaluation import against_transformers, losslessness, report, rivals, texts, threads
 from ..evaluation.intervals import FEWEST
 from ..evaluation.measuring import Measured, Method, measure
 from ..evaluation.metrics import beside, best, summarise
@@ -114,6 +114,7 @@ def run(run: RunDir) -> None:
         results["responses"] = inspection.figures(run)
         summary["best"] = results["best"]
         atomic_write(run / "eval" / "results.json", json.dumps(results, indent=1) + "\n")
+        results["texts"] = texts.shown(measured, results["best"], tokenizer)
         report.write(results, run / "report")
     tracking.mirror_report(run, report.summary(results), report.blocks(results), run / "report")
 
