@@ -33,6 +33,9 @@ def closing_table(run: RunDir, published: bool | None = True) -> None:
                 )
                 table.add_row(*row, style="bold green" if chosen else None)
         console.print(table)
+        for entry in (h for h in results["heads"] if h["temperature"] == t):
+            if told := evaluated.of_oracle(entry):
+                console.print(told)
     console.print(f"lossless = {report.lossless_line(results)}")
     for _, text in report.foreign(results):
         console.print(text)

@@ -75,3 +75,15 @@ def basis(best: dict[str, Any]) -> str:
     return f"the fastest of {best['methods']} methods on {where}" + (
         "; the interval holds for all of them at once" if best["speedup_ci95"] is not None else ""
     )
+
+
+def of_oracle(entry: dict[str, Any]) -> str:
+    """What the best controller at all could reach with a head, and which share of it the fastest measured one did."""
+    bound = entry.get("oracle_speedup")
+    if bound is None:  # of an older version, or every text ended with its first token
+        return ""
+    name, fastest = max(entry["controllers"].items(), key=lambda item: item[1]["speedup"])
+    return (
+        f"Exit layer {entry['exit_layer']}: a controller that knew every outcome beforehand would reach a speedup of "
+        f"{bound:.2f} at these costs; {name} reached {fastest['speedup'] / bound:.0%} of it."
+    )

@@ -20,7 +20,7 @@ from ..backbones.load import device_of, engine_options, limit_of, load_model, lo
 from ..backbones.source import load_config
 from ..config import Config
 from ..errors import UserError, warn
-from ..evaluation import against_transformers, losslessness, report, rivals, texts, threads
+from ..evaluation import against_transformers, bound, losslessness, report, rivals, texts, threads
 from ..evaluation.intervals import FEWEST
 from ..evaluation.measuring import Measured, Method, measure
 from ..evaluation.metrics import beside, best, summarise
@@ -271,16 +271,21 @@ def _results(
     heads, learned = summarise(generations, measured.rounds), measured.learned()
     ids = dict(zip(measured.prompts.prompt, measured.prompts.ids, strict=True))
     longest = max(map(len, ids.values())) + config.max_new_tokens
+
+    def sampler_of(temperature: float) -> Sampler:
+        return Sampler(temperature, config.top_k, config.top_p)
+
     for entry in heads:
         n, t = entry["exit_layer"], entry["temperature"]
         entry["memory"] = engines[n].extra_bytes(longest)
+        entry["oracle_speedup"] = bound.speedup(
+            engines[n], ids, generations[generations.temperature == t], sampler_of(t), entry["costs"],
+            config.max_new_tokens, run.config.seed,
+        )  # fmt: skip
         for name, figures in entry["controllers"].items():
             if found := learned.get(Method(n, name, t)):
                 figures["learned"] = [[round(m, 4) for m in row] for row in found["learned"]]
                 figures["state"] = found["state"]
-
-    def sampler_of(temperature: float) -> Sampler:
-        return Sampler(temperature, config.top_k, config.top_p)
 
     return {
         "schema": SCHEMA,
