@@ -100,6 +100,7 @@ def _write_weights(folder: Path, header: Header, config: Any, sources: dict[str,
                 weights[name] = _tensor(name, header.path, sources[name], config)
                 progress.update()
             save_file(weights, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # safetensors writes files that only their owner can read
     if len(parts) > 1:
         by_tensor = {name: file for file, names in zip(files, parts, strict=True) for name in names}
         index = {"metadata": {"total_size": size_of(sources)}, "weight_map": by_tensor}

@@ -17,7 +17,7 @@ from ..config import Backbone
 from ..errors import UserError, reason
 from ..inference.families import check_config
 from ..pocket.paths import BUILT_IN
-from .damaged import damage_in
+from .damaged import AGAIN, damage_in
 from .gguf_files import checkpoint_of, gguf_of
 
 QUANTISED_BY = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -48,9 +48,21 @@ def explained(backbone: Backbone) -> Iterator[None]:
     except Exception as error:
         where = f"backbone.name_or_path={backbone.name_or_path}"
         folder = _folder(backbone)
-        if folder and (damage := damage_in(folder)):
-            raise UserError(f"{where}: {damage}") from None
-        raise UserError(f"{where}: cannot be loaded: {reason(error)}") from None
+        damage = damage_in(folder) if folder else None
+        if folder and (damage or gguf_of(backbone) is not None):
+            raise UserError(f"{where}: {with_remedy(backbone, damage or reason(error))}") from None
+        hint = ""
+        if "gguf" in backbone.name_or_path.lower() and backbone.gguf_file is None:
+            hint = "; if GGUF files lie there, name one, as backbone.gguf_file=NAME.gguf"
+        raise UserError(f"{where}: cannot be loaded: {reason(error)}{hint}") from None
+
+
+def with_remedy(backbone: Backbone, damage: str) -> str:
+    """The sentence on a damaged file of the checkpoint. One that was made of a GGUF need not be fetched again."""
+    if gguf_of(backbone) is None:
+        return damage
+    what = damage.partition(f": {AGAIN}")[0]
+    return f"the checkpoint that was made of it is damaged: {what}. Remove {source_of(backbone)}; it is made again"
 
 
 def load_config(backbone: Backbone, local: bool = False) -> Any:

@@ -19,7 +19,7 @@ from ..config import Backbone
 from ..errors import UserError
 from ..inference.fingerprint import fingerprint_of
 from .damaged import what_is_wrong
-from .source import explained, load_config, source_of
+from .source import explained, load_config, source_of, with_remedy
 
 DTYPES = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the dtypes of unquantised weights."""
@@ -150,7 +150,7 @@ class WeightFiles:
         if path is None:
             return None
         if wrong := what_is_wrong(path):
-            raise self._error(wrong)
+            raise self._error(with_remedy(self.backbone, wrong))
         return str(path)
 
     def _instead(self, tensor: str, names: Any) -> str:

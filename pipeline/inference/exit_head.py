@@ -47,6 +47,7 @@ class ExitHead:
         if self.draft_ids_W is not None:
             tensors[DRAFT_IDS] = self.draft_ids_W.to("cpu", torch.int32)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
         config = {
             "model_type": "exit_head",
             "schema": SCHEMA,

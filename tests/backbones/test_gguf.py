@@ -28,7 +28,7 @@ from pipeline.backbones import gguf_checkpoint, gguf_files, gguf_header, gguf_mo
 from pipeline.backbones.ends import end_tokens
 from pipeline.backbones.gguf_files import gguf_record
 from pipeline.backbones.load import load_model, load_tokenizer, public_name
-from pipeline.backbones.source import source_of
+from pipeline.backbones.source import load_config, source_of
 from pipeline.backbones.weight_files import fingerprint_of_files
 from pipeline.cli import main
 from pipeline.config import Backbone, load, to_dict
@@ -276,6 +276,10 @@ def test_which_file_is_meant(llama, q8, tmp_path, monkeypatch) -> None:
     for (name, file), message in wrong.items():
         with pytest.raises(UserError, match=message):
             source_of(backbone_of(name, tmp_path, gguf_file=file))
+    with pytest.raises(
+        UserError, match=r"cannot be loaded: .*; if GGUF files lie there, name one, as backbone\.gguf_file"
+    ):
+        load_config(backbone_of(Path("org/none-GGUF"), tmp_path))
     for text in ("../x.gguf", "/x.gguf", "x.bin"):
         with pytest.raises(UserError, match=r"backbone\.gguf_file=.*: the name of a \.gguf file in"):
             load(None, [f"backbone.gguf_file={text}"])
@@ -323,6 +327,26 @@ def test_it_is_made_once_and_what_a_killed_process_left_is_swept(q8, tmp_path, m
     assert line.startswith(f"backbone: dequantising tiny.Q8_0.gguf (Q8_0) -> {folder}, ") and line.count("\n") == 1
     monkeypatch.setattr(gguf_checkpoint, "write", None)
     assert source_of(backbone) == str(folder)
+
+
+def test_a_damaged_checkpoint_of_a_gguf_is_to_be_removed_not_fetched(q8, tmp_path) -> None:
+    backbone = backbone_of(q8, tmp_path)
+    folder = Path(source_of(backbone))
+    weights = folder / "model.safetensors"
+    assert weights.stat().st_mode & 0o777 == 0o644, "other users of a cluster may read it"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(
+        UserError, match=r"made of it is damaged: model.safetensors.*Remove .*; it is made again"
+    ) as told:
+        load_model(backbone, CPU)
+    assert "fetch it" not in str(told.value) and str(folder) in str(told.value)
+    shutil.rmtree(folder)
+    load_model(backbone, CPU)
+    assert weights.read_bytes() == whole
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"is damaged: .*config.json.*Remove .*; it is made again"):
+        load_config(backbone)
 
 
 def test_without_a_chat_template_the_rule_is_that_of_every_tokenizer(llama, tmp_path) -> None:
