@@ -34,7 +34,7 @@ def closing_table(run: RunDir, published: bool | None = True) -> None:
                 table.add_row(*row, style="bold green" if chosen else None)
         console.print(table)
         for entry in (h for h in results["heads"] if h["temperature"] == t):
-            if told := evaluated.of_oracle(entry):
+            for told in filter(None, (evaluated.of_oracle(entry), *evaluated.of_sources(entry))):
                 console.print(told)
     console.print(f"lossless = {report.lossless_line(results)}")
     for _, text in report.foreign(results):

@@ -106,21 +106,26 @@ def beside(rivals: pd.DataFrame, generations: pd.DataFrame) -> list[dict[str, An
 def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
     """Mean time of each part of a round, in units of one autoregressive token (`token_seconds`).
 
-    shallow and head are per pass, verify per width (number of tokens verified in one pass), rest per round.
-    target_efficiency: the time of verifying the smallest width over that of each width (MoESD, Huang et al., 2025); it
-    is 1 where further tokens take no time.
+    shallow and head are per pass, of the rounds that the head drafted; verify per width (number of tokens verified in
+    one pass), rest per round. target_efficiency: the time of verifying the smallest width over that of each width
+    (MoESD, Huang et al., 2025); it is 1 where further tokens take no time.
     """
     parts = rounds.shallow_seconds + rounds.head_seconds + rounds.verify_seconds
-    calls = max(1, int(rounds.head_passes.sum()))
+    calls, own = max(1, int(rounds.head_passes.sum())), of_head(rounds)
     verify = rounds.groupby(rounds.drafted + 1).verify_seconds.mean() / token_seconds
     return {
         "unit_seconds": token_seconds,
-        "shallow": float(rounds.shallow_seconds.sum() / (rounds.drafted + 1).sum() / token_seconds),
+        "shallow": float(own.shallow_seconds.sum() / max(1, (own.drafted + 1).sum()) / token_seconds),
         "head": float(rounds.head_seconds.sum() / calls / token_seconds),
         "verify": {int(width): round(float(cost), 4) for width, cost in verify.items()},
         "rest": float((rounds.seconds - parts).mean() / token_seconds),
         "target_efficiency": {int(w): round(float(verify.iloc[0] / cost), 4) for w, cost in verify.items()},
     }
+
+
+def of_head(rounds: pd.DataFrame) -> pd.DataFrame:
+    """The rounds that were not copied from the text."""
+    return rounds[rounds.source == "head"] if "source" in rounds else rounds
 
 
 class CostModel:
@@ -258,7 +263,7 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
         "tokens_per_second": 1 / _seconds_per_token(rows),
         **acceptance(rounds),
         "draft_acceptance_rate": accepted / drafted if drafted else None,
-        "conditional_rates": conditional_rates(rounds),
+        "conditional_rates": conditional_rates(of_head(rounds)),
         "marginal_rates": marginal,
         "drafted_histogram": {int(k): int(n) for k, n in histogram.items()},
         "time_per_token": time_per_token(rounds, pass_seconds(base.seconds, base["length"])),
@@ -273,6 +278,11 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
             for task, part in rows.groupby("task", sort=False)
         },
     }
+    if len(of_head(rounds)) < len(rounds):
+        figures["sources"] = {
+            source: {"rounds": len(part), **{name: int(part[name].sum()) for name in ("drafted", "accepted", "tokens")}}
+            for source, part in rounds.groupby("source")
+        }
     # every token except the first of each text comes from a round
     assert abs(figures["acceptance_length"] - 1 - sum(marginal)) < 1e-9
     assert figures["tokens"] == int(rounds.tokens.sum()) + len(rows)

@@ -105,7 +105,8 @@ def acceptance(figure: Any, axes: Any, entries: list[dict[str, Any]], best: dict
     """Acceptance by draft position, of the controller that drafted the most positions."""
     furthest = 1
     for j, entry in enumerate(entries):
-        name, c = max(entry["controllers"].items(), key=lambda item: len(item[1]["conditional_rates"]))
+        heads_own = {name: c for name, c in entry["controllers"].items() if "sources" not in c} or entry["controllers"]
+        name, c = max(heads_own.items(), key=lambda item: len(item[1]["conditional_rates"]))
         reached = [share * c["rounds"] for share in (1.0, *c["marginal_rates"])]
         count = sum(n >= FEWEST for n in reached[: len(c["conditional_rates"])])  # `reached` decreases
         furthest = max(furthest, count)

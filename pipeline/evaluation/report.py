@@ -11,7 +11,7 @@ from . import plots, texts
 from .losslessness import ALARM
 from .metrics import best as fastest
 from .rendering import Block, html_page, markdown
-from .results import basis, headline, is_lossless, of_oracle
+from .results import basis, headline, is_lossless, of_oracle, of_sources
 
 COLUMNS = [
     "exit layer",
@@ -220,7 +220,7 @@ def _temperature(results: dict[str, Any], t: float) -> list[Block]:
             "the first repeat.",
         ),
         ("table", [COLUMNS, *(row for entry in entries for row in rows(entry))]),
-        *(("p", told) for told in map(of_oracle, entries) if told),
+        *(("p", told) for entry in entries for told in (of_oracle(entry), *of_sources(entry)) if told),
         *_costs(entries),
         *_predicted(entries),
     ]

@@ -77,13 +77,30 @@ def basis(best: dict[str, Any]) -> str:
     )
 
 
+def of_sources(entry: dict[str, Any]) -> list[str]:
+    """Of each controller that copied drafts: how often, and what came of it."""
+    lines = []
+    for name, c in entry["controllers"].items():
+        if copied := c.get("sources", {}).get("lookup"):
+            lines.append(
+                f"Exit layer {entry['exit_layer']}, {name}: {copied['rounds'] / c['rounds']:.0%} of the rounds copied "
+                f"their drafts from the text, {copied['drafted'] / copied['rounds']:.1f} in each; "
+                f"{copied['accepted'] / copied['drafted']:.0%} of these were accepted."
+            )
+    return lines
+
+
 def of_oracle(entry: dict[str, Any]) -> str:
-    """What the best controller at all could reach with a head, and which share of it the fastest measured one did."""
+    """What the best controller at all could reach with a head, and which share of it the fastest measured one did of
+    those that draft with the head alone."""
     bound = entry.get("oracle_speedup")
     if bound is None:  # of an older version, or every text ended with its first token
         return ""
-    name, fastest = max(entry["controllers"].items(), key=lambda item: item[1]["speedup"])
+    own = {name: c for name, c in entry["controllers"].items() if "sources" not in c}
+    if not own:
+        return ""
+    name, fastest = max(own.items(), key=lambda item: item[1]["speedup"])
     return (
         f"Exit layer {entry['exit_layer']}: a controller that knew every outcome beforehand would reach a speedup of "
-        f"{bound:.2f} at these costs; {name} reached {fastest['speedup'] / bound:.0%} of it."
+        f"{bound:.2f} with it at these costs; {name} reached {fastest['speedup'] / bound:.0%} of it."
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .rounds import LONGEST, Confidence, Controller, Round
+from .sources import WithLookup
 from .thompson import Thompson
 
 
@@ -136,7 +137,12 @@ class Calibration:
         return mean, s * s0 / (n * s0 + s)
 
 
-NAMES = "thompson, fixed:K, confidence:T, entropy:T (0 < T < 1), beta, calibration, calibration:shift or none"
+NAMES = (
+    "thompson, fixed:K, confidence:T, entropy:T (0 < T < 1), beta, calibration, calibration:shift or none, alone or "
+    "with +lookup behind it"
+)
+COPYING = "+lookup"
+"""Ending of a name: drafts may also be copied from the text."""
 
 
 def fixed_length(name: str) -> int | None:
@@ -151,6 +157,8 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
     greedy: whether the text is decoded greedily or sampled, because a different quantity predicts acceptance in each.
     Raises ValueError for an unknown name or a parameter out of range.
     """
+    if name.endswith(COPYING):
+        return WithLookup(make_controller(name.removesuffix(COPYING), seed, greedy), greedy, seed)
     kind, _, argument = name.partition(":")
     k = fixed_length(name)
     if k is not None:
@@ -182,6 +190,7 @@ def learned_controller(name: str, config: dict[str, Any], seed: int = 0, greedy:
     """
     controller = make_controller(name, seed, greedy)
     state = config.get("states", {}).get("greedy" if greedy else "sampled")
-    if isinstance(controller, Thompson) and state is not None:
-        controller.load_state_dict(state)
+    head = controller.head if isinstance(controller, WithLookup) else controller
+    if isinstance(head, Thompson) and state is not None:
+        head.load_state_dict(state)
     return controller

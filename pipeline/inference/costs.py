@@ -68,6 +68,8 @@ class Costs:
     def __init__(self) -> None:
         self.shallow, self.head, self.rest = Recent(), Recent(), Recent()
         """Seconds of one shallow pass, of one pass of the exit head, and of all else except verification."""
+        self.copied = Recent()
+        """Seconds of the one shallow pass over all rows of a round whose drafts were copied."""
         self.verify: dict[int, Recent] = {}
         """Width -> seconds of a verification."""
         self.now = 0
@@ -83,7 +85,10 @@ class Costs:
         if width not in self.verify:
             self.verify[width] = Recent()
             return
-        self.shallow.add(round.shallow_seconds / width, self.now)
+        if round.source == "lookup":
+            self.copied.add(round.shallow_seconds, self.now)
+        else:
+            self.shallow.add(round.shallow_seconds / width, self.now)
         if round.head_passes:
             self.head.add(round.head_seconds / round.head_passes, self.now)
         self.verify[width].add(round.verify_seconds, self.now)
@@ -103,11 +108,21 @@ class Costs:
 
     def rounds(self, limit: int) -> list[float]:
         """C(k) for k = 0..limit: the seconds of k+1 shallow passes, k head passes, one verification and the rest."""
-        for part in (self.shallow, self.head, self.rest, *self.verify.values()):
-            part.forget(self.now)
+        self._forget()
         shallow, verify = self.shallow.value(), self.verify_seconds(limit + 1)
         step = shallow + self.head.value()
         return [self.rest.value() + shallow + k * step + verify[k] for k in range(limit + 1)]
+
+    def copied_rounds(self, limit: int) -> list[float]:
+        """The seconds of a round of n copied drafts, n = 0..limit: one shallow pass of all rows, one verification and
+        the rest. Until it was timed, the shallow pass counts as that of a single row."""
+        self._forget()
+        shallow = (self.copied if len(self.copied) else self.shallow).value()
+        return [self.rest.value() + shallow + seconds for seconds in self.verify_seconds(limit + 1)]
+
+    def _forget(self) -> None:
+        for part in (self.shallow, self.copied, self.head, self.rest, *self.verify.values()):
+            part.forget(self.now)
 
     def verify_seconds(self, widest: int) -> list[float]:
         """Seconds of a verification of 1..widest tokens. If only single or only wider passes were timed, their estimate

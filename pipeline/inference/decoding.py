@@ -17,6 +17,7 @@ import torch
 
 from .backbone import SplitBackbone
 from .kv_cache import KVCache
+from .lookup import Lookup, Point
 from .rounds import Confidence, Controller, Round
 from .sampling import Draft, Sampler
 from .stopwatch import Stopwatch, stopwatch
@@ -96,6 +97,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
     hidden_MD = backbone.deep(0, len(request.prompt), cache)
     cache.commit(len(request.prompt))
     watch.mark("prefill")
+    index = Lookup(request.prompt) if hasattr(controller, "look") else None
     # The first token comes from the prefill: a round starts from a pending token.
     first_1V = sampler.shape(backbone.logits(hidden_MD[-1:]), request.prompt, out.tokens)
     out.commit([sampler.draw(first_1V[0])], request)
@@ -104,11 +106,15 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         round, base = Round(), cache.length
         # A bonus token follows the drafts, so no more drafts than the remaining tokens minus one are of use.
         room = request.max_new_tokens - len(out.tokens) - 1
-        drafts, q = _draft(backbone, request, sampler, controller, out, cache, room, round, parts)
+        drafts = [] if index is None else _copy(backbone, request, controller, index, out, cache, room, round, parts)
+        if not drafts:
+            drafts, q = _draft(backbone, request, sampler, controller, out, cache, room, round, parts)
         drafted = [draft.token for draft in drafts]
         parts.mark("rest")
         logits_MV = backbone.logits(backbone.deep(base, base + len(drafted) + 1, cache))
         p_logits_MV = sampler.shape(logits_MV, request.prompt, out.tokens, drafted)
+        if round.source == "lookup":
+            q = [Confidence(Point(draft.token_1, p_logits_MV[0])) for draft in drafts]
         round.accepted, bonus = sampler.accept(drafts, q, p_logits_MV)
         parts.mark("verify")
         round.drafted, round.drafts = len(drafted), drafted
@@ -119,6 +125,23 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         out.rounds.append(round)
         controller.observe(round)
     return _finish(out, watch)
+
+
+def _copy(backbone, request, controller, index, out, cache, room, round, parts) -> list[Draft]:
+    """Draft a round by copying from the text, or not at all. All rows to verify pass through the shallow layers
+    together; the exit head reads them when it is asked the next time."""
+    index.extend(out.tokens[len(index.tokens) - len(request.prompt) :])
+    matched, at = index.match()
+    tokens = index.copy(at, min(controller.look(matched), room)) if matched else []
+    end = next((i for i, token in enumerate(tokens) if token in request.end_tokens), len(tokens))
+    tokens = tokens[: end + 1]  # nothing follows a drafted end token
+    if not tokens:
+        return []
+    parts.mark("rest")
+    backbone.shallow([out.tokens[-1], *tokens], cache.length, cache)
+    parts.mark("shallow")
+    round.source = "lookup"
+    return [Draft(id_1) for id_1 in torch.tensor(tokens, device=backbone.device)[:, None]]
 
 
 def _draft(backbone, request, sampler, controller, out, cache, room, round, parts) -> tuple[list, list]:

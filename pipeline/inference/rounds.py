@@ -38,6 +38,8 @@ class Round:
     verify_seconds: float = 0.0
     drafts: list[int] = field(default_factory=list)
     """Ids of the drafted tokens."""
+    source: str = "head"
+    """Where the drafts came from: head, or lookup (lookup.py)."""
 
 
 class Confidence:

@@ -55,6 +55,8 @@ class Thompson:
         """lengths[k]: number of rounds with k drafts, discounted alike."""
         self.idle = 0.0
         """Number of head passes after which nothing was drafted, discounted alike."""
+        self.elsewhere = 0.0
+        """Tokens per second of all rounds, where others than those of the head are among them (sources.py)."""
         self.rounds = self.refreshed = 0
         self.plan = [] if costs else [min(k, limit) for _ in range(2) for k in PROBES]
         """Prescribed numbers of drafts of the next rounds, in which costs are first measured."""
@@ -161,7 +163,7 @@ class Thompson:
         alone = 1 / self.times[0] if self.times[0] > 0 else 0.0
         seconds = sum(n * t for n, t in zip(self.lengths, self.times, strict=True))
         seconds += self.idle * self.head
-        return max(alone, self.tokens / seconds if seconds > 0 else 0.0)
+        return max(alone, self.elsewhere, self.tokens / seconds if seconds > 0 else 0.0)
 
     def _pays(self, k: int, reach: float) -> bool:
         """Whether worth > 0, without computing the maximum: some j has reach * chain > rate * seconds."""

@@ -17,8 +17,9 @@ from pipeline.inference import decoding
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.costs import Costs, Recent
 from pipeline.inference.decoding import Request, self_speculative
-from pipeline.inference.law import DraftVocabulary
+from pipeline.inference.law import DraftVocabulary, Law
 from pipeline.inference.sampling import Sampler
+from pipeline.inference.sources import WithLookup
 from pipeline.inference.stopwatch import Stopwatch
 from pipeline.inference.thompson import Thompson
 
@@ -162,6 +163,25 @@ CONTROLLERS = {
     "thompson, calibrating": lambda: make_controller("thompson", 0, greedy=False),
     **{f"thompson, seed {s}": lambda s=s: experienced(s) for s in (0, 1, 2)},
 }  # fmt: skip
+
+
+class Copies:
+    """Copies K drafts wherever the text's end occurred before, and leaves other rounds to a controller of the head."""
+
+    def __init__(self, k: int, head: str):
+        self.k, self.head = k, make_controller(head)
+        self.peek, self.draft, self.observe = self.head.peek, self.head.draft, self.head.observe
+
+    def look(self, matched: int) -> int:
+        return self.k
+
+
+COPYING = {
+    **{f"{k} copied, else {head}": lambda k=k, head=head: Copies(k, head)
+       for k, head in ((1, "none"), (3, "none"), (2, "fixed:2"), (3, "confidence:0.6"))},
+    "fixed:1+lookup": lambda: make_controller("fixed:1+lookup", greedy=False),
+    **{f"thompson+lookup, seed {s}": lambda s=s: WithLookup(experienced(s), False, s) for s in (0, 1, 2)},
+}  # fmt: skip
 SHAPES = {"plain": {}, "T=0.7, top-p 0.8": {"temperature": 0.7, "top_p": 0.8}, "top-k 2": {"top_k": 2}}
 
 
@@ -191,6 +211,38 @@ def test_a_head_that_cannot_draft_every_token(name: str, shape: str) -> None:
     sampler = Scripted(**({"temperature": 1.0} | (SHAPES | {"processors": {"processors": forbids_and_allows}})[shape]))
     tables = Tables(3, seed=5, can_draft=[0, 2])
     assert distance(tables, sampler, CONTROLLERS[name](), new=4, compared=4) < 1e-6
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_copied_drafts_keep_the_law(name: str) -> None:
+    tables = Tables(2, seed=3)
+    assert distance(tables, Scripted(temperature=1.0), COPYING[name](), new=5, compared=5) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "processors"])
+@pytest.mark.parametrize("name", ["2 copied, else fixed:2", "thompson+lookup, seed 1"])
+def test_copied_drafts_keep_the_law_of_a_shaped_p(name: str, shape: str) -> None:
+    sampler = Scripted(**({"temperature": 1.0} | (SHAPES | {"processors": {"processors": forbids_and_allows}})[shape]))
+    tables = Tables(3, seed=5, can_draft=[0, 2])
+    assert distance(tables, sampler, COPYING[name](), new=4, compared=4) < 1e-6
+
+
+def test_the_enumeration_copies_and_thompson_uses_its_freedom() -> None:
+    tables, found = Tables(2, seed=3), set()
+    for seed in range(20):
+        sampler = Sampler(1.0, generator=torch.Generator().manual_seed(seed))
+        out = self_speculative(tables, Request(PROMPT, 24), sampler, WithLookup(experienced(seed), False, seed))
+        found |= {(r.source, r.drafted > 1, r.accepted < r.drafted) for r in out.rounds}
+    assert {("lookup", True, True), ("lookup", True, False), ("head", True, True)} <= found
+
+
+def test_a_copied_draft_that_is_judged_by_the_heads_q_is_caught(monkeypatch) -> None:
+    def uniform(token_1, like_V):
+        return Law(torch.zeros_like(like_V))
+
+    monkeypatch.setattr(decoding, "Point", uniform)
+    tables = Tables(2, seed=3)
+    assert distance(tables, Scripted(temperature=1.0), Copies(2, "none"), new=5, compared=5) > 1e-3
 
 
 def test_a_q_that_stands_at_other_tokens_is_caught(monkeypatch) -> None:
