@@ -184,7 +184,10 @@ class Distill:
         "last", "initial weights of a head: last (the backbone's last layer), layer (its layer N) or random"
     )
     loss: list[str] = option(
-        ["kl"], "terms of the loss, each NAME or WEIGHT*NAME, of kl, tvd, tvd++, overlap and ce; such as [kl, 0.1*ce]"
+        ["kl"],
+        "terms of the loss, each NAME or WEIGHT*NAME, such as [kl, 0.1*ce]: kl (the backbone's whole distribution), ce "
+        "(its most probable token), tvd (the rejection rate), tvd++ (the same with normalised gradients), overlap (minus "
+        "the log of the acceptance rate)",
     )
     draft_vocabulary: str = option(
         "auto",

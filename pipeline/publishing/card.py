@@ -162,8 +162,8 @@ def _dequantised(gguf: dict[str, Any] | None) -> list[str]:
     return [
         f"Measured on the weights dequantised from `{gguf['file']}` ({gguf['quantisation']}, sha256 "
         f"`{gguf['sha256']}`){called}. The checkpoint that the file was quantised from is another backbone, with "
-        "another fingerprint: `allow_other_backbone=True` in `generate` lets the head draft for it all the same, with an "
-        "acceptance that was not measured here.",
+        "another fingerprint: `allow_other_backbone=True` in `generate` lets the head draft for it all the same, "
+        "with an acceptance that was not measured here.",
         "",
     ]
 
