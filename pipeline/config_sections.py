@@ -186,8 +186,8 @@ class Distill:
     loss: list[str] = option(
         ["kl"],
         "terms of the loss, each NAME or WEIGHT*NAME, such as [kl, 0.1*ce]: kl (the backbone's whole distribution), ce "
-        "(its most probable token), tvd (the rejection rate), tvd++ (the same with normalised gradients), overlap (minus "
-        "the log of the acceptance rate)",
+        "(its most probable token), tvd (the rejection rate), tvd++ (the same with normalised gradients), overlap "
+        "(minus the log of the acceptance rate)",
     )
     draft_vocabulary: str = option(
         "auto",
