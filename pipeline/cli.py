@@ -262,7 +262,7 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
             if name == "pilot":
                 _train_pilot(run)
             elif name not in ("generate", "cache"):
-                run = _stage("pilot").chosen(run)
+                run = _stage("pilot").chosen(run, must_fit=name == "distill")
             with run.at(name):
                 (stage.run_draft if name == "draft" else stage.run)(run)
     except GateError as error:  # of the last stage: everything was measured, and the table shows it
@@ -278,7 +278,8 @@ def run_verb(verb: str, config: Config, redo: str | None) -> None:
 def _train_pilot(run: RunDir) -> None:
     """Train the heads among which the stage pilot chooses, unless the exit layers are given or chosen."""
     if candidates := _stage("pilot").prepare(run):
-        _stage("distill").run(candidates)
+        with run.presence.alone("pilot"):  # meanwhile --redo cannot remove the cache that it reads
+            _stage("distill").run(candidates)
 
 
 def _check_several(verb: str, redo: str | None, by: Launched) -> None:

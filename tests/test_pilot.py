@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.planning.gain import candidates
 from pipeline.runs.folder import RunDir
 from pipeline.stages import cache, distill, generate, pilot
+from pipeline.training import packing
 
 AUTO = ["distill.teacher=cached", "distill.exit_layers=auto", "distill.held_out=0.3", "generate.num_prompts=24"]
 
@@ -35,7 +36,7 @@ def test_the_exit_layer_of_the_largest_predicted_speedup_is_trained(tmp_path: Pa
     cache.run(run)
     assert json.loads((run / "cache" / "manifest.json").read_text())["exit_layers"] == [1, 2]
     with pytest.raises(UserError, match="exit-heads pilot"):
-        distill.run(pilot.chosen(run))
+        pilot.chosen(run, must_fit=True)
     distill.run(pilot.prepare(run))
     heads = sorted(path.name for path in (run / "pilot" / "heads").iterdir())
     assert heads == ["exit-1", "exit-2"] and not (run / "heads").exists()
@@ -63,9 +64,37 @@ def test_the_prompts_are_those_of_the_held_out_responses(tmp_path: Path) -> None
     run = make_run(tmp_path, *AUTO)
     generate.run(run)
     answers = pd.concat(map(pd.read_parquet, sorted((run / "responses").glob("shard-*.parquet"))))
-    known = {tuple(ids) for ids in answers.prompt_ids}
+    *_, validation, _ = packing.read_packed(run / "responses", run.config.distill)
+    held_out = " ".join(map(str, validation.ids_ST.flatten().tolist()))
+    known = {tuple(ids) for ids in answers.prompt_ids if " ".join(map(str, ids)) in held_out}
+    assert len(known) < len(answers)
     found = [tuple(ids) for _, ids in pilot._held_out(run)]
     assert pilot.FEWEST <= len(found) <= pilot.PROMPTS and len(set(found)) == len(found) and set(found) <= known
+
+
+def test_a_head_may_be_trained_anew_with_the_same_choice(tmp_path: Path) -> None:
+    run = make_run(tmp_path, *AUTO)
+    generate.run(run)
+    cache.run(run)
+    distill.run(pilot.prepare(run))
+    pilot.run(run)
+    again = make_run(tmp_path, *AUTO, "distill.max_steps=6", "distill.learning_rate=0.01", "seed=3")
+    assert pilot.prepare(again) is None and pilot.chosen(again, must_fit=True).config.distill.exit_layers
+    other = make_run(tmp_path, *AUTO, "distill.draft_vocabulary=64")
+    with pytest.raises(UserError, match=r"draft_vocabulary was auto, is 64.*--redo pilot"):
+        pilot.chosen(other, must_fit=True)
+
+
+def test_what_a_killed_pilot_learned_with_another_config_is_dropped(tmp_path: Path) -> None:
+    run = make_run(tmp_path, *AUTO)
+    generate.run(run)
+    cache.run(run)
+    distill.run(pilot.prepare(run))  # and it is killed before it chooses
+    before = (run / "pilot" / "heads" / "exit-1" / "model.safetensors").read_bytes()
+    assert pilot.prepare(run) is not None
+    assert (run / "pilot" / "heads" / "exit-1" / "model.safetensors").read_bytes() == before, "the same config goes on"
+    distill.run(pilot.prepare(make_run(tmp_path, *AUTO, "distill.learning_rate=0.01")))
+    assert (run / "pilot" / "heads" / "exit-1" / "model.safetensors").read_bytes() != before
 
 
 def test_too_few_held_out_responses(tmp_path: Path) -> None:
@@ -73,6 +102,10 @@ def test_too_few_held_out_responses(tmp_path: Path) -> None:
     generate.run(run)
     with pytest.raises(UserError, match=r"exit_layers=auto: [0-3] held-out responses are too few.*num_prompts"):
         pilot._held_out(run)
+    cache.run(run)
+    with pytest.raises(UserError, match="are too few"):  # before any head is trained
+        pilot.prepare(run)
+    assert not (run / "pilot").exists()
 
 
 def test_exit_layers_that_are_given_need_no_pilot(tmp_path: Path, capsys) -> None:

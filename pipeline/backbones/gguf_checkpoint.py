@@ -9,8 +9,10 @@ number is the one that the file stands for. No more than one safetensors file is
     gguf.json                            file name, sha256, quantisation and name of what it was made from
 """
 
+import contextlib
 import json
 import re
+import shutil
 import tempfile
 from math import prod
 from pathlib import Path
@@ -100,7 +102,8 @@ def _write_weights(folder: Path, header: Header, config: Any, sources: dict[str,
                 weights[name] = _tensor(name, header.path, sources[name], config)
                 progress.update()
             save_file(weights, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(0o644)  # safetensors writes files that only their owner can read
+            with contextlib.suppress(OSError):  # safetensors writes files that only their owner can read
+                shutil.copymode(folder / "tokenizer_config.json", folder / file)
     if len(parts) > 1:
         by_tensor = {name: file for file, names in zip(files, parts, strict=True) for name in names}
         index = {"metadata": {"total_size": size_of(sources)}, "weight_map": by_tensor}

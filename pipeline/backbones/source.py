@@ -49,8 +49,10 @@ def explained(backbone: Backbone) -> Iterator[None]:
         where = f"backbone.name_or_path={backbone.name_or_path}"
         folder = _folder(backbone)
         damage = damage_in(folder) if folder else None
-        if folder and (damage or gguf_of(backbone) is not None):
-            raise UserError(f"{where}: {with_remedy(backbone, damage or reason(error))}") from None
+        if folder and damage is None and not (folder / "config.json").is_file():
+            damage = "config.json: is missing"
+        if damage:
+            raise UserError(f"{where}: {with_remedy(backbone, damage)}") from None
         hint = ""
         if "gguf" in backbone.name_or_path.lower() and backbone.gguf_file is None:
             hint = "; if GGUF files lie there, name one, as backbone.gguf_file=NAME.gguf"

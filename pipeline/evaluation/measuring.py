@@ -19,10 +19,9 @@ from tqdm import tqdm
 from ..config import Evaluate
 from ..errors import UserError
 from ..inference.backbone import SplitBackbone
-from ..inference.controllers import make_controller
+from ..inference.controllers import make_controller, thompson_in
 from ..inference.decoding import Generation, Request, autoregressive, self_speculative
 from ..inference.sampling import Sampler
-from ..inference.thompson import Thompson
 from ..prompts.ids import Encoded
 from . import rivals
 from .metrics import BASELINE
@@ -95,6 +94,8 @@ class Measured:
         if not (folder / "measured.json").exists():
             return None
         tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
+        if "drafts" not in tables["rounds"]:
+            return None  # of a version that did not record them: measured anew
         for name, column in (("prompts", "ids"), ("generations", "tokens"), ("rounds", "drafts"), ("rivals", "tokens")):
             tables[name][column] = [row.tolist() for row in tables[name][column]]  # parquet gives arrays for lists
         return cls(**tables, about=json.loads((folder / "measured.json").read_text()))
@@ -146,8 +147,8 @@ class Decoders:
         drafting = [m for m in self.methods if m.exit_layer]
         self.controllers = {m: make_controller(m.controller, seed, m.temperature == 0) for m in drafting}
         for method, controller in self.controllers.items():
-            if isinstance(controller, Thompson) and method in states:
-                controller.load_state_dict(states[method])
+            if (learning := thompson_in(controller)) and method in states:
+                learning.load_state_dict(states[method])
 
     def decode(self, method: Method, ids: list[int], draws: int, max_new_tokens: int | None = None) -> Generation:
         """Decode with a method. `draws` is added to the seed, so that each prompt and repeat has its own random
@@ -198,9 +199,9 @@ def measure(
         figures = {name: getattr(out, name) for name in ("tokens", "finish_reason", "seconds", "prefill_seconds")}
         found.texts.append(key | figures)
         found.rounds += [key | {"round": j} | asdict(r) for j, r in enumerate(out.rounds)]
-        if isinstance(controller := decoders.controllers.get(method), Thompson):
-            found.learned.setdefault(method, []).append(controller.acceptance())
-            found.states[method] = controller.state_dict()
+        if method in decoders.controllers and (learning := thompson_in(decoders.controllers[method])):
+            found.learned.setdefault(method, []).append(learning.acceptance())
+            found.states[method] = learning.state_dict()
     if silent := [t for t in config.temperatures if t not in {r["temperature"] for r in found.rounds}]:
         raise UserError(
             f"evaluate.temperatures={silent}: the backbone ended every text with its first token, so nothing was "

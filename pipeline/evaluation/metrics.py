@@ -158,7 +158,9 @@ def of_fixed(controllers: dict[str, Any]) -> dict[int, Any]:
 
 def conditional_rates(rounds: pd.DataFrame) -> list[float]:
     """P(draft i+1 is accepted | it was drafted and the first i were accepted), for each position i that was drafted."""
-    tested = [(rounds.drafted > i) & (rounds.accepted >= i) for i in range(int(rounds.drafted.max() or 0))]
+    tested = [
+        (rounds.drafted > i) & (rounds.accepted >= i) for i in range(0 if rounds.empty else int(rounds.drafted.max()))
+    ]
     return [float((rounds.accepted[t] > i).mean()) for i, t in enumerate(tested) if t.any()]
 
 

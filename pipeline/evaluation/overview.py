@@ -16,8 +16,8 @@ from . import results as evaluated
 
 COLUMNS = ("run", "state", "backbone", "exit layer", "controller", "speedup (95%)", "acceptance length", "lossless",
            "published")  # fmt: skip
-DONE = {"generate": "answered", "cache": "cached", "distill": "distilled", "evaluate": "evaluated",
-        "publish": "published"}  # fmt: skip
+DONE = {"generate": "answered", "cache": "cached", "pilot": "exit layer chosen", "distill": "distilled",
+        "evaluate": "evaluated", "publish": "published"}  # fmt: skip
 NOTHING = "-"
 WIDTH = 500  # maximum number of terminal columns: wrapped lines are better than truncated ones
 

@@ -115,7 +115,12 @@ def outcomes(traces: list[Trace], seed: int) -> list[np.ndarray]:
 
 
 def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: CostModel) -> list[Round]:
-    """The rounds that decoding this text with the controller would take; times are in autoregressive tokens."""
+    """The rounds that decoding this text with the controller would take; times are in autoregressive tokens.
+
+    Raises ValueError for a controller that copies drafts from the text.
+    """
+    if hasattr(controller, "look"):
+        raise ValueError("a trace holds drafts of the head alone: it cannot be replayed with a controller that copies")
     rounds, t = [], 1
     while t < len(trace):
         k = passes = 0

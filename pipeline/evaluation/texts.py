@@ -51,21 +51,27 @@ def pieces(tokens: list[int], rounds: list[tuple[list[int], int, int]], tokenize
     """The pieces of one text. tokens: all of its ids, the first of which the prefill gave; rounds: the drafted ids, how
     many of them were accepted, and how many tokens the round committed."""
 
-    def text(token: int) -> str:
-        return tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    def text(before: int | None, token: int) -> str:
+        """Of a token behind another: some decoders drop the space at the beginning of what they are given."""
+        if before is None:
+            return tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        both, alone = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in ([before, token], [before]))
+        return both[len(alone) :]
 
-    found, at = [[text(tokens[0]), OWN, "from the prefill"]], 1
+    found, at = [[text(None, tokens[0]), OWN, "from the prefill"]], 1
     for number, (drafts, accepted, committed) in enumerate(rounds, 1):
         drafts, new = list(drafts), tokens[at : at + committed]
         for i, token in enumerate(new):
+            last = tokens[at + i - 1]
             rejected = drafts[accepted:] if i == accepted else []
             for j, draft in enumerate(rejected, accepted + 1):
                 why = "rejected" if j == accepted + 1 else "behind a rejected one"
-                found.append([text(draft), REJECTED, f"round {number}: draft {j} of {len(drafts)}, {why}"])
+                behind = last if j == accepted + 1 else drafts[j - 2]
+                found.append([text(behind, draft), REJECTED, f"round {number}: draft {j} of {len(drafts)}, {why}"])
             if i < accepted:
-                found.append([text(token), ACCEPTED, f"round {number}: draft {i + 1} of {len(drafts)}, accepted"])
+                found.append([text(last, token), ACCEPTED, f"round {number}: draft {i + 1} of {len(drafts)}, accepted"])
             else:
                 says = "nothing was drafted" if not drafts else f"{accepted} of {len(drafts)} drafts accepted"
-                found.append([text(token), OWN, f"round {number}: the bonus token; {says}"])
+                found.append([text(last, token), OWN, f"round {number}: the bonus token; {says}"])
         at += committed
     return found

@@ -133,6 +133,8 @@ class _Streamed:
 
     def __init__(self, controller: Controller, stream: TextStream, show: Show, stop: Callable[[], bool]):
         self.controller, self.stream, self.show, self.stop = controller, stream, show, stop
+        if hasattr(controller, "look"):  # the decoder copies drafts for controllers that have it alone
+            self.look = controller.look
         self.new: list[int] = []
         """Committed tokens that were not shown yet."""
         self.begun = False

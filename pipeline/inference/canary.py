@@ -92,7 +92,10 @@ def record(backbone: SplitBackbone) -> list[dict[str, list]]:
 
 @torch.inference_mode()
 def distance(model: Any, canary: list[dict[str, list]]) -> float:
-    """Mean absolute difference in nats between the model's log-probabilities and those of a recorded canary."""
+    """Mean absolute difference in nats between the model's log-probabilities and those of a recorded canary; infinite
+    if the canary has tokens that the model does not know."""
+    if max(max(text["ids"]) for text in canary) >= model.config.vocab_size:
+        return float("inf")
     ids_BT = torch.tensor([text["ids"] for text in canary], device=model.device)
     logits_BTV = model(ids_BT[:, :-1]).logits.float()
     found = [_chosen(logits_TV, text["ids"]) for logits_TV, text in zip(logits_BTV, canary, strict=True)]

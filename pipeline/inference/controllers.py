@@ -157,7 +157,7 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
     greedy: whether the text is decoded greedily or sampled, because a different quantity predicts acceptance in each.
     Raises ValueError for an unknown name or a parameter out of range.
     """
-    if name.endswith(COPYING):
+    if name.endswith(COPYING) and not name.endswith(2 * COPYING):
         return WithLookup(make_controller(name.removesuffix(COPYING), seed, greedy), greedy, seed)
     kind, _, argument = name.partition(":")
     k = fixed_length(name)
@@ -182,6 +182,12 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
     raise ValueError(f"controller={name}: must be {NAMES}")
 
 
+def thompson_in(controller: Controller) -> Thompson | None:
+    """The controller's part that learns of the head and keeps it from text to text, if it has one."""
+    head = controller.head if isinstance(controller, WithLookup) else controller
+    return head if isinstance(head, Thompson) else None
+
+
 def learned_controller(name: str, config: dict[str, Any], seed: int = 0, greedy: bool = True) -> Controller:
     """`make_controller`, but thompson starts from what it had learned of this head when the head was measured.
 
@@ -190,7 +196,6 @@ def learned_controller(name: str, config: dict[str, Any], seed: int = 0, greedy:
     """
     controller = make_controller(name, seed, greedy)
     state = config.get("states", {}).get("greedy" if greedy else "sampled")
-    head = controller.head if isinstance(controller, WithLookup) else controller
-    if isinstance(head, Thompson) and state is not None:
+    if (head := thompson_in(controller)) and state is not None:
         head.load_state_dict(state)
     return controller

@@ -146,9 +146,17 @@ def _engine(
         paths = [Path(cached_file(source, name, **where)) for name in ("config.json", "model.safetensors")]
         head, config = ExitHead.load(paths[0].parent), json.loads(paths[0].read_text())
         recorded = cuda_graphs and model.device.type == "cuda"
+        if any_backbone and (model.config.model_type, model.config.num_hidden_layers) != (
+            head.backbone.get("model_type"),
+            head.num_layers,
+        ):
+            raise ValueError(
+                f"allow_other_backbone=True: this is a {model.config.model_type} of {model.config.num_hidden_layers} "
+                f"layers, the head was trained for a {head.backbone.get('model_type')} of {head.num_layers}"
+            )
         engine = SplitBackbone(model, head, check=not any_backbone, fixed_shapes=recorded, beyond_context=True)
-        known[key] = engine, config, {}
         _warn_of_another(model, config)
+        known[key] = engine, config, {}
     return known[key]
 
 

@@ -6,8 +6,10 @@ The backbone's final norm and LM head turn the layer's output into draft logits;
 of the LM head of its W tokens do (law.py).
 """
 
+import contextlib
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,6 @@ class ExitHead:
         if self.draft_ids_W is not None:
             tensors[DRAFT_IDS] = self.draft_ids_W.to("cpu", torch.int32)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read
         config = {
             "model_type": "exit_head",
             "schema": SCHEMA,
@@ -58,6 +59,8 @@ class ExitHead:
             "sha256": _sha256(folder / "model.safetensors"),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with contextlib.suppress(OSError):  # safetensors writes files that only their owner can read
+            shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> "ExitHead":

@@ -101,15 +101,17 @@ def one_layer(config: Any) -> dict[str, Any]:
 def states(results: dict[str, Any]) -> dict[str, Any]:
     """The state of thompson after the evaluation, under `greedy` and `sampled`, from which users start.
 
-    If several temperatures above 0 were evaluated, `sampled` is the state of the one nearest 1.
+    If several temperatures above 0 were evaluated, `sampled` is the state of the one nearest 1; if several controllers
+    learned, that of the best one.
     """
+    best = results.get("best", {}).get("controller")
     learned = [
-        (entry["temperature"], figures["state"])
+        (-abs(entry["temperature"] - 1), name == best, entry["temperature"], figures["state"])
         for entry in results["heads"]
-        for figures in entry["controllers"].values()
+        for name, figures in entry["controllers"].items()
         if "state" in figures
     ]
-    return {"greedy" if t == 0 else "sampled": state for t, state in sorted(learned, key=lambda x: -abs(x[0] - 1))}
+    return {"greedy" if t == 0 else "sampled": state for *_, t, state in sorted(learned, key=lambda x: x[:2])}
 
 
 def write_code(folder: Path) -> None:

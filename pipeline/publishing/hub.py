@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as client_logging
 
+from ..backbones.gguf_files import gguf_record
 from ..backbones.load import public_name
 from ..backbones.source import load_config
 from ..backbones.weight_files import fingerprint_of_files
@@ -283,6 +284,8 @@ def load_head(
         )
     name = public_name(backbone)
     given = {"name": name, "revision": backbone.revision, "fingerprint": found, "model_type": config.model_type}
+    if gguf := gguf_record(backbone):
+        given["gguf"] = gguf
     return replace(loaded, backbone=given), belongs
 
 

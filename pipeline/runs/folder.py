@@ -39,7 +39,14 @@ SUBTREES = {
         "backbone",
         *(f"distill.{key}" for key in ("sequence_length", "truncated", "repeated_share", "held_out")),
     ),
-    "pilot": ("seed", "backbone", "distill", "evaluate.temperatures"),
+    # What was answered, and how it is packed. The choice outlives other steps and rates, for a head to be made anew.
+    "pilot": (
+        "backbone",
+        *(
+            f"distill.{key}"
+            for key in ("sequence_length", "truncated", "repeated_share", "held_out", "draft_vocabulary")
+        ),
+    ),
     "distill": ("seed", "backbone", "distill"),
     "evaluate": ("seed", "backbone", "prompts", "evaluate"),
     "publish": ("backbone", "publish"),

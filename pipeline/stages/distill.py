@@ -65,10 +65,6 @@ def run(run: RunDir) -> None:
     the signal's number on the first process and with 0 on the others, which a launcher would otherwise take as failed.
     """
     check(run.config)
-    if not run.config.distill.exit_layers:
-        raise UserError(
-            f"distill.exit_layers=auto: {run.path} has no choice yet; run `exit-heads pilot` first, or `exit-heads run`"
-        )
     inputs = [run / "responses" / "manifest.json"]
     if run.config.distill.teacher == "cached":
         inputs.append(run / "cache" / "manifest.json")

@@ -58,10 +58,12 @@ def check(config: Config) -> None:
 def prepare(run: RunDir) -> RunDir | None:
     """The run folder pilot/ for training the candidates' heads; None if there is nothing to choose, or it was chosen.
 
-    Raises UserError if the stage was begun with other values, or its inputs are missing.
+    Raises UserError if the stage was begun with other values, its inputs are missing, or too few responses are held
+    out.
     """
     if run.config.distill.exit_layers or not run.plan("pilot", _inputs(run)):
         return None
+    _held_out(run)  # checks
     config = deepcopy(run.config)
     config.run = replace(config.run, name="pilot", dir=str(run.path))
     config.machine = replace(config.machine, nodes=1, processes_per_node=1, shard_degree=0)
@@ -77,6 +79,10 @@ def prepare(run: RunDir) -> RunDir | None:
     for name in ("responses", "cache"):
         if not (sub / name).is_symlink():
             (sub / name).symlink_to(Path("..") / name)
+    try:
+        sub.plan("distill", _inputs(sub))
+    except UserError:  # the config has changed since a kill: what these heads learned so far is of no use
+        sub.redo("distill")
     return sub
 
 
@@ -102,7 +108,12 @@ def run(run: RunDir) -> None:
     with run.stage("pilot", inputs) as summary:
         with threads.threads(e.threads or threads.fastest(SplitBackbone(model, heads[0], timed_kernels=False))):
             options = engine_options(config.machine, model.device)
-            engines = {head.exit_layer: SplitBackbone(model, head, **options) for head in heads}
+            try:
+                engines = {head.exit_layer: SplitBackbone(model, head, **options) for head in heads}
+            except ValueError as error:  # of the places of its layers, or a backbone that was modified
+                raise UserError(f"{run / 'pilot' / 'heads'}: {error}") from None
+            room = next(iter(engines.values())).max_context - max(len(ids) for _, ids in encoded)
+            e = replace(e, max_new_tokens=min(TOKENS, room))
             ends = frozenset(end_tokens(config.backbone, tokenizer))
             found = Measured.of(measure(model, engines, encoded, ends, e, config.seed, {}, {}), encoded, {})
             rows = [_row(entry) for entry in summarise(found.generations, found.rounds)]
@@ -115,9 +126,18 @@ def run(run: RunDir) -> None:
     _show(summary)
 
 
-def chosen(run: RunDir) -> RunDir:
-    """The same run with the pilot's choice in place of distill.exit_layers=auto, if there is a choice."""
-    if run.config.distill.exit_layers or (choice := read_choice(run)) is None:
+def chosen(run: RunDir, must_fit: bool = False) -> RunDir:
+    """The same run with the pilot's choice in place of distill.exit_layers=auto, if there is a choice.
+
+    must_fit: raise UserError if there is none, or if it was made for other responses, backbone or packing.
+    """
+    if run.config.distill.exit_layers:
+        return run
+    if must_fit and run.plan("pilot", _inputs(run)):
+        raise UserError(
+            f"distill.exit_layers=auto: {run.path} has no choice yet; run `exit-heads pilot` first, or `exit-heads run`"
+        )
+    if (choice := read_choice(run)) is None:
         return run
     config = deepcopy(run.config)
     config.distill.exit_layers = [choice]
@@ -134,8 +154,7 @@ def _inputs(run: RunDir) -> list[Path]:
 
 
 def _held_out(run: RunDir) -> Encoded:
-    """The prompts of the first held-out responses, as token ids: nothing is trained on them, nor do they serve to
-    evaluate."""
+    """Prompts of held-out responses, as token ids: nothing is trained on them, nor do they serve to evaluate."""
     *_, validation, _ = packing.read_packed(run / "responses", run.config.distill)
     found: Encoded = []
     for ids_T, positions_T, mask_T, length in zip(
@@ -152,7 +171,8 @@ def _held_out(run: RunDir) -> Encoded:
             f"distill.exit_layers=auto: {len(found)} held-out responses are too few to choose by; {FEWEST} are needed. "
             "Raise generate.num_prompts or distill.held_out, or name the exit layer, such as distill.exit_layers=[2]."
         )
-    return found[:PROMPTS]
+    spread = range(PROMPTS) if len(found) > PROMPTS else range(len(found))
+    return [found[i * len(found) // len(spread)] for i in spread]  # documents are packed by length
 
 
 def _row(entry: dict[str, Any]) -> dict[str, Any]:

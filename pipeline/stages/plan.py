@@ -38,6 +38,10 @@ def show(configs: Sequence[Config], varied: Sequence[str] = (), as_json: bool = 
         tables.show([tables.comparison(plans, varied)])
     else:
         (one,) = plans
+        if not configs[0].distill.exit_layers:
+            print(
+                "distill.exit_layers=auto: this is the plan of all candidates; distill and evaluate take one of them\n"
+            )
         print("\n".join(tables.opening(one)) + "\n")
         tables.show(tables.full(one))
         print("\n".join(estimate.verdicts(one)))

@@ -33,6 +33,18 @@ def test_every_token_is_told_where_it_came_from() -> None:
     assert found[6][2] == "round 2: the bonus token; nothing was drafted"
 
 
+class Stripping(Letters):
+    """As SentencePiece: every token is a word behind a space, and the first space of a text is dropped."""
+
+    def decode(self, ids: list[int], **_) -> str:
+        return " ".join(chr(97 + i) for i in ids)
+
+
+def test_a_space_at_the_beginning_of_a_token_is_kept() -> None:
+    found = texts.pieces([0, 1, 2], [([1, 9, 8], 1, 2)], Stripping())
+    assert [text for text, *_ in found] == ["a", " b", " j", " i", " c"]
+
+
 def test_it_is_drawn(tmp_path: Path) -> None:
     pieces = texts.pieces([0, 30, 2], [([30, 9], 1, 2)], Letters())
     page = [("h1", "report"), *texts.blocks([{"task": "letters", "prompt": "say\n" * 99, "pieces": pieces}])]

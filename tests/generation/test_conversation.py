@@ -66,6 +66,12 @@ def test_every_turn_is_what_the_pipeline_decodes(parts, plain: bool) -> None:
     assert 0 < sum(r.accepted for r in rounds) < sum(r.drafted for r in rounds), "or this tests nothing"
 
 
+def test_drafts_are_copied_from_the_conversation_too(parts) -> None:
+    talk = conversation(parts, controller="none+lookup", max_new_tokens=60)
+    given = talk.answer("tell me, tell me, tell me, tell me, ", shown_nowhere)
+    assert any(r.source == "lookup" and r.accepted for r in given.out.rounds)
+
+
 class Named:
     """A tokenizer whose tokens have names, so that pieces of text tell which token they come from."""
 

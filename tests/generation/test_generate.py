@@ -332,6 +332,7 @@ def test_speculative_answers_are_the_backbones_own(tmp_path, backbone):
         ([], r"generate\.exit_head=null: generate\.engine=speculative"),
         (["generate.exit_head=nowhere"], r"generate\.exit_head=nowhere: no exit head here"),
         (["generate.exit_head=HEAD", "generate.controller=thompson"], r"generate\.controller=thompson: it learns"),
+        (["generate.exit_head=HEAD", "generate.controller=fixed:2+lookup"], r"controller=fixed:2\+lookup: it learns"),
         (["generate.exit_head=HEAD", "generate.controller=fixed"], r"generate\.controller=fixed: must be"),
     ],
 )

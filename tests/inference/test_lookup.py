@@ -2,11 +2,13 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_run, plant_heads
 
 from pipeline.backbones.load import load_model
+from pipeline.evaluation import simulation
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import learned_controller, make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
@@ -126,5 +128,13 @@ def test_what_thompson_learned_of_a_head_is_taken_over() -> None:
     state = Thompson().state_dict() | {"rounds": 77}
     controller = learned_controller("thompson+lookup", {"states": {"greedy": state}})
     assert isinstance(controller, WithLookup) and controller.head.rounds == 77
-    with pytest.raises(ValueError, match="\\+lookup"):
-        make_controller("often+lookup")
+    for name in ("often+lookup", "fixed:1+lookup+lookup"):
+        with pytest.raises(ValueError, match="controller="):
+            make_controller(name)
+
+
+def test_a_trace_cannot_be_replayed_with_copies() -> None:
+    nothing = np.zeros((3, 0))
+    trace = simulation.Trace("p", 8, np.ones(3), nothing, nothing)
+    with pytest.raises(ValueError, match="cannot be replayed"):
+        simulation.replay(make_controller("fixed:1+lookup"), trace, np.ones(3, bool), None)

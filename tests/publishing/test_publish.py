@@ -3,6 +3,7 @@
 What it decodes must be the model's own text. The gate is in test_gate.py, the draft model in test_draft_model.py.
 """
 
+import copy
 import getpass
 import hashlib
 import json
@@ -414,6 +415,10 @@ def test_clear_errors(served) -> None:
     with pytest.warns(UserWarning, match="not quite the tiny-llama that the exit head was trained for"):
         drafted = stranger.generate(**inputs, **ours | greedy, allow_other_backbone=True)
     assert torch.equal(drafted, stranger.generate(**inputs, **greedy)), "the stranger's own text"
+    deeper = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+    deeper.config.num_hidden_layers += 2
+    with pytest.raises(ValueError, match="this is a llama of 6 layers, the head was trained for a llama of 4"):
+        deeper.generate(**inputs, **ours | greedy, allow_other_backbone=True)
 
 
 def test_a_backbone_fine_tuned_since_is_told_once(served, run) -> None:

@@ -53,7 +53,7 @@ def steady_controller(name: str):
         controller = make_controller(name)
     except ValueError as error:
         raise UserError(f"generate.{error}") from None
-    if name.partition(":")[0] not in STEADY:
+    if name.partition(":")[0] not in STEADY or hasattr(controller, "look"):
         raise UserError(
             f"generate.controller={name}: it learns from text to text, so a shard could not be made again; "
             "give fixed:K, confidence:T or entropy:T"
