@@ -24,7 +24,7 @@ WRITING = [verb for verb in cli.VERBS if verb not in ("plan", "chat", "heads")] 
 
 def stub(run: Callable[[RunDir], None]) -> SimpleNamespace:
     """The module of a stage; for all that the stage pilot is asked, the exit layers are given."""
-    return SimpleNamespace(run=run, prepare=lambda run: None, chosen=lambda run: run)
+    return SimpleNamespace(run=run, prepare=lambda run: None, chosen=lambda run, **_: run)
 
 
 def small_stage(name: str) -> SimpleNamespace:

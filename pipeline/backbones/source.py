@@ -49,7 +49,7 @@ def explained(backbone: Backbone) -> Iterator[None]:
         where = f"backbone.name_or_path={backbone.name_or_path}"
         folder = _folder(backbone)
         damage = damage_in(folder) if folder else None
-        if folder and damage is None and not (folder / "config.json").is_file():
+        if folder and damage is None and gguf_of(backbone) is not None and not (folder / "config.json").is_file():
             damage = "config.json: is missing"
         if damage:
             raise UserError(f"{where}: {with_remedy(backbone, damage)}") from None

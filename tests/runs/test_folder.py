@@ -211,6 +211,7 @@ def test_redo_lets_the_config_change(config: Config) -> None:
 WRITTEN = {
     "generate": ["responses"],
     "cache": ["cache"],
+    "pilot": ["pilot"],
     "distill": ["heads", "checkpoints", "metrics.jsonl", "wandb"],
     "evaluate": ["eval", "report"],
     "publish": ["hub/2", "hub/10", "hub/126"],
