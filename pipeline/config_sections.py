@@ -20,6 +20,12 @@ def option(default: Any, text: str, is_path: bool = False) -> Any:
     return field(default=default, metadata=metadata)
 
 
+OTHER_BACKBONE = (
+    "take a head that was trained for other weights of the same model, such as unquantised ones "
+    "(--allow-other-backbone): the output is the given backbone's own, drafts may be accepted less often"
+)
+
+
 @dataclass
 class Run:
     name: str = option("pocket", "name of the run folder")
@@ -246,11 +252,7 @@ class Evaluate:
         "published head to measure (--head) instead of the run's own: org/name, org/name@revision or a folder",
         is_path=True,
     )
-    allow_other_backbone: bool = option(
-        False,
-        "take a head that was trained for other weights of the same model, such as unquantised ones "
-        "(--allow-other-backbone): the output is the given backbone's own, drafts may be accepted less often",
-    )
+    allow_other_backbone: bool = option(False, OTHER_BACKBONE)
     states: str | None = option(
         None,
         "eval/results.json of an earlier evaluation of the same heads; thompson starts from what it had learned there",
@@ -305,11 +307,7 @@ class Chat:
     head: str | None = option(
         None, "exit head that drafts (--head): a folder, as runs/NAME/hub/N, or org/name[@revision] on the Hub", True
     )
-    allow_other_backbone: bool = option(
-        False,
-        "take a head that was trained for other weights of the same model, such as unquantised ones "
-        "(--allow-other-backbone): the output is the given backbone's own, drafts may be accepted less often",
-    )
+    allow_other_backbone: bool = option(False, OTHER_BACKBONE)
     temperature: float = option(0.0, "sampling temperature; 0 is greedy")
     top_k: int = option(0, "top-k of the sampling, for backbone and exit head alike; 0 = off")
     top_p: float = option(1.0, "top-p of the sampling, for backbone and exit head alike; 1 = off")

@@ -3,7 +3,7 @@
 Takes the engines, the texts that autoregressive decoding wrote and the measured costs; gives a speedup for each head
 and temperature. A target that a controller misses is to be read as a share of it: the rest is up to the head.
 
-T tokens of a text, C tokens of a chunk, V vocabulary
+T tokens of a text
 """
 
 from typing import Any
@@ -25,13 +25,8 @@ DRAWS = 8
 @torch.inference_mode()
 def acceptance(engine: SplitBackbone, prompt: list[int], tokens: list[int], sampler: Sampler) -> np.ndarray:
     """The probability [T] that a draft for each token of a text is accepted, given all tokens before it."""
-    found = []
-    for start, p_CV, q_CV in teacher_forced_chunks(engine, prompt, tokens, sampler):
-        y_C1 = torch.tensor(tokens[start : start + len(p_CV)], device=p_CV.device)[:, None]
-        if sampler.greedy:
-            found.append((q_CV.argmax(-1, keepdim=True) == y_C1)[:, 0].double())
-        else:
-            found.append((q_CV.gather(1, y_C1) / p_CV.gather(1, y_C1)).clamp(max=1)[:, 0].double())
+    chunks = teacher_forced_chunks(engine, prompt, tokens, sampler)
+    found = [simulation.acceptance(p, q, tokens[start : start + len(p)], sampler) for start, p, q in chunks]
     return torch.cat(found).cpu().numpy()
 
 

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..inference.backbone import SplitBackbone
 from ..inference.law import Law
-from ..inference.rounds import LONGEST, Confidence, Controller, Round
+from ..inference.rounds import LONGEST, Confidence, Controller, Round, look_of
 from ..inference.sampling import Sampler, residual
 from .losslessness import teacher_forced
 from .metrics import CostModel
@@ -53,6 +54,15 @@ class Recorded(NamedTuple):
     entropy: float
 
 
+def acceptance(p_TV: Tensor, q_TV: Tensor, tokens: list[int], sampler: Sampler) -> Tensor:
+    """The probability [T] that a draft for each token is accepted, given all before it: greedy 0 or 1, sampling
+    min(1, q/p). p and q are processed."""
+    y_T1 = torch.tensor(tokens, device=p_TV.device)[:, None]
+    if sampler.greedy:
+        return (q_TV.argmax(-1, keepdim=True) == y_T1)[:, 0].double()
+    return (q_TV.gather(1, y_T1) / p_TV.gather(1, y_T1)).clamp(max=1)[:, 0].double()
+
+
 @torch.inference_mode()
 def record(
     engine: SplitBackbone, prompt: str, ids: list[int], tokens: list[int], sampler: Sampler, max_new_tokens: int
@@ -64,11 +74,6 @@ def record(
     confidences along its continuation by the head are recorded; in greedy decoding the draft is determined.
     """
     p_TV, q_TV = teacher_forced(engine, ids, tokens, sampler)
-    y_T1 = torch.tensor(tokens, device=p_TV.device)[:, None]
-    if sampler.greedy:
-        acceptance = (q_TV.argmax(-1, keepdim=True) == y_T1)[:, 0].double()
-    else:
-        acceptance = (q_TV.gather(1, y_T1) / p_TV.gather(1, y_T1)).clamp(max=1)[:, 0].double()
     said = [_read(Confidence(Law(row.log()))) for row in q_TV]
     off = np.zeros((len(tokens), RECORDED, len(Recorded._fields)))
     cache = engine.new_cache(min(len(ids) + len(tokens) + RECORDED, engine.max_context))
@@ -85,7 +90,7 @@ def record(
             chain.append(sampler.draft(q))
         engine.shallow(tokens[t : t + 1], at, cache)  # the committed token again; the head then catches up by itself
         cache.head_length = at
-    return Trace(prompt, max_new_tokens, acceptance.cpu().numpy(), np.array(said), off)
+    return Trace(prompt, max_new_tokens, acceptance(p_TV, q_TV, tokens, sampler).cpu().numpy(), np.array(said), off)
 
 
 def _read(confidence: Confidence) -> Recorded:
@@ -119,7 +124,7 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
 
     Raises ValueError for a controller that copies drafts from the text.
     """
-    if hasattr(controller, "look"):
+    if look_of(controller):
         raise ValueError("a trace holds drafts of the head alone: it cannot be replayed with a controller that copies")
     rounds, t = [], 1
     while t < len(trace):

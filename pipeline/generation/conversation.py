@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller
 from ..inference.decoding import Generation, Request, autoregressive, self_speculative
-from ..inference.rounds import Confidence, Controller, Round
+from ..inference.rounds import Confidence, Controller, Round, look_of
 from ..inference.sampling import Sampler
 from ..prompts.ids import contexts
 from ..prompts.prompt import Prompt
@@ -133,8 +133,8 @@ class _Streamed:
 
     def __init__(self, controller: Controller, stream: TextStream, show: Show, stop: Callable[[], bool]):
         self.controller, self.stream, self.show, self.stop = controller, stream, show, stop
-        if hasattr(controller, "look"):  # the decoder copies drafts for controllers that have it alone
-            self.look = controller.look
+        if look := look_of(controller):  # the decoder asks this object instead
+            self.look = look
         self.new: list[int] = []
         """Committed tokens that were not shown yet."""
         self.begun = False

@@ -18,7 +18,7 @@ import torch
 from .backbone import SplitBackbone
 from .kv_cache import KVCache
 from .lookup import Lookup, Point
-from .rounds import Confidence, Controller, Round
+from .rounds import Confidence, Controller, Round, look_of
 from .sampling import Draft, Sampler
 from .stopwatch import Stopwatch, stopwatch
 
@@ -97,7 +97,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
     hidden_MD = backbone.deep(0, len(request.prompt), cache)
     cache.commit(len(request.prompt))
     watch.mark("prefill")
-    index = Lookup(request.prompt) if hasattr(controller, "look") else None
+    index = Lookup(request.prompt) if look_of(controller) else None
     # The first token comes from the prefill: a round starts from a pending token.
     first_1V = sampler.shape(backbone.logits(hidden_MD[-1:]), request.prompt, out.tokens)
     out.commit([sampler.draw(first_1V[0])], request)

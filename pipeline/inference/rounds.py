@@ -68,7 +68,11 @@ class Confidence:
 
 
 class Controller(Protocol):
-    """Decides during decoding how many tokens to draft. One object may serve many prompts and keeps what it learns."""
+    """Decides during decoding how many tokens to draft. One object may serve many prompts and keeps what it learns.
+
+    A controller that also copies drafts from the text has a further method, `look(matched) -> int`: at the start of a
+    round, given the length of the match (lookup.py), how many tokens to copy; 0 leaves the round to the head.
+    """
 
     def peek(self, k: int) -> bool:
         """After k drafts, before the exit head runs: whether to compute its next distribution."""
@@ -81,3 +85,8 @@ class Controller(Protocol):
     def observe(self, round: Round) -> None:
         """Learn from a finished round."""
         ...
+
+
+def look_of(controller: Controller) -> Callable[[int], int] | None:
+    """The method `look` of a controller that may copy drafts from the text; None of any other."""
+    return getattr(controller, "look", None)

@@ -7,6 +7,7 @@ of one autoregressive token, as in metrics.CostModel.
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,13 @@ def candidates(layers: int) -> list[int]:
     leave little to gain.
     """
     return [n for n in CANDIDATES if n <= layers // 3] or [1]
+
+
+def with_exit_layers(config: Config, exit_layers: list[int]) -> Config:
+    """A copy of the config with these exit layers in place of auto."""
+    config = deepcopy(config)
+    config.distill.exit_layers = exit_layers
+    return config
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ B sequences of a pass, S sequences in all, T positions of a sequence, P position
 """
 
 from collections.abc import Callable
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from ..backbones.load import check_exit_layers, device_of, load_model, rounds_by
 from ..backbones.source import load_config
-from ..planning.gain import candidates
+from ..planning.gain import candidates, with_exit_layers
 from ..runs.folder import RunDir
 from ..runs.shard_worker import Report, ShardWorker
 from ..training import packing
@@ -39,8 +38,7 @@ def run(run: RunDir) -> None:
     inputs = [run / "responses" / "manifest.json"]
     must_run = run.plan("cache", inputs)
     if not config.distill.exit_layers:  # auto: those among which the pilot chooses
-        config = deepcopy(config)
-        config.distill.exit_layers = candidates(load_config(config.backbone).num_hidden_layers)
+        config = with_exit_layers(config, candidates(load_config(config.backbone).num_hidden_layers))
     cache.check_layers(config.distill.exit_layers)
     if not must_run and cache.is_complete():
         print("cache: done already")

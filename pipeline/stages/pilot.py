@@ -27,7 +27,7 @@ from ..inference.backbone import SplitBackbone
 from ..inference.exit_head import ExitHead
 from ..launchers import launched
 from ..planning import tables
-from ..planning.gain import candidates, speedups
+from ..planning.gain import candidates, speedups, with_exit_layers
 from ..prompts.ids import Encoded
 from ..prompts.prompt import Prompt
 from ..runs.files import atomic_write
@@ -139,9 +139,7 @@ def chosen(run: RunDir, must_fit: bool = False) -> RunDir:
         )
     if (choice := read_choice(run)) is None:
         return run
-    config = deepcopy(run.config)
-    config.distill.exit_layers = [choice]
-    return RunDir(config)
+    return RunDir(with_exit_layers(run.config, [choice]))
 
 
 def read_choice(run: RunDir) -> int | None:
@@ -171,8 +169,8 @@ def _held_out(run: RunDir) -> Encoded:
             f"distill.exit_layers=auto: {len(found)} held-out responses are too few to choose by; {FEWEST} are needed. "
             "Raise generate.num_prompts or distill.held_out, or name the exit layer, such as distill.exit_layers=[2]."
         )
-    spread = range(PROMPTS) if len(found) > PROMPTS else range(len(found))
-    return [found[i * len(found) // len(spread)] for i in spread]  # documents are packed by length
+    count = min(PROMPTS, len(found))
+    return [found[i * len(found) // count] for i in range(count)]  # spread, as documents are packed by length
 
 
 def _row(entry: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ are in planning/ (docs/planning.md).
 
 import json
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -20,7 +19,7 @@ from ..errors import UserError
 from ..planning import estimate, tables
 from ..planning.architecture import Architecture, facts
 from ..planning.estimate import Plan
-from ..planning.gain import candidates
+from ..planning.gain import candidates, with_exit_layers
 from ..planning.hardware import Layout
 from ..training.dataloader import StepBatches
 
@@ -51,8 +50,7 @@ def make(config: Config) -> Plan:
     """The plan of a config. Raises UserError for a config that the stages would refuse."""
     a = architecture_of(config.backbone)
     if not config.distill.exit_layers:  # auto: what the pilot trains and the cache keeps; then distill trains one
-        config = deepcopy(config)
-        config.distill.exit_layers = candidates(a.layers)
+        config = with_exit_layers(config, candidates(a.layers))
     check_exit_layers(config.distill.exit_layers, a.layers)
     world = Layout.of(config.machine).processes
     StepBatches(1, config.distill.sequences_per_step, config.distill.max_steps, 0, world_size=world)  # checks

@@ -81,7 +81,7 @@ def test_it_learns_whether_copying_pays(chance: float, least: float, most: float
     assert least <= sum(r.source == "lookup" for r in rounds) / len(rounds) <= most
 
 
-def test_without_a_match_or_before_a_round_of_the_head_nothing_is_copied() -> None:
+def test_the_heads_rounds_come_first_and_what_is_always_right_is_copied_in_full() -> None:
     controller = WithLookup(make_controller("fixed:1"))
     assert controller.look(32) == 0, "nothing is known of the head's rounds yet"
     lengths = {r.drafted for r in rounds_of(controller, 1.0, 200)[50:] if r.source == "lookup"}

@@ -14,6 +14,7 @@ from ...inference.backbone import SplitBackbone
 from ...inference.controllers import make_controller
 from ...inference.decoding import Request, self_speculative
 from ...inference.exit_head import ExitHead
+from ...inference.rounds import look_of
 from ...inference.sampling import Sampler
 from .interface import Answer, Question, Report, Sampling
 
@@ -53,7 +54,7 @@ def steady_controller(name: str):
         controller = make_controller(name)
     except ValueError as error:
         raise UserError(f"generate.{error}") from None
-    if name.partition(":")[0] not in STEADY or hasattr(controller, "look"):
+    if name.partition(":")[0] not in STEADY or look_of(controller):
         raise UserError(
             f"generate.controller={name}: it learns from text to text, so a shard could not be made again; "
             "give fixed:K, confidence:T or entropy:T"
