@@ -44,8 +44,9 @@ SETTINGS = {
     "T=0.7, top-p 0.9": {"temperature": 0.7, "top_p": 0.9},
 }
 FIXED = [f"fixed:{k}" for k in range(7)]
-RIVALS = ["confidence:0.3", "confidence:0.5", "confidence:0.7", "entropy:0.4", "entropy:0.6", "beta", "calibration",
-          "calibration:shift", "thompson"]  # fmt: skip
+RIVALS = ["confidence:0.3", "confidence:0.5", "confidence:0.7", "entropy:0.4", "entropy:0.6", "cumulative:0.2",
+          "cumulative:0.4", "beta", "calibration", "calibration:shift", "goodput", "logistic", "adaptive_steps",
+          "schedule", "ucb", "tapout", "thompson"]  # fmt: skip
 PARTS = ["drafted", "head_passes", "seconds", "shallow_seconds", "head_seconds", "verify_seconds"]
 TIMED = ["fixed:1", "fixed:2", "fixed:3", "fixed:4", "confidence:0.5", "beta", "calibration:shift", "thompson"]
 
@@ -58,9 +59,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompt-file", default="pocket", help="pocket, or a .jsonl of prompts the head has not seen")
+    parser.add_argument("--chat-template", default="none", help="none, or tokenizer for a chat model")
+    parser.add_argument("--held-out", type=float, default=0.5, help="share of the prompts, by a hash, that is used")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--timed", type=int, default=24, help="how many of the prompts, from the first, are timed")
+    parser.add_argument("--clock", nargs="+", default=TIMED, help="controllers that are timed")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the simulation")
     parser.add_argument("--threads", type=int, default=1)
@@ -70,7 +74,8 @@ def main() -> None:
 
     backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype, gguf_dir="runs/backbones")
     model, tokenizer = load_model(backbone, torch.device(args.device)), load_tokenizer(backbone)
-    settings = Prompts(path=args.prompt_file, held_out=0.5, too_long="drop")
+    template = args.chat_template
+    settings = Prompts(path=args.prompt_file, held_out=args.held_out, too_long="drop", chat_template=template)
     texts = load_prompts(settings, "evaluate")[: args.prompts]
     ids = [row for _, row in encode(texts, tokenizer, settings, model.config.max_position_embeddings, args.tokens)]
     ends = frozenset([tokenizer.eos_token_id])
@@ -98,7 +103,7 @@ def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
     def sampler(seed: int) -> Sampler:
         return Sampler(**SETTINGS[setting], generator=torch.Generator().manual_seed(seed))
 
-    wall, rounds, baseline = clock(engine, ids[: args.timed], ends, sampler, args.tokens)
+    wall, rounds, baseline = clock(engine, ids[: args.timed], ends, sampler, args.tokens, args.clock)
     costs = smooth(cost_table(rounds, baseline), rounds)
     traces = []
     for i, prompt in enumerate(tqdm(ids, desc=f"N={engine.exit_layer} {setting}: traces", unit="text")):
@@ -108,16 +113,18 @@ def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
     path = args.run / "eval" / f"traces-{engine.exit_layer}-{list(SETTINGS).index(setting)}.npz"
     path.parent.mkdir(exist_ok=True)  # a run that was never evaluated
     simulation.save(path, traces, sha)
-    models = {name: simulation.CostModel(costs | own_costs(name, rounds, baseline)) for name in [*FIXED, *RIVALS]}
+    models = {
+        name: simulation.CostModel(costs | own_costs(name, rounds, baseline, args.clock)) for name in [*FIXED, *RIVALS]
+    }
     simulated = simulate(traces, models, args.seeds, greedy=SETTINGS[setting]["temperature"] == 0)
     return {"costs": costs, "wall": wall, "simulated": simulated, "signals": signals(traces)}
 
 
-def clock(engine, ids, ends, sampler, new: int):
+def clock(engine, ids, ends, sampler, new: int, timed: list[str]):
     """(speedup of each timed controller with its interval, all rounds, seconds of an autoregressive pass)"""
     greedy = sampler(0).greedy
-    controllers = {name: make_controller(name, greedy=greedy) for name in TIMED}
-    names = ["autoregressive", *TIMED]
+    controllers = {name: make_controller(name, greedy=greedy) for name in timed}
+    names = ["autoregressive", *timed]
 
     def decode(name: str, prompt: list[int], seed: int):
         request = Request(prompt, new, ends)
@@ -134,8 +141,8 @@ def clock(engine, ids, ends, sampler, new: int):
         tokens[name][i], seconds[name][i] = len(out.tokens), out.seconds
         rows += [{"controller": name} | {part: getattr(r, part) for part in PARTS} for r in out.rounds]
     base = tokens["autoregressive"], seconds["autoregressive"]
-    wall = {name: rated(tokens[name], seconds[name], *base) for name in TIMED}
-    for rival in ("beta", "fixed:1", "fixed:2", "fixed:3", "fixed:4"):
+    wall = {name: rated(tokens[name], seconds[name], *base) for name in timed}
+    for rival in [name for name in timed if name != "thompson" and "thompson" in timed]:
         wall[f"thompson / {rival}"] = rated(tokens["thompson"], seconds["thompson"], tokens[rival], seconds[rival])
     return wall, pd.DataFrame(rows), pass_seconds(base[1], base[0])
 
@@ -149,11 +156,11 @@ def smooth(costs: dict, rounds: pd.DataFrame) -> dict:
     return costs | {"verify": {1: costs["verify"].get(1, line[2])} | line}
 
 
-def own_costs(name: str, rounds: pd.DataFrame, baseline: float) -> dict:
+def own_costs(name: str, rounds: pd.DataFrame, baseline: float, timed: list[str]) -> dict:
     """The costs `head` and `rest`, which include the controller's own decisions: measured for this controller if it was
     timed, else over the timed controllers of its kind (fixed or not)."""
     like = rounds.controller.str.startswith("fixed") == name.startswith("fixed")
-    mine = rounds[rounds.controller == name] if name in TIMED else rounds[like]
+    mine = rounds[rounds.controller == name] if name in timed else rounds[like]
     costs = cost_table(mine, baseline)
     return {"head": costs["head"], "rest": costs["rest"]}
 
@@ -192,9 +199,8 @@ def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
     result = {name: rated(*sums[name], ones, ones) for name in sums}
     result["fixed, tuned on other prompts"] = rated(*tuned, ones, ones)
     result["thompson / fixed tuned"] = rated(*sums["thompson"], *tuned)
-    result["thompson / beta"] = rated(*sums["thompson"], *sums["beta"])
-    result["thompson / calibration"] = rated(*sums["thompson"], *sums["calibration"])
-    result["thompson / oracle"] = rated(*sums["thompson"], *sums["oracle"])
+    for name in [name for name in RIVALS if name != "thompson"] + ["oracle"]:
+        result[f"thompson / {name}"] = rated(*sums["thompson"], *sums[name])
     return {"speedup": result, "tuned": chosen}
 
 

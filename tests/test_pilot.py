@@ -5,11 +5,21 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from helpers import make_run
+from tqdm import tqdm
 
+from pipeline.backbones.load import load_model
 from pipeline.cli import main
 from pipeline.config import load
 from pipeline.errors import UserError
+from pipeline.evaluation import simulation
+from pipeline.evaluation.metrics import CostModel
+from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.controllers import Fixed
+from pipeline.inference.decoding import Request, self_speculative
+from pipeline.inference.exit_head import ExitHead
+from pipeline.inference.sampling import Sampler
 from pipeline.planning.gain import candidates
 from pipeline.runs.folder import RunDir
 from pipeline.stages import cache, distill, generate, pilot
@@ -60,7 +70,8 @@ def test_the_exit_layer_of_the_largest_predicted_speedup_is_trained(tmp_path: Pa
     assert list((run / "responses").glob("*.parquet"))
 
 
-def test_the_prompts_are_those_of_the_held_out_responses(tmp_path: Path) -> None:
+def test_the_prompts_are_those_of_the_held_out_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pilot, "FEWEST", 1)
     run = make_run(tmp_path, *AUTO)
     generate.run(run)
     answers = pd.concat(map(pd.read_parquet, sorted((run / "responses").glob("shard-*.parquet"))))
@@ -68,8 +79,48 @@ def test_the_prompts_are_those_of_the_held_out_responses(tmp_path: Path) -> None
     held_out = " ".join(map(str, validation.ids_ST.flatten().tolist()))
     known = {tuple(ids) for ids in answers.prompt_ids if " ".join(map(str, ids)) in held_out}
     assert len(known) < len(answers)
-    found = [tuple(ids) for _, ids in pilot._held_out(run)]
-    assert pilot.FEWEST <= len(found) <= pilot.PROMPTS and len(set(found)) == len(found) and set(found) <= known
+    responses = pilot._held_out(run)
+    assert len(pilot._spread(responses, pilot.PROMPTS)) <= pilot.PROMPTS and pilot._spread(responses, 99) == responses
+    found = [tuple(pilot.prompt_of(d)) for d in responses]
+    assert len(found) >= pilot.FEWEST and len(set(found)) == len(found) and set(found) <= known
+    by_prompt = {tuple(ids): t for ids, t in zip(answers.prompt_ids, answers.temperature, strict=True)}
+    greedy = pilot._of_temperature(run, responses, 0.0)
+    assert {by_prompt[tuple(pilot.prompt_of(d))] for d in greedy} == {0.0}
+    assert pilot._of_temperature(run, responses, 0.7) == responses, "no answer has that temperature"
+
+
+def test_replayed_fixed_k_is_that_of_the_decoder(tmp_path: Path) -> None:
+    """The pilot's prediction for a response that was written greedily: the decoder's rounds, at the same costs."""
+    run = make_run(tmp_path, *AUTO, "generate.temperatures=[0.0]")
+    generate.run(run)
+    cache.run(run)
+    distill.run(pilot.prepare(run))
+    model = load_model(run.config.backbone, torch.device("cpu"))
+    engine = SplitBackbone(model, ExitHead.load(run / "pilot" / "heads" / "exit-2"))
+    costs = {"shallow": 0.1, "head": 0.05, "rest": 0.01, "verify": {"1": 0.9, "2": 1.0, "5": 1.2}}
+    for text in pilot._of_temperature(run, pilot._held_out(run), 0.0)[:3]:
+        trace = pilot._trace(engine, text, 0.0, tqdm(disable=True))
+        for k in (1, 4):
+            request = Request(pilot.prompt_of(text), len(text.tokens) - text.spans[0][0] + 1)
+            out = self_speculative(engine, request, Sampler(temperature=0.0), Fixed(k))
+            assert out.tokens[:-1] == text.tokens[text.spans[0][0] :]
+            replayed = simulation.replay(Fixed(k), trace, trace.acceptance_T > 0.5, CostModel(costs))
+            assert [r.accepted for r in replayed[:-1]] == [r.accepted for r in out.rounds[: len(replayed) - 1]]
+
+
+def test_costs_of_candidates_are_evened_out() -> None:
+    def costs(n: int, noise: float) -> dict:
+        verify = {"1": 1 - 0.03 * n, "2": 1.1 - 0.03 * n + noise}
+        return {"shallow": 0.03 * n + noise, "head": 0.05 + noise, "rest": 0.0, "verify": verify, "unit_seconds": 1.0}
+
+    exact = {n: costs(n, 0.0) for n in (1, 2, 4, 8)}
+    assert [c["shallow"] for c in pilot.even(exact).values()] == pytest.approx([0.03 * n for n in exact])
+    assert [c["verify"]["2"] for c in pilot.even(exact).values()] == pytest.approx([1.1 - 0.03 * n for n in exact])
+    noisy = pilot.even({n: costs(n, 0.02 * (-1) ** i) for i, n in enumerate(exact)})
+    assert [c["head"] for c in noisy.values()] == pytest.approx([0.05] * 4)
+    assert all(abs(c["shallow"] - 0.03 * n) < 0.02 for n, c in noisy.items()) and noisy[8]["unit_seconds"] == 1.0
+    two = {n: costs(n, 0.02) for n in (1, 2)}
+    assert pilot.even(two) == two
 
 
 def test_a_head_may_be_trained_anew_with_the_same_choice(tmp_path: Path) -> None:

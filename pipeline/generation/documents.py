@@ -102,6 +102,15 @@ def _rows(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, list[in
         yield from zip(*(columns[name] for name in names), strict=True)
 
 
+def read_temperatures(folder: Path, manifest: dict[str, Any]) -> dict[str, float]:
+    """Id of a turn -> the temperature at which it was answered."""
+    found: dict[str, float] = {}
+    for shard in manifest["shards"]:
+        columns = pq.read_table(folder / shard["file"], columns=["id", "temperature"]).to_pydict()
+        found |= dict(zip(columns["id"], columns["temperature"], strict=True))
+    return found
+
+
 def split(documents: Sequence[Document], held_out: float) -> tuple[list[Document], list[Document]]:
     """(train, validation), split by a hash of the conversation's id: each conversation always goes to the same side.
 

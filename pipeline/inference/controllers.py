@@ -1,4 +1,5 @@
-"""The controllers, which decide how many tokens to draft, and the name of each. The default one is in thompson.py.
+"""The names of the controllers, which decide how many tokens to draft. The default one is in thompson.py, those of
+other papers and engines in literature.py.
 
 A controller answers yes or no to whether token k+1 is drafted. For decoding to stay lossless, the answer may depend on
 committed text, earlier rounds, this round's drafted tokens and their q, q of token k+1, and random numbers of its own.
@@ -7,11 +8,10 @@ the next token has the backbone's distribution whatever the controller's state (
 """
 
 import math
-import random
-from collections.abc import Callable
 from typing import Any
 
-from .rounds import LONGEST, Confidence, Controller, Round
+from .literature import PLAIN, STOPS
+from .rounds import Confidence, Controller, Round
 from .sources import WithLookup
 from .thompson import Thompson
 
@@ -32,114 +32,9 @@ class Fixed:
         pass
 
 
-class ConfidenceStop:
-    """Drafts while max q is at least a threshold (Kangaroo: Liu et al., NeurIPS 2024, section 3).
-
-    Kangaroo keeps the first token below the threshold; here that token is not drafted, which makes verification one
-    token narrower. Looking at the token before discarding it would change the distribution of the text.
-    """
-
-    def __init__(self, threshold: float, limit: int = LONGEST):
-        self.threshold, self.limit = threshold, limit
-
-    def peek(self, k: int) -> bool:
-        return k < self.limit
-
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        return confidence.top >= self.threshold
-
-    def observe(self, round: Round) -> None:
-        pass
-
-
-class EntropyStop(ConfidenceStop):
-    """Drafts while 1 - sqrt(gamma * H(q)), a lower bound of acceptance in the style of AdaEDL (Agrawal et al.,
-    2024, arXiv 2410.18351), is at least a threshold. gamma = 0.2. AdaEDL also adapts the threshold; this does not."""
-
-    gamma = 0.2
-
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        return 1 - math.sqrt(self.gamma * max(0.0, confidence.entropy)) >= self.threshold
-
-
-class Beta:
-    """EESD's Beta-TS as we understand the paper (Liu et al., ACL Findings 2024, figure 2). It states neither the priors
-    nor a limit; both are our choice.
-
-    theta ~ Beta(1 + accepted, 1 + rejected). After each draft, chi ~ Bernoulli(theta) with a newly drawn theta: 1 goes
-    on drafting, 0 stops and verifies. Every round has at least one draft. Drafts after the first rejected one were
-    never tested and are not counted.
-    """
-
-    def __init__(self, limit: int = LONGEST, seed: int = 0):
-        self.accepted, self.rejected, self.limit = 1, 1, limit
-        self.random = random.Random(seed)
-
-    def peek(self, k: int) -> bool:
-        if k == 0:
-            return True
-        theta = self.random.betavariate(self.accepted, self.rejected)
-        return k < self.limit and self.random.random() < theta
-
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        return True
-
-    def observe(self, round: Round) -> None:
-        self.accepted += round.accepted
-        self.rejected += round.accepted < round.drafted
-
-
-class Calibration:
-    """EESD's Calibration-TS: as Beta, but theta combines the head's own confidence with the observed acceptance.
-
-    theta ~ N(mu, v) clipped to [0, 1], with p = max q of the last draft, n tested drafts of mean acceptance r and mean
-    confidence p', prior variance s0^2 = 0.04 and noise s^2 = 0.25 (our choice). The paper's text allows two readings:
-      pull:  mu = (n s0^2 r + s^2 p) / (n s0^2 + s^2), the posterior of a Gaussian with prior mean p, in which the
-             weight of p vanishes as n grows;
-      shift: mu = p + n / (n + n0) (r - p'), n0 = s^2 / s0^2, the confidence corrected by its mean error, in which p
-             keeps its weight.
-    In both, v = s^2 s0^2 / (n s0^2 + s^2).
-    """
-
-    prior, noise = 0.04, 0.25
-
-    def __init__(self, shift: bool = False, limit: int = LONGEST, seed: int = 0):
-        self.shift, self.limit, self.random = shift, limit, random.Random(seed)
-        self.tested = 0
-        self.accepted = self.predicted = 0.0
-        self.drafts: list[float] = []
-
-    def peek(self, k: int) -> bool:
-        if k == 0:
-            self.drafts = []
-            return True
-        mean, variance = self.posterior(self.drafts[-1])
-        theta = min(1.0, max(0.0, self.random.gauss(mean, math.sqrt(variance))))
-        return k < self.limit and self.random.random() < theta
-
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        self.drafts.append(confidence.top)
-        return True
-
-    def observe(self, round: Round) -> None:
-        tested = min(round.accepted + 1, round.drafted)
-        self.tested += tested
-        self.accepted += round.accepted
-        self.predicted += sum(self.drafts[:tested])
-
-    def posterior(self, p: float) -> tuple[float, float]:
-        """Mean and variance of theta for a draft of confidence p."""
-        n, s0, s = self.tested, self.prior, self.noise
-        weight = n * s0 / (n * s0 + s)
-        observed = self.accepted / n if n else 0.0
-        centre = self.predicted / n if n else 0.0
-        mean = p + weight * (observed - centre) if self.shift else weight * observed + (1 - weight) * p
-        return mean, s * s0 / (n * s0 + s)
-
-
 NAMES = (
-    "thompson, fixed:K, confidence:T, entropy:T (0 < T < 1), beta, calibration, calibration:shift or none, alone or "
-    "with +lookup behind it"
+    "thompson, fixed:K, confidence:T, entropy:T, cumulative:T (0 < T < 1), beta, calibration, calibration:shift, "
+    "goodput, logistic, adaptive_steps, schedule, ucb, tapout or none, alone or with +lookup behind it"
 )
 COPYING = "+lookup"
 """Ending of a name: drafts may also be copied from the text."""
@@ -163,29 +58,26 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
     k = fixed_length(name)
     if k is not None:
         return Fixed(k)
-    if kind in ("confidence", "entropy"):
+    if kind in STOPS:
         try:
             threshold = float(argument)
         except ValueError:
             threshold = math.nan
         if 0 < threshold < 1:
-            return (ConfidenceStop if kind == "confidence" else EntropyStop)(threshold)
-    plain: dict[str, Callable[[], Controller]] = {
-        "thompson": lambda: Thompson(greedy=greedy, seed=seed),
-        "beta": lambda: Beta(seed=seed),
-        "calibration": lambda: Calibration(seed=seed),
-        "calibration:shift": lambda: Calibration(shift=True, seed=seed),
-        "none": lambda: Fixed(0),
-    }
-    if name in plain:
-        return plain[name]()
+            return STOPS[kind](threshold)
+    if name in PLAIN:
+        return PLAIN[name](greedy, seed)
+    if name == "thompson":
+        return Thompson(greedy, seed)
+    if name == "none":
+        return Fixed(0)
     raise ValueError(f"controller={name}: must be {NAMES}")
 
 
 def thompson_in(controller: Controller) -> Thompson | None:
     """The controller's part that learns of the head and keeps it from text to text, if it has one."""
     head = controller.head if isinstance(controller, WithLookup) else controller
-    return head if isinstance(head, Thompson) else None
+    return head if type(head) is Thompson else None  # a logistic one learns something else
 
 
 def learned_controller(name: str, config: dict[str, Any], seed: int = 0, greedy: bool = True) -> Controller:

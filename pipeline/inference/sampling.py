@@ -55,6 +55,8 @@ class Sampler:
     be a function of its two arguments alone (processors.py)."""
     shown: list[int] | None = None
     """The ids that processors are given in place of the prompt: those of a left-padded row, padding included."""
+    block: bool = False
+    """Sampling: verify the drafts of a round together instead of one by one (`_accept_block`)."""
     _prefix: Prefix = field(default_factory=Prefix, init=False, repr=False, compare=False)
 
     @property
@@ -135,12 +137,41 @@ class Sampler:
         x_K1 = torch.stack([draft.token_1 for draft in drafts])
         # q is 0 in the row after the last draft, so that p is the residual there
         q_MV = torch.stack([*(one.law.q_V for one in q), torch.zeros_like(p_MV[0])])
-        kept_K = self._coins((p_MV.gather(1, x_K1) / q_MV.gather(1, x_K1))[:, 0])
-        accepted_1 = kept_K.cumprod(0).sum(0, keepdim=True)
-        p_1V, q_1V = p_MV.index_select(0, accepted_1), q_MV.index_select(0, accepted_1)
-        bonus_1 = self._pick(residual(p_1V[0], q_1V[0]))
+        ratio_K = (p_MV.gather(1, x_K1) / q_MV.gather(1, x_K1))[:, 0]
+        accepted_1, left_V = (self._accept_block if self.block else self._accept_each)(ratio_K, p_MV, q_MV)
+        bonus_1 = self._pick(left_V)
         accepted, bonus = torch.cat((accepted_1, bonus_1)).tolist()
         return accepted, bonus
+
+    def _accept_each(self, ratio_K: Tensor, p_MV: Tensor, q_MV: Tensor) -> tuple[Tensor, Tensor]:
+        """(accepted [1], weights [V] of the bonus token) by a coin for each draft, whose p(x)/q(x) is its ratio."""
+        accepted_1 = self._coins(ratio_K).cumprod(0).sum(0, keepdim=True)
+        p_1V, q_1V = p_MV.index_select(0, accepted_1), q_MV.index_select(0, accepted_1)
+        return accepted_1, residual(p_1V[0], q_1V[0])
+
+    def _accept_block(self, ratio_K: Tensor, p_MV: Tensor, q_MV: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by block verification (Sun et al., ICLR 2025, arXiv 2403.10444, algorithm 2), which accepts no fewer
+        drafts on average: a draft that is more probable than it was drafted makes up for an earlier one that is less.
+
+            reach_0 = 1,  reach_i = min(1, reach_{i-1} ratio_i)        P(at least i are accepted | the first i drafts)
+            left_i  = max(reach_i p_{i+1} - q_{i+1}, 0)                weights of a bonus token after i drafts
+            h_i     = |left_i| / (|left_i| + 1 - reach_i)              P(i are accepted | no more are); h_0 = 1
+
+        As q is 0 behind the last draft, h is reach there. With one draft it is the rule of `_accept_each`.
+        """
+        reach = [torch.ones_like(ratio_K[0])]
+        for ratio in ratio_K:
+            reach.append((reach[-1] * ratio).clamp(max=1))
+        reach_M = torch.stack(reach)
+        left_MV = (reach_M[:, None] * p_MV - q_MV).clamp_(min=0)
+        mass_M = left_MV.sum(-1)
+        # 0/0 is where p = q and nothing was lost so far: then more drafts are accepted for certain.
+        stops_M = (mass_M / (mass_M + 1 - reach_M)).nan_to_num(0.0)
+        stops_M[0] = 1
+        fewer_M = (1 - stops_M).flip(0).cumprod(0).flip(0)  # P(fewer than i are accepted)
+        accepted_1 = self._pick(stops_M * torch.cat((fewer_M[1:], reach_M[:1])))
+        left_V = left_MV.index_select(0, accepted_1)[0]
+        return accepted_1, torch.where(left_V.sum() > 0, left_V, p_MV.index_select(0, accepted_1)[0])
 
     def _draw(self, weights_V: Tensor) -> int:
         return int(self._pick(weights_V))

@@ -2,47 +2,50 @@
 
 Takes the responses and the teacher's cache, which then holds the hidden states of every candidate; gives
 pilot/choice.json. `prepare` makes a run folder pilot/ in the run folder, where cli.py trains a head for each candidate
-for a few steps, by the stage distill. `run` decodes prompts of held-out responses with each of these heads, and
-predicts the speedup of fixed K from the acceptance and the costs measured there. The exit layer of the largest wins.
+for a few steps, by the stage distill. `run` decodes a few prompts with each of these heads, which gives the costs, and
+replays fixed K over held-out responses, which gives the acceptance. The exit layer of the largest speedup wins.
 """
 
-import itertools
 import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from ..backbones.ends import end_tokens
 from ..backbones.load import device_of, engine_options, load_model, load_tokenizer
 from ..backbones.source import load_config
 from ..config import Config
 from ..errors import UserError
-from ..evaluation import threads
+from ..evaluation import bound, simulation, threads
 from ..evaluation.measuring import Measured, measure
-from ..evaluation.metrics import of_fixed, summarise
+from ..evaluation.metrics import CostModel, of_fixed, summarise
+from ..generation.documents import Document, read_documents, read_manifest, read_temperatures, split, usable
 from ..inference.backbone import SplitBackbone
+from ..inference.controllers import Fixed
 from ..inference.exit_head import ExitHead
+from ..inference.sampling import Sampler
 from ..launchers import launched
 from ..planning import tables
-from ..planning.gain import candidates, speedups, with_exit_layers
-from ..prompts.ids import Encoded
+from ..planning.gain import DRAFTS, candidates, speedups, with_exit_layers
 from ..prompts.prompt import Prompt
 from ..runs.files import atomic_write
 from ..runs.folder import RunDir
-from ..training import packing
 
 STEPS = 150
 """Optimizer steps of the pilot's heads. The order of the exit layers shows long before the heads are good."""
 PROMPTS, FEWEST = 6, 4
-"""Held-out responses whose prompts are decoded, and the fewest of them by which a choice is made."""
+"""Held-out responses whose prompts are decoded for the costs, and the fewest of them by which a choice is made."""
+TEXTS = 32
+"""Held-out responses over which fixed K is replayed: acceptance differs more from text to text than from N to N."""
 TOKENS = 40
 """Largest number of tokens of a decoded text."""
 TRIED = (1, 4)
-"""The K that are measured: their rounds time verifications of 2 and of 5 tokens, between which costs are interpolated.
-The rates of acceptance are those of the larger K."""
+"""The K that are measured: they time verifications of 2 and of 5 tokens, between which costs are interpolated."""
 
 
 def check(config: Config) -> None:
@@ -95,12 +98,13 @@ def run(run: RunDir) -> None:
     if not run.plan("pilot", inputs):
         print(f"pilot: done already: exit layer {read_choice(run)}")
         return
-    encoded = _held_out(run)
+    temperature = min(config.evaluate.temperatures)
+    responses = _held_out(run)
+    encoded = [(Prompt(d.id, ("",), ""), prompt_of(d)) for d in _spread(responses, PROMPTS)]
     tokenizer = load_tokenizer(config.backbone)
     model = load_model(config.backbone, device_of(config.machine.device), config.machine.device_map)
     heads = [ExitHead.load(folder) for folder in sorted((run / "pilot" / "heads").glob("exit-*"))]
     heads.sort(key=lambda head: head.exit_layer)
-    temperature = min(config.evaluate.temperatures)
     e = replace(
         config.evaluate, controllers=[f"fixed:{k}" for k in TRIED], temperatures=[temperature], max_new_tokens=TOKENS,
         rivals=[], repeats=1,
@@ -116,11 +120,12 @@ def run(run: RunDir) -> None:
             e = replace(e, max_new_tokens=min(TOKENS, room))
             ends = frozenset(end_tokens(config.backbone, tokenizer))
             found = Measured.of(measure(model, engines, encoded, ends, e, config.seed, {}, {}), encoded, {})
-            rows = [_row(entry) for entry in summarise(found.generations, found.rounds)]
+            texts = _spread(_of_temperature(run, responses, temperature), TEXTS)
+            rows = _rows(engines, summarise(found.generations, found.rounds), texts, temperature, config.seed)
             summary |= {
                 "exit_layer": max(rows, key=lambda row: row["predicted"])["exit_layer"],
                 "candidates": rows, "temperature": temperature, "prompts": len(encoded), "tokens": TOKENS,
-                "threads": torch.get_num_threads(), "steps": min(STEPS, config.distill.max_steps),
+                "texts": len(texts), "threads": torch.get_num_threads(), "steps": min(STEPS, config.distill.max_steps),
             }  # fmt: skip
         atomic_write(run / "pilot" / "choice.json", json.dumps(summary, indent=1) + "\n")
     _show(summary)
@@ -151,41 +156,108 @@ def _inputs(run: RunDir) -> list[Path]:
     return [run / "responses" / "manifest.json", run / "cache" / "manifest.json"]
 
 
-def _held_out(run: RunDir) -> Encoded:
-    """Prompts of held-out responses, as token ids: nothing is trained on them, nor do they serve to evaluate."""
-    *_, validation, _ = packing.read_packed(run / "responses", run.config.distill)
-    found: Encoded = []
-    for ids_T, positions_T, mask_T, length in zip(
-        validation.ids_ST, validation.positions_ST, validation.mask_ST, validation.lengths_S.tolist(), strict=True
-    ):
-        starts = [*(positions_T[:length] == 0).nonzero().flatten().tolist(), length]
-        for start, end in itertools.pairwise(starts):
-            answer = mask_T[start:end].nonzero().flatten()
-            if len(answer):  # the row before an answer's first token is the prompt's last one
-                ids = ids_T[start : start + int(answer[0]) + 1].tolist()
-                found.append((Prompt(f"{len(found):016x}", ("",), ""), ids))
+def _held_out(run: RunDir) -> list[Document]:
+    """The held-out responses: nothing is trained on them, nor do they serve to evaluate."""
+    d, folder = run.config.distill, run / "responses"
+    documents, _ = read_documents(folder, read_manifest(folder), d.truncated, d.repeated_share)
+    _, found = split(usable(documents, d.sequence_length), d.held_out)
     if len(found) < FEWEST:
         raise UserError(
             f"distill.exit_layers=auto: {len(found)} held-out responses are too few to choose by; {FEWEST} are needed. "
             "Raise generate.num_prompts or distill.held_out, or name the exit layer, such as distill.exit_layers=[2]."
         )
-    count = min(PROMPTS, len(found))
-    return [found[i * len(found) // count] for i in range(count)]  # spread, as documents are packed by length
+    return found
 
 
-def _row(entry: dict[str, Any]) -> dict[str, Any]:
-    """What was measured of one candidate, and the predicted speedup of its best K."""
-    fixed = of_fixed(entry["controllers"])
-    rates = fixed[max(TRIED)]["conditional_rates"] or [0.0]
-    predicted = speedups(entry["costs"], rates)
+def prompt_of(document: Document) -> list[int]:
+    return document.tokens[: document.spans[0][0]]
+
+
+def _of_temperature(run: RunDir, responses: list[Document], temperature: float) -> list[Document]:
+    """Those that were written at the temperature, if they are enough to judge by; else all."""
+    folder = run / "responses"
+    known = read_temperatures(folder, read_manifest(folder))
+    same = [d for d in responses if known[d.id] == temperature]
+    return same if len(same) >= FEWEST else responses
+
+
+def _spread(responses: list[Document], count: int) -> list[Document]:
+    count = min(count, len(responses))
+    return [responses[i * len(responses) // count] for i in range(count)]
+
+
+def _rows(
+    engines: dict[int, SplitBackbone],
+    measured: list[dict[str, Any]],
+    texts: list[Document],
+    temperature: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """What was found of each candidate."""
+    costs = even({entry["exit_layer"]: entry["costs"] for entry in measured})
+    rows = []
+    with tqdm(total=len(texts) * len(engines), desc="pilot", unit="text") as bar:
+        for entry in measured:
+            n = entry["exit_layer"]
+            traces = [_trace(engines[n], text, temperature, bar) for text in texts]
+            rows.append(_row(entry, traces, costs[n], seed))
+    return rows
+
+
+def _trace(engine: SplitBackbone, text: Document, temperature: float, bar: Any) -> simulation.Trace:
+    """What drafting finds at each place of a response, as far as fixed K needs it."""
+    answer = text.tokens[slice(*text.spans[0])]
+    with torch.inference_mode():
+        chance_T = bound.acceptance(engine, prompt_of(text), answer, Sampler(temperature=temperature))
+    bar.update()
+    # one more than was written, else the last token of a text that was cut off could not be drafted
+    unread = np.zeros((len(answer), len(simulation.Recorded._fields)))
+    return simulation.Trace(text.id, len(answer) + 1, chance_T, unread, unread[:, None].repeat(simulation.RECORDED, 1))
+
+
+def even(costs: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The costs of all candidates with less noise: they differ only by the number of shallow and of deep layers, so
+    shallow and verify are linear in N, and head and rest are equal. Two candidates are left as they are."""
+    if len(costs) < 3:
+        return costs
+    layers, all_costs = np.array(list(costs)), list(costs.values())
+
+    def line(values: list[float]) -> dict[int, float]:
+        slope, start = np.polyfit(layers, values, 1)
+        return {n: float(start + slope * n) for n in costs}
+
+    shallow = line([c["shallow"] for c in all_costs])
+    widths = [w for w in all_costs[0]["verify"] if all(w in c["verify"] for c in all_costs)]
+    verify = {w: line([c["verify"][w] for c in all_costs]) for w in widths}
+    alike = {name: float(np.mean([c[name] for c in all_costs])) for name in ("head", "rest")}
+    return {
+        n: {**c, **alike, "shallow": shallow[n], "verify": {w: at[n] for w, at in verify.items()}}
+        for n, c in costs.items()
+    }
+
+
+def _row(entry: dict[str, Any], traces: list[simulation.Trace], costs: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What was found of one candidate, and the predicted speedup of its best K."""
+    accepted = simulation.outcomes(traces, seed)
+    tokens = sum(len(t) - 1 for t in traces)
+    predicted = {}
+    for k in DRAFTS:
+        rounds = [
+            round
+            for t, a in zip(traces, accepted, strict=True)
+            for round in simulation.replay(Fixed(k), t, a, CostModel(costs))
+        ]
+        predicted[k] = tokens / sum(round.seconds for round in rounds)
     k = max(predicted, key=predicted.__getitem__)
+    fixed = of_fixed(entry["controllers"])
+    there = speedups(entry["costs"], fixed[max(TRIED)]["conditional_rates"] or [0.0])
     return {
         "exit_layer": entry["exit_layer"],
-        "rates": rates,
-        "costs": entry["costs"],
+        "acceptance": float(np.concatenate([t.acceptance_T[1:] for t in traces]).mean()),
+        "costs": costs,
         "k": k,
         "predicted": predicted[k],
-        "tried": {k: {"predicted": predicted[k], "measured": fixed[k]["speedup"]} for k in TRIED},
+        "tried": {k: {"predicted": there[k], "measured": fixed[k]["speedup"]} for k in TRIED},
     }
 
 
@@ -194,17 +266,23 @@ def _show(summary: dict[str, Any]) -> None:
     rows = []
     for row in summary["candidates"]:
         mark = " <- chosen" if row["exit_layer"] == summary["exit_layer"] else ""
-        rates, costs = " ".join(f"{rate:.2f}" for rate in row["rates"]), row["costs"]
+        costs = row["costs"]
         rows.append(
-            [str(row["exit_layer"]), rates, f"{costs['shallow'] + costs['head']:.3f}", str(row["k"])]
+            [
+                str(row["exit_layer"]),
+                f"{row['acceptance']:.3f}",
+                f"{costs['shallow'] + costs['head']:.3f}",
+                str(row["k"]),
+            ]
             + [f"{row['predicted']:.2f}{mark}"]
             + [f"{tried['predicted']:.2f} / {tried['measured']:.2f}" for tried in row["tried"].values()]
         )
-    header = ["N", "draft i accepted", "a draft, in tokens", "best K", "predicted speedup"]
+    header = ["N", "acceptance", "a draft, in tokens", "best K", "predicted speedup"]
     header += [f"K={k}: predicted / measured" for k in TRIED]
     title = (
-        f"Heads of {summary['steps']} steps, {summary['prompts']} held-out prompts, temperature "
-        f"{summary['temperature']:g}: trained in full, they draft better at every N"
+        f"Heads of {summary['steps']} steps at temperature {summary['temperature']:g}: acceptance on "
+        f"{summary['texts']} held-out responses, costs of {summary['prompts']} prompts; trained in full, they draft "
+        "better at every N"
     )
     tables.show([tables.Table(title, header, rows)])
     print(f"pilot: exit layer {summary['exit_layer']} is predicted to pay most; pilot/choice.json has the figures")

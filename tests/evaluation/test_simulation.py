@@ -45,7 +45,9 @@ class Timeless:
         )
 
 
-NAMES = ["fixed:0", "fixed:3", "confidence:0.3", "entropy:0.3", "beta", "calibration", "calibration:shift", "thompson"]
+NAMES = ["fixed:0", "fixed:3", "confidence:0.3", "entropy:0.3", "cumulative:0.2", "beta", "calibration",
+         "calibration:shift", "goodput", "logistic", "adaptive_steps", "schedule", "ucb", "tapout",
+         "thompson"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

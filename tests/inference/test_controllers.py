@@ -9,17 +9,10 @@ import pytest
 import torch
 
 from pipeline.evaluation.simulation import known_round
-from pipeline.inference.controllers import (
-    Beta,
-    Calibration,
-    ConfidenceStop,
-    EntropyStop,
-    Fixed,
-    fixed_length,
-    make_controller,
-)
+from pipeline.inference.controllers import Fixed, fixed_length, make_controller
 from pipeline.inference.costs import PROBES, Costs
 from pipeline.inference.law import Law
+from pipeline.inference.literature import Beta, Calibration, ConfidenceStop, EntropyStop
 from pipeline.inference.rounds import Confidence, Round
 from pipeline.inference.thompson import Thompson
 
@@ -63,7 +56,8 @@ def test_beta_has_a_limit() -> None:
 
 
 UNKNOWN = ["fixed", "fixed:", "fixed:-1", "fixed:x", "thompsom", "", "confidence", "confidence:0", "confidence:1.2",
-           "entropy:x", "entropy:nan", "beta:3", "calibration:pul", "thompson:4"]  # fmt: skip
+           "entropy:x", "entropy:nan", "beta:3", "calibration:pul", "thompson:4",
+           "cumulative", "cumulative:2", "ucb:3", "goodput:1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

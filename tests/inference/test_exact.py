@@ -160,6 +160,8 @@ CONTROLLERS = {
     "entropy": lambda: make_controller("entropy:0.68"),
     **{f"{n}, seed {s}": lambda n=n, s=s: make_controller(n, s)
        for n in ("beta", "calibration", "calibration:shift") for s in (0, 1)},
+    **{n: lambda n=n: make_controller(n, 0, greedy=False)
+       for n in ("goodput", "logistic", "adaptive_steps", "schedule", "ucb", "tapout", "cumulative:0.3")},
     "thompson, calibrating": lambda: make_controller("thompson", 0, greedy=False),
     **{f"thompson, seed {s}": lambda s=s: experienced(s) for s in (0, 1, 2)},
 }  # fmt: skip
@@ -189,6 +191,79 @@ SHAPES = {"plain": {}, "T=0.7, top-p 0.8": {"temperature": 0.7, "top_p": 0.8}, "
 def test_five_tokens_have_the_backbones_joint_law(name: str) -> None:
     sampler = Scripted(temperature=1.0)
     assert distance(Tables(2, seed=3), sampler, CONTROLLERS[name](), new=5, compared=5) < 1e-6
+
+
+BLOCKS = ["fixed:1", "fixed:3", "fixed:4", "confidence", "entropy", "thompson, calibrating", "thompson, seed 1"]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_block_verification_has_the_backbones_joint_law(name: str) -> None:
+    sampler = Scripted(temperature=1.0, block=True)
+    assert distance(Tables(2, seed=3), sampler, CONTROLLERS[name](), new=5, compared=5) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "processors", "draft vocabulary"])
+@pytest.mark.parametrize("name", ["fixed:2", "confidence", "2 copied, else fixed:2", "thompson+lookup, seed 1"])
+def test_block_verification_of_shaped_laws_and_copied_drafts(name: str, shape: str) -> None:
+    settings = {"processors": forbids_and_allows} if shape == "processors" else SHAPES.get(shape, {})
+    sampler = Scripted(**({"temperature": 1.0, "block": True} | settings))
+    tables = Tables(3, seed=5, can_draft=[0, 2] if shape == "draft vocabulary" else None)
+    assert distance(tables, sampler, {**CONTROLLERS, **COPYING}[name](), new=4, compared=4) < 1e-6
+
+
+def test_block_verification_accepts_more_and_never_fewer() -> None:
+    """Mean accepted drafts of a round of 3, by both rules, over random p and q; with one draft they are the same."""
+    dice = torch.Generator().manual_seed(0)
+    means = []
+    for _ in range(40):
+        p_MV, q_MV = (torch.randn(4, 3, generator=dice, dtype=torch.float64).softmax(-1) for _ in range(2))
+        q_MV[-1] = 0
+        expected = {"each": 0.0, "block": 0.0}
+        for draft in itertools.product(range(3), repeat=3):
+            x_K = torch.tensor(draft)
+            chance = float(q_MV[:3].gather(1, x_K[:, None]).prod())
+            ratio_K = (p_MV[:3].gather(1, x_K[:, None]) / q_MV[:3].gather(1, x_K[:, None]))[:, 0]
+            expected["each"] += chance * float(ratio_K.clamp(max=1).cumprod(0).sum())
+            reach, total = 1.0, 0.0
+            for ratio in ratio_K.tolist():
+                reach = min(1.0, reach * ratio)
+                total += reach
+            expected["block"] += chance * total
+        found = accepted_by_block(p_MV, q_MV)
+        assert found == pytest.approx(expected["block"], abs=1e-9)
+        means.append((expected["each"], found))
+    assert all(block >= each - 1e-12 for each, block in means) and any(block > each + 0.05 for each, block in means)
+
+
+def accepted_by_block(p_MV, q_MV) -> float:
+    """Expected accepted drafts of a round, over all drafts and all picks of the rule itself."""
+    total = 0.0
+    for draft in itertools.product(range(3), repeat=3):
+        x_K1 = torch.tensor(draft)[:, None]
+        chance = float(q_MV[:3].gather(1, x_K1).prod())
+        seen = []
+
+        class Weighs(Sampler):
+            def _pick(self, weights_V, seen=seen):
+                seen.append(weights_V)
+                return torch.zeros(1, dtype=torch.long)
+
+        ratio_K = (p_MV[:3].gather(1, x_K1) / q_MV[:3].gather(1, x_K1))[:, 0]
+        Weighs(temperature=1.0)._accept_block(ratio_K, p_MV, q_MV)
+        assert float(seen[0].sum()) == pytest.approx(1)
+        total += chance * float(seen[0] @ torch.arange(4, dtype=torch.float64))
+    return total
+
+
+def test_a_block_whose_bonus_token_forgets_what_was_lost_is_caught() -> None:
+    class Forgets(Scripted):
+        def _accept_block(self, ratio_K, p_MV, q_MV):
+            accepted_1, _ = super()._accept_block(ratio_K, p_MV, q_MV)
+            rest_V = (p_MV - q_MV).clamp(min=0).index_select(0, accepted_1)[0]
+            return accepted_1, rest_V
+
+    sampler = Forgets(temperature=1.0, block=True)  # with two tokens only one is left, whatever is forgotten
+    assert distance(Tables(3, seed=5), sampler, make_controller("fixed:2"), new=4, compared=4) > 1e-3
 
 
 @pytest.mark.parametrize("shape", SHAPES)
