@@ -83,7 +83,7 @@ def test_goodput_takes_the_largest_quotient() -> None:
     """The rates are known; the quotient is computed here for every K."""
     chances = [0.9, 0.8, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]
     controller = Goodput()
-    play(controller, lambda k, dice: chances[k], 600)
+    play(controller, lambda k, dice: chances[k], 400)
     reach, tokens, quotients = 1.0, 1.0, []
     for k in range(9):
         quotients.append(tokens / (0.06 * (k + 1) + 0.05 * k + 0.94 + 0.02 * k))
@@ -101,30 +101,30 @@ def test_ucb_tries_all_and_then_prefers_the_best() -> None:
     controller = UCB(limit=4)
     firsts = [r.drafted for r in play(controller, lambda k, dice: float(k < 2), 4)]
     assert firsts == [1, 2, 3, 4]
-    later = [r.drafted for r in play(controller, lambda k, dice: float(k < 2), 4000)]
-    assert max(set(later[-1000:]), key=later[-1000:].count) == 2 and set(later) == {1, 2, 3, 4}
+    later = [r.drafted for r in play(controller, lambda k, dice: float(k < 2), 1600)]
+    assert max(set(later[-400:]), key=later[-400:].count) == 2 and set(later) == {1, 2, 3, 4}
 
 
 def test_tapout_prefers_the_rule_of_the_largest_reward() -> None:
     """Half of the drafts are hopeless and said to be; a high threshold leaves them out."""
     controller = TapOut()
-    play(controller, lambda k, dice: 0.95 if dice.random() < 0.5 else 0.05, 3000)
+    play(controller, lambda k, dice: 0.95 if dice.random() < 0.5 else 0.05, 1200)
     counts = dict(zip(["0.3", "0.5", "0.7", "entropy 0.4", "entropy 0.6"], controller.count, strict=True))
-    assert sum(counts.values()) == 3000
+    assert sum(counts.values()) == 1200
     assert min(counts["0.3"], counts["0.5"], counts["0.7"]) > 5 * counts["entropy 0.6"], "it drafts nothing at H = 1"
 
 
 def test_logistic_learns_the_curve() -> None:
     """The head is overconfident: its odds are halved, and positions beyond the first are worse."""
     controller, dice = Logistic(seed=1), random.Random(3)
-    for _ in range(6000):
+    for _ in range(3000):
         bins = tuple(dice.randrange(8) for _ in range(2))
         odds = [0.5 * controller.odds[b] - 0.7 * i for i, b in enumerate(bins)]
         right = [dice.random() < 1 / (1 + 2.718281828**-x) for x in odds]
         controller.bins = bins
         controller.observe(timed(2, 2 if all(right) else 1 if right[0] else 0))
-    assert controller.slope == pytest.approx(0.5, abs=0.05)
-    assert controller.intercepts[:2] == pytest.approx([0.0, -0.7], abs=0.1)
+    assert controller.slope == pytest.approx(0.5, abs=0.07)
+    assert controller.intercepts[:2] == pytest.approx([0.0, -0.7], abs=0.15)
     assert controller.intercepts[2] == -0.2, "never tested"
 
 
@@ -134,4 +134,4 @@ def test_rules_that_know_the_costs_come_near_thompson(name: str) -> None:
         return 0.95 if dice.random() < 0.75 else 0.38
 
     least = {"logistic": 0.95, "goodput": 0.85}[name]
-    assert rate(play(make_controller(name), law, 3000)) > least * rate(play(make_controller("thompson"), law, 3000))
+    assert rate(play(make_controller(name), law, 1200)) > least * rate(play(make_controller("thompson"), law, 1200))
