@@ -12,6 +12,7 @@ counts, so other work on the machine does not matter.
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,13 @@ from pipeline.prompts.ids import encode
 from pipeline.prompts.sets import evaluation_prompts, evaluation_settings
 
 
+@dataclass
 class Recording(Sampler):
     """Verifies one by one, and notes what either rule expects of the drafts of every round."""
 
-    def __post_init__(self):
-        self.one_by_one, self.as_block, self.rounds = 0.0, 0.0, 0
+    one_by_one: float = 0.0
+    as_block: float = 0.0
+    rounds: int = 0
 
     def _accept_each(self, ratio_K: Tensor, p_MV: Tensor, q_MV: Tensor) -> tuple[Tensor, Tensor]:
         reach = 1.0

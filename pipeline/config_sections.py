@@ -253,6 +253,11 @@ class Evaluate:
         "published head to measure (--head) instead of the run's own: org/name, org/name@revision or a folder",
         is_path=True,
     )
+    block_verification: bool = option(
+        False,
+        "in sampling, verify the drafts of a round together (Sun et al., ICLR 2025) instead of one by one: it accepts "
+        "no fewer on average, and as many with one draft a round",
+    )
     allow_other_backbone: bool = option(False, OTHER_BACKBONE)
     states: str | None = option(
         None,

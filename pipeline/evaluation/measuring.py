@@ -154,7 +154,8 @@ class Decoders:
         """Decode with a method. `draws` is added to the seed, so that each prompt and repeat has its own random
         numbers, the same for all methods."""
         generator = torch.Generator(self.any_engine.device).manual_seed(self.seed + draws)
-        sampler = Sampler(method.temperature, self.config.top_k, self.config.top_p, generator)
+        c = self.config
+        sampler = Sampler(method.temperature, c.top_k, c.top_p, generator, block=c.block_verification)
         request = Request(ids, max_new_tokens or self.config.max_new_tokens, self.ends)
         if method.exit_layer == 0:
             return autoregressive(self.any_engine, request, sampler)

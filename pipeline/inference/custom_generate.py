@@ -48,6 +48,7 @@ def generate(
     revision: str | None = None,
     cuda_graphs: bool = False,
     allow_other_backbone: bool = False,
+    block_verification: bool = False,
     **kwargs,
 ):
     """`model.generate` with self-speculative decoding; returns ids [B, T] as plain `generate` does.
@@ -56,7 +57,8 @@ def generate(
     as it is.
 
     With `allow_other_backbone` another version of the head's backbone, such as its unquantised weights, is taken too:
-    the text is that version's own, and a warning says by how much it differs.
+    the text is that version's own, and a warning says by how much it differs. With `block_verification` the drafts of a
+    sampled round are verified together instead of one by one (`Sampler.block`).
 
     Raises ValueError for a backbone that the head was not trained for, or that was changed since transformers loaded it
     (by an adapter, a hook, quantisation), an unknown controller, beam search, return_dict_in_generate, a logits
@@ -103,6 +105,7 @@ def generate(
                 temperature=1.0 if generation_config.do_sample else 0.0,
                 processors=for_row(logits_processor, i, len(input_ids)),
                 shown=row.tolist(),
+                block=block_verification,
             )
             rows.append(self_speculative(backbone, request, sampler, decide).tokens)
             _warn_beyond_context(model, len(prompt) + len(rows[-1]))

@@ -298,7 +298,7 @@ def _results(
         "transformers": about["transformers"],
         "prompts": about["prompts"]
         | {"source": source, "max_new_tokens": config.max_new_tokens, "repeats": config.repeats},
-        "sampling": {"top_k": config.top_k, "top_p": config.top_p},
+        "sampling": {"top_k": config.top_k, "top_p": config.top_p, "block_verification": config.block_verification},
         "lossless": {
             "greedy": losslessness.greedy(next(iter(engines.values())), ids, generations),
             "sampling": losslessness.sampling(engines, ids, generations, sampler_of, run.config.seed),

@@ -157,10 +157,12 @@ def _inputs(run: RunDir) -> list[Path]:
 
 
 def _held_out(run: RunDir) -> list[Document]:
-    """The held-out responses: nothing is trained on them, nor do they serve to evaluate."""
+    """The held-out responses of more than one token, the first of which is never drafted: nothing is trained on them,
+    nor do they serve to evaluate."""
     d, folder = run.config.distill, run / "responses"
     documents, _ = read_documents(folder, read_manifest(folder), d.truncated, d.repeated_share)
-    _, found = split(usable(documents, d.sequence_length), d.held_out)
+    _, held_out = split(usable(documents, d.sequence_length), d.held_out)
+    found = [document for document in held_out if document.spans[0][1] - document.spans[0][0] > 1]
     if len(found) < FEWEST:
         raise UserError(
             f"distill.exit_layers=auto: {len(found)} held-out responses are too few to choose by; {FEWEST} are needed. "
@@ -266,14 +268,9 @@ def _show(summary: dict[str, Any]) -> None:
     rows = []
     for row in summary["candidates"]:
         mark = " <- chosen" if row["exit_layer"] == summary["exit_layer"] else ""
-        costs = row["costs"]
+        draft = row["costs"]["shallow"] + row["costs"]["head"]
         rows.append(
-            [
-                str(row["exit_layer"]),
-                f"{row['acceptance']:.3f}",
-                f"{costs['shallow'] + costs['head']:.3f}",
-                str(row["k"]),
-            ]
+            [str(row["exit_layer"]), f"{row['acceptance']:.3f}", f"{draft:.3f}", str(row["k"])]
             + [f"{row['predicted']:.2f}{mark}"]
             + [f"{tried['predicted']:.2f} / {tried['measured']:.2f}" for tried in row["tried"].values()]
         )

@@ -18,6 +18,7 @@ from pipeline.evaluation import against_transformers
 from pipeline.inference import family_llama
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.canary import distance
+from pipeline.inference.sampling import Sampler
 from pipeline.stages import evaluate
 
 PICTURES = ("speedup", "time", "acceptance", "drafted", "learned")
@@ -193,6 +194,18 @@ def test_what_was_measured_is_on_disk_before_any_proof_and_is_gone_on_from(tmp_p
     results = json.loads((run / "eval" / "results.json").read_text())
     assert results["lossless"]["greedy"]["passed"] and results["prompts"]["tasks"] and results["device"] == "cpu"
     assert results["heads"][0]["controllers"]["thompson"]["state"]["rounds"] > 0
+
+
+def test_block_verification_is_used_where_it_is_asked_for(tmp_path, monkeypatch) -> None:
+    def refuses(*_):
+        raise AssertionError("one by one")
+
+    monkeypatch.setattr(Sampler, "_accept_each", refuses)
+    run = make_run(tmp_path, "evaluate.temperatures=[1.0]", "evaluate.block_verification=true")
+    plant_heads(run, 2)
+    evaluate.run(run)
+    results = json.loads((run / "eval" / "results.json").read_text())
+    assert results["sampling"]["block_verification"] and results["lossless"]["sampling"]["passed"]
 
 
 def test_what_was_measured_elsewhere_or_under_no_mark_is_measured_again(run, tmp_path, monkeypatch) -> None:

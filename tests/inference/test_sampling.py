@@ -108,19 +108,21 @@ PROMPT3 = [1, 4, 2]
         "beta",
         "calibration",
         "thompson",
+        "fixed:3, block",
     ],
 )
 def test_sampled_text_has_the_backbones_law(
     tmp_path, monkeypatch, temperature: float, top_p: float, controller: str
 ) -> None:
-    """Chi-square of the joint of three tokens, vocabulary 5; fixed seeds; 0.1 % Bonferroni over the 16 cases."""
+    """Chi-square of the joint of three tokens, vocabulary 5; fixed seeds; 0.1 % Bonferroni over the 18 cases."""
     # thompson reads the clock: one that counts makes its decisions, and so this text, the same every time
     monkeypatch.setattr(decoding, "_stopwatch", lambda backbone: Stopwatch(itertools.count().__next__))
     model = load(tiny_backbone(tmp_path, vocab_size=5, num_hidden_layers=3, eos_token_id=None, pad_token_id=None))
     engine = SplitBackbone(model, head_for(model, 1))
     exact = joint_of_three(model, temperature, top_p).flatten()
-    decide = None if controller == "autoregressive" else make_controller(controller, greedy=False)
-    sampler = Sampler(temperature, top_p=top_p, generator=torch.Generator().manual_seed(7))
+    name, _, block = controller.partition(", ")
+    decide = None if name == "autoregressive" else make_controller(name, greedy=False)
+    sampler = Sampler(temperature, top_p=top_p, generator=torch.Generator().manual_seed(7), block=bool(block))
     counts = torch.zeros(5**3, dtype=torch.float64)
     draws, rejected = 1500, 0
     for _ in range(draws):
