@@ -9,6 +9,7 @@ exit layer N, followed by what differs from the config, with commas:
   2,loss=kl+0.5*tvd  other terms of the loss (pipeline/training/losses.py)
   2,W=2048           another draft vocabulary: the W tokens that the answers use most; 0 = all tokens
   2,learn=all        learns from the tokens of the prompts too; judged, as all others, on answers alone
+  2,layers=2         two decoder layers instead of one, which start from the backbone's last two
   2,deep             a deep head: it also sees the backbone's final hidden state of an earlier token
 
 A plain head reads h_N(t), the hidden state after layer N. A deep head reads h_N(t) + A h_L(t - j): A is a learned
@@ -50,7 +51,7 @@ from pipeline.training.module import learning_rate_at
 from pipeline.training.teacher import last_layer_arguments
 
 DRAFTS = 4
-NAMES = ("init", "rate", "loss", "W", "learn", "deep")
+NAMES = ("init", "rate", "loss", "W", "learn", "layers", "deep")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Choice:
     loss: tuple[str, ...]
     vocabulary: int | None
     everything: bool
+    layers: int
     deep: bool
 
     @classmethod
@@ -79,6 +81,7 @@ class Choice:
             loss=tuple(given["loss"].split("+")) if "loss" in given else tuple(loss),
             vocabulary=int(given["W"]) if "W" in given else None,
             everything=given.get("learn") == "all",
+            layers=int(given.get("layers", 1)),
             deep="deep" in given,
         )
 
@@ -88,9 +91,11 @@ class Head(nn.Module):
 
     def __init__(self, model: nn.Module, choice: Choice):
         super().__init__()
-        self.layer, width = new_exit_layer(model), model.config.hidden_size
-        if choice.init != "last":
-            self.layer.load_state_dict(model.model.layers[int(choice.init) - 1].state_dict())
+        self.layers = nn.ModuleList(new_exit_layer(model) for _ in range(choice.layers))
+        width = model.config.hidden_size
+        last = model.config.num_hidden_layers if choice.init == "last" else int(choice.init)
+        for layer, of in zip(self.layers, model.model.layers[last - choice.layers : last], strict=True):
+            layer.load_state_dict(of.state_dict())
         self.deep = nn.Linear(width, width, bias=False) if choice.deep else None
         if self.deep is not None:
             nn.init.zeros_(self.deep.weight)
@@ -98,8 +103,10 @@ class Head(nn.Module):
     def forward(self, hidden_BTD: Tensor, earlier_BTD: Tensor, arguments: dict) -> Tensor:
         if self.deep is not None:
             hidden_BTD = hidden_BTD + self.deep(earlier_BTD)
-        out = self.layer(hidden_BTD, **arguments)
-        return out[0] if isinstance(out, tuple) else out
+        for layer in self.layers:
+            out = layer(hidden_BTD, **arguments)
+            hidden_BTD = out[0] if isinstance(out, tuple) else out
+        return hidden_BTD
 
 
 def earlier(final_BTD: Tensor, positions_BT: Tensor, j: int) -> Tensor:
