@@ -1,7 +1,7 @@
 """How many more drafts does block verification accept than verification one by one?
 
-Both rules are applied to the same drafts: texts are sampled with fixed K, and each round adds the expected number of
-accepted drafts under either rule, given its drafts. So the comparison is paired and has no noise of coins:
+Both rules are applied to the same drafts: texts are sampled, and each round adds a number to either rule whose mean is
+that of its accepted drafts. So the comparison is paired and has no noise of coins:
 
     one by one: sum_i prod_{j<=i} min(1, p/q of draft j)      block: sum_i reach_i (pipeline/inference/sampling.py)
 

@@ -158,9 +158,9 @@ def smooth(costs: dict, rounds: pd.DataFrame) -> dict:
 
 def own_costs(name: str, rounds: pd.DataFrame, baseline: float, timed: list[str]) -> dict:
     """The costs `head` and `rest`, which include the controller's own decisions: measured for this controller if it was
-    timed, else over the timed controllers of its kind (fixed or not)."""
+    timed, else over the timed controllers of its kind (fixed or not), if there are any."""
     like = rounds.controller.str.startswith("fixed") == name.startswith("fixed")
-    mine = rounds[rounds.controller == name] if name in timed else rounds[like]
+    mine = rounds[rounds.controller == name] if name in timed else rounds[like] if like.any() else rounds
     costs = cost_table(mine, baseline)
     return {"head": costs["head"], "rest": costs["rest"]}
 

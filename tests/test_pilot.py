@@ -99,13 +99,17 @@ def test_replayed_fixed_k_is_that_of_the_decoder(tmp_path: Path) -> None:
     engine = SplitBackbone(model, ExitHead.load(run / "pilot" / "heads" / "exit-2"))
     costs = {"shallow": 0.1, "head": 0.05, "rest": 0.01, "verify": {"1": 0.9, "2": 1.0, "5": 1.2}}
     for text in pilot._of_temperature(run, pilot._held_out(run), 0.0)[:3]:
-        trace = pilot._trace(engine, text, 0.0, tqdm(disable=True))
+        trace = pilot._trace(engine, text, Sampler(), tqdm(disable=True))
         for k in (1, 4):
             request = Request(pilot.prompt_of(text), len(text.tokens) - text.spans[0][0] + 1)
             out = self_speculative(engine, request, Sampler(temperature=0.0), Fixed(k))
             assert out.tokens[:-1] == text.tokens[text.spans[0][0] :]
             replayed = simulation.replay(Fixed(k), trace, trace.acceptance_T > 0.5, CostModel(costs))
-            assert [r.accepted for r in replayed[:-1]] == [r.accepted for r in out.rounds[: len(replayed) - 1]]
+            assert len(replayed) > 1
+            same = out.rounds[: len(replayed) - 1]  # the decoder was given room for one token more
+            assert [r.accepted for r in replayed[:-1]] == [r.accepted for r in same]
+            times = [CostModel(costs).round(r.drafted, r.head_passes)[0] for r in same]
+            assert [r.seconds for r in replayed[:-1]] == pytest.approx(times)
 
 
 def test_costs_of_candidates_are_evened_out() -> None:

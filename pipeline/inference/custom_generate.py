@@ -48,7 +48,7 @@ def generate(
     revision: str | None = None,
     cuda_graphs: bool = False,
     allow_other_backbone: bool = False,
-    block_verification: bool = False,
+    block_verification: bool | None = None,
     **kwargs,
 ):
     """`model.generate` with self-speculative decoding; returns ids [B, T] as plain `generate` does.
@@ -58,7 +58,8 @@ def generate(
 
     With `allow_other_backbone` another version of the head's backbone, such as its unquantised weights, is taken too:
     the text is that version's own, and a warning says by how much it differs. With `block_verification` the drafts of a
-    sampled round are verified together instead of one by one (`Sampler.block`).
+    sampled round are verified together instead of one by one (`Sampler.block`); by default as they were when the head
+    was measured.
 
     Raises ValueError for a backbone that the head was not trained for, or that was changed since transformers loaded it
     (by an adapter, a hook, quantisation), an unknown controller, beam search, return_dict_in_generate, a logits
@@ -87,6 +88,7 @@ def generate(
         if name is not None and key not in controllers:
             controllers[key] = learned_controller(name, config, greedy=key[1])
         decide = controller if name is None else controllers[key]
+        block = config.get("block_verification", False) if block_verification is None else block_verification
         own = [c for c in stopping_criteria if type(c).__name__ not in OWN_CRITERIA]
         end = generation_config.eos_token_id
         ends = frozenset([end] if isinstance(end, int) else [] if end is None else torch.as_tensor(end).tolist())
@@ -105,7 +107,7 @@ def generate(
                 temperature=1.0 if generation_config.do_sample else 0.0,
                 processors=for_row(logits_processor, i, len(input_ids)),
                 shown=row.tolist(),
-                block=block_verification,
+                block=block,
             )
             rows.append(self_speculative(backbone, request, sampler, decide).tokens)
             _warn_beyond_context(model, len(prompt) + len(rows[-1]))

@@ -12,7 +12,7 @@ from operator import mul
 
 from .costs import PROBES, Costs
 from .rounds import LONGEST, Confidence, Controller, Round
-from .thompson import BINS, Thompson
+from .thompson import BINS, MEMORY, Thompson
 
 
 class ConfidenceStop:
@@ -124,12 +124,17 @@ class Cumulative:
     """Drafts while the chance that all drafts of the round are accepted is at least a threshold.
 
     The form is that of EAGLE-2 (Li et al., 2024, arXiv 2406.16858, section 3), which ranks the nodes of a tree by the
-    product of the head's confidences. Here a confidence is first replaced by the acceptance seen in its bin.
+    product of the head's confidences. Here a confidence is first replaced by the acceptance seen in its bin, to which
+    our prior adds the confidence itself, with the weight of `prior` drafts. Earlier rounds are discounted as by
+    `thompson`, so that a bin which was refused after bad luck comes back.
     """
+
+    prior = 8.0
 
     def __init__(self, threshold: float, limit: int = LONGEST):
         self.threshold, self.limit = threshold, limit
-        self.counts = [[(b + 0.5) / BINS, 2.0 * 0.5] for b in range(BINS)]
+        self.thought = [(self.prior * (b + 0.5) / BINS, self.prior) for b in range(BINS)]
+        self.counts = [list(t) for t in self.thought]
         """Of each bin of max q: accepted drafts, and tested ones."""
         self.bins: list[int] = []
         self.product = 1.0
@@ -152,11 +157,16 @@ class Cumulative:
         for i, b in enumerate(self.bins[: round.accepted + 1]):
             self.counts[b][0] += i < round.accepted
             self.counts[b][1] += 1
+        for count, thought in zip(self.counts, self.thought, strict=True):
+            count[0] += (1 - MEMORY) * (thought[0] - count[0])
+            count[1] += (1 - MEMORY) * (thought[1] - count[1])
+        self.bins = []  # a round without room for drafts is observed too, and no `peek` comes before it
 
 
 class Schedule:
     """The `heuristic` schedule of transformers: two drafts more after a round in which all were accepted, else one
-    less, at least one. It begins with 5 drafts, the library's own number when it brought the schedule in."""
+    less, at least one. It begins with 5 drafts, the library's own number when it brought the schedule in; the limit of
+    8 is that of all controllers here. Rounds without room for a draft change nothing."""
 
     def __init__(self, limit: int = LONGEST):
         self.k, self.limit = 5, limit
@@ -168,7 +178,8 @@ class Schedule:
         return True
 
     def observe(self, round: Round) -> None:
-        self.k = min(self.limit, self.k + 2) if round.accepted == round.drafted else max(1, self.k - 1)
+        if round.drafted:
+            self.k = min(self.limit, self.k + 2) if round.accepted == round.drafted else max(1, self.k - 1)
 
 
 class AdaptiveSteps:
@@ -176,6 +187,7 @@ class AdaptiveSteps:
 
     e is a moving average of the accepted drafts, of weight 0.2. After a warm-up of 10 rounds, every 5 rounds K goes to
     the next larger of 1, 3, 5, 7 if e > K - 0.5, or to the next smaller one, J, if e < J - 0.75.
+    That it begins with 3 is our choice.
     """
 
     candidates, weight, warm_up, interval = (1, 3, 5, 7), 0.2, 10, 5
@@ -204,9 +216,10 @@ class AdaptiveSteps:
 class Goodput:
     """Drafts the K with the largest E(K) / C(K), expected tokens over the seconds of a round.
 
-    The rule is proposed in vLLM (issue 47111): E(K) = 1 + a_1 + a_1 a_2 + ..., a_i a moving average of how often draft
-    i is accepted if those before it were. Its weight of 0.1, the start at 0.5, and how costs are timed are our choice:
-    C, the first rounds and the repeated probes are those of `thompson`. Probes also test positions beyond K.
+    The rule was proposed for vLLM (#47111), of which only this maximum is taken over. E(K) = 1 + a_1 + a_1 a_2 + ...,
+    with a_i a moving average of how often draft i is accepted if those before it were. Its weight of 0.1, the start at
+    0.5, and how costs are timed are our choice: C, the first rounds and the repeated probes are those of `thompson`.
+    Probes also test positions beyond K.
     """
 
     weight = 0.1
@@ -246,7 +259,8 @@ class UCB:
     def __init__(self, limit: int = LONGEST):
         self.count, self.total = [0] * limit, [0.0] * limit
         self.largest = 0.0
-        self.arm = 0
+        self.arm: int | None = None
+        """The arm of the current round; None in a round without room for a draft."""
 
     def peek(self, k: int) -> bool:
         if k == 0:
@@ -255,7 +269,7 @@ class UCB:
 
     def drafts(self) -> int:
         """Drafts of a round with the arm chosen."""
-        return self.arm + 1
+        return 0 if self.arm is None else self.arm + 1
 
     def choose(self) -> int:
         """The arm with the largest upper confidence bound; each once before."""
@@ -273,14 +287,18 @@ class UCB:
         self.learn(round.tokens / round.seconds if round.seconds > 0 else 0.0)
 
     def learn(self, reward: float) -> None:
+        if self.arm is None:
+            return
         self.largest = max(self.largest, reward)
         self.total[self.arm] += reward
         self.count[self.arm] += 1
+        self.arm = None
 
 
 class TapOut(UCB):
     """UCB1 over rules that stop drafting: TapOut (2025, arXiv 2511.02017). Which rules, and the reward, half the share
-    of drafts accepted and half the accepted drafts over the limit, are our choice; only its abstract was read."""
+    of drafts accepted and half the accepted drafts over the limit, scaled as in `UCB`, are our choice; only its
+    abstract was read."""
 
     def __init__(self, limit: int = LONGEST):
         rules = [ConfidenceStop(t, limit) for t in (0.3, 0.5, 0.7)]
@@ -292,7 +310,7 @@ class TapOut(UCB):
         return self.limit
 
     def draft(self, k: int, confidence: Confidence) -> bool:
-        return self.rules[self.arm].draft(k, confidence)
+        return self.rules[self.arm or 0].draft(k, confidence)
 
     def observe(self, round: Round) -> None:
         share = round.accepted / round.drafted if round.drafted else 0.0
@@ -304,8 +322,9 @@ class Logistic(Thompson):
     adaptive verification: P(draft k is accepted) = sigmoid(w logit(x) + b_k), x its confidence.
 
     The slope w and the intercept b_k of each position begin at 0.5 and -0.2 and take a damped Newton step after every
-    tested draft; the damping is our choice. It explores by the probes of costs alone. It is evaluated in the middles of
-    the bins.
+    tested draft; the damping is our choice. The curve is evaluated in the middles of the bins; nothing is sampled, so
+    it explores by the probes of `thompson` alone. What is expected behind the next draft is the mean over the bins'
+    counts, as there.
     """
 
     damping = 10.0

@@ -125,7 +125,7 @@ class Sampler:
         p_logits_MV: processed logits of the backbone in K+1 rows. Greedy: drafts are accepted while they equal the
         backbone's argmax. Sampling (Leviathan et al., ICML 2023, algorithm 1): draft x is accepted with probability
         min(1, p(x)/q(x)); the first rejected one is replaced by a draw from the residual max(p - q, 0); if none is
-        rejected, the bonus token is drawn from the last row of p.
+        rejected, the bonus token is drawn from the last row of p. With `block`, `_accept_block` decides instead.
         """
         if self.greedy:
             targets = p_logits_MV.argmax(-1).tolist()

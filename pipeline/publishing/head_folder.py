@@ -62,6 +62,7 @@ def config_of(head: dict[str, Any], run: RunDir, results: dict[str, Any]) -> dic
             "auto_map": AUTO_MAP,
             "backbone_config": one_layer(load_config(run.config.backbone)),
             "controller": results["best"]["controller"],
+            "block_verification": results["sampling"].get("block_verification", False),
             "states": states(results),
             "canary": results["canary"],
         }

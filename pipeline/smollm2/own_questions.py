@@ -31,9 +31,11 @@ def ask(backbone: Backbone, count: int, out: Path, seed: int = 0) -> Path:
     it writes no more new ones."""
     tokenizer, model = load_tokenizer(backbone), load_model(backbone, torch.device("cpu"))
     if not tokenizer.chat_template:
-        raise UserError(f"backbone.name_or_path={backbone.name_or_path}: it has no chat template, so nobody's turn")
+        raise UserError(f"backbone.name_or_path={backbone.name_or_path}: it has no chat template")
     turn = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
     before, _, after = turn.partition(MARK)
+    if not after:
+        raise UserError(f"backbone.name_or_path={backbone.name_or_path}: its chat template does not end a user's turn")
     end = tokenizer(after, add_special_tokens=False).input_ids[0]
     ids_1T = torch.tensor([tokenizer(before, add_special_tokens=False).input_ids])
     torch.manual_seed(seed)
@@ -64,4 +66,6 @@ def _batch(model, tokenizer, ids_1T: torch.Tensor, end: int) -> list[str]:
         max_new_tokens=LONGEST, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     rows = written_BT[:, ids_1T.shape[1] :].tolist()
-    return [tokenizer.decode(row[: row.index(end)]).strip() for row in rows if end in row]
+    ended = [row[: row.index(end)] for row in rows if end in row]
+    special = set(tokenizer.all_special_ids)
+    return [tokenizer.decode(row).strip() for row in ended if not special & set(row)]

@@ -278,7 +278,8 @@ def _results(
     for entry in heads:
         n, t = entry["exit_layer"], entry["temperature"]
         entry["memory"] = engines[n].extra_bytes(longest)
-        timed = entry["costs"]["head"] > 0  # else nothing is known of what a draft costs
+        # Else nothing is known of what a draft costs; and the bound is that of verifying drafts one by one.
+        timed = entry["costs"]["head"] > 0 and not (t > 0 and config.block_verification)
         entry["oracle_speedup"] = None if not timed else bound.speedup(
             engines[n], ids, generations[generations.temperature == t], sampler_of(t), entry["costs"],
             config.max_new_tokens, run.config.seed,

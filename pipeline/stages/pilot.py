@@ -107,7 +107,7 @@ def run(run: RunDir) -> None:
     heads.sort(key=lambda head: head.exit_layer)
     e = replace(
         config.evaluate, controllers=[f"fixed:{k}" for k in TRIED], temperatures=[temperature], max_new_tokens=TOKENS,
-        rivals=[], repeats=1,
+        rivals=[], repeats=1, top_k=0, top_p=config.generate.top_p, block_verification=False,
     )  # fmt: skip
     with run.stage("pilot", inputs) as summary:
         with threads.threads(e.threads or threads.fastest(SplitBackbone(model, heads[0], timed_kernels=False))):
@@ -121,7 +121,8 @@ def run(run: RunDir) -> None:
             ends = frozenset(end_tokens(config.backbone, tokenizer))
             found = Measured.of(measure(model, engines, encoded, ends, e, config.seed, {}, {}), encoded, {})
             texts = _spread(_of_temperature(run, responses, temperature), TEXTS)
-            rows = _rows(engines, summarise(found.generations, found.rounds), texts, temperature, config.seed)
+            sampler = Sampler(temperature, top_p=config.generate.top_p)  # as the responses were written
+            rows = _rows(engines, summarise(found.generations, found.rounds), texts, sampler, config.seed)
             summary |= {
                 "exit_layer": max(rows, key=lambda row: row["predicted"])["exit_layer"],
                 "candidates": rows, "temperature": temperature, "prompts": len(encoded), "tokens": TOKENS,
@@ -192,7 +193,7 @@ def _rows(
     engines: dict[int, SplitBackbone],
     measured: list[dict[str, Any]],
     texts: list[Document],
-    temperature: float,
+    sampler: Sampler,
     seed: int,
 ) -> list[dict[str, Any]]:
     """What was found of each candidate."""
@@ -201,16 +202,16 @@ def _rows(
     with tqdm(total=len(texts) * len(engines), desc="pilot", unit="text") as bar:
         for entry in measured:
             n = entry["exit_layer"]
-            traces = [_trace(engines[n], text, temperature, bar) for text in texts]
+            traces = [_trace(engines[n], text, sampler, bar) for text in texts]
             rows.append(_row(entry, traces, costs[n], seed))
     return rows
 
 
-def _trace(engine: SplitBackbone, text: Document, temperature: float, bar: Any) -> simulation.Trace:
+def _trace(engine: SplitBackbone, text: Document, sampler: Sampler, bar: Any) -> simulation.Trace:
     """What drafting finds at each place of a response, as far as fixed K needs it."""
     answer = text.tokens[slice(*text.spans[0])]
     with torch.inference_mode():
-        chance_T = bound.acceptance(engine, prompt_of(text), answer, Sampler(temperature=temperature))
+        chance_T = bound.acceptance(engine, prompt_of(text), answer, sampler)
     bar.update()
     # one more than was written, else the last token of a text that was cut off could not be drafted
     unread = np.zeros((len(answer), len(simulation.Recorded._fields)))
@@ -229,7 +230,9 @@ def even(costs: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         return {n: float(start + slope * n) for n in costs}
 
     shallow = line([c["shallow"] for c in all_costs])
-    widths = [w for w in all_costs[0]["verify"] if all(w in c["verify"] for c in all_costs)]
+    # Other widths than those of K in TRIED occur at the ends of texts alone.
+    known = [w for w in all_costs[0]["verify"] if all(w in c["verify"] for c in all_costs)]
+    widths = [w for w in known if int(w) in {1, *(k + 1 for k in TRIED)}]
     verify = {w: line([c["verify"][w] for c in all_costs]) for w in widths}
     alike = {name: float(np.mean([c[name] for c in all_costs])) for name in ("head", "rest")}
     return {

@@ -1,5 +1,6 @@
 """The drafting rules of other papers decide and learn as their docstrings say."""
 
+import copy
 import random
 
 import pytest
@@ -75,7 +76,7 @@ def test_cumulative_stops_where_the_product_falls_below_the_threshold() -> None:
     assert controller.draft(2, Said(0.9)) and not controller.draft(3, Said(0.9))  # 0.512, 0.41
     controller.counts = [list(count) for count in controller.counts]
     controller.observe(Round(3, 1))  # the third draft was never tested
-    assert controller.counts[7] == [9.0, 12.0]
+    assert controller.counts[7] == pytest.approx([9.0, 12.0], abs=0.01)
     assert controller.peek(0) and controller.product == 1.0
 
 
@@ -126,6 +127,40 @@ def test_logistic_learns_the_curve() -> None:
     assert controller.slope == pytest.approx(0.5, abs=0.07)
     assert controller.intercepts[:2] == pytest.approx([0.0, -0.7], abs=0.15)
     assert controller.intercepts[2] == -0.2, "never tested"
+
+
+@pytest.mark.parametrize("name", ["schedule", "ucb", "tapout", "cumulative:0.4"])
+def test_a_round_without_room_teaches_nothing(name: str) -> None:
+    """The last round of a text may have room for the bonus token alone: it is observed, but nobody asked before."""
+    controller = make_controller(name)
+    controller.observe(Round(0, 0, 1, 0, 1.0, 0.1, 0.0, 0.9))
+    play(controller, lambda k, dice: 0.8, 30)
+    known = copy.deepcopy({key: value for key, value in vars(controller).items() if key not in ("product", "rules")})
+    controller.observe(Round(0, 0, 1, 0, 1.0, 0.1, 0.0, 0.9))
+    faded = known.pop("counts", None)
+    assert {key: vars(controller)[key] for key in known} == known
+    assert faded is None or [c for row in controller.counts for c in row] == pytest.approx(
+        [c for row in faded for c in row], rel=0.01
+    )
+    if isinstance(controller, UCB):
+        assert sum(controller.count) == 30
+
+
+def test_cumulative_comes_back_to_a_bin_after_bad_luck() -> None:
+    controller = make_controller("cumulative:0.4")
+    for _ in range(4):
+        controller.peek(0)
+        assert controller.draft(0, Said(0.7))
+        controller.observe(Round(1, 0))
+    for _ in range(3):  # 5.5 accepted of 12 are enough, of 14 they are not
+        controller.peek(0)
+        controller.draft(0, Said(0.7))
+        controller.observe(Round(1, 0))
+    assert not controller.draft(0, Said(0.7))
+    for _ in range(1500):
+        controller.peek(0)
+        controller.observe(Round(0, 0))
+    assert controller.draft(0, Said(0.7))
 
 
 @pytest.mark.parametrize("name", ["logistic", "goodput"])
