@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.inference import decoding, kernels
 from pipeline.inference.backbone import SplitBackbone
-from pipeline.inference.controllers import Beta, Fixed, make_controller
+from pipeline.inference.controllers import Fixed, make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead, new_exit_layer
 from pipeline.inference.fingerprint import fingerprint
 from pipeline.inference.kernels import Product, onednn, packed, plain
+from pipeline.inference.literature import Beta
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.stopwatch import Stopwatch, stopwatch
 
