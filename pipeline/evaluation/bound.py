@@ -50,8 +50,7 @@ def speedup(
         if len(row.tokens) < 2:  # the first token comes from the prefill
             continue
         chance_T = acceptance(engine, prompts[row.prompt], list(row.tokens), sampler)
-        nothing = np.zeros((len(chance_T), 0))
-        trace = simulation.Trace(row.prompt, max_new_tokens, chance_T, nothing, nothing)
+        trace = simulation.Trace.of(row.prompt, max_new_tokens, chance_T)
         for draw in range(1 if sampler.greedy else DRAWS):
             (accepted_T,) = simulation.outcomes([trace], seed + draw)
             time += simulation.oracle(trace, accepted_T, CostModel(costs))

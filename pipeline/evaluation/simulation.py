@@ -42,6 +42,12 @@ class Trace:
     off_TJC: np.ndarray
     """The same for the J drafts that follow a rejected draft for token t."""
 
+    @classmethod
+    def of(cls, prompt: str, max_new_tokens: int, acceptance_T: np.ndarray) -> "Trace":
+        """A trace without confidences, for the oracle and for controllers that read none."""
+        unread = np.zeros((len(acceptance_T), len(Recorded._fields)))
+        return cls(prompt, max_new_tokens, acceptance_T, unread, unread[:, None].repeat(RECORDED, 1))
+
     def __len__(self) -> int:
         return len(self.acceptance_T)
 

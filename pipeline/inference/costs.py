@@ -21,6 +21,11 @@ EXPIRY = 2 * GAP
 """Rounds after which a time is discarded, so that estimates follow changes of the machine's speed."""
 
 
+def first_probes(limit: int) -> list[int]:
+    """The numbers of drafts of the first rounds: each in PROBES twice, once to warm up and once to be timed."""
+    return [min(k, limit) for _ in range(2) for k in PROBES]
+
+
 class Recent:
     """Trimmed mean of the last times of one part: the slowest third is left out (of two times, the slower one).
 

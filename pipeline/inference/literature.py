@@ -10,9 +10,16 @@ from collections.abc import Callable
 from itertools import accumulate
 from operator import mul
 
-from .costs import PROBES, Costs
+from .costs import Costs, first_probes
 from .rounds import LONGEST, Confidence, Controller, Round
-from .thompson import BINS, MEMORY, Thompson
+from .thompson import BINS, Thompson, fade
+
+
+class ByCount:
+    """Decides how many tokens to draft without the head's confidence."""
+
+    def draft(self, k: int, confidence: Confidence) -> bool:
+        return True
 
 
 class ConfidenceStop:
@@ -45,7 +52,7 @@ class EntropyStop(ConfidenceStop):
         return 1 - math.sqrt(self.gamma * max(0.0, confidence.entropy)) >= self.threshold
 
 
-class Beta:
+class Beta(ByCount):
     """EESD's Beta-TS as we understand the paper (Liu et al., ACL Findings 2024, figure 2). It states neither the priors
     nor a limit; both are our choice.
 
@@ -63,9 +70,6 @@ class Beta:
             return True
         theta = self.random.betavariate(self.accepted, self.rejected)
         return k < self.limit and self.random.random() < theta
-
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        return True
 
     def observe(self, round: Round) -> None:
         self.accepted += round.accepted
@@ -157,13 +161,11 @@ class Cumulative:
         for i, b in enumerate(self.bins[: round.accepted + 1]):
             self.counts[b][0] += i < round.accepted
             self.counts[b][1] += 1
-        for count, thought in zip(self.counts, self.thought, strict=True):
-            count[0] += (1 - MEMORY) * (thought[0] - count[0])
-            count[1] += (1 - MEMORY) * (thought[1] - count[1])
+        fade(self.counts, self.thought, 1)
         self.bins = []  # a round without room for drafts is observed too, and no `peek` comes before it
 
 
-class Schedule:
+class Schedule(ByCount):
     """The `heuristic` schedule of transformers: two drafts more after a round in which all were accepted, else one
     less, at least one. It begins with 5 drafts, the library's own number when it brought the schedule in; the limit of
     8 is that of all controllers here. Rounds without room for a draft change nothing."""
@@ -174,15 +176,12 @@ class Schedule:
     def peek(self, k: int) -> bool:
         return k < self.k
 
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        return True
-
     def observe(self, round: Round) -> None:
         if round.drafted:
             self.k = min(self.limit, self.k + 2) if round.accepted == round.drafted else max(1, self.k - 1)
 
 
-class AdaptiveSteps:
+class AdaptiveSteps(ByCount):
     """SGLang's adaptive number of steps (adaptive_spec_params.py, 2026), as we read it.
 
     e is a moving average of the accepted drafts, of weight 0.2. After a warm-up of 10 rounds, every 5 rounds K goes to
@@ -198,9 +197,6 @@ class AdaptiveSteps:
     def peek(self, k: int) -> bool:
         return k < self.candidates[self.at]
 
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        return True
-
     def observe(self, round: Round) -> None:
         self.rounds += 1
         weight = self.weight if self.rounds > 1 else 1.0
@@ -213,7 +209,7 @@ class AdaptiveSteps:
             self.at -= 1
 
 
-class Goodput:
+class Goodput(ByCount):
     """Drafts the K with the largest E(K) / C(K), expected tokens over the seconds of a round.
 
     The rule was proposed for vLLM (#47111), of which only this maximum is taken over. E(K) = 1 + a_1 + a_1 a_2 + ...,
@@ -227,7 +223,7 @@ class Goodput:
     def __init__(self, limit: int = LONGEST):
         self.limit, self.costs = limit, Costs()
         self.acceptance = [0.5] * limit
-        self.plan = [min(k, limit) for _ in range(2) for k in PROBES]
+        self.plan = first_probes(limit)
         self.k = 0
 
     def peek(self, k: int) -> bool:
@@ -243,16 +239,13 @@ class Goodput:
             return 1
         return max(range(self.limit + 1), key=lambda k: tokens[k] / seconds[k])
 
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        return True
-
     def observe(self, round: Round) -> None:
         self.costs.observe(round)
         for i in range(min(round.accepted + 1, round.drafted)):
             self.acceptance[i] += self.weight * ((i < round.accepted) - self.acceptance[i])
 
 
-class UCB:
+class UCB(ByCount):
     """UCB1 (Auer et al., 2002) over K = 1..limit: BanditSpec (Hou et al., ICML 2025, arXiv 2505.15141) with K as the
     hyper-parameter. The reward, tokens per second of a round over the largest one seen, is our choice."""
 
@@ -279,9 +272,6 @@ class UCB:
         scale = self.largest or 1.0
         bounds = [t / n / scale + math.sqrt(width / n) for t, n in zip(self.total, self.count, strict=True)]
         return bounds.index(max(bounds))
-
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        return True
 
     def observe(self, round: Round) -> None:
         self.learn(round.tokens / round.seconds if round.seconds > 0 else 0.0)

@@ -8,7 +8,7 @@ import random
 
 from .costs import Costs
 from .rounds import LONGEST, Confidence, Controller, Round
-from .thompson import MEMORY, RATE_MEMORY, REFRESH, Thompson
+from .thompson import RATE_MEMORY, REFRESH, Thompson, fade
 
 BINS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 """Lengths of a match at which a bin of its own begins: the longer, the more often the next token is copied rightly."""
@@ -71,11 +71,8 @@ class WithLookup:
     def _refresh(self) -> None:
         """Discount counts, draw acceptances and the value of a round of the head, recompute costs and rate. It is done
         every few rounds only, because its time must be small compared with that of a token."""
-        faded = 1 - MEMORY ** (self.rounds - self.refreshed)
+        fade(self.counts, self.prior, self.rounds - self.refreshed)
         self.refreshed = self.rounds
-        for count, prior in zip(self.counts, self.prior, strict=True):
-            count[0] += faded * (prior[0] - count[0])
-            count[1] += faded * (prior[1] - count[1])
         self.theta = [self.random.betavariate(*count) for count in self.counts]
         times = {"head": self.costs.rounds(self.limit), "lookup": self.costs.copied_rounds(self.limit)}
         seconds = {name: sum(n * t for n, t in zip(self.lengths[name], times[name], strict=True)) for name in times}

@@ -8,7 +8,7 @@ per second reached in the long run (docs/control.md derives it).
 import random
 from typing import Any
 
-from .costs import PROBES, Costs
+from .costs import Costs, first_probes
 from .rounds import LONGEST, Confidence, Round
 
 BINS = 8
@@ -21,6 +21,16 @@ RATE_MEMORY = 0.995
 """Discount factor of earlier rounds in the rate, per round."""
 REFRESH = 8
 """Number of rounds that use the same sampled acceptances, costs and rate. In the first rounds it is 1."""
+
+
+def fade(counts: list[list[float]], prior: list[tuple[float, float]], rounds: int) -> float:
+    """Move the counts of each bin towards the prior, as far as `rounds` rounds discount them;
+    gives that share."""
+    faded = 1 - MEMORY**rounds
+    for count, start in zip(counts, prior, strict=True):
+        count[0] += faded * (start[0] - count[0])
+        count[1] += faded * (start[1] - count[1])
+    return faded
 
 
 class Thompson:
@@ -58,7 +68,7 @@ class Thompson:
         self.elsewhere = 0.0
         """Tokens per second of all rounds, where others than those of the head are among them (sources.py)."""
         self.rounds = self.refreshed = 0
-        self.plan = [] if costs else [min(k, limit) for _ in range(2) for k in PROBES]
+        self.plan = [] if costs else first_probes(limit)
         """Prescribed numbers of drafts of the next rounds, in which costs are first measured."""
         # State of the current round.
         self.bins: tuple[int, ...] = ()
@@ -137,11 +147,8 @@ class Thompson:
     def _refresh(self) -> None:
         """Discount counts, draw new acceptances, and recompute costs, rate and the tables that decisions use. It is
         done every few rounds only, because its time must be small compared with that of a token."""
-        faded = 1 - MEMORY ** (self.rounds - self.refreshed)
+        faded = fade(self.counts, self.prior, self.rounds - self.refreshed)
         self.refreshed = self.rounds
-        for count, prior in zip(self.counts, self.prior, strict=True):
-            count[0] += faded * (prior[0] - count[0])
-            count[1] += faded * (prior[1] - count[1])
         self.seen = [max(1e-3, (1 - faded) * n) for n in self.seen]
         abar = sum(n * a for n, a in zip(self.seen, self.acceptance(), strict=True)) / sum(self.seen)
         self.chains = [1.0]

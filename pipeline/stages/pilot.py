@@ -9,6 +9,7 @@ replays fixed K over held-out responses, which gives the acceptance. The exit la
 import json
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..errors import UserError
 from ..evaluation import bound, simulation, threads
 from ..evaluation.measuring import Measured, measure
 from ..evaluation.metrics import CostModel, of_fixed, summarise
-from ..generation.documents import Document, read_documents, read_manifest, read_temperatures, split, usable
+from ..generation.documents import Document, read_manifest, read_temperatures
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import Fixed
 from ..inference.exit_head import ExitHead
@@ -35,6 +36,7 @@ from ..planning.gain import DRAFTS, candidates, speedups, with_exit_layers
 from ..prompts.prompt import Prompt
 from ..runs.files import atomic_write
 from ..runs.folder import RunDir
+from ..training import packing
 
 STEPS = 150
 """Optimizer steps of the pilot's heads. The order of the exit layers shows long before the heads are good."""
@@ -160,9 +162,7 @@ def _inputs(run: RunDir) -> list[Path]:
 def _held_out(run: RunDir) -> list[Document]:
     """The held-out responses of more than one token, the first of which is never drafted: nothing is trained on them,
     nor do they serve to evaluate."""
-    d, folder = run.config.distill, run / "responses"
-    documents, _ = read_documents(folder, read_manifest(folder), d.truncated, d.repeated_share)
-    _, held_out = split(usable(documents, d.sequence_length), d.held_out)
+    _, _, held_out, _ = packing.read_sides(run / "responses", run.config.distill)
     found = [document for document in held_out if document.spans[0][1] - document.spans[0][0] > 1]
     if len(found) < FEWEST:
         raise UserError(
@@ -214,8 +214,7 @@ def _trace(engine: SplitBackbone, text: Document, sampler: Sampler, bar: Any) ->
         chance_T = bound.acceptance(engine, prompt_of(text), answer, sampler)
     bar.update()
     # one more than was written, else the last token of a text that was cut off could not be drafted
-    unread = np.zeros((len(answer), len(simulation.Recorded._fields)))
-    return simulation.Trace(text.id, len(answer) + 1, chance_T, unread, unread[:, None].repeat(simulation.RECORDED, 1))
+    return simulation.Trace.of(text.id, len(answer) + 1, chance_T)
 
 
 def even(costs: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -244,15 +243,10 @@ def even(costs: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
 def _row(entry: dict[str, Any], traces: list[simulation.Trace], costs: dict[str, Any], seed: int) -> dict[str, Any]:
     """What was found of one candidate, and the predicted speedup of its best K."""
     accepted = simulation.outcomes(traces, seed)
-    tokens = sum(len(t) - 1 for t in traces)
     predicted = {}
     for k in DRAFTS:
-        rounds = [
-            round
-            for t, a in zip(traces, accepted, strict=True)
-            for round in simulation.replay(Fixed(k), t, a, CostModel(costs))
-        ]
-        predicted[k] = tokens / sum(round.seconds for round in rounds)
+        tokens, time = simulation.play(partial(Fixed, k), traces, accepted, CostModel(costs))
+        predicted[k] = float(tokens.sum() / time.sum())
     k = max(predicted, key=predicted.__getitem__)
     fixed = of_fixed(entry["controllers"])
     there = speedups(entry["costs"], fixed[max(TRIED)]["conditional_rates"] or [0.0])

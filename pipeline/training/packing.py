@@ -103,18 +103,26 @@ def read_packed(folder: Path, distill: Distill) -> tuple[dict[str, Any], Packed,
 
     Raises UserError for responses that cannot be read, and if none of them can be used.
     """
+    manifest, learned, held_out, counts = read_sides(folder, distill)
+    train = pack(learned, distill.sequence_length, prompts_too=distill.learn_from == "all")
+    # validation is always on responses: that is what will be drafted
+    validation = pack(held_out, distill.sequence_length)
+    validation.first = len(train)
+    return manifest, train, validation, counts
+
+
+def read_sides(
+    folder: Path, distill: Distill
+) -> tuple[dict[str, Any], list[Document], list[Document], dict[str, int]]:
+    """(manifest, documents to learn from, held-out documents, counts of used and left-out responses) of a folder of
+    responses. Raises UserError for responses that cannot be read, and if none of them can be used."""
     manifest = read_manifest(folder)
     documents, counts = read_documents(folder, manifest, distill.truncated, distill.repeated_share)
     kept = usable(documents, distill.sequence_length)
-    sides = split(kept, distill.held_out)
-    train = pack(sides[0], distill.sequence_length, prompts_too=distill.learn_from == "all")
-    # validation is always on responses: that is what will be drafted
-    validation = pack(sides[1], distill.sequence_length)
-    validation.first = len(train)
-    learned = sum(len(document.spans) for document in kept)
-    too_long = sum(len(document.spans) for document in documents) - learned
-    found = {**counts, "too_long": too_long, "learned": learned, "documents": len(kept)}
-    return manifest, train, validation, found
+    responses = sum(len(document.spans) for document in kept)
+    too_long = sum(len(document.spans) for document in documents) - responses
+    found = {**counts, "too_long": too_long, "learned": responses, "documents": len(kept)}
+    return manifest, *split(kept, distill.held_out), found
 
 
 def joined(train: Packed, validation: Packed) -> Packed:
