@@ -168,7 +168,7 @@ class Sweep:
     def forward(self, batch: dict[str, Tensor], j: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Final hidden states of the teacher and of every head, before the norm, [B * T, D]."""
         final_BTD, hidden = self.teacher(batch["sequences_B"].tolist(), torch.device("cpu"))
-        arguments = last_layer_arguments(self.model, final_BTD, batch["positions_BT"])
+        arguments = last_layer_arguments(self.model, self.model.model.layers[-1], final_BTD, batch["positions_BT"])
         seen_BTD = earlier(final_BTD, batch["positions_BT"], j)
         students = {
             text: head(hidden[self.choices[text].layer], seen_BTD, arguments).flatten(0, 1)

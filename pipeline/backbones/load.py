@@ -86,11 +86,6 @@ def load_model(backbone: Backbone, device: torch.device, device_map: str | None 
     return model if device_map else model.to(device)
 
 
-def limit_of(config: Any, tokens: int) -> str:
-    """For messages: whether the limit of `tokens` is the backbone's context or its sliding window."""
-    return "context" if tokens == config.max_position_embeddings else "sliding window"
-
-
 def check_exit_layers(exit_layers: list[int], num_layers: int) -> None:
     """Raises UserError unless every exit layer N is from 1 to L - 1 (`num_layers` is L)."""
     for n in exit_layers:

@@ -19,6 +19,7 @@ from ..config import Backbone
 from ..errors import UserError
 from ..inference.fingerprint import fingerprint_of
 from .damaged import what_is_wrong
+from .experts import JoinedExperts, stored_experts, stored_router
 from .source import explained, load_config, source_of, with_remedy
 
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -80,6 +81,7 @@ class WeightFiles:
         As in from_pretrained, an LM head that is in the files is used whatever `config.tie_word_embeddings` says. A
         tied tensor that is stored once may have either of its two names.
         """
+        parameter = stored_router(parameter, self.names)
         other = {LM_HEAD: EMBEDDING, EMBEDDING: LM_HEAD}.get(parameter)
         tied = other is not None and config.tie_word_embeddings and parameter not in self.names and other in self.names
         return other if tied and other is not None else parameter
@@ -97,6 +99,7 @@ class WeightFiles:
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raises UserError unless every one of these tensors is in its file, unquantised and of the shape given. Only
         headers are read; files of a Hub id are fetched."""
+        shapes = self._stored(shapes)
         by_file: dict[str, list[str]] = defaultdict(list)
         for name in shapes:
             by_file[self.path(name)].append(name)
@@ -121,6 +124,19 @@ class WeightFiles:
                         "config and the weights of one model"
                     )
 
+    def _stored(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+        """The same with the tensors of each expert in place of those that join experts."""
+        found: dict[str, Sequence[int]] = {}
+        for name, shape in shapes.items():
+            experts = stored_experts(name, self.names)
+            if experts and len(experts) != shape[0]:
+                raise self._error(f"it has {len(experts)} experts for {name}, by config.json it should be {shape[0]}")
+            for parts in experts:
+                found |= {part: [shape[1] // len(parts), shape[2]] for part in parts}
+            if not experts:
+                found[name] = shape
+        return found
+
     def path(self, tensor: str) -> str:
         """Path of the file that should hold `tensor`."""
         if self.single is not None:
@@ -135,8 +151,10 @@ class WeightFiles:
             self.paths[file] = found
         return self.paths[file]
 
-    def rows(self, tensor: str) -> "Rows":
+    def rows(self, tensor: str) -> "Rows | JoinedExperts":
         """A lazy view of a tensor: its shape and dtype, and rows read on demand from the file, which stays mapped."""
+        if experts := stored_experts(tensor, self.names):
+            return JoinedExperts([[self.rows(part) for part in parts] for parts in experts])
         path = self.path(tensor)
         with explained(self.backbone), safe_open(path, framework="pt") as file:
             present = set(file.keys())

@@ -48,7 +48,7 @@ class Answered:
 
 
 class Conversation:
-    """The messages and answers so far. `limit` is what messages call the limit of the context (`limit_of`)."""
+    """The messages and answers so far."""
 
     def __init__(
         self,
@@ -59,10 +59,9 @@ class Conversation:
         prompts: Prompts,
         settings: Chat,
         seed: int = 0,
-        limit: str = "context",
     ):
         self.engine, self.controller, self.tokenizer, self.ends = engine, controller, tokenizer, ends
-        self.prompts, self.settings, self.limit = prompts, settings, limit
+        self.prompts, self.settings = prompts, settings
         self.generator = torch.Generator(engine.device).manual_seed(seed)
         self.reset()
 
@@ -91,7 +90,7 @@ class Conversation:
             remedy = "/reset begins a new conversation" if asked.answers else "give a shorter one"
             what = "the conversation" if asked.answers else "this message"
             raise UserError(
-                f"{what} has {len(ids)} tokens, the backbone's {self.limit} is {context}: no answer fits. {remedy}."
+                f"{what} has {len(ids)} tokens, the backbone's context is {context}: no answer fits. {remedy}."
             )
         sampler = Sampler(self.settings.temperature, self.settings.top_k, self.settings.top_p, self.generator)
         streamed = _Streamed(self.controller, TextStream(self.tokenizer), show, stop)

@@ -11,6 +11,7 @@ M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C chan
 T positions, W tokens that the head can draft (in fixed-width passes: rows); a row is the hidden state of one token
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .exit_head import ExitHead, check_exit_layer
-from .families import FAMILIES, Family, check_config, longest_exact
+from .families import Family, check_config, family_of
 from .fixed_shapes import FixedShapes, rounded
 from .kernels import Kernels, Product
 from .kv_cache import KVCache
 from .law import DraftVocabulary, check_draft_ids
-from .layers import Rows, Shape, causal_mask, run_layers
+from .layers import Shape, run_layers
 from .rounds import WIDTHS
 from .unmodified import addresses, changes, check_unmodified
 
@@ -48,8 +49,7 @@ class SplitBackbone:
     needs in order to compute bit-identical results.
     pack: allow copies of the weights in another order where kernels that read them are faster. They take as much memory
     as the weights, and are made only if twice as much is available.
-    beyond_context: allow texts longer than max_position_embeddings, as transformers' generate does. A sliding window
-    remains the limit: for longer texts, full attention differs from what the model computes.
+    beyond_context: allow texts longer than max_position_embeddings, as transformers' generate does.
 
     Raises ValueError for a config or a module that is not computed exactly, N out of range, a head of another backbone,
     or a device map that splits or offloads a layer.
@@ -68,30 +68,24 @@ class SplitBackbone:
     ):
         config = model.config
         check_config(config)
+        self.shape, self.family = Shape.of(config), family_of(config)
         check_exit_layer(head.exit_layer, config.num_hidden_layers)
         devices = [_device_of(layer, f"layer {i}") for i, layer in enumerate(model.model.layers)]
         for name, part in (("embed_tokens", model.model.embed_tokens), ("norm", model.model.norm)):
             _device_of(part, name)
         self.device = _device_of(model.lm_head, "lm_head")
         """The device of the LM head, on which logits are returned."""
-        check_unmodified(model)
+        if self.family.is_fast:
+            check_unmodified(model)
         if check:
             head.check_fits(model)
         self.exit_layer, self.num_layers = head.exit_layer, config.num_hidden_layers
-        self.shape = Shape(
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            eps=config.rms_norm_eps,
-        )
-        self.family = FAMILIES[config.model_type]
         self.hidden = config.hidden_size
+        self.passes = self.family.passes(model, self.family.kinds(config), self.shape)
         self.embedding_VD = model.model.embed_tokens.weight.data
-        self.final_norm_D = model.model.norm.weight.data.to(self.device)
+        self.final_norm = self.family.final_norm(model, self.shape, self.device)
         self.dtype = self.embedding_VD.dtype
-        self.max_context = longest_exact(config, beyond_context)
-        self._rotary = model.model.rotary_emb
-        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self.max_context = sys.maxsize if beyond_context else config.max_position_embeddings
         last = model.model.layers[-1]
         with torch.device("meta"):  # initialising weights would advance the user's random state
             exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
@@ -113,9 +107,26 @@ class SplitBackbone:
             self.draft_vocabulary = DraftVocabulary(ids_W, len(model.lm_head.weight))
             rows = Product(model.lm_head.weight.data.index_select(0, ids_W).t())
             self.draft_lm_head = Kernels([rows], timed=timed_kernels, pack=pack).fit(rows)
+        fixed_shapes = fixed_shapes and self.family.is_fast
         self._fixed = FixedShapes(self.family.layer, self.shape) if fixed_shapes else None
         self._fixed_cache: KVCache | None = None
         self.blocks = self._cut([*devices, self.device])
+        if not self.family.is_fast:
+            self._try_all_layers(config)
+
+    @torch.inference_mode()
+    def _try_all_layers(self, config: Any) -> None:
+        """Raises ValueError if transformers' layers of this family cannot be called one by one."""
+        cache = self.new_cache(2)
+        try:
+            self.shallow([0, 1], 0, cache)
+            self.deep(0, 2, cache)
+            self.draft_logits(2, cache)
+        except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"model_type={config.model_type}: its layers cannot be called one by one, as decoding with drafts "
+                f"needs it: {error}"
+            ) from error
 
     def _cut(self, devices: list[torch.device]) -> list[Block]:
         """Cut the layers into blocks, which end at layer N, at layer L, and where the device changes."""
@@ -131,7 +142,8 @@ class SplitBackbone:
 
         Raises ValueError if the model was changed in another way, for example by an adapter or a hook.
         """
-        check_unmodified(model)
+        if self.family.is_fast:
+            check_unmodified(model)
         return self._shared.are_of(model) and self._draft_rows_are_of(model.lm_head)
 
     def _draft_rows_are_of(self, lm_head: nn.Module) -> bool:
@@ -154,10 +166,8 @@ class SplitBackbone:
         if self._fixed is None:
             return self._allocate(max_length)
         if self._fixed_cache is None or self._fixed_cache.max_length < rounded(max_length):
-            self._fixed, self._fixed_cache = (
-                FixedShapes(self.family.layer, self.shape),
-                None,
-            )  # recordings are tied to their cache
+            # recordings are tied to their cache
+            self._fixed, self._fixed_cache = FixedShapes(self.family.layer, self.shape), None
             self._fixed_cache = self._allocate(rounded(max_length))
             for width in WIDTHS:  # record every width now, not in the middle of a text
                 zeros_WD = torch.zeros(width, self.hidden, dtype=self.dtype, device=self.device)
@@ -166,23 +176,11 @@ class SplitBackbone:
         return self._fixed_cache
 
     def _allocate(self, max_length: int) -> KVCache:
-        for device in {block.device for block in self.blocks}:
-            if device not in self._tables or len(self._tables[device][0]) < max_length:
-                self._tables[device] = self._make_tables(max_length, device)
+        self.passes.allocate(max_length, {block.device for block in self.blocks})
         deep = next(b for b in self.blocks if b.start == self.exit_layer)
         hidden_TD = torch.zeros(max_length, self.hidden, dtype=self.dtype, device=deep.device)
         sizes = [(len(b.weights), b.device) for b in self.blocks]
         return KVCache(sizes, self.shape.kv_heads, max_length, self.shape.head_dim, self.dtype, hidden_TD)
-
-    def _make_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Positions [T], cos and signed sin [T, 1, C] of the rotary embedding."""
-        positions_T = torch.arange(length, device=self._rotary.inv_freq.device)
-        like = torch.zeros(1, dtype=torch.float32, device=positions_T.device)
-        cos_TC, sin_TC = (table[0] for table in self._rotary(like, positions_T[None]))
-        half = self.shape.head_dim // 2
-        signed_TC = torch.cat([-sin_TC[:, :half], sin_TC[:, half:]], -1)
-        cos_T1C, signed_T1C = (table[:, None].to(device, self.dtype) for table in (cos_TC, signed_TC))
-        return positions_T.to(device), cos_T1C, signed_T1C
 
     def extra_bytes(self, length: int) -> dict[str, int]:
         """Bytes of memory needed on top of autoregressive decoding.
@@ -209,7 +207,7 @@ class SplitBackbone:
 
     def shallow(self, ids: list[int], base: int, cache: KVCache) -> None:
         """Run layers 1..N on tokens at positions base..; their hidden states are stored in the cache."""
-        hidden_MD = self._run(self.family.embed(self.embedding_VD, ids), 0, self.exit_layer, base, cache)
+        hidden_MD = self._run(self.passes.embed(ids, base), 0, self.exit_layer, base, cache)
         cache.hidden_TD.narrow(0, base, len(ids)).copy_(hidden_MD)
 
     def deep(self, base: int, end: int, cache: KVCache) -> Tensor:
@@ -218,11 +216,11 @@ class SplitBackbone:
 
     def full(self, ids: list[int], base: int, cache: KVCache) -> Tensor:
         """Run all L layers on tokens at positions base.., as autoregressive decoding does; [M, D]."""
-        return self._run(self.family.embed(self.embedding_VD, ids), 0, self.num_layers, base, cache)
+        return self._run(self.passes.embed(ids, base), 0, self.num_layers, base, cache)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Apply the final norm and the LM head; [M, V] in float32."""
-        return self.family.logits(hidden_MD.to(self.device), self.final_norm_D, self.lm_head, self.shape)
+        return self._logits(hidden_MD, self.lm_head)
 
     def draft_logits(self, end: int, cache: KVCache) -> Tensor:
         """The exit head's logits [W] for the token that follows position end-1.
@@ -237,7 +235,11 @@ class SplitBackbone:
 
     def draft_logits_of(self, hidden_MD: Tensor) -> Tensor:
         """Apply the final norm and the rows of the LM head of the tokens that the head can draft; [M, W] in float32."""
-        return self.family.logits(hidden_MD.to(self.device), self.final_norm_D, self.draft_lm_head, self.shape)
+        return self._logits(hidden_MD, self.draft_lm_head)
+
+    def _logits(self, hidden_MD: Tensor, lm_head: Product) -> Tensor:
+        logits = lm_head(self.final_norm(hidden_MD.to(self.device))).float()
+        return logits if self.shape.logit_scale == 1 else logits.mul_(self.shape.logit_scale)
 
     def draft_hidden_of_all(self, end: int, cache: KVCache) -> Tensor:
         """The exit head's output [end, D] at all positions 0..end-1 in one pass, for analysis."""
@@ -260,7 +262,7 @@ class SplitBackbone:
         if fixed is not None:
             width = next(w for w in WIDTHS if w >= m)
             hidden_MD = F.pad(hidden_MD, (0, 0, 0, width - m))
-        rows: Rows | None = None
+        rows: list[Any] = []
         device = None
         for i, block in enumerate(self.blocks):
             if block.start < start or block.stop > stop:
@@ -268,26 +270,18 @@ class SplitBackbone:
             hidden_MD = hidden_MD.to(block.device)
             keys, values = cache.keys[i], cache.values[i]
             if fixed is not None:
-                positions_T, *tables = self._tables[block.device]
-                where = positions_T[base : base + width]
-                hidden_MD = fixed(hidden_MD, where, tables, block.weights, keys, values)
+                tables, kinds = self.passes.tables(block.device), self.passes.kinds[block.start : block.stop]
+                where = tables.positions_T[base : base + width]
+                hidden_MD = fixed(hidden_MD, where, tables, block.weights, kinds, keys, values)
                 continue
-            if rows is None or block.device != device:
-                rows, device = self._rows(block.device, base, m), block.device
+            if block.device != device:
+                rows, device = self.passes.rows(base, m, block.device), block.device
             keys, values = keys.narrow(3, 0, base + m), values.narrow(3, 0, base + m)
-            last = last_row and block.stop == stop
             hidden_MD = run_layers(
-                hidden_MD, self.family.layer, block.weights, self.shape, rows, keys, values, last_row=last
-            )
+                hidden_MD, self.family.layer, block.weights, self.shape, rows[block.start : block.stop], keys, values,
+                at_end=True, last_row=last_row and block.stop == stop,
+            )  # fmt: skip
         return hidden_MD if fixed is None else hidden_MD[:m]
-
-    def _rows(self, device: torch.device, base: int, m: int) -> Rows:
-        positions_T, cos_T1C, sin_T1C = self._tables[device]
-        cos_M1C, sin_M1C = cos_T1C.narrow(0, base, m), sin_T1C.narrow(0, base, m)
-        mask = None
-        if m > 1 and base > 0:
-            mask = causal_mask(positions_T[base : base + m], base + m, self.shape.repeats, self.dtype)
-        return Rows(None, cos_M1C, sin_M1C, mask)
 
 
 def _device_of(part: nn.Module, name: str) -> torch.device:

@@ -62,8 +62,8 @@ def generate(
     was measured.
 
     Raises ValueError for a backbone that the head was not trained for, or that was changed since transformers loaded it
-    (by an adapter, a hook, quantisation), an unknown controller, beam search, return_dict_in_generate, a logits
-    processor that may keep a state, or a prompt longer than the backbone's sliding window.
+    (by an adapter, a hook, quantisation), an unknown controller, beam search, return_dict_in_generate, or a logits
+    processor that may keep a state.
     """
     kwargs.pop("use_model_defaults", None)
     fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
@@ -99,7 +99,7 @@ def generate(
             prompt = (row if mask is None else row[mask[i].bool()]).tolist()
             request = Request(
                 prompt=prompt,
-                max_new_tokens=_room(backbone, len(prompt), generation_config.max_length - input_ids.shape[1]),
+                max_new_tokens=generation_config.max_length - input_ids.shape[1],
                 end_tokens=ends,
                 on_token=_watch(row, own, streamer),
             )
@@ -214,20 +214,6 @@ def _watch(prompt_row, criteria: list, streamer):
         return any(bool(torch.as_tensor(c(ids, None)).all()) for c in criteria)
 
     return on_token
-
-
-def _room(backbone: SplitBackbone, prompt: int, wanted: int) -> int:
-    """How many new tokens can follow a prompt of this length. Warns if a sliding window allows fewer than `wanted`."""
-    room = backbone.max_context - prompt
-    if 1 <= room < wanted:
-        warnings.warn(
-            f"at most {room} of {wanted} new tokens are made: prompt and text then fill the backbone's sliding window "
-            f"of {backbone.max_context}, beyond which the exit head's decoder does not compute what the "
-            "backbone does. Call generate without custom_generate= for a longer text",
-            stacklevel=2,
-        )
-        return room
-    return wanted  # the decoder refuses a prompt that leaves no room
 
 
 def _warn_beyond_context(model, length: int) -> None:

@@ -1,8 +1,9 @@
 """The model families that the engine computes, and which of their configs it computes exactly.
 
 Takes a transformers config; gives its `Family`, or raises ValueError that names the field, its value and the remedy.
-The check needs no weights, so `plan` and `generate` can refuse early what decoding would refuse later. A new family is
-a module like family_llama.py and a line in `FAMILIES`.
+The check needs no weights, so `plan` and `generate` can refuse early what decoding would refuse later. A family in
+`FAMILIES` is computed here, by a module like family_llama.py. All others that have the usual form run through
+transformers' own layers (family_generic.py), which takes longer.
 
 All checkpoints of a family compute the same function of their weights unless a field of the config changes it.
 transformers reads some of these fields (`hidden_act`, `rope_parameters`, `layer_types`). Others are written by other
@@ -10,44 +11,16 @@ libraries for their own variants of a family, and transformers ignores them: the
 that the checkpoint was trained to give, so such a checkpoint is refused too.
 """
 
-import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .family_llama import decoder_layer, embed, gather, logits, samples, window
-from .layers import Layer
+from .family import Family
+from .family_generic import GENERIC, check_fits
+from .family_llama import LLAMA
 
-
-class Family(NamedTuple):
-    """How the models of a family are computed from their weights."""
-
-    gather: Callable[[nn.Module], Any]
-    """A decoder layer of the model -> its weights, a NamedTuple of tensors and `Product`s."""
-    layer: Layer
-    """One decoder layer on rows, with these weights."""
-    embed: Callable[[Tensor, list[int]], Tensor]
-    """Embedding [V, D] and token ids -> hidden states [M, D] before the first layer."""
-    logits: Callable[..., Tensor]
-    """Hidden states [M, D] after the last layer -> logits [M, V]."""
-    window: Callable[[Any, int], int | None]
-    """Config and decoder layer (from 0) -> positions that a row attends to, its own included; None without a limit."""
-    samples: Callable[[Any], list[str]]
-    """Config -> names of the weights in the fingerprint."""
-
-
-LLAMA = Family(
-    gather=gather,
-    layer=decoder_layer,
-    embed=embed,
-    logits=logits,
-    window=window,
-    samples=samples,
-)
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
-"""model_type -> family."""
+"""model_type -> family. All others are GENERIC."""
 ACTIVATIONS = ("silu", "swish")
 """Both are names of x * sigmoid(x)."""
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
@@ -99,17 +72,25 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that change a layer or the logits -> the values with which they change nothing; None is always one of them."""
 
 
+def family_of(config: Any) -> Family:
+    """The family of a config that `check_config` lets pass."""
+    return FAMILIES.get(config.model_type, GENERIC)
+
+
 def check_config(config: Any) -> None:
     """Raises ValueError for a config whose model the engine does not compute exactly (see the module's docstring)."""
     kind = getattr(config, "model_type", None)
-    if kind not in FAMILIES:
-        raise ValueError(f"model_type={kind}: not supported; these are: {', '.join(FAMILIES)}")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"model_type={kind}: transformers has no such model; not supported")
     check_not_quantised(config)
     if type(config) is not CONFIG_MAPPING[kind]:
         raise ValueError(
             f"model_type={kind}: its config is a {type(config).__module__}.{type(config).__qualname__}, not the one of "
             "transformers, so its layers may be others; set backbone.trust_remote_code=false to take transformers' own"
         )
+    if kind not in FAMILIES:
+        check_fits(config)
+        return
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(
             f"hidden_act={config.hidden_act}: the decoder computes {ACTIVATIONS[0]} only; "
@@ -140,21 +121,6 @@ def _method(found: Any) -> str:
     fields = found if isinstance(found, dict) else getattr(found, "__dict__", {})
     method = fields.get("quant_method") or fields.get("quant_algo") or ", ".join(sorted(map(str, fields)))
     return str(getattr(method, "value", method))
-
-
-def window_of(config: Any, layer: int) -> int | None:
-    """How many positions a row of decoder layer `layer` (from 0) attends to, its own included; None without a limit."""
-    return FAMILIES[config.model_type].window(config, layer)
-
-
-def longest_exact(config: Any, beyond_context: bool = False) -> int:
-    """Positions of the longest sequence on which the engine's full attention equals every layer's own attention.
-
-    beyond_context: do not count max_position_embeddings as a limit; transformers' generate does not either.
-    """
-    windows = [window_of(config, layer) for layer in range(config.num_hidden_layers)]
-    longest = sys.maxsize if beyond_context else config.max_position_embeddings
-    return min([longest, *(window for window in windows if window is not None)])
 
 
 def _check_heads(config: Any) -> None:

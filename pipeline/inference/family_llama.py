@@ -1,20 +1,23 @@
 """The decoder layer of Llama, Mistral, Qwen2 and Qwen3, and what else the engine has to know of these families.
 
-Takes a transformers model or config of one of them; gives the functions of which families.py makes their `Family`. The
-four differ only in what their checkpoints hold: Qwen2 has biases, Qwen3 normalises queries and keys.
+Takes a transformers model or config of one of them; gives the functions of their `Family`. The four differ only in what
+their checkpoints hold: Qwen2 has biases, Qwen3 normalises queries and keys.
 
-M rows of a pass, D hidden, H query heads, G key/value heads, C channels of a head, T positions of the cache,
-V vocabulary
+M rows of a pass, D hidden, H query heads, G key/value heads, C channels of a head, T positions of the cache
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .family import Family
 from .kernels import Product
-from .layers import Rows, Shape, attend, rms_norm, rotate, write
+from .layers import LayerKind, Rows, Shape, attend, rms_norm, rotate, write
+from .passes import Passes
 from .unmodified import addresses
 
 
@@ -88,38 +91,31 @@ def decoder_layer(
     q_MHC, k_MGC = rotate(qk, rows).split((heads, groups), 1)
     write(to_keys, rows.positions_M, k_MGC)
     write(to_values, rows.positions_M, v_MGC)
-    mask = rows.mask
     if last_row:
-        hidden_MD, q_MHC, mask = hidden_MD[-1:], q_MHC[-1:], None
-    attended = attend(q_MHC, keys, values, mask, groups)
+        hidden_MD, q_MHC, rows = hidden_MD[-1:], q_MHC[-1:], rows._replace(mask=None, start=0)
+    attended = attend(q_MHC, keys, values, rows, groups)
     hidden_MD = w.out(attended, hidden_MD)
     gate_up = w.gate_up(rms_norm(hidden_MD, w.mlp_norm_D, shape.eps))
     gate, up = gate_up.split((gate_up.shape[-1] // 2,) * 2, -1)
     return w.down(F.silu(gate).mul_(up), hidden_MD)
 
 
-def embed(embedding_VD: Tensor, ids: list[int]) -> Tensor:
-    """Hidden states [M, D] before the first layer."""
-    if len(ids) == 1:  # a view needs no kernel
-        return embedding_VD.narrow(0, ids[0], 1)
-    return embedding_VD[torch.tensor(ids, device=embedding_VD.device)]
+def final_norm(model: nn.Module, shape: Shape, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The norm before the LM head, on hidden states [M, D] on the device."""
+    body: Any = model.model
+    return partial(rms_norm, weight=body.norm.weight.data.to(device), eps=shape.eps)
 
 
-def logits(hidden_MD: Tensor, norm_D: Tensor, lm_head: Product, shape: Shape) -> Tensor:
-    """Logits [M, V] of hidden states after the last layer, in float32."""
-    return lm_head(rms_norm(hidden_MD, norm_D, shape.eps)).float()
+def kinds(config: Any) -> list[LayerKind]:
+    """The kind of every decoder layer.
 
-
-def window(config: Any, layer: int) -> int | None:
-    """How many positions a row of decoder layer `layer` (from 0) attends to, its own included; None without a limit.
-
-    This follows transformers' masks: mistral's `sliding_window` applies to every layer, qwen's to those that
+    Windows follow transformers' masks: mistral's `sliding_window` applies to every layer, qwen's to those that
     `layer_types` names.
     """
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     if config.model_type == "mistral":
-        return config.sliding_window
-    kinds = getattr(config, "layer_types", None)
-    return config.sliding_window if kinds and kinds[layer] == "sliding_attention" else None
+        return [LayerKind(config.sliding_window)] * config.num_hidden_layers
+    return [LayerKind(config.sliding_window if kind == "sliding_attention" else None) for kind in types]
 
 
 def samples(config: Any) -> list[str]:
@@ -128,3 +124,6 @@ def samples(config: Any) -> list[str]:
     for i in (0, config.num_hidden_layers // 2, config.num_hidden_layers - 1):
         names += [f"model.layers.{i}.self_attn.q_proj.weight", f"model.layers.{i}.mlp.down_proj.weight"]
     return names
+
+
+LLAMA = Family(gather, Passes, decoder_layer, final_norm, kinds, samples)

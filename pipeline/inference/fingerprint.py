@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families import FAMILIES
+from .families import family_of
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -32,7 +32,7 @@ def fingerprint_of(config: Any, weight: Callable[[str], Any]) -> str:
     fields = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
     digest = hashlib.sha256(json.dumps([getattr(config, f, None) for f in fields]).encode())
-    for name in FAMILIES[config.model_type].samples(config):
+    for name in family_of(config).samples(config):
         tensor = weight(name)
         count = tensor.shape[0]
         if len(tensor.shape) == 1:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import Layer, Rows, Shape, causal_mask, run_layers
+from .layers import Layer, LayerKind, Rows, Shape, causal_mask, run_layers
+from .passes import Tables
 from .rounds import WIDTHS
 
 ROOM = 256
@@ -27,14 +28,18 @@ def rounded(length: int) -> int:
 
 
 def run_fixed(
-    layer: Layer, shape: Shape, hidden_WD: Tensor, positions_W: Tensor, cos_T1C: Tensor, sin_T1C: Tensor,
-    weights: list[Any], keys: Tensor, values: Tensor,
+    layer: Layer, shape: Shape, hidden_WD: Tensor, positions_W: Tensor, tables: Tables, weights: list[Any],
+    kinds: list[LayerKind], keys: Tensor, values: Tensor,
 ) -> Tensor:  # fmt: skip
     """`run_layers` in which everything that depends on the positions is computed from tensors, so that replays with
     other positions are right. [W, D]"""
-    mask = causal_mask(positions_W, keys.shape[3], shape.repeats, hidden_WD.dtype)
-    rows = Rows(positions_W, cos_T1C[positions_W], sin_T1C[positions_W], mask)
-    return run_layers(hidden_WD, layer, weights, shape, rows, keys, values)
+    cos_W1C, sin_W1C = tables.cos_T1C[positions_W], tables.sin_T1C[positions_W]
+    made = {}
+    for kind in dict.fromkeys(kinds):
+        mask = causal_mask(positions_W, keys.shape[3], shape.repeats, hidden_WD.dtype, kind.window)
+        made[kind] = Rows(positions_W, cos_W1C, sin_W1C, mask)
+    rows = [made[kind] for kind in kinds]
+    return run_layers(hidden_WD, layer, weights, shape, rows, keys, values, at_end=False)
 
 
 class FixedShapes:
@@ -46,19 +51,19 @@ class FixedShapes:
         self._recorded: dict[tuple[int, int], _Recorded] = {}
 
     def __call__(
-        self, hidden_WD: Tensor, positions_W: Tensor, tables: list[Tensor], weights: list[Any],
+        self, hidden_WD: Tensor, positions_W: Tensor, tables: Tables, weights: list[Any], kinds: list[LayerKind],
         keys: Tensor, values: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Hidden states [W, D] after layers of these weights, W one of WIDTHS; keys and values are a whole block of the
-        cache.
+        """Hidden states [W, D] after layers of these weights and kinds, W one of WIDTHS; keys and values are a whole
+        block of the cache.
 
         On a GPU the result is overwritten by the next pass of the same layers and width.
         """
         if hidden_WD.device.type != "cuda":
-            return self._run(hidden_WD, positions_W, *tables, weights, keys, values)
+            return self._run(hidden_WD, positions_W, tables, weights, kinds, keys, values)
         key = keys.data_ptr(), len(hidden_WD)
         if key not in self._recorded:
-            self._recorded[key] = _Recorded(self._run, hidden_WD, positions_W, *tables, weights, keys, values)
+            self._recorded[key] = _Recorded(self._run, hidden_WD, positions_W, tables, weights, kinds, keys, values)
         return self._recorded[key](hidden_WD, positions_W)
 
 

@@ -7,7 +7,7 @@ backbone.py decides which layers are run, and on which device.
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, T positions of the cache
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Fields of configs that say the number of experts of a layer, one of them in each mixture of experts."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,19 @@ class Shape:
     kv_heads: int
     head_dim: int
     eps: float
+    logit_scale: float = 1.0
+    """By which the products with the LM head are multiplied."""
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        heads = config.num_attention_heads
+        return cls(
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            eps=getattr(config, "rms_norm_eps", 0.0),
+            logit_scale=logit_scale(config),
+        )
 
     @property
     def repeats(self) -> int:
@@ -32,8 +48,21 @@ class Shape:
         return self.heads // self.kv_heads
 
 
+def logit_scale(config: Any) -> float:
+    """By which a model multiplies the products with its LM head: Granite divides by `logits_scaling`, Cohere multiplies
+    by `logit_scale`."""
+    return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+class LayerKind(NamedTuple):
+    """What the layers of a backbone may differ in besides their weights."""
+
+    window: int | None = None
+    """Number of positions that a row attends to, its own included; None without a limit."""
+
+
 class Rows(NamedTuple):
-    """Positions, rotary tables and mask of a pass, the same for every layer on a device."""
+    """Positions, rotary tables and mask of a pass, the same for every layer of a kind on a device."""
 
     positions_M: Tensor | None
     """None where the rows are the last positions of the keys and values given."""
@@ -42,6 +71,10 @@ class Rows(NamedTuple):
     """The sign is included, which saves a kernel: rotate_half(x) * sin == roll(x, C/2) * signed sin."""
     mask: Tensor | None
     """Additive, [M*R, T]; None for a single row, which attends to everything, and for a prefill, which is causal."""
+    start: int = 0
+    """The first position that any of the rows attends to; the mask begins there."""
+    window: int | None = None
+    """The number of positions that a row attends to, where there are more."""
 
 
 Layer = Callable[..., Tensor]
@@ -49,18 +82,19 @@ Layer = Callable[..., Tensor]
 
 
 def run_layers(
-    hidden_MD: Tensor, layer: Layer, weights: list[Any], shape: Shape, rows: Rows, keys: Tensor, values: Tensor,
-    last_row: bool = False,
+    hidden_MD: Tensor, layer: Layer, weights: list[Any], shape: Shape, rows: Sequence[Any], keys: Tensor,
+    values: Tensor, at_end: bool, last_row: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Hidden states [M, D] after layers of these weights. keys and values are [layers, 1, G, T, C] and receive those of
-    the rows. last_row: only the last row's hidden state is wanted, [1, D]."""
+    """Hidden states [M, D] after layers of these weights. rows: of each layer, what the pass is to it. keys and values
+    are [layers, 1, G, T, C] and receive those of the rows, at_end: at the last positions, else where rows say.
+    last_row: only the last row's hidden state is wanted, [1, D]."""
     to = keys.select(1, 0), values.select(1, 0)
-    if rows.positions_M is None:  # sliced once: a slice in every layer would cost as much as its small kernels
+    if at_end:  # sliced once: a slice in every layer would cost as much as its small kernels
         m, end = len(hidden_MD), keys.shape[3]
         to = to[0].narrow(2, end - m, m), to[1].narrow(2, end - m, m)
-    slots = zip(weights, keys.unbind(0), values.unbind(0), to[0].unbind(0), to[1].unbind(0), strict=True)
-    for i, (w, *slot) in enumerate(slots, start=1):
-        hidden_MD = layer(hidden_MD, w, shape, rows, *slot, last_row=last_row and i == len(weights))
+    slots = zip(weights, rows, keys.unbind(0), values.unbind(0), to[0].unbind(0), to[1].unbind(0), strict=True)
+    for i, (w, those, *slot) in enumerate(slots, start=1):
+        hidden_MD = layer(hidden_MD, w, shape, those, *slot, last_row=last_row and i == len(weights))
     return hidden_MD
 
 
@@ -77,19 +111,38 @@ def rotate(x_MHC: Tensor, rows: Rows) -> Tensor:
     return torch.addcmul(x_MHC * rows.cos_M1C, x_MHC.roll(x_MHC.shape[-1] // 2, -1), rows.sin_M1C)
 
 
-def attend(q_MHC: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, groups: int) -> Tensor:
+def attend(q_MHC: Tensor, keys: Tensor, values: Tensor, rows: Rows, groups: int) -> Tensor:
     """Attention output [M, H*C] over keys and values [1, G, T, C].
 
     The R query heads that share a key/value head are treated as rows of one head, so keys are never repeated.
     """
     m, heads, channels = q_MHC.shape
-    if m > 1 and mask is None:  # prefill: the causal kernel is faster than one with an explicit mask
+    start = keys.shape[2] - rows.window if m == 1 and rows.window is not None else rows.start
+    if start:
+        length = keys.shape[2] - start
+        keys, values = keys.narrow(2, start, length), values.narrow(2, start, length)
+    if m > 1 and rows.mask is None and rows.window is not None:
+        return _attend_in_windows(q_MHC, keys, values, rows.window, groups)
+    if m > 1 and rows.mask is None:  # prefill: the causal kernel is faster than one with an explicit mask
         q_1HMC = q_MHC.transpose(0, 1)[None]
         out = F.scaled_dot_product_attention(q_1HMC, keys, values, is_causal=True, enable_gqa=groups != heads)
         return out[0].transpose(0, 1).reshape(m, -1)
     q = q_MHC.reshape(m, groups, -1, channels).transpose(0, 1).reshape(1, groups, -1, channels)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=rows.mask)
     return out.reshape(groups, m, -1).transpose(0, 1).reshape(m, -1)
+
+
+def _attend_in_windows(q_MHC: Tensor, keys: Tensor, values: Tensor, window: int, groups: int) -> Tensor:
+    """The attention of a prefill [M, H*C] in which every row attends to the last `window` positions: in blocks of as
+    many rows, so that no mask is larger than 2 windows."""
+    blocks = []
+    for first in range(0, len(q_MHC), window):
+        q, start = q_MHC[first : first + window], max(0, first + 1 - window)
+        positions_M = torch.arange(first, first + len(q), device=q.device)
+        mask = causal_mask(positions_M, first + len(q), q.shape[1] // groups, q.dtype, window, start)
+        seen = slice(start, first + len(q))
+        blocks.append(attend(q, keys[:, :, seen], values[:, :, seen], Rows(None, q, q, mask), groups))
+    return torch.cat(blocks)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -107,9 +160,14 @@ def _constants(d: int, eps: float) -> tuple[Tensor, Tensor]:
         return torch.full((1, 1), eps), torch.full((d, 1), 1 / d)
 
 
-def causal_mask(positions_M: Tensor, length: int, repeats: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask [M*repeats, length]: a row at position p attends to positions 0..p, in each of the R heads of a
-    group."""
-    hidden = torch.arange(length, device=positions_M.device)[None] > positions_M[:, None]
+def causal_mask(
+    positions_M: Tensor, length: int, repeats: int, dtype: torch.dtype, window: int | None = None, start: int = 0
+) -> Tensor:
+    """Additive mask [M*repeats, length - start]: a row at position p attends to positions 0..p, or to the last `window`
+    of them, in each of the R heads of a group. Positions before `start` are left out."""
+    keys_1T, rows_M1 = torch.arange(start, length, device=positions_M.device)[None], positions_M[:, None]
+    hidden = keys_1T > rows_M1
+    if window is not None:
+        hidden |= keys_1T <= rows_M1 - window
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
     return mask.repeat_interleave(repeats, 0)

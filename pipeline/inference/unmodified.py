@@ -36,7 +36,7 @@ def check_unmodified(model: nn.Module) -> None:
     """
     config: Any = model.config
     kind: Any = type(config)
-    expected = _as_built(kind, config.to_json_string(use_diff=False))
+    expected = as_built(kind, config.to_json_string(use_diff=False))
     kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
     order = list(dict.fromkeys(kinds))
     dtypes: dict[torch.dtype, str] = {}
@@ -70,8 +70,12 @@ def changes(module: nn.Module) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=4)
-def _as_built(kind: Any, fields: str) -> Any:
-    """transformers' own model of a config on the meta device, with one decoder layer for each type of layer."""
+def as_built(kind: Any, fields: str) -> Any:
+    """transformers' own model of a config on the meta device, with one decoder layer for each type of layer.
+
+    kind, fields: the config's class, and all its fields as JSON. Raises KeyError if transformers has no causal LM of
+    this class.
+    """
     config: Any = kind(**json.loads(fields))
     kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = 1

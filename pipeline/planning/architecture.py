@@ -10,9 +10,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
+
+from ..inference import layers
+from ..inference.families import FAMILIES
 
 Shape = tuple[int, ...]
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts")
+"""Fields of configs of mixtures of experts, one of them in each."""
 
 WORTH_CUTTING = 16_384
 """Vocabularies below this are drafted whole by default: their LM heads cost little."""
@@ -40,10 +47,19 @@ class Architecture:
     """Projections that have one: some of q, k, v, o, gate, up, down."""
     qk_norm: bool = False
     """Queries and keys have a norm each (Qwen3)."""
+    own_layers: tuple[tuple[Shape, ...], ...] = ()
+    """Shapes of every layer's parameters where they do not follow from the other numbers: of a family without formulas
+    here, as transformers makes its layers."""
+    experts: int = 0
+    """E: experts of a layer, in a mixture of experts. The tensors of own_layers that hold them have E rows and three
+    dimensions."""
+    experts_per_token: int = 0
 
     @classmethod
     def of(cls, name: str, source: str, config: Any) -> "Architecture":
-        """The architecture of a transformers config of one of the supported families."""
+        """The architecture of a transformers config that inference/families.py accepts."""
+        if config.model_type not in FAMILIES:
+            return cls._made(name, source, config)
         biases: tuple[str, ...] = ()
         if config.model_type == "qwen2":
             biases = ("q", "k", "v")
@@ -67,6 +83,32 @@ class Architecture:
             qk_norm=config.model_type == "qwen3",
         )
 
+    @classmethod
+    def _made(cls, name: str, source: str, config: Any) -> "Architecture":
+        """From the model that transformers makes of the config, on the meta device."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        own = tuple(tuple(tuple(w.shape) for w in layer.parameters()) for layer in model.model.layers)
+        shape = layers.Shape.of(config)
+        counts = [getattr(config, field, None) for field in layers.EXPERTS]
+        chosen = [getattr(config, field, None) for field in EXPERTS_PER_TOKEN]
+        return cls(
+            name=name,
+            source=source,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            ffn=config.intermediate_size,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            vocabulary=config.vocab_size,
+            tied=config.tie_word_embeddings,
+            context=config.max_position_embeddings,
+            own_layers=own,
+            experts=next(filter(None, counts), 0),
+            experts_per_token=next(filter(None, chosen), 0),
+        )
+
     @property
     def query(self) -> int:
         """Q: width of all queries."""
@@ -79,13 +121,17 @@ class Architecture:
 
     @cached_property
     def matrices(self) -> list[Shape]:
-        """Shapes of a layer's matrices; an exit head has the same."""
+        """Shapes of a layer's matrices; an exit head has the same. Of experts, those of one token."""
+        if self.own_layers:
+            return [self._of_token(shape) for shape in self.layer_shapes if len(shape) > 1]
         d, f = self.hidden, self.ffn
         return [(self.query, d), (self.key, d), (self.key, d), (d, self.query), (f, d), (f, d), (d, f)]
 
     @cached_property
     def layer_shapes(self) -> list[Shape]:
-        """Shapes of all parameters of a layer."""
+        """Shapes of all parameters of the last layer, and so of an exit head; with formulas all layers are alike."""
+        if self.own_layers:
+            return list(self.own_layers[-1])
         names = ("q", "k", "v", "o", "gate", "up", "down")
         biases = [(rows,) for name, (rows, _) in zip(names, self.matrices, strict=True) if name in self.biases]
         norms = [(self.hidden,)] * 2 + [(self.head_dim,)] * (2 * self.qk_norm)
@@ -95,6 +141,20 @@ class Architecture:
     def layer(self) -> int:
         """P: parameters of a layer."""
         return sum(map(prod, self.layer_shapes))
+
+    def _of_token(self, shape: Shape) -> Shape:
+        is_of_experts = len(shape) == 3 and self.experts and shape[0] == self.experts
+        return (self.experts_per_token, *shape[1:]) if is_of_experts else shape
+
+    def read(self, rows: int = 1) -> float:
+        """Parameters of a layer that a pass of so many rows reads: P, or in a mixture of experts those that all rows
+        share and E (1 - (1 - k/E)^rows) experts, as many as `rows` independent choices of k experts reach."""
+        one = sum(prod(self._of_token(shape)) for shape in self.layer_shapes)
+        if one == self.layer:
+            return self.layer
+        share = self.experts_per_token / self.experts
+        expert = (self.layer - one) / (self.experts - self.experts_per_token)
+        return one + expert * self.experts * (1 - (1 - share) ** rows - share)
 
     @property
     def embedding(self) -> int:
@@ -111,13 +171,15 @@ class Architecture:
     @property
     def parameters(self) -> int:
         """Number of parameters of the checkpoint: tied embeddings count once."""
-        return self.layers * self.layer + self.hidden + self.embedding * (1 if self.tied else 2)
+        layers = sum(sum(map(prod, shapes)) for shapes in self.own_layers) or self.layers * self.layer
+        return layers + self.hidden + self.embedding * (1 if self.tied else 2)
 
     @property
     def units(self) -> list[list[Shape]]:
         """Shapes of distill's units of sharding: embedding, layers, LM head (untied there), final norm."""
         table: list[Shape] = [(self.vocabulary, self.hidden)]
-        return [table, *[self.layer_shapes] * self.layers, table, [(self.hidden,)]]
+        layers = [list(shapes) for shapes in self.own_layers] or [self.layer_shapes] * self.layers
+        return [table, *layers, table, [(self.hidden,)]]
 
 
 def share(shapes: list[Shape], degree: int) -> int:

@@ -90,13 +90,16 @@ def costs_by_weight(a: Architecture, exit_layer: int, draft_vocabulary: int) -> 
     """Costs of a round if a pass takes as long as reading its weights, however many tokens it computes.
 
     An autoregressive token reads L P + V D weights, the shallow layers N P, the head P + W D, and verification
-    (L - N) P + V D, where W is the size of the draft vocabulary, V without one.
+    (L - N) P + V D, where W is the size of the draft vocabulary, V without one. In a mixture of experts P is what the
+    rows of the pass read, so that wider verifications take longer.
     """
-    whole = a.layers * a.layer + a.embedding
+    one = a.read()
+    whole = a.layers * one + a.embedding
+    widths = range(1, max(DRAFTS) + 2) if one < a.layer else [1]
     return {
-        "shallow": exit_layer * a.layer / whole,
-        "head": (a.layer + draft_vocabulary * a.hidden) / whole,
-        "verify": {1: ((a.layers - exit_layer) * a.layer + a.embedding) / whole},
+        "shallow": exit_layer * one / whole,
+        "head": (one + draft_vocabulary * a.hidden) / whole,
+        "verify": {m: ((a.layers - exit_layer) * a.read(m) + a.embedding) / whole for m in widths},
         "rest": ROUND,
     }
 

@@ -158,9 +158,9 @@ def token_seconds(a: Architecture, config: Config, gpu: Gpu, texts: int, positio
     GPUs that share the layers work one after the other, so their number does not matter.
     """
     w = weight_bytes(config)
-    weights = a.layers * a.layer + a.embedding
-    read = weights * w + texts * positions * 2 * a.layers * a.key * w
-    return max(read / (gpu.bandwidth * 1e9 * BANDWIDTH_SHARE), 2 * texts * weights / rate(config, gpu))
+    read = (a.layers * a.read(texts) + a.embedding) * w + texts * positions * 2 * a.layers * a.key * w
+    flops = 2 * texts * (a.layers * a.read() + a.embedding)
+    return max(read / (gpu.bandwidth * 1e9 * BANDWIDTH_SHARE), flops / rate(config, gpu))
 
 
 def generate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:

@@ -13,10 +13,10 @@ from .ids import encode
 from .sets import evaluation_prompts, evaluation_settings, holds_out
 
 
-def check_evaluation_prompts(config: Config, tokenizer: Any, context: int, limit: str) -> None:
+def check_evaluation_prompts(config: Config, tokenizer: Any, context: int) -> None:
     """Raises UserError if evaluate's prompts cannot be read, if there are none, or if a first turn is too long.
 
-    `context`: the most tokens of prompt and answer together; `limit` names it in messages. Later turns cannot be
+    `context`: the most tokens of prompt and answer together. Later turns cannot be
     checked yet, as they follow the backbone's answers. Nothing is checked if the config has no prompts to evaluate on.
     """
     if not holds_out(config):
@@ -24,4 +24,4 @@ def check_evaluation_prompts(config: Config, tokenizer: Any, context: int, limit
     with contextlib.redirect_stdout(io.StringIO()):  # evaluate will print these lines itself
         chosen = evaluation_prompts(config)[: config.evaluate.num_prompts or None]
         new = config.evaluate.max_new_tokens
-        encode(chosen, tokenizer, evaluation_settings(config), context, new, stage="evaluate", limit=limit)
+        encode(chosen, tokenizer, evaluation_settings(config), context, new, stage="evaluate")

@@ -42,7 +42,6 @@ def encoding(
     wanted: int = 0,
     *,
     stage: str = "generate",
-    limit: str = "context",
 ) -> Iterator[tuple[Prompt, list[int]]]:
     """`encode` as an iterator, since the ids of many prompts take more memory than their texts."""
     section = section_of(settings)
@@ -55,7 +54,7 @@ def encoding(
         tokens = " ".join(tokenizer.convert_ids_to_tokens(behind))
         print(f"{section}: the tokenizer ends every text with {tokens}; behind a prompt, which goes on, it is left out")
     any_kept = False
-    for kept in fitting(prompts, tokenizer, settings, context, max_new_tokens, wanted, stage=stage, limit=limit):
+    for kept in fitting(prompts, tokenizer, settings, context, max_new_tokens, wanted, stage=stage):
         any_kept = True
         yield kept
     if prompts and not any_kept:
@@ -76,7 +75,6 @@ def fitting(
     wanted: int = 0,
     *,
     stage: str = "generate",
-    limit: str = "context",
 ) -> Iterator[tuple[Prompt, list[int]]]:
     """The first `wanted` prompts (0: all) with the token ids of their conversations, up to the turn to be answered.
 
@@ -85,7 +83,7 @@ def fitting(
     dropped if `settings.too_long` is drop. Prompts without tokens are dropped, and those whose first turn is below
     min_tokens or above max_tokens. One line is printed for each reason with the number dropped. The order is kept.
 
-    Messages name the keys of `stage`, and call the limit of `context` tokens by `limit` (context or sliding window).
+    Messages name the keys of `stage`.
     """
     room, kept = context - max_new_tokens, 0
     section = section_of(settings)
@@ -100,7 +98,7 @@ def fitting(
         elif reason == "too_long" and settings.too_long == "error":
             raise UserError(
                 f"prompt {prompt.id} ({_start(prompt.text)}) has {len(ids)} tokens; with {max_new_tokens} new ones it "
-                f"does not fit into the {limit} of {context}. Set {too_long_key}=drop"
+                f"does not fit into the context of {context}. Set {too_long_key}=drop"
                 + (f" or {stage}.max_new_tokens={context - len(ids)}" if len(ids) < context else "")
                 + "."
                 + (" Other stages stay done." if stage == "evaluate" else "")

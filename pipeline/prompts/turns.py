@@ -22,14 +22,13 @@ def every_turn(
     context: int,
     max_new_tokens: int,
     answer: Callable[[list[int]], list[int]],
-    limit: str = "context",
 ) -> Encoded:
     """The first turns as `encode` gives them, each followed by its later turns with the ids `<id>.2`, `<id>.3` ...
 
     `settings.too_long` decides whether a turn that does not fit the context raises UserError or is dropped together
     with the turns after it. `answer` takes the ids of a context and gives the ids of the answer.
     """
-    turns = encode(prompts, tokenizer, settings, context, max_new_tokens, stage="evaluate", limit=limit)
+    turns = encode(prompts, tokenizer, settings, context, max_new_tokens, stage="evaluate")
     order = {prompt.id: i for i, (prompt, _) in enumerate(turns)}
     found = list(turns)
     earlier = sum(len(prompt.turns) - 1 for prompt, _ in turns)
@@ -40,7 +39,7 @@ def every_turn(
                 if len(prompt.answers) + 1 < len(prompt.turns):
                     later.append(next_turn(prompt, tokenizer.decode(answer(ids), skip_special_tokens=True)))
                     bar.update()
-            turns = list(fitting(later, tokenizer, settings, context, max_new_tokens, stage="evaluate", limit=limit))
+            turns = list(fitting(later, tokenizer, settings, context, max_new_tokens, stage="evaluate"))
             found += turns
     return sorted(found, key=lambda entry: order[conversation_of(entry[0].id)])  # stable: turns stay in their order
 

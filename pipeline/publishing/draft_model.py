@@ -20,8 +20,10 @@ from transformers import GenerationConfig
 from ..backbones.source import load_config
 from ..backbones.weight_files import WeightFiles, file_of
 from ..config import Backbone
+from ..errors import UserError
 from ..evaluation.rivals import assisted
 from ..inference.exit_head import ExitHead
+from ..inference.layers import EXPERTS
 from .head_folder import ends_of_texts, write_json
 
 SHARD = 4 * 2**30
@@ -57,12 +59,17 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
     """Write the checkpoint into a new folder, in the dtype of the backbone's files; only needed parts of them are read.
 
     num_drafts: the number of drafts a round that transformers will use by default. Raises UserError for a backbone that
-    cannot be read.
+    cannot be read, and for a mixture of experts, whose files no other engine would read as cut here.
     """
+    config = load_config(backbone)
+    if any(getattr(config, field, None) for field in EXPERTS):
+        raise UserError(
+            f"model_type={config.model_type}: a head of a mixture of experts is not exported as a draft model; publish "
+            "it as a head (without --as draft)"
+        )
     folder.mkdir(parents=True)
     files = WeightFiles(backbone)
     _write_weights(folder, files, head)
-    config = load_config(backbone)
     dtype = str(files.rows("model.embed_tokens.weight").dtype).removeprefix("torch.")
     fields = _json_of(backbone, "config.json") | _cut(config, head.exit_layer) | _rope(config.rope_parameters)
     fields |= {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": files.ties_embeddings(config)}
@@ -80,16 +87,18 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
 
 
 def _cut(config: Any, n: int) -> dict[str, Any]:
-    """Config fields that change when layer N+1, the last, is the exit layer, which has the type of layer L."""
-    fields: dict[str, Any] = {"num_hidden_layers": n + 1}
-    if kinds := getattr(config, "layer_types", None):
-        fields["layer_types"] = [*kinds[:n], kinds[-1]]
-    return fields
+    """Config fields that change when layer N+1, the last, is the exit layer: their number, and lists with an entry for
+    each, such as layer_types, in which the exit layer has that of layer L."""
+    layers = config.num_hidden_layers
+    lists = {key: value for key, value in config.to_dict().items() if isinstance(value, list) and len(value) == layers}
+    return {"num_hidden_layers": n + 1} | {key: [*value[:n], value[-1]] for key, value in lists.items()}
 
 
 def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
     """Rotary parameters under transformers 5's name and the older ones. Without these, engines that read only the older
-    names would use their default theta."""
+    names would use their default theta. Parameters of their own for each type of layers have no older form."""
+    if "rope_theta" not in parameters:
+        return {"rope_parameters": parameters}
     scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
     return {
         "rope_parameters": parameters,

@@ -22,7 +22,7 @@ from rich.style import Style
 from rich.text import Text
 
 from ..backbones.ends import end_tokens
-from ..backbones.load import device_of, engine_options, limit_of, load_model, load_tokenizer, public_name
+from ..backbones.load import device_of, engine_options, load_model, load_tokenizer, public_name
 from ..config import Backbone, Config, Prompts
 from ..errors import UserError
 from ..generation.conversation import Answered, Conversation
@@ -113,8 +113,7 @@ def begin(config: Config, folder: Path, screen: "Screen") -> Conversation:
         controller = learned_controller(config.chat.controller, its_config, config.seed, greedy)
     except ValueError as error:
         raise UserError(f"chat.head={config.chat.head}: {error}") from None
-    limit = limit_of(model.config, engine.max_context)
-    conversation = Conversation(engine, controller, tokenizer, ends, prompts, config.chat, config.seed, limit)
+    conversation = Conversation(engine, controller, tokenizer, ends, prompts, config.chat, config.seed)
     conversation.warm_up()
     if screen.interactive:
         screen.say(_opening(config, head, device, screen))
@@ -185,7 +184,7 @@ def _answer(message: str, conversation: Conversation, screen: "Screen") -> None:
     screen.say(figures(answered))
     settings = conversation.settings
     if answered.full:
-        screen.say(f"cut off: the backbone's {conversation.limit} of {conversation.engine.max_context} tokens is full; "
+        screen.say(f"cut off: the backbone's context of {conversation.engine.max_context} tokens is full; "
                    "/reset begins a new conversation", "yellow")  # fmt: skip
     elif answered.out.finish_reason == "length":
         screen.say(f"cut off by chat.max_new_tokens={settings.max_new_tokens}")

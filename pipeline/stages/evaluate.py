@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..backbones.ends import end_tokens
-from ..backbones.load import device_of, engine_options, limit_of, load_model, load_tokenizer
+from ..backbones.load import device_of, engine_options, load_model, load_tokenizer
 from ..backbones.source import load_config
 from ..config import Config
 from ..errors import UserError, warn
@@ -89,9 +89,8 @@ def run(run: RunDir) -> None:
     measured = _already_measured(run)
     encoded, compared = [], {}
     if measured is None:
-        limit = limit_of(model.config, engine.max_context)
         with threads.threads(count):
-            encoded = _encode(run.config, chosen, engine, tokenizer, ends, limit)
+            encoded = _encode(run.config, chosen, engine, tokenizer, ends)
         compared = against_transformers.check(model, engines, encoded, config.max_new_tokens)
     with run.stage("evaluate", inputs, outside) as summary, threads.threads(count):
         if measured is None:
@@ -211,7 +210,7 @@ def _check_not_trained_on(run: RunDir, chosen: list[Prompt], published: Path) ->
 
 
 def _encode(
-    config: Config, chosen: list[Prompt], engine: SplitBackbone, tokenizer: Any, ends: frozenset[int], limit: str
+    config: Config, chosen: list[Prompt], engine: SplitBackbone, tokenizer: Any, ends: frozenset[int]
 ) -> Encoded:
     """The chosen prompts encoded, with an entry for each turn. Earlier turns are answered greedily, whatever the
     temperatures to measure."""
@@ -221,7 +220,7 @@ def _encode(
         check_ids(ids, tokenizer, len(engine.embedding_VD), "a prompt")
         return autoregressive(engine, Request(ids, new, ends), Sampler()).tokens
 
-    encoded = every_turn(chosen, tokenizer, settings, engine.max_context, new, answer, limit)
+    encoded = every_turn(chosen, tokenizer, settings, engine.max_context, new, answer)
     for prompt, ids in encoded:
         check_ids(ids, tokenizer, len(engine.embedding_VD), f"prompt {prompt.id}")
     if (count := _conversations(encoded)) < FEWEST:

@@ -16,7 +16,7 @@ import torch
 
 from ..backbones.ends import end_tokens
 from ..backbones.gguf_files import gguf_record
-from ..backbones.load import device_of, limit_of, load_model, load_tokenizer, public_name, rounds_by
+from ..backbones.load import device_of, load_model, load_tokenizer, public_name, rounds_by
 from ..backbones.source import load_config
 from ..backbones.weight_files import fingerprint_of_files
 from ..config import Config, to_dict
@@ -25,7 +25,6 @@ from ..generation.answerers.interface import Answerer
 from ..generation.answerers.registry import make_answerer
 from ..generation.responses import Responses
 from ..generation.shard_answers import AnswerWorker
-from ..inference.backbone import longest_exact
 from ..prompts.early_check import check_evaluation_prompts
 from ..prompts.ids import encoding
 from ..prompts.prompt import Prompt, count_sources
@@ -53,8 +52,7 @@ def run(run: RunDir) -> None:
     ends = end_tokens(config.backbone, tokenizer)
     if manifest is None:
         warn_of_turn_end("generate", tokenizer, config.prompts, ends)
-        exact = longest_exact(architecture)
-        check_evaluation_prompts(config, tokenizer, exact, limit_of(architecture, exact))
+        check_evaluation_prompts(config, tokenizer, architecture.max_position_embeddings)
         if has_ids_beyond(tokenizer, architecture.vocab_size):  # before the backbone is loaded
             first = training_prompts(config)[: config.generate.num_prompts or None]
             check_prompts(first, tokenizer, config.prompts, architecture.vocab_size)
@@ -67,7 +65,7 @@ def run(run: RunDir) -> None:
             responses.ask(head, _in_shards(_asked(config, tokenizer, architecture), config.generate.shard_size))
         responses.check_asked()
         by = rounds_by(device_of(config.machine.device))
-        context = _context(config, architecture)
+        context = architecture.max_position_embeddings
         worker = AnswerWorker(config, responses, answerer, tokenizer, context, architecture.vocab_size, by)
         summary |= _summary(responses, worker.work())
     _print_summary(summary)
@@ -78,12 +76,9 @@ def run(run: RunDir) -> None:
 
 def _asked(config: Config, tokenizer: Any, architecture: Any) -> Iterator[tuple[Prompt, list[int]]]:
     """Yields prompts and their ids in the order of the shards."""
-    g, context = config.generate, _context(config, architecture)
+    g, context = config.generate, architecture.max_position_embeddings
     taken: list[Prompt] = []
-    limit = limit_of(architecture, context)
-    found = encoding(
-        training_prompts(config), tokenizer, config.prompts, context, g.max_new_tokens, g.num_prompts, limit=limit
-    )
+    found = encoding(training_prompts(config), tokenizer, config.prompts, context, g.max_new_tokens, g.num_prompts)
     for prompt, ids in found:
         check_ids(ids, tokenizer, architecture.vocab_size, f"prompt {prompt.id}")
         taken.append(prompt)
@@ -97,13 +92,6 @@ def _asked(config: Config, tokenizer: Any, architecture: Any) -> Iterator[tuple[
 def _in_shards(asked: Iterator[tuple[Prompt, list[int]]], size: int) -> Iterator[list[tuple[str, list[int]]]]:
     while part := list(islice(asked, size)):
         yield [(json.dumps(asdict(prompt), ensure_ascii=False), ids) for prompt, ids in part]
-
-
-def _context(config: Config, architecture: Any) -> int:
-    """The most tokens that a context and its answer may have together. For our own decoder a sliding window is the
-    limit."""
-    drafts = config.generate.engine == "speculative"
-    return longest_exact(architecture) if drafts else architecture.max_position_embeddings
 
 
 def _answerer(config: Config, tokenizer: Any, ends: list[int]) -> Answerer:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM
 
+from ..backbones.experts import stored_experts
 from ..backbones.source import load_config
 from ..backbones.weight_files import WeightFiles, fingerprint_of_files
 from ..config import Backbone
@@ -64,12 +65,11 @@ def load_sharded_backbone(
     with fail_on_all_ranks():
         for module in (model, *heads):
             module.to_empty(device=device)
+        _compute_buffers(model, [model, *heads])
         _read(files, _wanted(files, model, heads, exit_layers, init))
         if init == "random":
             for n, head in zip(exit_layers, heads, strict=True):
                 _draw(head, model.config.initializer_range, f"{seed} exit-{n}")
-    # The rotary embedding has the only buffers; they are not in the checkpoint, and to_empty left them undefined.
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     return model, heads
 
 
@@ -134,8 +134,20 @@ def _wanted(files: WeightFiles, model: Any, heads: list[nn.Module], exit_layers:
         for n, head in zip(exit_layers, heads, strict=True):
             layer = (n if init == "layer" else model.config.num_hidden_layers) - 1
             for name, parameter in head.named_parameters():
-                wanted[f"model.layers.{layer}.{name}"].append(parameter)
+                wanted[files.tensor_of(f"model.layers.{layer}.{name}", model.config)].append(parameter)
     return wanted
+
+
+def _compute_buffers(model: Any, roots: list[nn.Module]) -> None:
+    """Let transformers initialise the buffers that are not in the checkpoint, such as the frequencies of the rotary
+    embedding: to_empty left them undefined. Parameters stay as they are."""
+    for root in roots:
+        for module in root.modules():
+            if not module._non_persistent_buffers_set:
+                continue
+            for parameter in module.parameters(recurse=False):
+                parameter._is_hf_initialized = True
+            model._init_weights(module)
 
 
 def _by_file(files: WeightFiles, wanted: Wanted) -> dict[str, list[str]]:
@@ -147,7 +159,11 @@ def _by_file(files: WeightFiles, wanted: Wanted) -> dict[str, list[str]]:
 
 
 def _read(files: WeightFiles, wanted: Wanted) -> None:
-    for path, names in _by_file(files, wanted).items():
+    joined = {name for name in wanted if stored_experts(name, files.names)}
+    for name in joined:
+        for parameter in wanted[name]:
+            _fill(parameter, files.rows(name))
+    for path, names in _by_file(files, {n: p for n, p in wanted.items() if n not in joined}).items():
         with safe_open(path, framework="pt") as file:  # one at a time: closing a file frees its pages
             for name in names:
                 for parameter in wanted[name]:

@@ -111,9 +111,7 @@ def read_packed(folder: Path, distill: Distill) -> tuple[dict[str, Any], Packed,
     return manifest, train, validation, counts
 
 
-def read_sides(
-    folder: Path, distill: Distill
-) -> tuple[dict[str, Any], list[Document], list[Document], dict[str, int]]:
+def read_sides(folder: Path, distill: Distill) -> tuple[dict[str, Any], list[Document], list[Document], dict[str, int]]:
     """(manifest, documents to learn from, held-out documents, counts of used and left-out responses) of a folder of
     responses. Raises UserError for responses that cannot be read, and if none of them can be used."""
     manifest = read_manifest(folder)

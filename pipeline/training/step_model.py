@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
+from ..inference.layers import logit_scale
 from ..inference.stopwatch import stopwatch
 from .acceptance import draft_statistics
 from .chunked_loss import LinearDistillation
@@ -39,7 +40,7 @@ class StepModel(nn.Module):
         super().__init__()
         self.backbone, self.draft_ids_W = backbone, draft_ids_W
         self.heads = nn.ModuleDict({f"exit-{n}": head for n, head in zip(exit_layers, heads, strict=True)})
-        self.terms = parse(config.distill.loss)
+        self.terms, self.logit_scale = parse(config.distill.loss), logit_scale(backbone.config)
         self.temperature, self.chunk = config.distill.temperature, config.distill.loss_chunk
         self.stopwatch = stopwatch([next(heads[0].parameters()).device])
         """Time of the parts "teacher" (its forward pass and logits) and "rest" since the stopwatch was last started."""
@@ -68,11 +69,13 @@ class StepModel(nn.Module):
                 assert self.teacher is not None
                 teacher_states, arguments = self.teacher(ids_BT, positions_BT)
             else:
-                arguments = last_layer_arguments(self.backbone, teacher_states[0], positions_BT)
+                arguments = last_layer_arguments(
+                    self.backbone, next(iter(self.heads.values())), teacher_states[0], positions_BT
+                )
         self.stopwatch.mark("teacher")
         final_BTD, hidden = teacher_states
         index_R = mask_BT.flatten().nonzero().squeeze(1)
-        teacher_RD = final_BTD.flatten(0, 1)[index_R]
+        teacher_RD = self._scaled(final_BTD.flatten(0, 1)[index_R])
         students_RD = [self._draft(head, hidden[n], arguments, index_R) for n, head in self._numbered(heads)]
         lm_head = self.backbone.lm_head
         lm_head.unshard()  # type: ignore[operator]  # once, for teacher and every head, and freed before backward
@@ -106,4 +109,8 @@ class StepModel(nn.Module):
         out = head(hidden_BTD, **arguments)
         out_BTD = out[0] if isinstance(out, tuple) else out
         # Only these rows are normalised: where prompts are long, they are a small part of all.
-        return self.backbone.model.norm(out_BTD.flatten(0, 1)[index_R])  # type: ignore[operator,union-attr]
+        return self._scaled(self.backbone.model.norm(out_BTD.flatten(0, 1)[index_R]))  # type: ignore[operator,union-attr]
+
+    def _scaled(self, hidden_RD: Tensor) -> Tensor:
+        """Hidden states whose products with the LM head are the logits, in families that multiply these."""
+        return hidden_RD if self.logit_scale == 1 else hidden_RD * self.logit_scale

@@ -10,18 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from ..inference.families import window_of
+from ..errors import UserError
+from ..inference.outline import Outline
 
 TeacherStates = tuple[Tensor, dict[int, Tensor]]
 """(final_BTD after the final norm, exit layer N -> hidden state [B, T, D] after it)."""
 
 
 class Teacher:
-    """A backbone with hooks on its decoder layers. It is no nn.Module: the training module holds the backbone."""
+    """A backbone with hooks on its decoder layers. It is no nn.Module: the training module holds the backbone.
+
+    Raises UserError for a family of which transformers does not keep packed texts apart.
+    """
 
     def __init__(self, backbone: nn.Module, exit_layers: list[int]):
+        check_separates(backbone)
         self.backbone, self.exit_layers = backbone, exit_layers
         self._seen: dict[Any, Any] = {}
         layers = backbone.model.layers  # type: ignore[union-attr]
@@ -63,17 +67,28 @@ class Teacher:
         self._seen["arguments"] = kwargs
 
 
-def last_layer_arguments(backbone: Any, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:
-    """Attention mask and rotary angles as the backbone's last layer gets them, computed without a pass.
-
-    `hidden_BTD` gives dtype and device, positions are [B, T]. Of the backbone only its config and its rotary embedding
-    are used.
-    """
-    config = backbone.config
-    window = window_of(config, config.num_hidden_layers - 1)
-    make = create_causal_mask if window is None else create_sliding_window_causal_mask
-    mask = make(
-        config=config, inputs_embeds=hidden_BTD, attention_mask=None, past_key_values=None, position_ids=positions_BT
+def check_separates(backbone: Any) -> None:
+    """Raises UserError if the family's forward lets the texts of a packed sequence see each other."""
+    device = backbone.lm_head.weight.device
+    hidden_1TD = torch.zeros(1, 4, backbone.config.hidden_size, dtype=backbone.lm_head.weight.dtype, device=device)
+    one_1T, two_1T = (torch.tensor([positions], device=device) for positions in ([0, 1, 2, 3], [0, 1, 0, 1]))
+    one, two = (
+        last_layer_arguments(backbone, backbone.model.layers[-1], hidden_1TD, positions_1T)["attention_mask"]
+        for positions_1T in (one_1T, two_1T)
     )
-    angles = backbone.model.rotary_emb(hidden_BTD, positions_BT)
-    return {"attention_mask": mask, "position_ids": positions_BT, "position_embeddings": angles}
+    if two is None or (one is not None and torch.equal(one, two)):
+        raise UserError(
+            f"model_type={backbone.config.model_type}: transformers' masks let the texts of a packed sequence see each "
+            "other in this family, so nothing right could be learned; not supported in distill"
+        )
+
+
+def last_layer_arguments(backbone: Any, layer: nn.Module, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:
+    """Attention mask, rotary angles and whatever else the backbone's last layer is called with, without a pass.
+
+    layer: one of the last layer's class and index, such as an exit head: the backbone need not have its layers.
+    `hidden_BTD` gives dtype and device, positions are [B, T].
+    """
+    outline = Outline(backbone.model, [layer] * backbone.config.num_hidden_layers)
+    _, calls = outline(inputs_embeds=hidden_BTD, position_ids=positions_BT, use_cache=False)
+    return calls[-1].named

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import make_run, plant_heads, tiny_backbone
+from helpers import make_run, plant_heads
 
 from pipeline import cli
 from pipeline.errors import UserError
@@ -41,27 +41,6 @@ def test_prompts_without_room_for_evaluates_answers(tmp_path, capsys) -> None:
     assert "generate: done already" in capsys.readouterr().out, "the remedy costs nothing"
     evaluate.run(told)
     assert "evaluate.prompts.too_long=drop: " in capsys.readouterr().out
-
-
-def test_prompts_beyond_the_window_in_which_the_decoder_is_exact(tmp_path) -> None:
-    tiny_backbone(tmp_path, "mistral", sliding_window=48)
-    _prompts(tmp_path, long_share=1)
-    run = make_run(tmp_path, f"backbone.name_or_path={tmp_path / 'tiny-mistral'}")
-    with pytest.raises(UserError, match=r"sliding window of 48\. Set evaluate\.prompts\.too_long=drop"):
-        generate.run(run)
-    assert _nothing_was_made(run)
-
-
-def test_the_speculative_answerer_has_the_window_for_its_context(tmp_path) -> None:
-    tiny_backbone(tmp_path, "mistral", sliding_window=48)
-    _prompts(tmp_path, long_share=2)
-    backbone = f"backbone.name_or_path={tmp_path / 'tiny-mistral'}"
-    heads = make_run(tmp_path, backbone, "run.name=heads")
-    plant_heads(heads, 2)
-    words = ["generate.engine=speculative", f"generate.exit_head={heads / 'heads' / 'exit-2'}", "prompts.held_out=0.0"]
-    with pytest.raises(UserError, match=r"sliding window of 48\. Set prompts\.too_long=drop"):
-        generate.run(make_run(tmp_path, backbone, *words))
-    generate.run(make_run(tmp_path, backbone, *words, "prompts.too_long=drop", "generate.num_prompts=2"))
 
 
 def test_a_run_that_would_have_nothing_to_evaluate_on(tmp_path, capsys) -> None:

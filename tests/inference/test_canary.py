@@ -5,10 +5,10 @@ import torch
 from helpers import tiny_backbone
 from oracles import PROMPT, head_for, load
 
-from pipeline.inference import backbone as backbone_module
-from pipeline.inference import family_llama, layers
+from pipeline.inference import family_llama, layers, passes
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.canary import compare, rounding
+from pipeline.inference.layers import LayerKind
 
 LONG = (PROMPT * 9)[:90]
 WINDOWED = {"sliding_window": 40}
@@ -63,13 +63,13 @@ def order_of_norms(monkeypatch, engine) -> None:
 
 
 def rope(monkeypatch, engine) -> None:
-    engine._rotary.inv_freq = engine._rotary.inv_freq * 0.9
+    engine.passes._rotary.inv_freq = engine.passes._rotary.inv_freq * 0.9
 
 
 def mask(monkeypatch, engine) -> None:
     """Rows of one verification that see each other's future."""
     blind = lambda *args: layers.causal_mask(*args) * 0  # noqa: E731
-    monkeypatch.setattr(backbone_module, "causal_mask", lambda *args: torch.nan_to_num(blind(*args)))
+    monkeypatch.setattr(passes, "causal_mask", lambda *args: torch.nan_to_num(blind(*args)))
 
 
 class Functions:
@@ -96,6 +96,7 @@ def test_every_change_of_the_arithmetic_is_found(model, monkeypatch, mutate) -> 
 def test_a_window_that_is_ignored_is_found(tmp_path) -> None:
     model = load(tiny_backbone(tmp_path, "mistral", sharpness=4.0, **WINDOWED))
     engine = engine_of(model)
-    engine.max_context = 256
+    assert compare(engine, model, LONG).largest < rounding(torch.float32, 4)
+    engine.passes.kinds = [LayerKind()] * 5
     found = compare(engine, model, LONG)
     assert found.largest > 0.05 and found.position >= 40

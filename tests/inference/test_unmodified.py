@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 
 from pipeline.inference import custom_generate
 from pipeline.inference.backbone import SplitBackbone
-from pipeline.inference.families import check_config, longest_exact, window_of
+from pipeline.inference.families import check_config, family_of
 from pipeline.inference.unmodified import check_unmodified
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -276,8 +276,13 @@ ROPE = {"rope_theta": 10000.0, "factor": 2.0}
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
-        ("gpt2", {}, "model_type=gpt2: not supported"),
-        ("qwen2_moe", {}, "model_type=qwen2_moe: not supported"),
+        ("gpt2", {}, "GPT2LMHeadModel has no model.embed_tokens"),
+        ("mamba", {}, "no num_attention_heads"),
+        ("qwen3_next", {}, "without attention"),
+        ("deepseek_v3", {}, "kv_lora_rank=512 is not supported"),
+        ("gemma2", {}, "final_logit_softcapping=30.0 is not supported"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ("olmo", {}, "OlmoForCausalLM has no norm.weight"),
         ("llama", {"hidden_act": "relu"}, "hidden_act=relu"),
         ("qwen3", {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act=gelu_pytorch_tanh"),
         ("llama", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config: awq"),
@@ -326,17 +331,20 @@ def test_what_is_computed_exactly_is_accepted(family: str, fields: dict) -> None
     check_config(config_of(family, **fields))
 
 
+def windows(config) -> list[int | None]:
+    return [kind.window for kind in family_of(config).kinds(config)]
+
+
 def test_windows_are_those_that_transformers_masks_with() -> None:
     sliding = config_of("qwen3", use_sliding_window=True, max_window_layers=2, sliding_window=40)
-    assert [window_of(sliding, i) for i in range(4)] == [None, None, 40, 40] and longest_exact(sliding) == 40
+    assert windows(sliding) == [None, None, 40, 40]
     mistral = config_of("mistral", sliding_window=48)
-    assert [window_of(mistral, i) for i in range(4)] == [48] * 4 and longest_exact(mistral) == 48
+    assert windows(mistral) == [48] * 4
     named = copy.deepcopy(mistral)
     named.layer_types = ["sliding_attention"] * 4
-    assert window_of(named, 3) == 48
+    assert windows(named) == [48] * 4
     for config in (config_of("llama"), config_of("qwen2"), config_of("mistral", sliding_window=None)):
-        assert {window_of(config, i) for i in range(4)} == {None} and longest_exact(config) == 256
-    assert longest_exact(config_of("mistral", sliding_window=4096)) == 256
+        assert windows(config) == [None] * 4
 
 
 # ---- the engine that custom_generate keeps from call to call

@@ -225,10 +225,10 @@ def test_prompts_that_were_rendered_already_are_warned_of(tokenizer, capsys) -> 
 
 @pytest.mark.parametrize(("length", "remedy"), [(60, ""), (48, ""), (44, " or evaluate.max_new_tokens=4")])
 def test_evaluates_remedy_for_a_long_prompt_leaves_generate_as_it_is(tokenizer, length, remedy) -> None:
-    """No number of new tokens is a remedy for a prompt that alone fills the window."""
+    """No number of new tokens is a remedy for a prompt that alone fills the context."""
     with pytest.raises(UserError) as caught:
-        every_turn(prompts("x" * length), tokenizer, Prompts(), 48, 8, list, "sliding window")
-    end = f"sliding window of 48. Set evaluate.prompts.too_long=drop{remedy}. Other stages stay done."
+        every_turn(prompts("x" * length), tokenizer, Prompts(), 48, 8, list)
+    end = f"context of 48. Set evaluate.prompts.too_long=drop{remedy}. Other stages stay done."
     assert str(caught.value).endswith(end)
 
 

@@ -42,7 +42,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "olmo2"])
 def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, mesh, family, turns):
     """Compares every position, the sum over each answer and the gradient, through the StepModel that trains."""
     fields = {"sliding_window": 16} if family == "mistral" else {"tie_word_embeddings": family == "qwen3"}

@@ -276,7 +276,9 @@ def test_without_layers_hidden_states_still_become_logits(tmp_path, mesh, family
     assert {name for name, _ in model.named_parameters()} == {"model.norm.weight", "lm_head.weight"}
     assert_same_weights(heads[1], plain.model.layers[1])
     hidden_BTD, positions_BT = torch.randn(2, 20, 32), torch.arange(20).expand(2, 20)
-    arguments, expected = (last_layer_arguments(m, hidden_BTD, positions_BT) for m in (model, plain))
+    arguments, expected = (
+        last_layer_arguments(m, plain.model.layers[-1], hidden_BTD, positions_BT) for m in (model, plain)
+    )
     torch.testing.assert_close(arguments, expected, rtol=0, atol=0)
     with torch.no_grad():
         logits, expected_logits = (m.lm_head(m.model.norm(hidden_BTD)) for m in (model, plain))

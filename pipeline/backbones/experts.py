@@ -1,0 +1,69 @@
+"""Where a checkpoint keeps the experts of a layer, which transformers' modules hold as one tensor.
+
+Takes the name of a parameter and those of the stored tensors; gives the tensors that make the parameter. A parameter
+`...experts.gate_up_proj` is [E, 2 F, D], `...experts.down_proj` is [E, D, F]; checkpoints have two or one matrices for
+each of the E experts. transformers converts them as it loads a whole model; here single rows must be found.
+"""
+
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Form(NamedTuple):
+    """How the checkpoints of some families name a layer's experts and their router."""
+
+    block: str
+    """In place of `mlp`."""
+    matrices: dict[str, tuple[str, ...]]
+    """Name of the joined parameter -> names of an expert's matrices, which lie below one another in it."""
+
+
+FORMS = (
+    Form("mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}),
+    Form("block_sparse_moe", {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}),
+)
+ROUTER = ".mlp.gate.weight"
+
+
+def stored_router(parameter: str, names: Container[str]) -> str:
+    """The stored tensor of a router's weight; of any other parameter its own name."""
+    other = parameter.replace(ROUTER, f".{FORMS[1].block}.gate.weight")
+    return other if parameter not in names and other in names else parameter
+
+
+def stored_experts(parameter: str, names: Container[str]) -> list[list[str]]:
+    """The tensors of each expert that make this parameter; [] unless it is of experts that are stored one by one."""
+    block, _, matrix = parameter.rpartition(".")
+    layer, _, rest = block.rpartition(".mlp.")
+    if rest != "experts" or parameter in names:
+        return []
+    for form in FORMS:
+        experts: list[list[str]] = []
+        while True:
+            where = f"{layer}.{form.block}.experts.{len(experts)}"
+            tensors = [f"{where}.{name}.weight" for name in form.matrices.get(matrix, ())]
+            if not tensors or tensors[0] not in names:
+                break
+            experts.append(tensors)
+        if experts:
+            return experts
+    return []
+
+
+class JoinedExperts:
+    """The parameter [E, O, I] that stored experts make; an expert is read when it is asked for."""
+
+    def __init__(self, experts: Sequence[Sequence[Any]]):
+        self.experts = experts
+        first = experts[0]
+        self.shape = (len(experts), sum(part.shape[0] for part in first), first[0].shape[1])
+        self.dtype = first[0].dtype
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        chosen = self.experts[rows]
+        if not chosen:
+            return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
+        return torch.stack([torch.cat([part[0 : part.shape[0]] for part in parts]) for parts in chosen])

@@ -1,0 +1,76 @@
+"""What a pass needs besides hidden states and the cache: the embedded tokens, and positions and masks for every layer.
+
+Takes token ids, or the positions of rows; gives hidden states before the first layer, and for each layer its `Rows`.
+This is for the families whose layers are computed here; family_generic.py has the same for all others.
+
+M rows of this pass, D hidden, C channels of a head, T positions, L layers; slot L is the exit layer
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .layers import LayerKind, Rows, Shape, causal_mask
+
+
+class Tables(NamedTuple):
+    """Positions [T] on a device, and cos and signed sin [T, 1, C] of the rotary embedding (`layers.rotate`)."""
+
+    positions_T: Tensor
+    cos_T1C: Tensor
+    sin_T1C: Tensor
+
+
+class Passes:
+    """Makes the rows of every pass of one engine. kinds: of the layers 1..L; the exit layer is of the last one's."""
+
+    def __init__(self, model: nn.Module, kinds: list[LayerKind], shape: Shape):
+        body: Any = model.model
+        self.embedding_VD = body.embed_tokens.weight.data
+        self.kinds, self.shape = [*kinds, kinds[-1]], shape
+        self._rotary = body.rotary_emb
+        self._tables: dict[torch.device, Tables] = {}
+
+    def allocate(self, length: int, devices: set[torch.device]) -> None:
+        """Make tables for positions up to `length` on these devices."""
+        for device in devices:
+            if device not in self._tables or len(self._tables[device].positions_T) < length:
+                self._tables[device] = self._make_tables(length, device)
+
+    def _make_tables(self, length: int, device: torch.device) -> Tables:
+        positions_T = torch.arange(length, device=self._rotary.inv_freq.device)
+        like = torch.zeros(1, dtype=torch.float32, device=positions_T.device)
+        cos_TC, sin_TC = (table[0] for table in self._rotary(like, positions_T[None]))
+        half = self.shape.head_dim // 2
+        signed_TC = torch.cat([-sin_TC[:, :half], sin_TC[:, half:]], -1)
+        dtype = self.embedding_VD.dtype
+        cos_T1C, signed_T1C = (table[:, None].to(device, dtype) for table in (cos_TC, signed_TC))
+        return Tables(positions_T.to(device), cos_T1C, signed_T1C)
+
+    def tables(self, device: torch.device) -> Tables:
+        return self._tables[device]
+
+    def embed(self, ids: list[int], base: int) -> Tensor:
+        """Hidden states [M, D] of tokens at positions base.. before the first layer."""
+        if len(ids) == 1:  # a view needs no kernel
+            return self.embedding_VD.narrow(0, ids[0], 1)
+        return self.embedding_VD[torch.tensor(ids, device=self.embedding_VD.device)]
+
+    def rows(self, base: int, m: int, device: torch.device) -> list[Rows]:
+        """What a pass of m rows at positions base.. is to each layer 1..L and to the exit layer."""
+        made: dict[LayerKind, Rows] = {}
+        for kind in self.kinds:
+            if kind not in made:
+                made[kind] = self._of_kind(kind, base, m, self._tables[device])
+        return [made[kind] for kind in self.kinds]
+
+    def _of_kind(self, kind: LayerKind, base: int, m: int, tables: Tables) -> Rows:
+        positions_T, cos_T1C, sin_T1C = tables
+        end = base + m
+        window = kind.window if kind.window is not None and kind.window < end else None
+        start = 0 if window is None else max(0, base + 1 - window)
+        mask = None
+        if m > 1 and base > 0:
+            mask = causal_mask(positions_T[base:end], end, self.shape.repeats, cos_T1C.dtype, window, start)
+        return Rows(None, cos_T1C.narrow(0, base, m), sin_T1C.narrow(0, base, m), mask, start, window)
