@@ -21,17 +21,21 @@ NAMES = {
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
+GEMMA_NAMES = NAMES | {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 WHOLE = ("ab", "bc")
 """Tokens 258 and 259; only the first has a merge."""
 
 
-def stored_name(parameter: str) -> str:
+def stored_name(parameter: str, names: dict[str, str] = NAMES) -> str:
     """`blk.3.attn_q.weight` for `model.layers.3.self_attn.q_proj.weight`."""
     module, _, suffix = parameter.rpartition(".")
     if found := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module):
-        return f"blk.{found[1]}.{NAMES[found[2]]}.{suffix}"
-    return f"{NAMES[module]}.{suffix}"
+        return f"blk.{found[1]}.{names[found[2]]}.{suffix}"
+    return f"{names[module]}.{suffix}"
 
 
 def in_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -48,7 +52,9 @@ def tiny_gguf(checkpoint: Path, path: Path, kind: str = "F32", without: tuple[st
     arrays).
     """
     config = AutoConfig.from_pretrained(checkpoint)
-    arch = config.model_type
+    arch = config.model_type.removesuffix("_text")
+    is_gemma = arch == "gemma3"
+    rope = config.rope_parameters["full_attention"] if is_gemma else config.rope_parameters
     fields: dict[str, Any] = {
         "general.name": "Tiny test model",
         "general.license": "apache-2.0",
@@ -61,7 +67,7 @@ def tiny_gguf(checkpoint: Path, path: Path, kind: str = "F32", without: tuple[st
         f"{arch}.attention.key_length": config.head_dim,
         f"{arch}.attention.value_length": config.head_dim,
         f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{arch}.rope.freq_base": config.rope_parameters["rope_theta"],
+        f"{arch}.rope.freq_base": rope["rope_theta"],
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": [*sorted(pre_tokenizers.ByteLevel.alphabet()), END, PAD, *WHOLE],
@@ -71,12 +77,17 @@ def tiny_gguf(checkpoint: Path, path: Path, kind: str = "F32", without: tuple[st
         "tokenizer.ggml.padding_token_id": 257,
         "tokenizer.chat_template": TEMPLATE,
     }
+    if is_gemma:
+        fields[f"{arch}.attention.sliding_window"] = config.sliding_window
     tensors = {}
     for parameter, weight in load_file(checkpoint / "model.safetensors").items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         count = next((n for part, n in heads.items() if f".{part}." in parameter), None)
         values = weight.float().numpy()
-        tensors[stored_name(parameter)] = in_pairs(values, count) if count and arch == "llama" else values
+        if is_gemma and "norm" in parameter:  # as llama.cpp's converter: its norms multiply by the weight itself
+            values = values + np.float32(1)
+        name = stored_name(parameter, GEMMA_NAMES if is_gemma else NAMES)
+        tensors[name] = in_pairs(values, count) if count and arch == "llama" else values
     more = {key.replace("__", "."): value for key, value in more.items()}
     tensors |= {key: value for key, value in more.items() if isinstance(value, np.ndarray)}
     fields |= {key: value for key, value in more.items() if not isinstance(value, np.ndarray)}

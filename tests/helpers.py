@@ -30,7 +30,7 @@ def byte_tokenizer(context: int = 256) -> PreTrainedTokenizerFast:
 
 
 def tiny_backbone(tmp_path: Path, family: str = "llama", *, seed: int = 0, sharpness: float = 1.0, **overrides) -> Path:
-    """Save a random `family` (llama, mistral, qwen2, qwen3) checkpoint in float32; returns its folder.
+    """Save a random checkpoint of a family, by its model_type, in float32; returns its folder.
 
     4 layers, D = 32, V = 258, context 256; `overrides` are fields of the transformers config. `sharpness`
     scales the LM head: at 1 the next token is nearly uniform, at 20 it is nearly certain.
@@ -55,8 +55,8 @@ def tiny_backbone(tmp_path: Path, family: str = "llama", *, seed: int = 0, sharp
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), dtype=torch.float32)
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if weight.ndim == 2:  # transformers' std of 0.02 would leave every layer close to the identity
-                    weight.normal_(std=1.0 if "embed" in name else weight.shape[1] ** -0.5)
+                if weight.ndim > 1:  # transformers' std of 0.02 would leave every layer close to the identity
+                    weight.normal_(std=1.0 if "embed" in name else weight.shape[-1] ** -0.5)
             model.get_output_embeddings().weight.mul_(sharpness)
     folder = Path(tmp_path) / f"tiny-{family}"
     model.save_pretrained(folder)

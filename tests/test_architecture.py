@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
                "runs"} | FOUNDATION,
     "publishing": {"evaluation", "generation", "backbones", "inference", "runs"} | FOUNDATION,
     "evaluation": {"generation", "prompts", "inference", "runs"} | FOUNDATION,
-    "planning": {"evaluation", "config", "errors"},
+    "planning": {"evaluation", "inference", "config", "errors"},
     "training": {"generation", "backbones", "inference", "runs", "config", "errors", "launchers"},
     "generation": {"prompts", "backbones", "inference", "runs", "config", "errors"},
     "prompts": {"pocket", "runs"} | FOUNDATION,

@@ -5,7 +5,8 @@ refused by name, because it may change what the model computes. transformers pas
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +17,48 @@ from ..errors import reason
 from ..inference.families import check_config
 from .gguf_header import Header, Stored
 
-ARCHITECTURES = {name: arch for arch, name in MODEL_ARCH_NAMES.items() if name in ("llama", "qwen2", "qwen3")}
-"""general.architecture, which is also the family's name in transformers -> gguf's enum. A Mistral is a llama there."""
-PERMUTED = ("llama",)
-"""Architectures whose rotated channels the file holds in pairs, where transformers has them in halves."""
+
+class Kind(NamedTuple):
+    """What a GGUF architecture is in transformers, and how its files differ from transformers' checkpoints."""
+
+    model_type: str
+    model_class: str
+    pairs: bool = False
+    """The file holds rotated channels in pairs, where transformers has them in halves."""
+    norms_from: float = 0.0
+    """What the file has added to the weights of norms."""
+    own_keys: tuple[str, ...] = ()
+    """Keys that only this architecture has, and `fields` reads."""
+    fields: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda own, values: {}
+    """The file's own keys and the config fields that follow from them -> more config fields, or other values."""
+
+
+def _of_gemma3(own: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """What every Gemma 3 has, and its GGUF files leave to the engine: the order of its two types of layers, the rotary
+    embedding of those with a window, and the scale of attention, which only the largest takes from its width."""
+    layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
+    largest = layers == 62
+    return {
+        "sliding_window": own["attention.sliding_window"],
+        "layer_types": ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(layers)],
+        "rope_parameters": {
+            "full_attention": values["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+        "query_pre_attn_scalar": values["hidden_size"] // heads if largest else values["head_dim"],
+    }
+
+
+KINDS = {
+    "llama": Kind("llama", "LlamaForCausalLM", pairs=True),
+    "qwen2": Kind("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": Kind("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": Kind("gemma3_text", "Gemma3ForCausalLM", norms_from=1.0, own_keys=("attention.sliding_window",),
+                   fields=_of_gemma3),
+}  # fmt: skip
+"""general.architecture -> what it is. A Mistral is a llama there."""
+ENUMS = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
+"""general.architecture -> gguf's enum."""
 
 FIELDS = {
     "context_length": "max_position_embeddings",
@@ -62,10 +101,8 @@ def check_kind(header: Header) -> None:
             f"is one of {fields['split.count']} parts of a split model; join them first: "
             "llama-gguf-split --merge FIRST-PART WHOLE.gguf"
         )
-    if header.architecture not in ARCHITECTURES:
-        raise header.error(
-            f"general.architecture={header.architecture}: not supported; these are: {', '.join(ARCHITECTURES)}"
-        )
+    if header.architecture not in KINDS:
+        raise header.error(f"general.architecture={header.architecture}: not supported; these are: {', '.join(KINDS)}")
     if not header.tensors:
         raise header.error("holds a vocabulary alone, no weights; give the GGUF of the model")
     tokens = fields.get("tokenizer.ggml.tokens")
@@ -78,25 +115,27 @@ def check_kind(header: Header) -> None:
 def config_of(header: Header) -> Any:
     """The transformers config of the model. Raises UserError for a model that the engine does not compute exactly."""
     check_kind(header)
-    name, own = header.architecture, _own_fields(header)
-    for key, field in FIELDS.items():
+    name, own, kind = header.architecture, _own_fields(header), KINDS[header.architecture]
+    for key in (*FIELDS, *kind.own_keys):
         if not isinstance(own.get(key), int | float):
-            raise header.error(f"{name}.{key}: one number is needed, not {own.get(key)} (it gives {field})")
+            gives = f" (it gives {FIELDS[key]})" if key in FIELDS else ""
+            raise header.error(f"{name}.{key}: one number is needed, not {own.get(key)}{gives}")
     if EMBEDDING not in header.tensors:
         raise header.error(f"no tensor {EMBEDDING} in it: give a whole model")
     values = {field: own[key] for key, field in FIELDS.items()} | _heads(header, own)
+    values["rope_parameters"] = _rope(header, own, values["head_dim"])
+    values |= kind.fields(own, values)
     ids = {end: header.fields.get(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos", "padding")}
     try:
         config = AutoConfig.for_model(
-            name,
+            kind.model_type,
             **values,
             vocab_size=header.tensors[EMBEDDING].shape[0],
-            rope_parameters=_rope(header, own, values["head_dim"]),
             tie_word_embeddings=OUTPUT not in header.tensors,
             bos_token_id=ids["bos"],
             eos_token_id=ids["eos"],
             pad_token_id=ids["padding"],
-            architectures=[f"{name.capitalize()}ForCausalLM"],
+            architectures=[kind.model_class],
             dtype="float32",
         )
         check_config(config)
@@ -112,7 +151,7 @@ def sources_of(header: Header, config: Any) -> dict[str, Stored]:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    names = get_tensor_name_map(ARCHITECTURES[header.architecture], config.num_hidden_layers)
+    names = get_tensor_name_map(ENUMS[header.architecture], config.num_hidden_layers)
     found, used = {}, {ROPE_FACTORS}
     for parameter, weight in model.named_parameters():  # names a tied LM head once, as the embedding
         module, _, suffix = parameter.rpartition(".")
@@ -133,13 +172,18 @@ def sources_of(header: Header, config: Any) -> dict[str, Stored]:
 
 
 def as_transformers(parameter: str, weight: np.ndarray, config: Any) -> np.ndarray:
-    """A dequantised tensor with its rows in transformers' order, which differs for the queries and keys of a llama.
+    """A dequantised tensor as transformers has it: with norms that the file has added a number to, and with the rows of
+    queries and keys in another order.
 
-    The file pairs the channels (0, 1), (2, 3), ... of a head to be rotated; transformers pairs (0, d/2), (1, d/2 + 1).
+    The file of a llama pairs the channels (0, 1), (2, 3), ... of a head to be rotated; transformers pairs (0, d/2),
+    (1, d/2 + 1).
     """
+    kind = next(kind for kind in KINDS.values() if kind.model_type == config.model_type)
+    if kind.norms_from and "norm" in parameter:
+        return weight - np.float32(kind.norms_from)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     count = next((n for name, n in heads.items() if f".{name}." in parameter), None)
-    if count is None or config.model_type not in PERMUTED:
+    if count is None or not kind.pairs:
         return weight
     half = weight.shape[0] // count // 2
     return weight.reshape(count, half, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
@@ -156,7 +200,8 @@ def _own_fields(header: Header) -> dict[str, Any]:
     prefix = f"{header.architecture}."
     own = {key.removeprefix(prefix): value for key, value in header.fields.items() if key.startswith(prefix)}
     for key, value in own.items():
-        if key in FIELDS or key in ALSO_READ or value in NEUTRAL.get(key, ()):
+        known = (*FIELDS, *ALSO_READ, *KINDS[header.architecture].own_keys)
+        if key in known or value in NEUTRAL.get(key, ()):
             continue
         raise header.error(f"{prefix}{key}={value}: the decoder's layers do not do that; not supported")
     return own

@@ -90,7 +90,7 @@ class SplitBackbone:
         with torch.device("meta"):  # initialising weights would advance the user's random state
             exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
         try:
-            exit_layer.load_state_dict(head.weights, assign=True)
+            exit_layer.load_state_dict(_buffers(last) | head.weights, assign=True)
         except RuntimeError as error:  # a name or a shape
             raise ValueError(f"the exit head's weights are not those of a layer of this backbone: {error}") from None
         self._shared = _products_of(model, self.family, timed_kernels, pack)
@@ -282,6 +282,12 @@ class SplitBackbone:
                 at_end=True, last_row=last_row and block.stop == stop,
             )  # fmt: skip
         return hidden_MD if fixed is None else hidden_MD[:m]
+
+
+def _buffers(layer: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers of a layer, which are not trained, so that heads share them."""
+    state = layer.state_dict()
+    return {name: state[name] for name, _ in layer.named_buffers() if name in state}
 
 
 def _device_of(part: nn.Module, name: str) -> torch.device:

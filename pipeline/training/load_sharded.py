@@ -128,12 +128,12 @@ def _on_meta(backbone: Backbone, num_heads: int) -> tuple[Any, list[nn.Module]]:
 
 def _wanted(files: WeightFiles, model: Any, heads: list[nn.Module], exit_layers: list[int], init: str) -> Wanted:
     wanted: Wanted = defaultdict(list)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict(keep_vars=True).items():  # persistent buffers are stored too
         wanted[files.tensor_of(name, model.config)].append(parameter)
     if init != "random":
         for n, head in zip(exit_layers, heads, strict=True):
             layer = (n if init == "layer" else model.config.num_hidden_layers) - 1
-            for name, parameter in head.named_parameters():
+            for name, parameter in head.state_dict(keep_vars=True).items():
                 wanted[files.tensor_of(f"model.layers.{layer}.{name}", model.config)].append(parameter)
     return wanted
 

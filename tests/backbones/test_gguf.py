@@ -19,7 +19,7 @@ import torch
 from ggufs import TEMPLATE, in_pairs, stored_name, tiny_gguf
 from helpers import byte_tokenizer, make_run, tiny_backbone
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -74,7 +74,7 @@ def q8(llama, tmp_path_factory) -> Path:
     ("family", "kind"), [("llama", "F32"), ("qwen2", "F32"), ("qwen3", "F32"), ("llama", "F16"), ("qwen3", "BF16")]
 )
 def test_unquantised_it_is_the_checkpoint_bit_for_bit(tmp_path, family, kind) -> None:
-    assert family in FAMILIES and family in gguf_model.ARCHITECTURES
+    assert family in FAMILIES and gguf_model.KINDS[family].model_type == family
     folder = tiny_backbone(tmp_path, family, sharpness=4.0, vocab_size=260, tie_word_embeddings=kind == "BF16")
     backbone = backbone_of(tiny_gguf(folder, tmp_path / "x.gguf", kind), tmp_path)
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
@@ -85,6 +85,39 @@ def test_unquantised_it_is_the_checkpoint_bit_for_bit(tmp_path, family, kind) ->
     if kind == "F32":
         model, same = load_model(backbone, CPU), load_model(Backbone(str(folder), dtype="float32"), CPU)
         assert torch.equal(model(IDS).logits, same(IDS).logits)
+
+
+def test_a_gemma_is_what_transformers_reads(tmp_path) -> None:
+    """Its file keeps no types of layers, no rotary embedding of those with a window, and norms with 1 added."""
+    folder = tiny_backbone(tmp_path, "gemma3_text", sharpness=4.0, vocab_size=260, num_hidden_layers=7,
+                           sliding_window=4, head_dim=256, tie_word_embeddings=True)  # fmt: skip
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name: torch.linspace(-0.5, 0.5, len(w)) for name, w in weights.items() if "norm" in name}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    backbone = backbone_of(tiny_gguf(folder, tmp_path / "x.gguf"), tmp_path)
+    model, original = load_model(backbone, CPU), load_model(Backbone(str(folder), dtype="float32"), CPU)
+    assert (
+        model.config.layer_types
+        == original.config.layer_types
+        == ["sliding_attention"] * 5
+        + [
+            "full_attention",
+            "sliding_attention",
+        ]
+    )
+    for field in ("rope_parameters", "sliding_window", "query_pre_attn_scalar", "head_dim", "rms_norm_eps"):
+        found, wanted = getattr(model.config, field), getattr(original.config, field)
+        assert found == pytest.approx(wanted) if isinstance(found, float) else found == wanted, field
+    torch.testing.assert_close(model(IDS).logits, original(IDS).logits, rtol=1e-4, atol=1e-4)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
+    assert torch.equal(model(IDS).logits, theirs(IDS).logits)
+
+
+def test_a_gemma_without_its_window_is_refused(tmp_path) -> None:
+    folder = tiny_backbone(tmp_path, "gemma3_text", vocab_size=260, sliding_window=4, tie_word_embeddings=True)
+    path = tiny_gguf(folder, tmp_path / "x.gguf", without=("gemma3.attention.sliding_window",))
+    with pytest.raises(UserError, match=r"attention\.sliding_window: one number is needed, not None"):
+        load_config(backbone_of(path, tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])

@@ -277,7 +277,7 @@ ROPE = {"rope_theta": 10000.0, "factor": 2.0}
     ("family", "fields", "message"),
     [
         ("gpt2", {}, "GPT2LMHeadModel has no model.embed_tokens"),
-        ("mamba", {}, "no num_attention_heads"),
+        ("mamba", {}, "does not make a model"),
         ("qwen3_next", {}, "without attention"),
         ("deepseek_v3", {}, "kv_lora_rank=512 is not supported"),
         ("gemma2", {}, "final_logit_softcapping=30.0 is not supported"),

@@ -1,0 +1,56 @@
+"""The model families that are tested through transformers' own layers, with config fields that bring out what each has
+of its own: windows shorter than the texts, layers without rotary embedding, multipliers, few experts."""
+
+WINDOW = {"sliding_window": 8}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+GENERIC = {
+    "gemma": {},
+    "gemma3_text": WINDOW | {"query_pre_attn_scalar": 12,
+                             "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.5,
+                "attention_multiplier": 0.3},
+    "olmo2": {},
+    "olmo3": WINDOW,
+    "phi3": {},
+    "smollm3": {},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": WINDOW | {"logit_scale": 0.5},
+    "glm": {},
+    "glm4": {},
+    "starcoder2": WINDOW,
+    "stablelm": {},
+    "ernie4_5": {},
+    "seed_oss": {},
+    "exaone4": WINDOW,
+    "arcee": {},
+    "nemotron": {},
+    "ministral": WINDOW,
+    "hunyuan_v1_dense": {},
+    "mixtral": EXPERTS,
+    "phimoe": EXPERTS,
+    "granitemoe": EXPERTS,
+    "gpt_oss": EXPERTS | WINDOW,
+    "qwen2_moe": QWEN_EXPERTS | {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": QWEN_EXPERTS,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                 "first_k_dense_replace": 1},
+}  # fmt: skip
+"""model_type -> fields of its config besides those of `helpers.tiny_backbone`."""
+REFUSED = {
+    "deepseek_v3": "kv_lora_rank",
+    "gemma2": "final_logit_softcapping",
+    "gemma3": "its config has no num_hidden_layers",
+    "gemma4_text": "head_dim",
+    "gpt2": "has no model.embed_tokens",
+    "gpt_neox": "has no model.embed_tokens",
+    "jamba": "does not make a model",
+    "llama4_text": "attention_chunk_size",
+    "mamba": "its config has no num_attention_heads",
+    "olmo": "has no norm.weight",
+    "phi": "has no model.norm",
+    "qwen3_next": "without attention",
+}
+"""model_type -> what the refusal says."""
