@@ -3,6 +3,9 @@
 The models are random and tiny; their texts are several times as long as their windows.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from family_cases import GENERIC, REFUSED
@@ -95,5 +98,12 @@ def test_others_are_refused_by_name(family: str, message: str) -> None:
         check_config(AutoConfig.for_model(family))
 
 
-def test_no_family_is_tested_twice() -> None:
-    assert not GENERIC.keys() & FAMILIES.keys()
+def test_the_readmes_table_is_that_of_these_tests() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = dict(re.findall(r"^\| ([\w' ]+?), (?:fastest|one by one) \| (.+) \|$", readme, re.M))
+    (refused,) = re.findall(r"^\| refused by name \| quantised weights; (.+) \|$", readme, re.M)
+    assert rows["our own layers"].split(", ") == list(FAMILIES)
+    listed = rows["transformers' layers"].partition("Tested are: ")[2].replace(" (not in distill)", "")
+    dense, experts = (part.split(", ") for part in listed.split("; mixtures of experts: "))
+    assert dense + experts == sorted(dense) + sorted(experts) and set(dense + experts) == GENERIC.keys()
+    assert refused.split(", ") == list(REFUSED)

@@ -1,0 +1,51 @@
+"""The whole road, from generate to a published head, for families that run through transformers' own layers."""
+
+import subprocess
+import sys
+
+import pytest
+from family_cases import GENERIC
+from helpers import make_run, tiny_backbone
+from omegaconf import OmegaConf
+
+from pipeline.cli import main
+from pipeline.config import to_dict
+
+USE = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = torch.tensor([[72, 5, 33, 190]])
+plain = model.generate(ids, max_new_tokens=24, do_sample=False)
+drafted = model.generate(ids, max_new_tokens=24, do_sample=False, custom_generate=sys.argv[2], trust_remote_code=True)
+draft = AutoModelForCausalLM.from_pretrained(sys.argv[3]) if len(sys.argv) > 3 else None
+assisted = model.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=draft) if draft else plain
+print("same" if torch.equal(plain, drafted) and torch.equal(plain, assisted) else "other")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3_text", "granite", "smollm3", "qwen3_moe"])
+def test_from_generate_to_a_published_head(tmp_path, capsys, family: str) -> None:
+    folder = tiny_backbone(tmp_path, family, sharpness=4.0, **GENERIC[family])
+    run = make_run(
+        tmp_path, f"backbone.name_or_path={folder}", "publish.min_speedup=0", "distill.max_steps=20",
+        "distill.exit_layers=[2]",
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(run.config))))
+    config = ["--config", str(tmp_path / "config.yaml")]
+    assert main(["run", *config]) == 0
+    assert "lossless = yes" in capsys.readouterr().out.replace("\n", " ")
+    folders = [folder, run / "hub" / "2"]
+    exported = main(["publish", "--as", "draft", *config])
+    if family == "qwen3_moe":
+        assert exported == 2 and "a head of a mixture of experts is not exported" in capsys.readouterr().err
+    else:  # the command has decoded with it, and compared its rounds with the head's
+        assert exported == 0
+        folders.append(run / "hub" / "2-draft")
+    out = subprocess.run(
+        [sys.executable, "-c", USE, *map(str, folders)], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert out.stdout.strip() == "same", out.stderr[-2000:]
