@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .exit_head import ExitHead, check_exit_layer
-from .families import Family, check_config, family_of
+from .families import check_config, family_of
+from .family import Family, Weights
 from .fixed_shapes import FixedShapes, rounded
 from .kernels import Kernels, Product
 from .kv_cache import KVCache
@@ -35,8 +36,7 @@ class Block(NamedTuple):
     start: int
     stop: int
     device: torch.device
-    weights: list[Any]
-    """Of each layer, as the family's `gather` gives them."""
+    weights: list[Weights]
 
 
 class SplitBackbone:
@@ -96,7 +96,7 @@ class SplitBackbone:
         self._shared = _products_of(model, self.family, timed_kernels, pack)
         self.kernels, self.lm_head = self._shared.kernels, self._shared.lm_head
         exit_weights = self.family.gather(exit_layer.to(self.device, self.dtype))
-        self.weights = [*self._shared.weights, _fit(exit_weights, self.kernels)]
+        self.weights = [*self._shared.weights, exit_weights.fitted(self.kernels)]
         """Of layers 1..L and of the exit layer."""
         self.draft_vocabulary: DraftVocabulary | None = None
         """The tokens that the head can draft; None if it can draft every token."""
@@ -191,7 +191,7 @@ class SplitBackbone:
         size = self.embedding_VD.element_size()
         numbers = 2 * self.shape.kv_heads * self.shape.head_dim + self.hidden
         return {
-            "head_bytes": sum(part.nbytes for part in self.weights[-1] if part is not None) + self._draft_bytes(),
+            "head_bytes": self.weights[-1].nbytes + self._draft_bytes(),
             "cache_bytes": numbers * length * size,
             "packed_bytes": sum(p.packed.nbytes for p in self.products() if p.packed is not None),
         }
@@ -310,7 +310,7 @@ def _products_of(model: nn.Module, family: Family, timed: bool, pack: bool) -> "
     known = model.__dict__.setdefault("_products", {})
     if key not in known or not known[key].are_of(model):
         kernels = Kernels([*_of(layers), lm_head], timed=timed, pack=pack)
-        fitted = [_fit(w, kernels) for w in layers], kernels.fit(lm_head)
+        fitted = [w.fitted(kernels) for w in layers], kernels.fit(lm_head)
         known[key] = _Products(addresses(model), changes(model), kernels, *fitted)
     return known[key]
 
@@ -321,7 +321,7 @@ class _Products(NamedTuple):
     addresses: tuple[int, ...]
     changes: tuple[int, ...]
     kernels: Kernels
-    weights: list[Any]
+    weights: list[Weights]
     lm_head: Product
 
     def are_of(self, model: nn.Module) -> bool:
@@ -333,11 +333,5 @@ class _Products(NamedTuple):
         return not copies or (self.changes == changes(model) and all(product.is_current() for product in copies))
 
 
-def _of(weights: list[Any]) -> list[Product]:
-    return [part for w in weights for part in w if isinstance(part, Product)]
-
-
-def _fit(weights: Any, kernels: Kernels) -> Any:
-    return weights._replace(
-        **{name: kernels.fit(part) for name, part in weights._asdict().items() if isinstance(part, Product)}
-    )
+def _of(weights: list[Weights]) -> list[Product]:
+    return [product for w in weights for product in w.products()]

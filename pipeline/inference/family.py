@@ -4,18 +4,34 @@ M rows of a pass, D hidden
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from .kernels import Kernels, Product
 from .layers import Layer, LayerKind
+
+
+class Weights(Protocol):
+    """The weights of one decoder layer, as its family holds them."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def products(self) -> list[Product]:
+        """Its matrix products."""
+        ...
+
+    def fitted(self, kernels: Kernels) -> "Weights":
+        """The same with the kernels chosen for its products."""
+        ...
 
 
 class Family(NamedTuple):
     """How the models of a family are computed from their weights."""
 
-    gather: Callable[[nn.Module], Any]
-    """A decoder layer of the model -> its weights, a NamedTuple of tensors and `Product`s."""
+    gather: Callable[[nn.Module], Weights]
+    """A decoder layer of the model -> its `Weights`."""
     passes: Callable[..., Any]
     """Model, kinds of its layers and their shape -> `Passes`, which embeds tokens and prepares the layers' rows."""
     layer: Layer

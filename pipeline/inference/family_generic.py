@@ -3,19 +3,22 @@
 Takes a causal LM of transformers whose decoder layers form one list; gives the functions of its `Family`.
 What a layer is called with comes from the model's own forward (outline.py), so windows, rotary embeddings and layers
 without them are those of transformers. As the modules themselves run, it is exact for whatever is in them, such as
-mixtures of experts; it takes more time than a family of our own.
+mixtures of experts; it takes more time than a family of our own. Only torch's own linear layers are replaced, in twins
+of the layers, by products with a kernel of choice.
 
 M rows of a pass, D hidden, G key/value heads, T positions of the cache, C channels of a head
 """
 
+import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .family import Family
+from .kernels import Kernels, Product
 from .layers import LayerKind, Shape
 from .outline import Call, Outline
 from .unmodified import as_built
@@ -38,21 +41,52 @@ OUTLINES = 4
 """Passes whose arguments are kept: those of a round repeat the positions of earlier ones."""
 
 
-class Whole:
-    """A decoder layer that is called as it is."""
+class Linear(nn.Linear):
+    """torch's linear layer with the kernel that is fastest here (kernels.py); only in twins of a model's layers."""
 
-    def __init__(self, module: nn.Module):
-        self.module = module
+    product: Product
+
+    def forward(self, input: Tensor) -> Tensor:
+        x_MI = input.reshape(-1, input.shape[-1])
+        return self.product(x_MI).view(*input.shape[:-1], -1)
+
+
+class LayerWeights:
+    """A twin of a decoder layer: it has the layer's own parameters, and linear layers that choose their kernel."""
+
+    def __init__(self, layer: nn.Module):
+        self.linears: list[Linear] = []
+        self.module = self._twin(layer)
+
+    def _twin(self, module: nn.Module) -> nn.Module:
+        twin = copy.copy(module)
+        twin.__dict__ = dict(module.__dict__)
+        if _is_plain(module):
+            twin.__class__ = Linear
+            twin.product = Product(module.weight.data.t(), module.bias)  # type: ignore[union-attr,arg-type]
+            self.linears.append(twin)  # type: ignore[arg-type]
+        elif "forward" not in vars(module):  # a forward of its own runs the original, whatever is in the twin
+            twin._modules = {name: child and self._twin(child) for name, child in module._modules.items()}
+        return twin
 
     @property
     def nbytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.module.parameters())
 
+    def products(self) -> list[Product]:
+        return [linear.product for linear in self.linears]
 
-class LayerWeights(NamedTuple):
-    """The weights of a layer stay in its module."""
+    def fitted(self, kernels: Kernels) -> "LayerWeights":
+        for linear in self.linears:
+            linear.product = kernels.fit(linear.product)
+        return self
 
-    whole: Whole
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether this is torch's own linear layer on a plain tensor, which computes what its class does."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    return type(module.weight) is nn.Parameter and type(module.weight.data) is Tensor
 
 
 class Slot:
@@ -131,8 +165,8 @@ class Passes:
 
 
 def gather(layer: nn.Module) -> LayerWeights:
-    """The layer itself."""
-    return LayerWeights(Whole(layer))
+    """The layer itself, as a twin."""
+    return LayerWeights(layer)
 
 
 def decoder_layer(
@@ -141,7 +175,7 @@ def decoder_layer(
 ) -> Tensor:  # fmt: skip
     """One layer, [M, D] -> [M, D], over keys and values [1, G, T, C], to which the rows' own are added."""
     slot = Slot(keys, values, to_keys, to_values)
-    out = w.whole.module(hidden_MD[None], *call.positional, **{**call.named, "past_key_values": slot})
+    out = w.module(hidden_MD[None], *call.positional, **{**call.named, "past_key_values": slot})
     return (out[0] if isinstance(out, tuple) else out)[0]
 
 

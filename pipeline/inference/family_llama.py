@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .family import Family
-from .kernels import Product
+from .kernels import Kernels, Product
 from .layers import LayerKind, Rows, Shape, attend, rms_norm, rotate, write
 from .passes import Passes
 from .unmodified import addresses
@@ -32,6 +32,17 @@ class LayerWeights(NamedTuple):
     mlp_norm_D: Tensor
     gate_up: Product
     down: Product
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self if part is not None)
+
+    def products(self) -> list[Product]:
+        return [part for part in self if isinstance(part, Product)]
+
+    def fitted(self, kernels: Kernels) -> "LayerWeights":
+        parts = {name: kernels.fit(part) for name, part in self._asdict().items() if isinstance(part, Product)}
+        return self._replace(**parts)
 
 
 def gather(layer: nn.Module) -> LayerWeights:
