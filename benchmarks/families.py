@@ -2,10 +2,10 @@
 
     python benchmarks/families.py --config configs/smollm2-135m.yaml
 
-Takes a backbone, and decodes the same prompts autoregressively by three ways, in turns: our own layers, if its family is
-computed here (`family_llama.py`), transformers' layers one by one (`family_generic.py`), and transformers' `generate`. All
-give the same ids. Prints tokens/s of each and their ratios with 95 % bootstrap intervals over prompts, and the time of an
-outline, which finds the arguments of a pass.
+Takes a backbone, and decodes the same prompts autoregressively by three ways, in turns: our own layers, if its family
+is computed here (`family_llama.py`), transformers' layers one by one (`family_generic.py`), and transformers'
+`generate`. All give the same ids. Prints tokens/s of each and their ratios with 95 % bootstrap intervals over prompts,
+and the time of an outline, which finds the arguments of a pass.
 """
 
 import argparse
