@@ -42,7 +42,11 @@ class Machine:
         "generate, cache and evaluate: how a backbone larger than one GPU is spread over the GPUs: auto, balanced or "
         "sequential, as in accelerate; a layer is never split",
     )
-    cuda_graphs: bool = option(False, "evaluate: record the decoder's passes as CUDA graphs; it has no effect on a CPU")
+    cuda_graphs: bool = option(
+        False,
+        "evaluate: record the decoder's passes as CUDA graphs; no effect on a CPU, and on families that run through "
+        "transformers' layers",
+    )
     pack: str = option(
         "auto",
         "auto or off: generate (engine padded), evaluate and chat copy the weights into the order that oneDNN reads "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Form(NamedTuple):
-    """How the checkpoints of some families name a layer's experts and their router."""
+    """How the checkpoints of some families name a layer's experts."""
 
     block: str
     """In place of `mlp`."""
@@ -25,13 +25,22 @@ FORMS = (
     Form("mlp", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}),
     Form("block_sparse_moe", {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}),
 )
-ROUTER = ".mlp.gate.weight"
+RENAMED = {
+    ".mlp.gate.weight": ".block_sparse_moe.gate.weight",
+    ".mlp.router.weight": ".block_sparse_moe.gate.weight",
+    ".block_sparse_moe.router.weight": ".block_sparse_moe.router.layer.weight",
+    ".block_sparse_moe.experts.gate_up_proj": ".block_sparse_moe.input_linear.weight",
+    ".block_sparse_moe.experts.down_proj": ".block_sparse_moe.output_linear.weight",
+}
+"""How the name of a parameter ends -> how that of its tensor does, in files of Mixtral, Phi-3.5-MoE and Granite."""
 
 
-def stored_router(parameter: str, names: Container[str]) -> str:
-    """The stored tensor of a router's weight; of any other parameter its own name."""
-    other = parameter.replace(ROUTER, f".{FORMS[1].block}.gate.weight")
-    return other if parameter not in names and other in names else parameter
+def stored_name(parameter: str, names: Container[str]) -> str:
+    """The stored tensor of a parameter that has another name in the checkpoint; of any other its own name."""
+    if parameter in names:
+        return parameter
+    others = [parameter.removesuffix(end) + other for end, other in RENAMED.items() if parameter.endswith(end)]
+    return next((other for other in others if other in names), parameter)
 
 
 def stored_experts(parameter: str, names: Container[str]) -> list[list[str]]:

@@ -35,9 +35,9 @@ class Kind(NamedTuple):
 
 def _of_gemma3(own: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """What every Gemma 3 has, and its GGUF files leave to the engine: the order of its two types of layers, the rotary
-    embedding of those with a window, and the scale of attention, which only the largest takes from its width."""
-    layers, heads = values["num_hidden_layers"], values["num_attention_heads"]
-    largest = layers == 62
+    embedding of those with a window, and the scale of attention, which all but the largest take from a head's size.
+    Those of 4 billion parameters and more also scale their positions, which is refused by its key."""
+    layers = values["num_hidden_layers"]
     return {
         "sliding_window": own["attention.sliding_window"],
         "layer_types": ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(layers)],
@@ -45,7 +45,7 @@ def _of_gemma3(own: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
             "full_attention": values["rope_parameters"],
             "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
         },
-        "query_pre_attn_scalar": values["hidden_size"] // heads if largest else values["head_dim"],
+        "query_pre_attn_scalar": values["head_dim"],
     }
 
 

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from ..config import Backbone, Machine
 from ..errors import UserError
 from ..inference.exit_head import check_exit_layer
+from ..inference.families import family_of
 from ..runs.anonymous import anonymous
 from .gguf_files import public_name_of_gguf
 from .source import explained, source_of
@@ -70,7 +71,8 @@ def load_tokenizer(backbone: Backbone) -> Any:
 def load_model(backbone: Backbone, device: torch.device, device_map: str | None = None) -> Any:
     """The frozen backbone in `backbone.dtype`, in eval mode, on `device` or distributed by accelerate's `device_map`.
 
-    Raises UserError for a config that is not supported and for weights that are damaged, incomplete or quantised.
+    Raises UserError for a config or layers that are not supported and for weights that are damaged, incomplete or
+    quantised.
     """
     check_weights(backbone)
     transformers_logging.disable_progress_bar()
@@ -83,7 +85,14 @@ def load_model(backbone: Backbone, device: torch.device, device_map: str | None 
             device_map=device_map,
         )
     model = model.requires_grad_(False).eval()
-    return model if device_map else model.to(device)
+    model = model if device_map else model.to(device)
+    family = family_of(model.config)
+    if not family.is_fast:  # before hours of work, as only the layers themselves tell
+        try:
+            family.check(model)
+        except ValueError as error:
+            raise UserError(f"backbone.name_or_path={backbone.name_or_path}: {error}") from None
+    return model
 
 
 def check_exit_layers(exit_layers: list[int], num_layers: int) -> None:

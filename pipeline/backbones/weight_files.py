@@ -19,7 +19,7 @@ from ..config import Backbone
 from ..errors import UserError
 from ..inference.fingerprint import fingerprint_of
 from .damaged import what_is_wrong
-from .experts import JoinedExperts, stored_experts, stored_router
+from .experts import JoinedExperts, stored_experts, stored_name
 from .source import explained, load_config, source_of, with_remedy
 
 DTYPES = ("F64", "F32", "F16", "BF16")
@@ -81,7 +81,7 @@ class WeightFiles:
         As in from_pretrained, an LM head that is in the files is used whatever `config.tie_word_embeddings` says. A
         tied tensor that is stored once may have either of its two names.
         """
-        parameter = stored_router(parameter, self.names)
+        parameter = stored_name(parameter, self.names)
         other = {LM_HEAD: EMBEDDING, EMBEDDING: LM_HEAD}.get(parameter)
         tied = other is not None and config.tie_word_embeddings and parameter not in self.names and other in self.names
         return other if tied and other is not None else parameter

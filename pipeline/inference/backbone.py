@@ -1,11 +1,11 @@
 """A causal LM cut after layer N: shallow (embedding, layers 1..N), exit head, deep (layers N+1..L, norm, LM head).
 
-Takes a transformers model of a known family, on one device or distributed over several by whole layers, and an exit
-head; returns hidden states and logits of rows at absolute positions, and reads and writes a KVCache. It runs its own
-layer loop over the model's weights, which launches a third of the kernels that transformers' loop launches. The model's
-modules are never called, so a model with a changed module is refused (unmodified.py), and so is a config whose layers
-compute something that this loop does not (families.py). What differs between model families is in their `Family`, and
-every matrix product is a `Product` with the kernel that is fastest here (kernels.py).
+Takes a transformers model, on one device or distributed over several by whole layers, and an exit head; returns hidden
+states and logits of rows at absolute positions, and reads and writes a KVCache. What differs between model families is
+in their `Family`: either the layers are computed here from the model's weights, which launches a third of the kernels
+that transformers launches, or transformers' layers are called one by one. In the first case the modules are never
+called, so a model with a changed module is refused (unmodified.py), and so is a config whose layers compute something
+else (families.py). Every matrix product is a `Product` with the kernel that is fastest here (kernels.py).
 
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, V vocabulary,
 T positions, W tokens that the head can draft (in fixed-width passes: rows); a row is the hidden state of one token
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .exit_head import ExitHead, check_exit_layer
+from .exit_head import ExitHead, check_exit_layer, persistent_buffers
 from .families import check_config, family_of
 from .family import Family, Weights
 from .fixed_shapes import FixedShapes, rounded
@@ -44,7 +44,7 @@ class SplitBackbone:
 
     check: refuse a head whose fingerprint is not that of `model`.
     fixed_shapes: on a GPU, replay passes of fixed widths as CUDA graphs instead of launching every kernel. Then all
-    texts share one cache, so only one text can be decoded at a time.
+    texts share one cache, so only one text can be decoded at a time. It has no effect where transformers' layers run.
     timed_kernels: choose matrix products by timing (kernels.py). False always uses torch's own, which another process
     needs in order to compute bit-identical results.
     pack: allow copies of the weights in another order where kernels that read them are faster. They take as much memory
@@ -75,8 +75,7 @@ class SplitBackbone:
             _device_of(part, name)
         self.device = _device_of(model.lm_head, "lm_head")
         """The device of the LM head, on which logits are returned."""
-        if self.family.is_fast:
-            check_unmodified(model)
+        self.family.check(model)
         if check:
             head.check_fits(model)
         self.exit_layer, self.num_layers = head.exit_layer, config.num_hidden_layers
@@ -90,12 +89,14 @@ class SplitBackbone:
         with torch.device("meta"):  # initialising weights would advance the user's random state
             exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
         try:
-            exit_layer.load_state_dict(_buffers(last) | head.weights, assign=True)
+            exit_layer.load_state_dict(persistent_buffers(last) | head.weights, assign=True)
         except RuntimeError as error:  # a name or a shape
             raise ValueError(f"the exit head's weights are not those of a layer of this backbone: {error}") from None
         self._shared = _products_of(model, self.family, timed_kernels, pack)
         self.kernels, self.lm_head = self._shared.kernels, self._shared.lm_head
-        exit_weights = self.family.gather(exit_layer.to(self.device, self.dtype))
+        for part in exit_layer.parameters():  # buffers keep their dtype, as in the backbone
+            part.data = part.data.to(self.dtype)
+        exit_weights = self.family.gather(exit_layer.to(self.device))
         self.weights = [*self._shared.weights, exit_weights.fitted(self.kernels)]
         """Of layers 1..L and of the exit layer."""
         self.draft_vocabulary: DraftVocabulary | None = None
@@ -111,22 +112,6 @@ class SplitBackbone:
         self._fixed = FixedShapes(self.family.layer, self.shape) if fixed_shapes else None
         self._fixed_cache: KVCache | None = None
         self.blocks = self._cut([*devices, self.device])
-        if not self.family.is_fast:
-            self._try_all_layers(config)
-
-    @torch.inference_mode()
-    def _try_all_layers(self, config: Any) -> None:
-        """Raises ValueError if transformers' layers of this family cannot be called one by one."""
-        cache = self.new_cache(2)
-        try:
-            self.shallow([0, 1], 0, cache)
-            self.deep(0, 2, cache)
-            self.draft_logits(2, cache)
-        except (AttributeError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"model_type={config.model_type}: its layers cannot be called one by one, as decoding with drafts "
-                f"needs it: {error}"
-            ) from error
 
     def _cut(self, devices: list[torch.device]) -> list[Block]:
         """Cut the layers into blocks, which end at layer N, at layer L, and where the device changes."""
@@ -282,12 +267,6 @@ class SplitBackbone:
                 at_end=True, last_row=last_row and block.stop == stop,
             )  # fmt: skip
         return hidden_MD if fixed is None else hidden_MD[:m]
-
-
-def _buffers(layer: nn.Module) -> dict[str, Tensor]:
-    """The persistent buffers of a layer, which are not trained, so that heads share them."""
-    state = layer.state_dict()
-    return {name: state[name] for name, _ in layer.named_buffers() if name in state}
 
 
 def _device_of(part: nn.Module, name: str) -> torch.device:

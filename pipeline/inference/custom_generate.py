@@ -18,7 +18,7 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
-from .canary import TOLERANCE, distance
+from .canary import TOLERANCE, compare, distance, rounding
 from .controllers import learned_controller, make_controller
 from .decoding import Request, self_speculative
 from .exit_head import ExitHead
@@ -61,9 +61,9 @@ def generate(
     sampled round are verified together instead of one by one (`Sampler.block`); by default as they were when the head
     was measured.
 
-    Raises ValueError for a backbone that the head was not trained for, or that was changed since transformers loaded it
-    (by an adapter, a hook, quantisation), an unknown controller, beam search, return_dict_in_generate, or a logits
-    processor that may keep a state.
+    Raises ValueError for a backbone that the head was not trained for, or, in families that are computed here, one that
+    was changed since transformers loaded it (by an adapter, a hook, quantisation), an unknown controller, beam search,
+    return_dict_in_generate, or a logits processor that may keep a state.
     """
     kwargs.pop("use_model_defaults", None)
     fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
@@ -160,9 +160,23 @@ def _engine(
                 f"layers, the head was trained for a {head.backbone.get('model_type')} of {head.num_layers}"
             )
         engine = SplitBackbone(model, head, check=not any_backbone, fixed_shapes=recorded, beyond_context=True)
+        if not engine.family.is_fast:
+            _check_logits(engine, model)
         _warn_of_another(model, config)
         known[key] = engine, config, {}
     return known[key]
+
+
+def _check_logits(engine: SplitBackbone, model) -> None:
+    """Raises ValueError unless the engine gives the model's own logits: of families that are not computed here, nothing
+    else tells."""
+    ids = [(7 * i * i + 3 * i) % len(engine.embedding_VD) for i in range(12)]
+    found = compare(engine, model, ids)
+    if not found.largest <= rounding(engine.dtype, engine.num_layers):
+        raise ValueError(
+            f"the decoder's logits differ from this model's by {found.largest:.2g} of their spread: it cannot draft "
+            "for it. Call generate without custom_generate="
+        )
 
 
 def _warn_of_another(model, config: dict[str, Any]) -> None:

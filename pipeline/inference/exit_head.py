@@ -123,6 +123,13 @@ def check_exit_layer(exit_layer: int, num_layers: int) -> None:
         )
 
 
+def persistent_buffers(layer: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer of a decoder layer that is stored with it. They are not trained, so an exit head has those of the
+    last layer, and does not store them."""
+    state = layer.state_dict()
+    return {name: state[name] for name, _ in layer.named_buffers() if name in state}
+
+
 def new_exit_layer(model: nn.Module) -> nn.Module:
     """A copy of the backbone's last decoder layer in float32, from which training of a head starts.
 

@@ -16,15 +16,15 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .family import Family
-from .family_generic import GENERIC, check_fits
+from .family_generic import GENERIC
 from .family_llama import LLAMA
+from .generic_configs import check_fits
+from .layers import ROPE_TYPES
 
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA}
 """model_type -> family. All others are GENERIC."""
 ACTIVATIONS = ("silu", "swish")
 """Both are names of x * sigmoid(x)."""
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-"""Types whose rotary tables do not depend on the length of the sequence, so that they can be computed once."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 """Fields by which transformers and other libraries mark quantised weights."""

@@ -42,5 +42,7 @@ class Family(NamedTuple):
     """Config -> the kind of every decoder layer."""
     samples: Callable[[Any], list[str]]
     """Config -> names of the weights in the fingerprint."""
+    check: Callable[[nn.Module], None]
+    """Raises ValueError for a model whose layers do not compute what `layer` does."""
     is_fast: bool = True
     """Whether its layers are computed here, from weights, and not by transformers' modules."""

@@ -18,7 +18,7 @@ from .family import Family
 from .kernels import Kernels, Product
 from .layers import LayerKind, Rows, Shape, attend, rms_norm, rotate, write
 from .passes import Passes
-from .unmodified import addresses
+from .unmodified import addresses, check_unmodified
 
 
 class LayerWeights(NamedTuple):
@@ -137,4 +137,4 @@ def samples(config: Any) -> list[str]:
     return names
 
 
-LLAMA = Family(gather, Passes, decoder_layer, final_norm, kinds, samples)
+LLAMA = Family(gather, Passes, decoder_layer, final_norm, kinds, samples, check_unmodified)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-"""Fields of configs that say the number of experts of a layer, one of them in each mixture of experts."""
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+"""Types whose rotary tables do not depend on the length of the sequence, so that they can be computed once."""
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,16 @@ class Outline:
         self.body._modules = {**body._modules, "layers": recorders, "norm": nn.Identity()}
 
     def __call__(self, **arguments: Any) -> tuple[Tensor, list[Call]]:
-        """(hidden states [B, T, D] before the first layer, every layer's call) in a forward with these arguments."""
+        """(hidden states [B, T, D] before the first layer, every layer's call) in a forward with these arguments.
+
+        Raises ValueError if the forward changes hidden states between layers, or calls none.
+        """
         self.calls.clear()
         self.body(**arguments)
         found = list(self.calls)
         self.calls.clear()
+        if not found:
+            raise ValueError("the model's forward calls no layer of model.layers")
+        if any(hidden is not found[0][0] for hidden, _ in found):
+            raise ValueError("the model's forward computes something between its layers")
         return found[0][0], [call for _, call in found]

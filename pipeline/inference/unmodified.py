@@ -1,5 +1,5 @@
-"""Checks that a model is exactly what transformers builds from its config, because the engine reads the model's weights
-and never calls its modules.
+"""Checks that a model is exactly what transformers builds from its config, because of its own families the engine reads
+the weights and never calls the modules.
 
 Takes a loaded model; raises ValueError that names the first module which may compute something else: another class
 (LoRA and other adapters, quantised or parametrised layers), a hook, a replaced `forward`, a changed attribute, or a

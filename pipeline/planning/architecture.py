@@ -18,7 +18,7 @@ from ..inference import layers
 from ..inference.families import FAMILIES
 
 Shape = tuple[int, ...]
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "top_k_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 """Fields of configs of mixtures of experts, one of them in each."""
 
 WORTH_CUTTING = 16_384
@@ -90,7 +90,6 @@ class Architecture:
             model = AutoModelForCausalLM.from_config(config)
         own = tuple(tuple(tuple(w.shape) for w in layer.parameters()) for layer in model.model.layers)
         shape = layers.Shape.of(config)
-        counts = [getattr(config, field, None) for field in layers.EXPERTS]
         chosen = [getattr(config, field, None) for field in EXPERTS_PER_TOKEN]
         return cls(
             name=name,
@@ -105,7 +104,7 @@ class Architecture:
             tied=config.tie_word_embeddings,
             context=config.max_position_embeddings,
             own_layers=own,
-            experts=next(filter(None, counts), 0),
+            experts=next((shape[0] for shape in own[-1] if len(shape) == 3), 0),
             experts_per_token=next(filter(None, chosen), 0),
         )
 

@@ -14,7 +14,7 @@ from ..evaluation import plots, report
 from ..evaluation import results as evaluated
 from ..evaluation.rendering import markdown_table
 from ..runs.folder import RunDir
-from . import gate, pedigree
+from . import gate, head_folder, pedigree
 
 PAPER = (
     "Liu et al., *Speculative Decoding via Early-exiting for Faster LLM Inference with Thompson Sampling Control "
@@ -34,13 +34,15 @@ LIMITS = """\
 FILES = """\
 - `model.safetensors`: one decoder layer of the backbone's class, under its own names; `safetensors.torch.load_file`
   reads it without any code.
-- `config.json`, `modeling_exit_head.py`: `AutoModel.from_pretrained(..., trust_remote_code=True)` gives that layer as a
-  model from hidden state to hidden state.
 - `custom_generate/`: the decoder, byte for byte the one that was measured.
 - `results.json`: what was measured.
 - `training_config.yaml`, `provenance.json`: what made it, with which code, versions and hardware.
 - `trained_on.json`, where there is one: hashes of the prompts that it learned from, so that `exit-heads evaluate`
   can refuse to measure it on them."""
+
+MODEL = """\
+- `config.json`, `modeling_exit_head.py`: `AutoModel.from_pretrained(..., trust_remote_code=True)` gives that layer as a
+  model from hidden state to hidden state."""
 
 PROFILE = "- `speculation_profile.json`: acceptance by draft position, in the schema of NVIDIA's Model-Optimizer."
 
@@ -86,7 +88,10 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
         *trained(run, results),
         *("## Limits", "", LIMITS, ""),
         *licences(run, f"the exit layer was trained with the backbone{_began(run)}"),
-        *("## Files", "", FILES, *([PROFILE] if gate.best_fixed(results) else []), ""),
+        *("## Files", "", FILES),
+        *([MODEL] if head_folder.has_model(results["backbone"]["model_type"]) else []),
+        *([PROFILE] if gate.best_fixed(results) else []),
+        "",
         f"Made with exit-heads. The method is that of {PAPER}.",
     ]  # fmt: skip
 

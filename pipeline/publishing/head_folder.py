@@ -5,7 +5,7 @@ Takes a run, the results of its head and a folder; writes these files (build.py 
     config.json               backbone, N, default controller and what it learned, canary, added end tokens; the
                               auto_map for AutoModel
     model.safetensors         the decoder layer, under its own names
-    modeling_exit_head.py     the class that AutoModel loads
+    modeling_exit_head.py     the class that AutoModel loads; not for every family
     custom_generate/          the decoder, byte for byte what was evaluated; a push writes its origin.py
     generation_config.json    the backbone's own, with all tokens that end a text
     training_config.yaml      the config that made it, for exit-heads run --config training_config.yaml
@@ -30,6 +30,7 @@ from ..backbones.source import load_config
 from ..backbones.weight_files import file_of
 from ..config import Backbone
 from ..generation import leaks
+from ..inference.families import FAMILIES
 from ..runs.files import atomic_write, sha256_of
 from ..runs.folder import RunDir
 from . import pedigree, speculation_profile
@@ -49,25 +50,31 @@ def write(folder: Path, run: RunDir, results: dict[str, Any]) -> None:
     head = run / "heads" / f"exit-{n}"
     shutil.copyfile(head / "model.safetensors", folder / "model.safetensors")
     write_json(folder / "config.json", config_of(json.loads((head / "config.json").read_text()), run, results))
-    write_code(folder)
+    write_code(folder, has_model(load_config(run.config.backbone).model_type))
     write_generation_config(folder, run.config.backbone)
 
 
 def config_of(head: dict[str, Any], run: RunDir, results: dict[str, Any]) -> dict[str, Any]:
     """config.json: what distill wrote, the best controller and its state, and what transformers needs to load it."""
+    backbone = load_config(run.config.backbone)
+    model = {"architectures": ["ExitHeadModel"], "auto_map": AUTO_MAP, "backbone_config": one_layer(backbone)}
     return (
         head
         | {
-            "architectures": ["ExitHeadModel"],
-            "auto_map": AUTO_MAP,
-            "backbone_config": one_layer(load_config(run.config.backbone)),
             "controller": results["best"]["controller"],
             "block_verification": results["sampling"].get("block_verification", False),
             "states": states(results),
             "canary": results["canary"],
         }
         | added_ends_of(run.config.backbone)
+        | (model if has_model(backbone.model_type) else {})
     )
+
+
+def has_model(model_type: str) -> bool:
+    """Whether AutoModel can load a head of this family. One layer alone is called alike only in those that are computed
+    here; in others a layer's type, place or arguments differ."""
+    return model_type in FAMILIES
 
 
 def added_ends_of(backbone: Backbone) -> dict[str, Any]:
@@ -115,11 +122,12 @@ def states(results: dict[str, Any]) -> dict[str, Any]:
     return {"greedy" if t == 0 else "sampled": state for *_, t, state in sorted(learned, key=lambda x: x[:2])}
 
 
-def write_code(folder: Path) -> None:
-    """Write the code that transformers loads: the model, and in custom_generate/ the decoder, byte for byte what was
-    evaluated, with requirements.txt, which transformers reads before it imports the code, so that a version that is
-    too old is reported."""
-    shutil.copyfile(MODELING, folder / MODELING.name)
+def write_code(folder: Path, model: bool = True) -> None:
+    """Write the code that transformers loads: the model, if there is one, and in custom_generate/ the decoder, byte for
+    byte what was evaluated, with requirements.txt, which transformers reads before it imports the code, so that a
+    version that is too old is reported."""
+    if model:
+        shutil.copyfile(MODELING, folder / MODELING.name)
     code = folder / "custom_generate"
     code.mkdir()
     for file in sorted([*CODE.glob("*.py"), CODE / "requirements.txt"]):

@@ -154,10 +154,17 @@ def _engine(model: Any, head: ExitHead, folder: Path, **options: Any) -> SplitBa
 
 
 def _drafts(heads: list[ExitHead], model: Any, names: list[str]) -> dict[int, Any]:
-    """Exit layer -> draft model in memory, if one of the rivals needs it; else {}."""
-    if not any(name.startswith("assistant_model") for name in names):
+    """Exit layer -> draft model in memory, if one of the rivals needs it; else {}.
+
+    Raises UserError for a backbone that makes none.
+    """
+    needing = [name for name in names if name.startswith("assistant_model")]
+    if not needing:
         return {}
-    return {head.exit_layer: draft_model.in_memory(model, head) for head in heads}
+    try:
+        return {head.exit_layer: draft_model.in_memory(model, head) for head in heads}
+    except ValueError as error:
+        raise UserError(f"evaluate.rivals: {needing[0]}: {error}; leave it out") from None
 
 
 def _states(path: str | None, heads: dict[int, str]) -> dict[Method, dict[str, Any]]:

@@ -27,6 +27,8 @@ from ..backbones.source import load_config
 from ..backbones.weight_files import WeightFiles, fingerprint_of_files
 from ..config import Backbone
 from ..errors import UserError
+from ..inference.exit_head import persistent_buffers
+from ..inference.families import FAMILIES
 from .sharding import own_rows, shard_backbone, shard_head
 
 PIECE = 2**22
@@ -81,6 +83,11 @@ def check_checkpoint(backbone: Backbone, expected_fingerprint: str, exit_layers:
     """
     where = f"backbone.name_or_path={backbone.name_or_path}"
     model, heads = _on_meta(backbone, len(exit_layers))
+    if init == "random" and model.config.model_type not in FAMILIES:
+        raise UserError(
+            f"distill.init=random: how a {model.config.model_type} is initialised is not known here; set it to last or "
+            "layer"
+        )
     files = WeightFiles(backbone)
     wanted = _wanted(files, model, heads, exit_layers, init)
     files.check({name: parameters[0].shape for name, parameters in wanted.items()})
@@ -133,8 +140,12 @@ def _wanted(files: WeightFiles, model: Any, heads: list[nn.Module], exit_layers:
     if init != "random":
         for n, head in zip(exit_layers, heads, strict=True):
             layer = (n if init == "layer" else model.config.num_hidden_layers) - 1
-            for name, parameter in head.state_dict(keep_vars=True).items():
+            for name, parameter in head.named_parameters():
                 wanted[files.tensor_of(f"model.layers.{layer}.{name}", model.config)].append(parameter)
+    for head in heads:  # buffers are not trained: a head has those of the last layer, whatever it starts from
+        for name, buffer in persistent_buffers(head).items():
+            tensor = f"model.layers.{model.config.num_hidden_layers - 1}.{name}"
+            wanted[files.tensor_of(tensor, model.config)].append(buffer)
     return wanted
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..inference.outline import Outline
 
 TeacherStates = tuple[Tensor, dict[int, Tensor]]
@@ -19,13 +18,9 @@ TeacherStates = tuple[Tensor, dict[int, Tensor]]
 
 
 class Teacher:
-    """A backbone with hooks on its decoder layers. It is no nn.Module: the training module holds the backbone.
-
-    Raises UserError for a family of which transformers does not keep packed texts apart.
-    """
+    """A backbone with hooks on its decoder layers. It is no nn.Module: the training module holds the backbone."""
 
     def __init__(self, backbone: nn.Module, exit_layers: list[int]):
-        check_separates(backbone)
         self.backbone, self.exit_layers = backbone, exit_layers
         self._seen: dict[Any, Any] = {}
         layers = backbone.model.layers  # type: ignore[union-attr]
@@ -65,22 +60,6 @@ class Teacher:
 
     def _keep_arguments(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._seen["arguments"] = kwargs
-
-
-def check_separates(backbone: Any) -> None:
-    """Raises UserError if the family's forward lets the texts of a packed sequence see each other."""
-    device = backbone.lm_head.weight.device
-    hidden_1TD = torch.zeros(1, 4, backbone.config.hidden_size, dtype=backbone.lm_head.weight.dtype, device=device)
-    one_1T, two_1T = (torch.tensor([positions], device=device) for positions in ([0, 1, 2, 3], [0, 1, 0, 1]))
-    one, two = (
-        last_layer_arguments(backbone, backbone.model.layers[-1], hidden_1TD, positions_1T)["attention_mask"]
-        for positions_1T in (one_1T, two_1T)
-    )
-    if two is None or (one is not None and torch.equal(one, two)):
-        raise UserError(
-            f"model_type={backbone.config.model_type}: transformers' masks let the texts of a packed sequence see each "
-            "other in this family, so nothing right could be learned; not supported in distill"
-        )
 
 
 def last_layer_arguments(backbone: Any, layer: nn.Module, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:

@@ -11,14 +11,20 @@ import torch
 from family_cases import GENERIC, REFUSED
 from helpers import tiny_backbone
 from oracles import head_for, load
+from torch.utils._pytree import tree_map
 from transformers import AutoConfig
 
+from pipeline.backbones.load import load_model
+from pipeline.backbones.weight_files import fingerprint_of_files
+from pipeline.config import Backbone
 from pipeline.inference import family_generic
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.canary import compare, rounding
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.families import FAMILIES, check_config
+from pipeline.inference.fingerprint import fingerprint
+from pipeline.inference.outline import Call, Recorder
 from pipeline.inference.sampling import Sampler
 
 LONG = [(7 * i * i + 3 * i) % 250 + 3 for i in range(48)]
@@ -63,14 +69,92 @@ def test_drafts_of_a_head_that_is_the_rest_of_the_model_are_all_accepted(tmp_pat
     assert len(out.rounds) <= NEW // 4 + 1
 
 
-def test_arguments_of_another_pass_are_found(tmp_path, monkeypatch) -> None:
-    """A cheat: every pass gets the positions and masks of a pass that begins one position earlier."""
+@pytest.mark.parametrize("name", ["position_embeddings", "attention_mask"])
+def test_arguments_of_another_pass_are_found(tmp_path, monkeypatch, name: str) -> None:
+    """A cheat: every pass of several rows gets one argument as if its rows stood in the opposite order."""
     model = model_of(tmp_path, "gemma3_text")
     engine = SplitBackbone(model, head_for(model, 2))
-    honest = family_generic.Passes._run
-    monkeypatch.setattr(family_generic.Passes, "_run", lambda self, ids, base: honest(self, ids, max(0, base - 1)))
-    with pytest.raises(RuntimeError):
-        compare(engine, model, LONG)
+    honest = family_generic.Passes.run
+
+    def turned(self, ids, base):
+        hidden, calls = honest(self, ids, base)
+        if base == 0 or len(ids) == 1:
+            return hidden, calls
+        turn = lambda x: x.flip(-2) if isinstance(x, torch.Tensor) else x  # noqa: E731
+        return hidden, [
+            Call(call.positional, call.named | {name: tree_map(turn, call.named[name])}) for call in calls
+        ]
+
+    monkeypatch.setattr(family_generic.Passes, "run", turned)
+    assert compare(engine, model, LONG).largest > 100 * rounding(torch.float32, 4)
+
+
+def test_work_between_the_layers_is_refused(tmp_path, monkeypatch) -> None:
+    model = model_of(tmp_path, "granite")
+    honest = Recorder.forward
+    monkeypatch.setattr(Recorder, "forward", lambda self, *args, **kwargs: honest(self, *args, **kwargs) * 1)
+    with pytest.raises(ValueError, match="computes something between its layers"):
+        SplitBackbone(model, head_for(model, 2))
+
+
+def test_a_module_that_was_changed_later_is_followed(tmp_path) -> None:
+    """Here the modules themselves run, so an adapter or another activation is simply computed."""
+    model = model_of(tmp_path, "granite")
+    engine = SplitBackbone(model, head_for(model, 2))
+    engine.full([1, 2], 0, engine.new_cache(4))
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.ReLU()
+        layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
+    assert engine.still_is(model) is False, "its weights are others"
+    again = SplitBackbone(model, head_for(model, 2), check=False)
+    assert compare(again, model, LONG).largest < 2e-5
+
+
+class Adapter(torch.nn.Module):
+    """As PEFT wraps a linear layer."""
+
+    def __init__(self, base_layer: torch.nn.Linear):
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora = torch.nn.Linear(base_layer.in_features, base_layer.out_features, bias=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.lora(x)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_lower_precision_stays_within_its_rounding(tmp_path, family: str, dtype: torch.dtype) -> None:
+    model = model_of(tmp_path, family).to(dtype)
+    assert 0 < compare(SplitBackbone(model, head_for(model, 2)), model, LONG[:30]).largest < rounding(dtype, 4)
+
+
+@pytest.mark.parametrize("family", ["phi3", "olmo3", "stablelm"])
+def test_rotations_that_depend_on_the_length_are_refused(family: str) -> None:
+    kind = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = AutoConfig.for_model(family)
+    config.rope_parameters = {"full_attention": kind, "sliding_attention": kind} if family == "olmo3" else kind
+    with pytest.raises(ValueError, match="rope_type=dynamic: the rotation depends on the length"):
+        check_config(config)
+
+
+def test_a_bias_of_the_lm_head_and_an_unknown_scale_of_the_logits_are_refused() -> None:
+    with pytest.raises(ValueError, match="its LM head has a bias"):
+        check_config(AutoConfig.for_model("phimoe", lm_head_bias=True))
+    with pytest.raises(ValueError, match=r"logits_scaling=0.5 is not supported in this family"):
+        check_config(AutoConfig.for_model("phi3", logits_scaling=0.5))
+
+
+@pytest.mark.parametrize("family", GENERIC)
+def test_every_stage_can_load_it(tmp_path, family: str) -> None:
+    """Headers, names of experts and fingerprint, from the files that transformers itself writes."""
+    backbone = Backbone(str(tiny_backbone(tmp_path, family, **GENERIC[family])), dtype="float32")
+    model = load_model(backbone, torch.device("cpu"))
+    assert fingerprint_of_files(backbone) == fingerprint(model)
 
 
 def test_a_forgotten_scale_of_the_logits_is_found(tmp_path) -> None:
@@ -103,7 +187,7 @@ def test_the_readmes_table_is_that_of_these_tests() -> None:
     rows = dict(re.findall(r"^\| ([\w' ]+?), (?:fastest|one by one) \| (.+) \|$", readme, re.M))
     (refused,) = re.findall(r"^\| refused by name \| quantised weights; (.+) \|$", readme, re.M)
     assert rows["our own layers"].split(", ") == list(FAMILIES)
-    listed = rows["transformers' layers"].partition("Tested are: ")[2].replace(" (not in distill)", "")
+    listed = rows["transformers' layers"].partition("Tested are: ")[2]
     dense, experts = (part.split(", ") for part in listed.split("; mixtures of experts: "))
     assert dense + experts == sorted(dense) + sorted(experts) and set(dense + experts) == GENERIC.keys()
     assert refused.split(", ") == list(REFUSED)

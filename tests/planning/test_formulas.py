@@ -28,6 +28,7 @@ from pipeline.inference.exit_head import ExitHead, new_exit_layer
 from pipeline.inference.sampling import Sampler
 from pipeline.planning import memory, work
 from pipeline.planning.architecture import Architecture, facts
+from pipeline.planning.gain import costs_by_weight
 from pipeline.planning.hardware import GPUS, Layout
 from pipeline.stages.plan import architecture_of, make
 from pipeline.training.module import StepModel
@@ -264,3 +265,23 @@ def test_greedy_text_needs_no_distributions() -> None:
     config = load(None, ["evaluate.temperatures=[0.0]"])
     rows = memory.evaluate(architecture_of(config.backbone), config)
     assert [row.size for row in rows if row.what.startswith("distributions")] == [0]
+
+
+def test_wider_passes_read_more_experts() -> None:
+    """With 4 experts of which a token takes 2, one token reads half of them, two tokens 3 of 4 and many all."""
+    fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    config = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, vocab_size=258, **fields,
+    )  # fmt: skip
+    a = Architecture.of("tiny", "", config)
+    experts, shared = 4 * 3 * 32 * 24, a.layer - 4 * 3 * 32 * 24
+    assert a.experts == 4 and a.experts_per_token == 2
+    assert [a.read(rows) for rows in (1, 2, 100)] == pytest.approx(
+        [shared + experts / 2, shared + 3 / 4 * experts, a.layer]
+    )
+    verify = costs_by_weight(a, 2, 258)["verify"]
+    whole = 4 * a.read(1) + a.embedding
+    assert verify[1] == pytest.approx((2 * a.read(1) + a.embedding) / whole)
+    assert verify[2] == pytest.approx((2 * a.read(2) + a.embedding) / whole)
+    assert all(verify[m] < verify[m + 1] for m in range(1, 9))

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from family_cases import GENERIC
 from helpers import tiny_backbone
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
@@ -127,6 +128,28 @@ def test_one_process_loads_what_transformers_loads(tmp_path, mesh, pieces, famil
     folder = checkpoint(tmp_path, family, tied, split, stored)
     (folder / "consolidated.safetensors").write_bytes(b"another format, which lies beside the checkpoint of some")
     assert_loads_as_transformers_does(folder, mesh, dtype)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "granitemoe", "mixtral", "phimoe", "qwen3_moe", "glm4_moe"])
+def test_other_families_too(tmp_path, mesh, pieces, family: str) -> None:
+    """Their buffers, and experts that the checkpoint holds one by one; of glm4_moe the last layers only are alike."""
+    folder = tiny_backbone(tmp_path, family, **GENERIC[family])
+    if family == "glm4_moe":
+        backbone, plain = Backbone(str(folder), dtype="float32"), AutoModelForCausalLM.from_pretrained(folder)
+        model, heads = load_sharded.load_sharded_backbone(
+            backbone, CPU, mesh, fingerprint_of_files(backbone), [1], "last"
+        )
+        assert_same_weights(model, plain)
+        name = "mlp.gate.e_score_correction_bias"
+        assert torch.equal(heads[0].get_buffer(name), plain.model.layers[-1].get_buffer(name))
+        return
+    assert_loads_as_transformers_does(folder, mesh, "float32")
+
+
+def test_a_random_start_is_refused_where_it_is_not_known(tmp_path, mesh) -> None:
+    folder = tiny_backbone(tmp_path, "gemma3_text", **GENERIC["gemma3_text"])
+    with pytest.raises(UserError, match=r"distill\.init=random: how a gemma3_text is initialised is not known"):
+        load_checkpoint(folder, mesh, "float32", "random")
 
 
 @pytest.mark.gpu
