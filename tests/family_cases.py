@@ -42,7 +42,7 @@ REFUSED = {
     "deepseek_v3": "kv_lora_rank",
     "gemma2": "final_logit_softcapping",
     "gemma3": "its config has no num_hidden_layers",
-    "gemma4_text": "head_dim",
+    "gemma4_text": "rope_type=proportional",
     "gpt2": "has no model.embed_tokens",
     "gpt_neox": "has no model.embed_tokens",
     "gpt_oss": "masks let the texts of a packed sequence see each other",
@@ -51,6 +51,6 @@ REFUSED = {
     "mamba": "its config has no num_attention_heads",
     "olmo": "has no norm.weight",
     "phi": "has no model.norm",
-    "qwen3_next": "without attention",
+    "qwen3_next": "without self_attn",
 }
 """model_type -> what the refusal says."""

@@ -93,10 +93,10 @@ def _check_fields(config: Any, where: str) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         kind = parameters.get("rope_type", "default")
-        if kind not in ROPE_TYPES:  # a row would be rotated in another way in a longer pass
+        if kind not in ROPE_TYPES:  # a row may be rotated in another way in a longer pass
             raise ValueError(
-                f"{where}: rope_type={kind}: the rotation depends on the length of the text; not supported. Supported "
-                f"are {', '.join(ROPE_TYPES)}"
+                f"{where}: rope_type={kind}: its rotation may depend on the length of the text; not supported. "
+                f"Supported are {', '.join(ROPE_TYPES)}"
             )
 
 

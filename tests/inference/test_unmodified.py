@@ -278,7 +278,7 @@ ROPE = {"rope_theta": 10000.0, "factor": 2.0}
     [
         ("gpt2", {}, "GPT2LMHeadModel has no model.embed_tokens"),
         ("mamba", {}, "does not make a model"),
-        ("qwen3_next", {}, "without attention"),
+        ("qwen3_next", {}, "without self_attn"),
         ("deepseek_v3", {}, "kv_lora_rank=512 is not supported"),
         ("gemma2", {}, "final_logit_softcapping=30.0 is not supported"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
