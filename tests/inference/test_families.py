@@ -81,9 +81,7 @@ def test_arguments_of_another_pass_are_found(tmp_path, monkeypatch, name: str) -
         if base == 0 or len(ids) == 1:
             return hidden, calls
         turn = lambda x: x.flip(-2) if isinstance(x, torch.Tensor) else x  # noqa: E731
-        return hidden, [
-            Call(call.positional, call.named | {name: tree_map(turn, call.named[name])}) for call in calls
-        ]
+        return hidden, [Call(call.positional, call.named | {name: tree_map(turn, call.named[name])}) for call in calls]
 
     monkeypatch.setattr(family_generic.Passes, "run", turned)
     assert compare(engine, model, LONG).largest > 100 * rounding(torch.float32, 4)
