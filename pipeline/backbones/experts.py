@@ -5,7 +5,7 @@ Takes the name of a parameter and those of the stored tensors; gives the tensors
 each of the E experts. transformers converts them as it loads a whole model; here single rows must be found.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,11 +63,14 @@ def stored_experts(parameter: str, names: Container[str]) -> list[list[str]]:
 
 
 class JoinedExperts:
-    """The parameter [E, O, I] that stored experts make; an expert is read when it is asked for."""
+    """The parameter [E, O, I] that stored experts make; an expert is opened and read when it is asked for.
 
-    def __init__(self, experts: Sequence[Sequence[Any]]):
-        self.experts = experts
-        first = experts[0]
+    experts: the tensors of each. rows: gives a tensor with shape and dtype, sliced by rows, by its name.
+    """
+
+    def __init__(self, experts: Sequence[Sequence[str]], rows: Callable[[str], Any]):
+        self.experts, self.rows = experts, rows
+        first = [rows(name) for name in experts[0]]
         self.shape = (len(experts), sum(part.shape[0] for part in first), first[0].shape[1])
         self.dtype = first[0].dtype
 
@@ -75,4 +78,5 @@ class JoinedExperts:
         chosen = self.experts[rows]
         if not chosen:
             return torch.empty((0, *self.shape[1:]), dtype=self.dtype)
-        return torch.stack([torch.cat([part[0 : part.shape[0]] for part in parts]) for parts in chosen])
+        parts = [[self.rows(name) for name in names] for names in chosen]
+        return torch.stack([torch.cat([part[0 : part.shape[0]] for part in expert]) for expert in parts])

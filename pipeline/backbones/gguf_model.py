@@ -35,8 +35,8 @@ class Kind(NamedTuple):
 
 def _of_gemma3(own: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """What every Gemma 3 has, and its GGUF files leave to the engine: the order of its two types of layers, the rotary
-    embedding of those with a window, and the scale of attention, which all but the largest take from a head's size.
-    Those of 4 billion parameters and more also scale their positions, which is refused by its key."""
+    embedding of those with a window, and the scale of attention. Models of 4 billion parameters and more also scale
+    their positions; their files are refused by that key."""
     layers = values["num_hidden_layers"]
     return {
         "sliding_window": own["attention.sliding_window"],

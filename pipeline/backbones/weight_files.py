@@ -5,7 +5,7 @@ Takes the `backbone` section of the config; gives files, tensors and the fingerp
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -154,13 +154,27 @@ class WeightFiles:
     def rows(self, tensor: str) -> "Rows | JoinedExperts":
         """A lazy view of a tensor: its shape and dtype, and rows read on demand from the file, which stays mapped."""
         if experts := stored_experts(tensor, self.names):
-            return JoinedExperts([[self.rows(part) for part in parts] for parts in experts])
+            return JoinedExperts(experts, self._opened_once())
         path = self.path(tensor)
         with explained(self.backbone), safe_open(path, framework="pt") as file:
             present = set(file.keys())
             if tensor in present:
                 return Rows(file.get_slice(tensor))
         raise self._error(f"{Path(path).name}: no tensor {tensor} in it: {self._instead(tensor, present)}")
+
+    def _opened_once(self) -> Callable[[str], "Rows"]:
+        """A function that gives a tensor's rows and keeps the files that it opened: the hundreds of tensors of a
+        layer's experts lie in few files, and to open one reads the header of all."""
+        opened: dict[str, Any] = {}
+
+        def rows(tensor: str) -> Rows:
+            path = self.path(tensor)
+            with explained(self.backbone):
+                if path not in opened:
+                    opened[path] = safe_open(path, framework="pt")
+                return Rows(opened[path].get_slice(tensor))
+
+        return rows
 
     def _find(self, file: str) -> str | None:
         """Path of a file; None if the checkpoint has no such file. Raises UserError for a damaged file."""

@@ -80,7 +80,7 @@ class SplitBackbone:
             head.check_fits(model)
         self.exit_layer, self.num_layers = head.exit_layer, config.num_hidden_layers
         self.hidden = config.hidden_size
-        self.passes = self.family.passes(model, self.family.kinds(config), self.shape)
+        self.passes = self.family.passes(model, self.shape)
         self.embedding_VD = model.model.embed_tokens.weight.data
         self.final_norm = self.family.final_norm(model, self.shape, self.device)
         self.dtype = self.embedding_VD.dtype

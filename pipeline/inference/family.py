@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from .kernels import Kernels, Product
-from .layers import Layer, LayerKind
+from .layers import Layer
 
 
 class Weights(Protocol):
@@ -33,13 +33,11 @@ class Family(NamedTuple):
     gather: Callable[[nn.Module], Weights]
     """A decoder layer of the model -> its `Weights`."""
     passes: Callable[..., Any]
-    """Model, kinds of its layers and their shape -> `Passes`, which embeds tokens and prepares the layers' rows."""
+    """Model and the shape of its layers -> `Passes`, which embeds tokens and prepares the layers' rows."""
     layer: Layer
     """One decoder layer on rows, with these weights."""
     final_norm: Callable[..., Callable[[Tensor], Tensor]]
     """Model, shape and device -> the norm before the LM head, on hidden states [M, D]."""
-    kinds: Callable[[Any], list[LayerKind]]
-    """Config -> the kind of every decoder layer."""
     samples: Callable[[Any], list[str]]
     """Config -> names of the weights in the fingerprint."""
     check: Callable[[nn.Module], None]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .family import Family
 from .generic_configs import samples
 from .kernels import Kernels, Product
-from .layers import LayerKind, Shape
+from .layers import Shape
 from .outline import Call, Outline
 
 OUTLINES = 4
@@ -114,7 +114,7 @@ class Filled:
 class Passes:
     """Makes the calls of every pass of one engine; the counterpart of passes.py."""
 
-    def __init__(self, model: nn.Module, kinds: list[LayerKind], shape: Shape):
+    def __init__(self, model: nn.Module, shape: Shape):
         body: Any = model.model
         self.outline, self.device = Outline(body, list(body.layers)), body.embed_tokens.weight.device
         self._made: dict[tuple[int, int, torch.device], list[Call]] = {}
@@ -188,11 +188,6 @@ def final_norm(model: nn.Module, shape: Shape, device: torch.device) -> Callable
     return body.norm if own == device else lambda hidden_MD: body.norm(hidden_MD.to(own)).to(device)
 
 
-def kinds(config: Any) -> list[LayerKind]:
-    """Nothing is known of the layers: their calls say it."""
-    return [LayerKind()] * config.num_hidden_layers
-
-
 def check(model: nn.Module) -> None:
     """Raises ValueError unless the model's layers can be called one by one: they are tried on two tokens. Offloaded
     layers are not tried; the engine refuses them."""
@@ -202,7 +197,7 @@ def check(model: nn.Module) -> None:
         return
     where, shape = f"model_type={config.model_type}", Shape.of(config)
     try:
-        passes = Passes(model, kinds(config), shape)
+        passes = Passes(model, shape)
         one, other = (tree_leaves(passes.run(ids, 1)[1]) for ids in ([0, 1], [1, 0]))
         hidden_MD, calls = passes.run([0, 1], 0)
         for layer, call in zip(body.layers, calls, strict=True):
@@ -226,4 +221,4 @@ def check(model: nn.Module) -> None:
         )
 
 
-GENERIC = Family(gather, Passes, decoder_layer, final_norm, kinds, samples, check, is_fast=False)
+GENERIC = Family(gather, Passes, decoder_layer, final_norm, samples, check, is_fast=False)

@@ -129,6 +129,11 @@ def kinds(config: Any) -> list[LayerKind]:
     return [LayerKind(config.sliding_window if kind == "sliding_attention" else None) for kind in types]
 
 
+def passes(model: nn.Module, shape: Shape) -> Passes:
+    """What makes the rows of every pass of an engine."""
+    return Passes(model, kinds(model.config), shape)
+
+
 def samples(config: Any) -> list[str]:
     """Names of the weights of which rows are in the fingerprint."""
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
@@ -137,4 +142,4 @@ def samples(config: Any) -> list[str]:
     return names
 
 
-LLAMA = Family(gather, Passes, decoder_layer, final_norm, kinds, samples, check_unmodified)
+LLAMA = Family(gather, passes, decoder_layer, final_norm, samples, check_unmodified)

@@ -6,10 +6,11 @@ makes of the config on the meta device, with one layer of each type.
 T positions, D hidden
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from .layers import ROPE_TYPES, Shape
 from .outline import Outline
@@ -118,6 +119,6 @@ def _check_separates(config: Any, model: Any, where: str) -> None:
         )
 
 
-def is_mixture(layer: nn.Module) -> bool:
-    """Whether a layer has experts, which transformers holds in tensors of three dimensions."""
-    return any(parameter.ndim == 3 for parameter in layer.parameters())
+def is_mixture(weights: Iterable[Tensor]) -> bool:
+    """Whether a layer with these weights has experts, which transformers holds in tensors of three dimensions."""
+    return any(weight.ndim == 3 for weight in weights)

@@ -116,7 +116,7 @@ def attend(q_MHC: Tensor, keys: Tensor, values: Tensor, rows: Rows, groups: int)
 
     The R query heads that share a key/value head are treated as rows of one head, so keys are never repeated.
     """
-    m, heads, channels = q_MHC.shape
+    m, heads, _ = q_MHC.shape
     start = keys.shape[2] - rows.window if m == 1 and rows.window is not None else rows.start
     if start:
         length = keys.shape[2] - start
@@ -127,8 +127,13 @@ def attend(q_MHC: Tensor, keys: Tensor, values: Tensor, rows: Rows, groups: int)
         q_1HMC = q_MHC.transpose(0, 1)[None]
         out = F.scaled_dot_product_attention(q_1HMC, keys, values, is_causal=True, enable_gqa=groups != heads)
         return out[0].transpose(0, 1).reshape(m, -1)
+    return _attend_masked(q_MHC, keys, values, rows.mask, groups)
+
+
+def _attend_masked(q_MHC: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, groups: int) -> Tensor:
+    m, _, channels = q_MHC.shape
     q = q_MHC.reshape(m, groups, -1, channels).transpose(0, 1).reshape(1, groups, -1, channels)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=rows.mask)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     return out.reshape(groups, m, -1).transpose(0, 1).reshape(m, -1)
 
 
@@ -141,7 +146,7 @@ def _attend_in_windows(q_MHC: Tensor, keys: Tensor, values: Tensor, window: int,
         positions_M = torch.arange(first, first + len(q), device=q.device)
         mask = causal_mask(positions_M, first + len(q), q.shape[1] // groups, q.dtype, window, start)
         seen = slice(start, first + len(q))
-        blocks.append(attend(q, keys[:, :, seen], values[:, :, seen], Rows(None, q, q, mask), groups))
+        blocks.append(_attend_masked(q, keys[:, :, seen], values[:, :, seen], mask, groups))
     return torch.cat(blocks)
 
 

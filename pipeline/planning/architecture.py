@@ -58,39 +58,8 @@ class Architecture:
     @classmethod
     def of(cls, name: str, source: str, config: Any) -> "Architecture":
         """The architecture of a transformers config that inference/families.py accepts."""
-        if config.model_type not in FAMILIES:
-            return cls._made(name, source, config)
-        biases: tuple[str, ...] = ()
-        if config.model_type == "qwen2":
-            biases = ("q", "k", "v")
-        elif config.model_type in ("llama", "qwen3") and getattr(config, "attention_bias", False):
-            biases = ("q", "k", "v", "o")
-        if config.model_type == "llama" and getattr(config, "mlp_bias", False):
-            biases += ("gate", "up", "down")
-        return cls(
-            name=name,
-            source=source,
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            ffn=config.intermediate_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            vocabulary=config.vocab_size,
-            tied=config.tie_word_embeddings,
-            context=config.max_position_embeddings,
-            biases=biases,
-            qk_norm=config.model_type == "qwen3",
-        )
-
-    @classmethod
-    def _made(cls, name: str, source: str, config: Any) -> "Architecture":
-        """From the model that transformers makes of the config, on the meta device."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        own = tuple(tuple(tuple(w.shape) for w in layer.parameters()) for layer in model.model.layers)
         shape = layers.Shape.of(config)
-        chosen = [getattr(config, field, None) for field in EXPERTS_PER_TOKEN]
+        own = cls._own(config) if config.model_type not in FAMILIES else cls._by_formulas(config)
         return cls(
             name=name,
             source=source,
@@ -103,10 +72,33 @@ class Architecture:
             vocabulary=config.vocab_size,
             tied=config.tie_word_embeddings,
             context=config.max_position_embeddings,
-            own_layers=own,
-            experts=next((shape[0] for shape in own[-1] if len(shape) == 3), 0),
-            experts_per_token=next(filter(None, chosen), 0),
+            **own,
         )
+
+    @staticmethod
+    def _by_formulas(config: Any) -> dict[str, Any]:
+        """Fields of a family whose layers follow from the other numbers."""
+        biases: tuple[str, ...] = ()
+        if config.model_type == "qwen2":
+            biases = ("q", "k", "v")
+        elif config.model_type in ("llama", "qwen3") and getattr(config, "attention_bias", False):
+            biases = ("q", "k", "v", "o")
+        if config.model_type == "llama" and getattr(config, "mlp_bias", False):
+            biases += ("gate", "up", "down")
+        return {"biases": biases, "qk_norm": config.model_type == "qwen3"}
+
+    @staticmethod
+    def _own(config: Any) -> dict[str, Any]:
+        """Fields of any other family, from the model that transformers makes of the config on the meta device."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        own = tuple(tuple(tuple(w.shape) for w in layer.parameters()) for layer in model.model.layers)
+        chosen = [getattr(config, field, None) for field in EXPERTS_PER_TOKEN]
+        return {
+            "own_layers": own,
+            "experts": next((shape[0] for shape in own[-1] if len(shape) == 3), 0),
+            "experts_per_token": next(filter(None, chosen), 0),
+        }
 
     @property
     def query(self) -> int:

@@ -5,7 +5,6 @@ model, or a transformers model that shares the backbone's weights. An engine nee
 a second copy of the embedding and of N layers, with their own keys and values.
 """
 
-import contextlib
 import copy
 import json
 import shutil
@@ -45,22 +44,23 @@ def in_memory(model: nn.Module, head: ExitHead) -> nn.Module:
     Raises ValueError for a mixture of experts, of whose config it is not known how to make it shorter.
     """
     last = model.model.layers[-1]
-    if is_mixture(last):
+    if is_mixture(last.parameters()):
         raise ValueError(f"model_type={model.config.model_type}: a mixture of experts makes no draft model")
     n, lm_head = head.exit_layer, model.lm_head.weight
     config = copy.deepcopy(model.config)
     config.update(_cut(config, n))
     with torch.device("meta"):
         draft = type(model)(config)
-    weights = {name: w for name, w in model.state_dict().items() if _is_kept(name, n)}
+    state = model.state_dict()
+    weights = {name: w for name, w in state.items() if _is_kept(name, n)}
     weights |= {f"model.layers.{n}.{name}": w.to(lm_head.dtype) for name, w in head.weights.items()}
     weights |= {f"model.layers.{n}.{name}": buffer for name, buffer in persistent_buffers(last).items()}
     draft.load_state_dict(weights, assign=True)
-    draft.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # its tables are not in the state dict
-    for name, buffer in model.named_buffers():  # nor are other buffers, such as the scale of Gemma's embedding
-        module, _, own = name.rpartition(".")
-        with contextlib.suppress(AttributeError):  # of a layer that is not in the draft model
+    for name, buffer in model.named_buffers():  # some are not in the state dict: the scale of Gemma's embedding
+        if name not in state and _is_kept(name, n):
+            module, _, own = name.rpartition(".")
             draft.get_submodule(module)._buffers[own] = buffer
+    draft.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)  # nor are its tables
     return draft.to(lm_head.device).requires_grad_(False).eval()
 
 
@@ -74,7 +74,7 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
     cannot be read, and for a mixture of experts, whose files no other engine would read as cut here.
     """
     config = load_config(backbone)
-    if any(tensor.ndim == 3 for tensor in head.weights.values()):
+    if is_mixture(head.weights.values()):
         raise UserError(
             f"model_type={config.model_type}: a head of a mixture of experts is not exported as a draft model; publish "
             "it as a head (without --as draft)"

@@ -9,6 +9,7 @@ the files, on a machine with the same hardware and the same versions.
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def run(run: RunDir) -> None:
             head.exit_layer: _engine(model, head, folder, **options)
             for head, folder in zip(heads, folders, strict=True)
         }
-    drafts = _drafts(heads, model, config.rivals)
+    drafts, others = _drafts(heads, model, config.rivals)
     hashes = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, hashes)
     engine = next(iter(engines.values()))
@@ -94,7 +95,8 @@ def run(run: RunDir) -> None:
         compared = against_transformers.check(model, engines, encoded, config.max_new_tokens)
     with run.stage("evaluate", inputs, outside) as summary, threads.threads(count):
         if measured is None:
-            found = measure(model, engines, encoded, ends, config, run.config.seed, states, drafts)
+            asked = replace(config, rivals=others)
+            found = measure(model, engines, encoded, ends, asked, run.config.seed, states, drafts)
             with atomic_path(run / "eval") as folder:
                 folder.mkdir()
                 Measured.of(found, encoded, _about(engine, encoded, compared)).save(folder)
@@ -153,18 +155,16 @@ def _engine(model: Any, head: ExitHead, folder: Path, **options: Any) -> SplitBa
         raise UserError(f"{folder}: {error}") from None
 
 
-def _drafts(heads: list[ExitHead], model: Any, names: list[str]) -> dict[int, Any]:
-    """Exit layer -> draft model in memory, if one of the rivals needs it; else {}.
-
-    Raises UserError for a backbone that makes none.
-    """
+def _drafts(heads: list[ExitHead], model: Any, names: list[str]) -> tuple[dict[int, Any], list[str]]:
+    """(exit layer -> draft model in memory, if one of the rivals needs it; the rivals that can be measured)."""
     needing = [name for name in names if name.startswith("assistant_model")]
     if not needing:
-        return {}
+        return {}, names
     try:
-        return {head.exit_layer: draft_model.in_memory(model, head) for head in heads}
+        return {head.exit_layer: draft_model.in_memory(model, head) for head in heads}, names
     except ValueError as error:
-        raise UserError(f"evaluate.rivals: {needing[0]}: {error}; leave it out") from None
+        print(f"evaluate.rivals: {', '.join(needing)}: left out: {error}")
+        return {}, [name for name in names if name not in needing]
 
 
 def _states(path: str | None, heads: dict[int, str]) -> dict[Method, dict[str, Any]]:

@@ -16,7 +16,8 @@ from transformers.models.llama import modeling_llama
 
 from pipeline.inference import custom_generate
 from pipeline.inference.backbone import SplitBackbone
-from pipeline.inference.families import check_config, family_of
+from pipeline.inference.families import check_config
+from pipeline.inference.family_llama import kinds
 from pipeline.inference.unmodified import check_unmodified
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -332,7 +333,7 @@ def test_what_is_computed_exactly_is_accepted(family: str, fields: dict) -> None
 
 
 def windows(config) -> list[int | None]:
-    return [kind.window for kind in family_of(config).kinds(config)]
+    return [kind.window for kind in kinds(config)]
 
 
 def test_windows_are_those_that_transformers_masks_with() -> None:
