@@ -108,7 +108,7 @@ def filled(engine: SplitBackbone, args: argparse.Namespace) -> Any:
     cache = engine.new_cache(args.context + args.tokens + ROWS[-1])
     engine.shallow(torch.randint(0, 1000, (args.context,)).tolist(), 0, cache)
     engine.deep(0, args.context, cache)
-    engine.draft_logits(args.context, cache)
+    engine.draft_logits([args.context - 1], cache)
     return cache
 
 
@@ -159,7 +159,7 @@ def parts(args: argparse.Namespace, engine: SplitBackbone, cut: dict[int, SplitB
 
     def head(drafting: SplitBackbone, own: Any) -> None:
         own.head_length = at
-        drafting.draft_logits(at + 1, own)
+        drafting.draft_logits([at], own)
 
     with_cache = {w: (e, filled(e, args)) for w, e in cut.items()}
     calls: dict[str, Callable[[], Any]] = {

@@ -90,7 +90,7 @@ def record(
         chain = [wrong]
         for j in range(min(RECORDED, cache.max_length - at)):
             engine.shallow(chain[-1:], at + j, cache)
-            logits_1W = engine.draft_logits(at + j + 1, cache)[None]
+            logits_1W = engine.draft_logits([at + j], cache)
             q = Confidence(sampler.law(logits_1W, engine.draft_vocabulary, ids, tokens[:t] + chain).row(0))
             off[t, j] = _read(q)
             chain.append(sampler.draft(q))

@@ -27,6 +27,7 @@ from .kv_cache import KVCache
 from .law import DraftVocabulary, check_draft_ids
 from .layers import Shape, run_layers
 from .rounds import WIDTHS
+from .tree import Tree
 from .unmodified import addresses, changes, check_unmodified
 
 
@@ -141,13 +142,20 @@ class SplitBackbone:
 
     # ---- what the decoder calls
 
-    def new_cache(self, max_length: int) -> KVCache:
-        """An empty cache for `max_length` positions. Raises ValueError beyond the backbone's context.
+    def new_cache(self, max_length: int, spare: int = 0) -> KVCache:
+        """An empty cache for `max_length` positions, and `spare` slots for drafts that branch. Raises ValueError beyond
+        the backbone's context, and for spare slots where passes know of no branches.
 
         With fixed shapes it is the one cache of this object, emptied.
         """
         if max_length > self.max_context:
             raise ValueError(f"{max_length} positions are needed, the backbone's context is {self.max_context}")
+        if spare and not self.family.is_fast:
+            raise ValueError(
+                "drafts that branch need a family whose layers are computed here (README lists them), and this "
+                "backbone's are called in transformers: use a controller without tree"
+            )
+        max_length += spare
         if self._fixed is None:
             return self._allocate(max_length)
         if self._fixed_cache is None or self._fixed_cache.max_length < rounded(max_length):
@@ -190,14 +198,17 @@ class SplitBackbone:
         own = [] if self.draft_vocabulary is None else [self.draft_lm_head]
         return [*_of(self.weights), self.lm_head, *own]
 
-    def shallow(self, ids: list[int], base: int, cache: KVCache) -> None:
-        """Run layers 1..N on tokens at positions base..; their hidden states are stored in the cache."""
-        hidden_MD = self._run(self.passes.embed(ids, base), 0, self.exit_layer, base, cache)
+    # In the three passes of a round, `tree` is the round's drafts, whose pending token is in slot cache.length. It may be
+    # left out where each row follows the one before it.
+
+    def shallow(self, ids: list[int], base: int, cache: KVCache, tree: Tree | None = None) -> None:
+        """Run layers 1..N on tokens in slots base..; their hidden states are stored in the cache."""
+        hidden_MD = self._run(self.passes.embed(ids, base), 0, self.exit_layer, base, cache, tree)
         cache.hidden_TD.narrow(0, base, len(ids)).copy_(hidden_MD)
 
-    def deep(self, base: int, end: int, cache: KVCache) -> Tensor:
-        """Run layers N+1..L on the stored hidden states of positions base..end-1; [M, D] before the final norm."""
-        return self._run(cache.hidden_TD[base:end], self.exit_layer, self.num_layers, base, cache)
+    def deep(self, base: int, end: int, cache: KVCache, tree: Tree | None = None) -> Tensor:
+        """Run layers N+1..L on the stored hidden states of slots base..end-1; [M, D] before the final norm."""
+        return self._run(cache.hidden_TD[base:end], self.exit_layer, self.num_layers, base, cache, tree)
 
     def full(self, ids: list[int], base: int, cache: KVCache) -> Tensor:
         """Run all L layers on tokens at positions base.., as autoregressive decoding does; [M, D]."""
@@ -207,16 +218,18 @@ class SplitBackbone:
         """Apply the final norm and the LM head; [M, V] in float32."""
         return self._logits(hidden_MD, self.lm_head)
 
-    def draft_logits(self, end: int, cache: KVCache) -> Tensor:
-        """The exit head's logits [W] for the token that follows position end-1.
+    def draft_logits(self, slots: list[int], cache: KVCache, tree: Tree | None = None) -> Tensor:
+        """The exit head's logits [M, W] for the tokens that follow those in `slots`, which are in ascending order.
 
-        The head's keys and values of positions that it has not processed yet (the prompt, bonus tokens) are computed
-        first.
+        The head's keys and values of tokens that it has not processed yet (the prompt, bonus tokens, drafts beside
+        those it read) are computed first.
         """
-        base, slot = cache.head_length, self.num_layers
+        base, end, slot = cache.head_length, slots[-1] + 1, self.num_layers
         hidden_MD = cache.hidden_TD[base:end].to(self.device)
         cache.head_length = end
-        return self.draft_logits_of(self._run(hidden_MD, slot, slot + 1, base, cache, last_row=True)[-1:])[0]
+        alone = len(slots) == 1
+        out_MD = self._run(hidden_MD, slot, slot + 1, base, cache, tree, last_row=alone)
+        return self.draft_logits_of(out_MD[-1:] if alone else out_MD[[at - base for at in slots]])
 
     def draft_logits_of(self, hidden_MD: Tensor) -> Tensor:
         """Apply the final norm and the rows of the LM head of the tokens that the head can draft; [M, W] in float32."""
@@ -236,14 +249,16 @@ class SplitBackbone:
     # ---- the passes
 
     def _run(
-        self, hidden_MD: Tensor, start: int, stop: int, base: int, cache: KVCache, last_row: bool = False
-    ) -> Tensor:
-        """Run layers start..stop-1 (from 0; L is the exit head) on rows at positions base.., block by block.
+        self, hidden_MD: Tensor, start: int, stop: int, base: int, cache: KVCache, tree: Tree | None = None,
+        last_row: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Run layers start..stop-1 (from 0; L is the exit head) on rows in slots base.., block by block.
 
         last_row: of the last layer, only the last row's output is of use; the others may be left out.
         """
         m = len(hidden_MD)
-        fixed = self._fixed if m <= WIDTHS[-1] else None
+        tree = None if tree is None or tree.is_chain or base < cache.length else tree
+        fixed = self._fixed if m <= WIDTHS[-1] and tree is None else None
         if fixed is not None:
             width = next(w for w in WIDTHS if w >= m)
             hidden_MD = F.pad(hidden_MD, (0, 0, 0, width - m))
@@ -260,7 +275,8 @@ class SplitBackbone:
                 hidden_MD = fixed(hidden_MD, where, tables, block.weights, kinds, keys, values)
                 continue
             if block.device != device:
-                rows, device = self.passes.rows(base, m, block.device), block.device
+                branches = () if tree is None else (tree, cache.length)
+                rows, device = self.passes.rows(base, m, block.device, *branches), block.device
             keys, values = keys.narrow(3, 0, base + m), values.narrow(3, 0, base + m)
             hidden_MD = run_layers(
                 hidden_MD, self.family.layer, block.weights, self.shape, rows[block.start : block.stop], keys, values,

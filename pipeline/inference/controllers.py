@@ -10,6 +10,7 @@ the next token has the backbone's distribution whatever the controller's state (
 import math
 from typing import Any
 
+from .branching import Branching, FixedTree
 from .literature import PLAIN, STOPS
 from .rounds import Confidence, Controller, Round
 from .sources import WithLookup
@@ -33,9 +34,11 @@ class Fixed:
 
 
 NAMES = (
-    "thompson, fixed:K, confidence:T, entropy:T, cumulative:T (0 < T < 1), beta, calibration, calibration:shift, "
-    "goodput, logistic, adaptive_steps, schedule, ucb, tapout or none, alone or with +lookup behind it"
+    "thompson, fixed:K, thompson+tree, tree:AxBxC (A candidates for the first draft, B after each of them, ...), "
+    "confidence:T, entropy:T, cumulative:T (0 < T < 1), beta, calibration, calibration:shift, goodput, logistic, "
+    "adaptive_steps, schedule, ucb, tapout or none, alone or with +lookup behind it"
 )
+THOMPSON = {"thompson": Thompson, "thompson+tree": Branching}
 COPYING = "+lookup"
 """Ending of a name: drafts may also be copied from the text."""
 
@@ -65,10 +68,15 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
             threshold = math.nan
         if 0 < threshold < 1:
             return STOPS[kind](threshold)
+    if kind == "tree" and all(width.isdecimal() for width in argument.split("x")):
+        try:
+            return FixedTree([int(width) for width in argument.split("x")])
+        except ValueError as error:
+            raise ValueError(f"controller={name}: {error}") from None
     if name in PLAIN:
         return PLAIN[name](greedy, seed)
-    if name == "thompson":
-        return Thompson(greedy, seed)
+    if name in THOMPSON:
+        return THOMPSON[name](greedy, seed)
     if name == "none":
         return Fixed(0)
     raise ValueError(f"controller={name}: must be {NAMES}")
@@ -77,7 +85,7 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
 def thompson_in(controller: Controller) -> Thompson | None:
     """The controller's part that learns of the head and keeps it from text to text, if it has one."""
     head = controller.head if isinstance(controller, WithLookup) else controller
-    return head if type(head) is Thompson else None  # a logistic one learns something else
+    return head if type(head) in THOMPSON.values() else None  # type: ignore[return-value]  # a logistic one is another
 
 
 def learned_controller(name: str, config: dict[str, Any], seed: int = 0, greedy: bool = True) -> Controller:

@@ -93,7 +93,7 @@ class Costs:
         if round.source == "lookup":
             self.copied.add(round.shallow_seconds, self.now)
         else:
-            self.shallow.add(round.shallow_seconds / width, self.now)
+            self.shallow.add(round.shallow_seconds / (round.levels + 1), self.now)
         if round.head_passes:
             self.head.add(round.head_seconds / round.head_passes, self.now)
         self.verify[width].add(round.verify_seconds, self.now)
@@ -124,6 +124,13 @@ class Costs:
         self._forget()
         shallow = (self.copied if len(self.copied) else self.shallow).value()
         return [self.rest.value() + shallow + seconds for seconds in self.verify_seconds(limit + 1)]
+
+    def row(self) -> float:
+        """The seconds of one more row in a round's verification and in one of its shallow passes, which is assumed to
+        take the same share more."""
+        self._forget()
+        _, two, three = self.verify_seconds(3)
+        return (three - two) * (1 + self.shallow.value() / two) if two > 0 else 0.0
 
     def _forget(self) -> None:
         for part in (self.shallow, self.copied, self.head, self.rest, *self.verify.values()):

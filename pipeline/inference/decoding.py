@@ -3,11 +3,12 @@
 Takes a request (prompt ids, limits), a sampler and a controller; gives the new tokens and a record of every round.
 
 In a round, the pending token, which is committed but was processed by no layer yet, goes through the shallow layers.
-The exit head drafts tokens one by one while the controller says so, and each of them goes through the shallow layers
-too. The deep layers then verify all of them in one pass over the stored hidden states and yield one bonus token, which
-is the pending token of the next round (Liu et al., ACL Findings 2024, figure 2).
+The exit head drafts tokens level by level while the controller says so: one after the other, or several candidates for
+the same place, so that drafts branch (tree.py). Each of them goes through the shallow layers too. The deep layers then
+verify all of them in one pass over the stored hidden states and yield one bonus token, which is the pending token of
+the next round (Liu et al., ACL Findings 2024, figure 2).
 
-M rows of a pass, D hidden, V vocabulary, W tokens that the head can draft
+M rows of a pass, R rows of a round's tree, D hidden, V vocabulary, W tokens that the head can draft
 """
 
 from collections.abc import Callable
@@ -18,9 +19,10 @@ import torch
 from .backbone import SplitBackbone
 from .kv_cache import KVCache
 from .lookup import Lookup, Point
-from .rounds import Confidence, Controller, Round, look_of
-from .sampling import Draft, Sampler
+from .rounds import Confidence, Controller, Round, look_of, reads_of, spare_of
+from .sampling import Sampler
 from .stopwatch import Stopwatch, stopwatch
+from .tree import Draft, Tree
 
 
 @dataclass
@@ -92,7 +94,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
     Raises ValueError if prompt and new tokens exceed the backbone's context.
     """
     watch, parts = _stopwatch(backbone), _stopwatch(backbone)
-    cache, out = _start(backbone, request)
+    cache, out = _start(backbone, request, spare_of(controller))
     backbone.shallow(request.prompt, 0, cache)
     hidden_MD = backbone.deep(0, len(request.prompt), cache)
     cache.commit(len(request.prompt))
@@ -106,20 +108,22 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         round, base = Round(), cache.length
         # A bonus token follows the drafts, so no more drafts than the remaining tokens minus one are of use.
         room = request.max_new_tokens - len(out.tokens) - 1
-        drafts = [] if index is None else _copy(backbone, request, controller, index, out, cache, room, round, parts)
-        if not drafts:
-            drafts, q = _draft(backbone, request, sampler, controller, out, cache, room, round, parts)
-        drafted = [draft.token for draft in drafts]
+        tree = None if index is None else _copy(backbone, request, controller, index, out, cache, room, round, parts)
+        if tree is None:
+            tree = _draft(backbone, request, sampler, controller, out, cache, room, round, parts)
         parts.mark("rest")
-        logits_MV = backbone.logits(backbone.deep(base, base + len(drafted) + 1, cache))
-        p_logits_MV = sampler.shape(logits_MV, request.prompt, out.tokens, drafted)
+        logits_RV = backbone.logits(backbone.deep(base, base + len(tree), cache, tree))
+        p_logits_RV = sampler.shape_tree(logits_RV, request.prompt, out.tokens, tree)
         if round.source == "lookup":
-            q = [Confidence(Point(draft.token_1, p_logits_MV[0])) for draft in drafts]
-        round.accepted, bonus = sampler.accept(drafts, q, p_logits_MV)
+            tree.laws[:-1] = [Confidence(Point(draft.token_1, p_logits_RV[0])) for draft in tree.drafts]
+        path, bonus = sampler.verify(tree, p_logits_RV)
         parts.mark("verify")
-        round.drafted, round.drafts = len(drafted), drafted
-        round.tokens = out.commit([*drafted[: round.accepted], bonus], request)
-        cache.commit(base + 1 + round.accepted)
+        round.drafted, round.accepted = len(tree) - 1, len(path)
+        round.drafts = tree.tokens[1:]
+        if not tree.is_chain:
+            round.parents, round.path = tree.parents[1:], path
+        round.tokens = out.commit([*(tree.tokens[row] for row in path), bonus], request)
+        cache.keep(path)
         parts.mark("rest")
         _time(round, parts)
         out.rounds.append(round)
@@ -127,7 +131,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
     return _finish(out, watch)
 
 
-def _copy(backbone, request, controller, index, out, cache, room, round, parts) -> list[Draft]:
+def _copy(backbone, request, controller, index, out, cache, room, round, parts) -> Tree | None:
     """Draft a round by copying from the text, or not at all. All rows to verify pass through the shallow layers
     together; the exit head reads them when it is asked the next time."""
     index.extend(out.tokens[len(index.tokens) - len(request.prompt) :])
@@ -136,45 +140,56 @@ def _copy(backbone, request, controller, index, out, cache, room, round, parts) 
     end = next((i for i, token in enumerate(tokens) if token in request.end_tokens), len(tokens))
     tokens = tokens[: end + 1]  # nothing follows a drafted end token
     if not tokens:
-        return []
+        return None
     parts.mark("rest")
-    backbone.shallow([out.tokens[-1], *tokens], cache.length, cache)
+    tree = Tree(out.tokens[-1])
+    for row, id_1 in enumerate(torch.tensor(tokens, device=backbone.device)[:, None]):
+        tree.add(row, Draft(id_1), None)
+    backbone.shallow(tree.tokens, cache.length, cache)
     parts.mark("shallow")
     round.source = "lookup"
-    return [Draft(id_1) for id_1 in torch.tensor(tokens, device=backbone.device)[:, None]]
+    return tree
 
 
-def _draft(backbone, request, sampler, controller, out, cache, room, round, parts) -> tuple[list, list]:
-    """Draft one round: the drafts and their processed q. The hidden states of all rows to verify are in the cache."""
-    drafts: list[Draft] = []
-    q: list[Confidence] = []
-    drafted: list[int] = []
-    last = out.tokens[-1]
+def _draft(backbone, request, sampler, controller, out, cache, room, round, parts) -> Tree:
+    """Draft one round with the exit head, a level at a time. The hidden states of all rows to verify are in the cache."""
+    tree, reads, vocabulary = Tree(out.tokens[-1]), reads_of(controller), backbone.draft_vocabulary
+    level = [0]
     while True:
-        backbone.shallow([last], cache.length + len(drafted), cache)
+        k = tree.depths[-1]
+        backbone.shallow([tree.tokens[row] for row in level], cache.length + level[0], cache, tree)
         parts.mark("shallow")
         # Nothing follows a drafted end token, which is verified like any other draft.
-        if len(drafted) >= room or (drafted and last in request.end_tokens) or not controller.peek(len(drafted)):
-            return drafts, q
+        read = [row for row in level[: reads(k)] if not (row and tree.tokens[row] in request.end_tokens)]
+        if k >= room or not read or not controller.peek(k):
+            return tree
         parts.mark("rest")
-        logits_1W = backbone.draft_logits(cache.length + len(drafted) + 1, cache)[None]
-        law = sampler.law(logits_1W, backbone.draft_vocabulary, request.prompt, out.tokens, drafted)
-        confidence = Confidence(law.row(0))
-        draft = sampler.propose(confidence)  # the token must not be read before the controller has decided
+        logits_MW = backbone.draft_logits([cache.length + row for row in read], cache, tree)
         round.head_passes += 1
-        wanted = controller.draft(len(drafted), confidence)
-        if wanted:  # once its token is read, a draft must be verified: discarding it would change the distribution
-            last = draft.token
-            drafts.append(draft)
-            q.append(confidence)
-            drafted.append(last)
+        wanted: list[list[tuple[int, Draft, Confidence]]] = []  # of each row, its candidates in the order drawn
+        for row, logits_W in zip(read, logits_MW, strict=True):
+            before = [tree.tokens[i] for i in tree.path(row)]
+            law = sampler.law(logits_W[None], vocabulary, request.prompt, out.tokens, before)
+            confidence = Confidence(law.row(0))
+            draft = sampler.propose(confidence)  # no token must be read before the controller has decided
+            count = controller.draft(k, confidence)
+            more = sampler.siblings(confidence, draft, count - 1) if count > 1 else []
+            wanted.append([(row, one, confidence) for one in [draft, *more][:count]])
+        # Once its token is read, a draft must be verified: discarding it would change the distribution. First choices
+        # come first, so that those that are read next have neighbouring rows.
+        first = len(tree)
+        for rank in range(max(map(len, wanted))):
+            for candidates in wanted:
+                if rank < len(candidates):
+                    tree.add(*candidates[rank])
+        level = list(range(first, len(tree)))
         parts.mark("head")
-        if not wanted:
-            return drafts, q
+        if not level:
+            return tree
 
 
-def _start(backbone: SplitBackbone, request: Request) -> tuple[KVCache, Generation]:
-    return backbone.new_cache(len(request.prompt) + request.max_new_tokens), Generation()
+def _start(backbone: SplitBackbone, request: Request, spare: int = 0) -> tuple[KVCache, Generation]:
+    return backbone.new_cache(len(request.prompt) + request.max_new_tokens, spare), Generation()
 
 
 def _stopwatch(backbone: SplitBackbone) -> Stopwatch:

@@ -103,7 +103,7 @@ def decoder_layer(
     write(to_keys, rows.positions_M, k_MGC)
     write(to_values, rows.positions_M, v_MGC)
     if last_row:
-        hidden_MD, q_MHC, rows = hidden_MD[-1:], q_MHC[-1:], rows._replace(mask=None, start=0)
+        hidden_MD, q_MHC, rows = hidden_MD[-1:], q_MHC[-1:], rows.last(shape.repeats)
     attended = attend(q_MHC, keys, values, rows, groups)
     hidden_MD = w.out(attended, hidden_MD)
     gate_up = w.gate_up(rms_norm(hidden_MD, w.mlp_norm_D, shape.eps))

@@ -1,9 +1,10 @@
 """The cache of one text being decoded: keys and values of every layer, and the hidden states after layer N.
 
-Everything is allocated once for the longest text, so rejected drafts are dropped by resetting a length. A slot is one
-backbone layer or, after the last of them, the exit head; a block is a run of slots on one device.
+Everything is allocated once for the longest text, so rejected drafts are dropped by resetting a length. A layer here is
+one of the backbone or, after the last of them, the exit head; a block is a run of layers on one device. A slot is where
+the keys, values and hidden state of one token are: that of a committed token is its position.
 
-G key/value heads, T longest sequence, C channels of a head, D hidden
+G key/value heads, T slots, C channels of a head, D hidden
 """
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values for `max_length` positions. Entries beyond `length` are stale and never read.
+    """Keys and values for `max_length` slots. Entries beyond `length` are stale and never read.
 
-    blocks: (number of slots, device) in the order of the slots. hidden_TD: storage for hidden states after layer N, on
+    blocks: (number of layers, device) in the order of the layers. hidden_TD: storage for hidden states after layer N, on
     the device of layer N+1.
     """
 
@@ -31,7 +32,7 @@ class KVCache:
             [torch.zeros(n, 1, kv_heads, max_length, head_dim, dtype=dtype, device=d) for n, d in blocks]
             for _ in range(2)
         )
-        """One tensor for each block: [slots, 1, G, T, C]."""
+        """One tensor for each block: [layers, 1, G, T, C]."""
         self.hidden_TD = hidden_TD
         self.length = 0
         """Number of committed positions, whose keys and values are valid in every backbone layer."""
@@ -42,3 +43,17 @@ class KVCache:
         """Keep the first `length` positions and drop the rest."""
         self.length = length
         self.head_length = min(self.head_length, length)
+
+    def keep(self, path: list[int]) -> None:
+        """Commit the pending token, which is in slot `length`, and the accepted drafts of a round, which are in the
+        slots `length + row` of these rows. Where drafts branched, they are moved to where they belong."""
+        base, count = self.length, len(path)
+        known = sum(base + row < self.head_length for row in path)
+        if path and path[-1] != count:
+            for parts_1T in (*self.keys, *self.values):
+                slots_P = torch.tensor(path, device=parts_1T.device) + base
+                parts_1T.narrow(3, base + 1, count).copy_(parts_1T.index_select(3, slots_P))
+            slots_P = torch.tensor(path, device=self.hidden_TD.device) + base
+            self.hidden_TD.narrow(0, base + 1, count).copy_(self.hidden_TD.index_select(0, slots_P))
+        self.head_length = min(self.head_length, base + 1 + known)
+        self.length = base + 1 + count

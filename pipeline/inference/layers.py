@@ -75,6 +75,14 @@ class Rows(NamedTuple):
     """The first position that any of the rows attends to; the mask begins there."""
     window: int | None = None
     """The number of positions that a row attends to, where there are more."""
+    branched: bool = False
+    """Whether the rows are of a tree that branches (tree.py): then the mask says what a row attends to."""
+
+    def last(self, repeats: int) -> "Rows":
+        """What the pass is to its last row alone."""
+        if self.branched and self.mask is not None:
+            return self._replace(mask=self.mask[-repeats:])
+        return self._replace(mask=None, start=0)
 
 
 Layer = Callable[..., Tensor]
@@ -117,7 +125,8 @@ def attend(q_MHC: Tensor, keys: Tensor, values: Tensor, rows: Rows, groups: int)
     The R query heads that share a key/value head are treated as rows of one head, so keys are never repeated.
     """
     m, heads, _ = q_MHC.shape
-    start = keys.shape[2] - rows.window if m == 1 and rows.window is not None else rows.start
+    alone = m == 1 and rows.mask is None and rows.window is not None
+    start = keys.shape[2] - rows.window if alone else rows.start  # type: ignore[operator]
     if start:
         length = keys.shape[2] - start
         keys, values = keys.narrow(2, start, length), values.narrow(2, start, length)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import LayerKind, Rows, Shape, causal_mask
+from .tree import Tree, branched_mask
 
 
 class Tables(NamedTuple):
@@ -57,12 +58,15 @@ class Passes:
             return self.embedding_VD.narrow(0, ids[0], 1)
         return self.embedding_VD[torch.tensor(ids, device=self.embedding_VD.device)]
 
-    def rows(self, base: int, m: int, device: torch.device) -> list[Rows]:
-        """What a pass of m rows at positions base.. is to each layer 1..L and to the exit layer."""
-        made: dict[LayerKind, Rows] = {}
-        for kind in self.kinds:
-            if kind not in made:
-                made[kind] = self._of_kind(kind, base, m, self._tables[device])
+    def rows(self, base: int, m: int, device: torch.device, tree: Tree | None = None, root: int = 0) -> list[Rows]:
+        """What a pass of m rows in slots base.. is to each layer 1..L and to the exit layer. tree: the drafts of a round,
+        if they branch; its pending token is in slot `root`. Without, a slot is a position."""
+        tables, made = self._tables[device], {}
+        for kind in set(self.kinds):
+            if tree is None:
+                made[kind] = self._of_kind(kind, base, m, tables)
+            else:
+                made[kind] = self._of_branches(kind, base - root, base - root + m, tables, tree, root)
         return [made[kind] for kind in self.kinds]
 
     def _of_kind(self, kind: LayerKind, base: int, m: int, tables: Tables) -> Rows:
@@ -74,3 +78,14 @@ class Passes:
         if m > 1 and base > 0:
             mask = causal_mask(positions_T[base:end], end, self.shape.repeats, cos_T1C.dtype, window, start)
         return Rows(None, cos_T1C.narrow(0, base, m), sin_T1C.narrow(0, base, m), mask, start, window)
+
+    def _of_branches(self, kind: LayerKind, first: int, stop: int, tables: Tables, tree: Tree, root: int) -> Rows:
+        """Of the rows first..stop-1 of a tree."""
+        depths = tree.depths[first:stop]
+        window = kind.window if kind.window is not None and kind.window <= root + max(depths) else None
+        start = 0 if window is None else min(root, max(0, root + min(depths) + 1 - window))
+        positions_M = torch.tensor(depths, device=tables.positions_T.device) + root
+        cos_M1C, sin_M1C = tables.cos_T1C[positions_M], tables.sin_T1C[positions_M]
+        mask_MT = branched_mask(tree, first, stop, root, start, window, cos_M1C)
+        mask = mask_MT.repeat_interleave(self.shape.repeats, 0)
+        return Rows(None, cos_M1C, sin_M1C, mask, start, window, branched=True)

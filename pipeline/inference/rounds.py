@@ -27,6 +27,7 @@ class Round:
     """What happened in one round; times are wall time in seconds."""
 
     drafted: int = 0
+    """Drafted tokens, all of which were verified."""
     accepted: int = 0
     tokens: int = 0
     """Committed tokens: the accepted ones and the bonus token, without those after an end token or the length limit."""
@@ -38,8 +39,33 @@ class Round:
     verify_seconds: float = 0.0
     drafts: list[int] = field(default_factory=list)
     """Ids of the drafted tokens."""
+    parents: list[int] = field(default_factory=list)
+    """Where drafts branch: for each, the number of the draft before it, from 1 on; 0 is the pending token."""
+    path: list[int] = field(default_factory=list)
+    """Where drafts branch: the numbers of the accepted ones."""
     source: str = "head"
     """Where the drafts came from: head, or lookup (lookup.py)."""
+
+    @property
+    def levels(self) -> int:
+        """The most drafts that could have been accepted: all of them where none branch, else those of the longest path."""
+        depths = [0]
+        for parent in self.parents:
+            depths.append(depths[parent] + 1)
+        return max(depths) if self.parents else self.drafted
+
+    def tested(self) -> list[tuple[int, int]]:
+        """For each place for which drafts were tested: (number of candidates, index of the accepted one). The index is
+        the number of candidates where none was accepted, which is the last place."""
+        if not self.parents:
+            return [(1, 0)] * self.accepted + [(1, 1)] * (self.accepted < self.drafted)
+        found, row = [], 0
+        for accepted in (*self.path, 0):
+            candidates = [i for i, parent in enumerate(self.parents, 1) if parent == row]
+            if candidates:
+                found.append((len(candidates), candidates.index(accepted) if accepted else len(candidates)))
+            row = accepted
+        return found
 
 
 class Confidence:
@@ -72,14 +98,19 @@ class Controller(Protocol):
 
     A controller that also copies drafts from the text has a further method, `look(matched) -> int`: at the start of a
     round, given the length of the match (lookup.py), how many tokens to copy; 0 leaves the round to the head.
+
+    One whose drafts branch has an attribute `spare`, the most drafts that a round has beside those of its longest
+    path, and a method `reads(k) -> int`: after how many of the drafts of level k (0: the pending token), in the order
+    in which they were drawn, the head is asked for what follows. Its `draft` is called for each of these.
     """
 
     def peek(self, k: int) -> bool:
         """After k drafts, before the exit head runs: whether to compute its next distribution."""
         ...
 
-    def draft(self, k: int, confidence: Confidence) -> bool:
-        """Given the distribution of draft k+1, but not the token drawn from it: whether to draft that token."""
+    def draft(self, k: int, confidence: Confidence) -> int:
+        """Given the distribution of draft k+1, but no token drawn from it: how many candidates for it to draft. A bool
+        does where drafts do not branch."""
         ...
 
     def observe(self, round: Round) -> None:
@@ -90,3 +121,13 @@ class Controller(Protocol):
 def look_of(controller: Controller) -> Callable[[int], int] | None:
     """The method `look` of a controller that may copy drafts from the text; None of any other."""
     return getattr(controller, "look", None)
+
+
+def spare_of(controller: Controller) -> int:
+    """The attribute `spare` of a controller whose drafts branch; 0 of any other."""
+    return getattr(controller, "spare", 0)
+
+
+def reads_of(controller: Controller) -> Callable[[int], int]:
+    """The method `reads` of a controller whose drafts branch; of any other, one that follows its only draft."""
+    return getattr(controller, "reads", lambda k: 1)

@@ -9,7 +9,6 @@ p: the backbone's distribution, q: the exit head's
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,28 +16,7 @@ from torch import Tensor
 from .law import DraftVocabulary, Law
 from .processors import Prefix
 from .rounds import Confidence
-
-
-class Draft:
-    """A token drawn from q, which stays on its device until it is read.
-
-    When the first figure of q is read, the token is copied to the host in the same transfer, so that the host waits for
-    a GPU once instead of twice. The caller receives only the figure; a draft that the controller refuses is dropped
-    unread.
-    """
-
-    def __init__(self, token_1: Tensor):
-        self.token_1 = token_1
-
-    @cached_property
-    def token(self) -> int:
-        return int(self.token_1)
-
-    def read_with(self, number_1: Tensor) -> float:
-        # as floats: float32 represents every integer up to 2^24 exactly
-        number, token = torch.cat((number_1, self.token_1.to(number_1.dtype))).tolist()
-        self.token = int(token)
-        return number
+from .tree import Draft, Tree
 
 
 @dataclass
@@ -111,9 +89,32 @@ class Sampler:
     def propose(self, q: Confidence) -> Draft:
         """A token drawn from the head's distribution, not read yet; it is read with the first figure of q (`Draft`)."""
         law = q.law
-        draft = Draft(law.token(law.logits_W.argmax(0, keepdim=True) if self.greedy else self._pick(law.q_W)))
+        index_1 = law.logits_W.argmax(0, keepdim=True) if self.greedy else self._pick(law.q_W)
+        draft = Draft(law.token(index_1), index_1)
         q.read = draft.read_with
         return draft
+
+    def siblings(self, q: Confidence, first: Draft, count: int) -> list[Draft]:
+        """Up to `count` further candidates beside a proposed draft: greedy, the next best tokens; sampling, draws
+        without replacement, each from q without the tokens drawn before it. There are fewer where q has no more."""
+        law, found = q.law, [first]
+        if self.greedy:
+            others_W = law.logits_W.index_fill(0, first.index_1, float("-inf"))
+            found += [Draft(law.token(i_1), i_1) for i_1 in others_W.topk(min(count, len(others_W) - 1)).indices[:, None]]
+        else:
+            left_W = law.q_W.clone()
+            for _ in range(min(count, int((left_W > 0).sum()) - 1)):
+                left_W.index_fill_(0, found[-1].index_1, 0.0)
+                index_1 = self._pick(left_W)
+                found.append(Draft(law.token(index_1), index_1))
+        return found[1:]
+
+    def shape_tree(self, logits_RV: Tensor, prompt: list[int], tokens: list[int], tree: Tree) -> Tensor:
+        """Processed logits [R, V] of the tokens after every row of a tree; the root is the last of `tokens`."""
+        if tree.is_chain or self.processors is None:
+            return self.shape(logits_RV, prompt, tokens, tree.tokens[1:])
+        paths = [[tree.tokens[i] for i in tree.path(row)] for row in range(len(tree))]
+        return torch.cat([self.shape(row[None], prompt, tokens, p) for row, p in zip(logits_RV, paths, strict=True)])
 
     def draft(self, q: Confidence) -> int:
         """A token drawn from the head's distribution, read at once."""
@@ -142,6 +143,49 @@ class Sampler:
         bonus_1 = self._pick(left_V)
         accepted, bonus = torch.cat((accepted_1, bonus_1)).tolist()
         return accepted, bonus
+
+    def verify(self, tree: Tree, p_logits_RV: Tensor) -> tuple[list[int], int]:
+        """(rows of the accepted drafts, in order; bonus token) of a round. p_logits_RV: processed logits of the
+        backbone after each row.
+
+        A chain is verified by `accept`. Where drafts branch, greedy: the path follows the backbone's argmax. Sampling
+        (recursive rejection: Jeon et al., arXiv 2402.14160, algorithm 1): the candidates after a row are tried in the
+        order in which they were drawn. With r = p at first, and q without the candidates drawn before x, x is
+        accepted with probability min(1, r(x)/q(x)); where it is rejected, r becomes the residual max(r - q, 0), both
+        normalised. The bonus token is drawn from the last r. So each token of the path is distributed as p, whatever
+        the tree's shape (docs/control.md).
+        """
+        if tree.is_chain:
+            accepted, bonus = self.accept(tree.drafts, tree.laws[:-1], p_logits_RV)
+            return list(range(1, accepted + 1)), bonus
+        path, row = [], 0
+        if self.greedy:
+            targets = p_logits_RV.argmax(-1).tolist()
+            while row is not None:
+                bonus = targets[row]
+                row = next((child for child in tree.children[row] if tree.tokens[child] == bonus), None)
+                path += [] if row is None else [row]
+            return path, bonus
+        p_RV = p_logits_RV.softmax(-1)
+        while True:
+            row, left_V = self._accept_one_of(tree, row, p_RV[row])
+            if row == 0:
+                return path, self._draw(left_V)
+            path.append(row)
+
+    def _accept_one_of(self, tree: Tree, row: int, left_V: Tensor) -> tuple[int, Tensor]:
+        """(the accepted one of the drafts after a row, or 0; weights [V] of the bonus token if it is 0)."""
+        children = tree.children[row]
+        q_V = tree.laws[row].law.q_V.clone() if children else left_V
+        for child in children:
+            x_1 = tree.drafts[child - 1].token_1
+            if bool(self._coins(left_V[x_1] / q_V[x_1])):
+                return child, left_V
+            left_V = residual(left_V, q_V)
+            left_V = left_V / left_V.sum()
+            q_V[x_1] = 0.0
+            q_V = q_V / q_V.sum()
+        return 0, left_V
 
     def _accept_each(self, ratio_K: Tensor, p_MV: Tensor, q_MV: Tensor) -> tuple[Tensor, Tensor]:
         """(accepted [1], weights [V] of the bonus token) by a coin for each draft, whose p(x)/q(x) is its ratio."""

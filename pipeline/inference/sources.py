@@ -7,7 +7,7 @@ length of the match alone, which is a function of committed text, so decoding st
 import random
 
 from .costs import Costs
-from .rounds import LONGEST, Confidence, Controller, Round
+from .rounds import LONGEST, Confidence, Controller, Round, reads_of, spare_of
 from .thompson import RATE_MEMORY, REFRESH, Thompson, fade
 
 BINS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
@@ -32,6 +32,7 @@ class WithLookup:
 
     def __init__(self, head: Controller, greedy: bool = True, seed: int = 0, limit: int = LONGEST):
         self.head, self.limit, self.random = head, limit, random.Random(seed)
+        self.reads, self.spare = reads_of(head), spare_of(head)
         self.costs = head.costs if isinstance(head, Thompson) else Costs()
         chances = [n / (n + (4 if greedy else 16)) for n in BINS]
         self.prior = [(PRIOR * a, PRIOR * (1 - a)) for a in chances]
@@ -41,7 +42,9 @@ class WithLookup:
         self.tokens = {"head": 0.0, "lookup": 0.0}
         """Tokens of the rounds of each source, discounted."""
         self.lengths = {name: [0.0] * (limit + 1) for name in self.tokens}
-        """lengths[source][k]: number of rounds with k drafts, discounted."""
+        """lengths[source][k]: number of rounds with k drafts in a chain, discounted."""
+        self.leaves = 0.0
+        """Number of drafts beside these chains, discounted."""
         self.rounds = self.refreshed = 0
         # Valid until the next refresh.
         self.theta: list[float] = []
@@ -76,6 +79,7 @@ class WithLookup:
         self.theta = [self.random.betavariate(*count) for count in self.counts]
         times = {"head": self.costs.rounds(self.limit), "lookup": self.costs.copied_rounds(self.limit)}
         seconds = {name: sum(n * t for n, t in zip(self.lengths[name], times[name], strict=True)) for name in times}
+        seconds["head"] += self.leaves * self.costs.row() if self.leaves else 0.0
         own = sum(self.lengths["head"])
         if not own or not seconds["head"]:
             return  # the head's rounds are timed first
@@ -88,7 +92,7 @@ class WithLookup:
     def peek(self, k: int) -> bool:
         return self.head.peek(k)
 
-    def draft(self, k: int, confidence: Confidence) -> bool:
+    def draft(self, k: int, confidence: Confidence) -> int:
         return self.head.draft(k, confidence)
 
     # ---- learning
@@ -108,7 +112,8 @@ class WithLookup:
             self.tokens[name] *= RATE_MEMORY
             self.lengths[name] = [RATE_MEMORY * n for n in self.lengths[name]]
         self.tokens[source] += round.tokens
-        self.lengths[source][min(round.drafted, self.limit)] += 1
+        self.lengths[source][min(round.levels, self.limit)] += 1
+        self.leaves = RATE_MEMORY * self.leaves + round.drafted - round.levels
         self.matched = 0
 
 

@@ -62,7 +62,7 @@ class Thompson:
         self.tokens = 0.0
         """Number of tokens of all rounds, discounted by RATE_MEMORY."""
         self.lengths = [0.0] * (limit + 1)
-        """lengths[k]: number of rounds with k drafts, discounted alike."""
+        """lengths[k]: number of rounds with k drafts in a chain, discounted alike."""
         self.idle = 0.0
         """Number of head passes after which nothing was drafted, discounted alike."""
         self.elsewhere = 0.0
@@ -115,21 +115,18 @@ class Thompson:
         unseen = sum(self.seen)
         needed, most = unseen * self.rate * self.head, self._worth(k, self.product)
         for b in self.commonest:
-            reach = self.product * self.theta[b]
-            if self._pays(k, reach):
-                needed -= self.seen[b] * self._worth(k, reach)
+            needed -= self.seen[b] * self._value(k, b)
             unseen -= self.seen[b]
             if needed < 0 or needed >= unseen * most:
                 break
         return needed < 0
 
-    def draft(self, k: int, confidence: Confidence) -> bool:
+    def draft(self, k: int, confidence: Confidence) -> int:
         b = min(BINS - 1, int(self.signal(confidence) * BINS))
         self.seen[b] += 1
-        reach = self.product * self.theta[b]
-        if self.forced is None and not self._pays(k, reach):
+        if self.forced is None and self._value(k, b) <= 0:
             return False
-        self.product = reach
+        self.product *= self.theta[b]
         self.bins += (b,)
         return True
 
@@ -168,9 +165,17 @@ class Thompson:
         """Tokens per second of recent rounds at current costs. When the machine becomes slower, `times` and the rate
         change by the same factor, so decisions do not."""
         alone = 1 / self.times[0] if self.times[0] > 0 else 0.0
-        seconds = sum(n * t for n, t in zip(self.lengths, self.times, strict=True))
-        seconds += self.idle * self.head
+        seconds = self._seconds()
         return max(alone, self.elsewhere, self.tokens / seconds if seconds > 0 else 0.0)
+
+    def _seconds(self) -> float:
+        """What recent rounds cost at current costs."""
+        return sum(n * t for n, t in zip(self.lengths, self.times, strict=True)) + self.idle * self.head
+
+    def _value(self, k: int, b: int) -> float:
+        """max(0, worth) of a draft of bin b after k drafts."""
+        reach = self.product * self.theta[b]
+        return self._worth(k, reach) if self._pays(k, reach) else 0.0
 
     def _pays(self, k: int, reach: float) -> bool:
         """Whether worth > 0, without computing the maximum: some j has reach * chain > rate * seconds."""
@@ -183,15 +188,15 @@ class Thompson:
     # ---- learning
 
     def observe(self, round: Round) -> None:
-        for i, b in enumerate(self.bins[: round.accepted + 1]):  # drafts after the first rejected one were not tested
-            self.counts[b][i >= round.accepted] += 1
+        for b, (_, accepted) in zip(self.bins, round.tested(), strict=False):
+            self.counts[b][accepted != 0] += 1
         self.bins = ()
         self.rounds += 1
         self.costs.observe(round)
         self.tokens = RATE_MEMORY * self.tokens + round.tokens
         self.lengths = [RATE_MEMORY * n for n in self.lengths]
-        self.lengths[round.drafted] += 1
-        self.idle = RATE_MEMORY * self.idle + round.head_passes - round.drafted
+        self.lengths[round.levels] += 1
+        self.idle = RATE_MEMORY * self.idle + round.head_passes - round.levels
 
     # ---- inspecting and saving
 

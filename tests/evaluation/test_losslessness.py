@@ -99,7 +99,7 @@ def test_teacher_forced_q_is_the_decoders(engine) -> None:
     _, q = losslessness.teacher_forced(engine, PROMPT24, tokens, Sampler(1.0))
     cache = engine.new_cache(32)
     engine.shallow(PROMPT24 + tokens, 0, cache)
-    one_by_one = [engine.draft_logits(len(PROMPT24) + t, cache).softmax(-1) for t in range(4)]
+    one_by_one = [engine.draft_logits([len(PROMPT24) + t - 1], cache)[0].softmax(-1) for t in range(4)]
     torch.testing.assert_close(q, torch.stack(one_by_one), rtol=1e-4, atol=1e-6)
 
 

@@ -86,7 +86,7 @@ def test_a_perfect_head_is_always_accepted(llama, k: int) -> None:
 def test_a_contrary_head_is_never_accepted(llama, monkeypatch) -> None:
     engine = SplitBackbone(llama, head_for(llama, 3))
     honest = engine.draft_logits
-    monkeypatch.setattr(engine, "draft_logits", lambda end, cache: -honest(end, cache))
+    monkeypatch.setattr(engine, "draft_logits", lambda *args: -honest(*args))
     out = self_speculative(engine, Request(PROMPT, 9), Sampler(), Fixed(2))
     assert [(r.accepted, r.tokens) for r in out.rounds] == [(0, 1)] * 8
     assert out.tokens == autoregressive(engine, Request(PROMPT, 9), Sampler()).tokens
@@ -108,7 +108,7 @@ def test_the_lagging_head_catches_up_exactly(llama) -> None:
         out = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rope)
         expected = llama.lm_head(llama.model.norm(out))[0]
         for end in (4, 5, 9, len(PROMPT)):  # lags of 4, 1, 4 and 2 positions
-            torch.testing.assert_close(engine.draft_logits(end, cache), expected[end - 1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(engine.draft_logits([end - 1], cache)[0], expected[end - 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [0, 1, 4])
@@ -326,7 +326,7 @@ def test_blocks_follow_the_devices(llama) -> None:
     assert torch.equal(cache.hidden_TD, same.hidden_TD), "what stays on the first device is computed as ever"
     logits = engine.logits(engine.deep(0, len(PROMPT), cache))
     assert logits.device.type == "meta" and logits.shape == (len(PROMPT), llama.config.vocab_size)
-    assert engine.draft_logits(len(PROMPT), cache).device == engine.device == torch.device("meta")
+    assert engine.draft_logits([len(PROMPT) - 1], cache).device == engine.device == torch.device("meta")
     whole.deep(0, len(PROMPT), same)
     assert torch.equal(cache.keys[1], same.keys[1][:1]), "the first deep layer is on the first device too"
 
@@ -341,7 +341,7 @@ def test_logits_are_where_the_lm_head_is(llama) -> None:
     assert engine.full(PROMPT, 0, cache).device.type == "cpu"
     assert engine.logits(engine.full(PROMPT, 0, cache)).device == engine.device == torch.device("meta")
     engine.shallow(PROMPT, 0, cache)
-    assert engine.draft_logits(len(PROMPT), cache).device == engine.device
+    assert engine.draft_logits([len(PROMPT) - 1], cache).device == engine.device
 
 
 def test_an_offloaded_layer_is_refused(llama, tmp_path) -> None:

@@ -44,29 +44,45 @@ class Tables:
             self.known[kind, prefix] = 1.5 * torch.randn(self.v, generator=generator, dtype=torch.float64)
         return self.known[kind, prefix]
 
-    def new_cache(self, length: int):
+    def new_cache(self, length: int, spare: int = 0):
         self.text = []
-        return Positions()
+        return Positions(self)
 
-    def shallow(self, ids, base, cache) -> None:
+    def shallow(self, ids, base, cache, tree=None) -> None:
         self.text[base:] = ids
+        cache.tree = tree
 
-    def deep(self, base, end, cache):
-        return [tuple(self.text[: i + 1]) for i in range(base, end)]
+    def prefix(self, slot, cache) -> tuple[int, ...]:
+        """The tokens up to that in a slot, along its path."""
+        if cache.tree is None or slot <= cache.length:
+            return tuple(self.text[: slot + 1])
+        path = cache.tree.path(slot - cache.length)
+        return (*self.text[: cache.length + 1], *(self.text[cache.length + row] for row in path))
+
+    def deep(self, base, end, cache, tree=None):
+        return [self.prefix(slot, cache) for slot in range(base, end)]
 
     def logits(self, prefixes):
         return torch.stack([self.table(0, prefix) for prefix in prefixes])
 
-    def draft_logits(self, end, cache):
-        q_V = self.table(1, tuple(self.text[:end]))
-        return q_V if self.draft_vocabulary is None else q_V[self.draft_vocabulary.ids_W]
+    def draft_logits(self, slots, cache, tree=None):
+        q_MV = torch.stack([self.table(1, self.prefix(slot, cache)) for slot in slots])
+        return q_MV if self.draft_vocabulary is None else q_MV[:, self.draft_vocabulary.ids_W]
 
 
 class Positions:
-    length = 0
+    length, tree = 0, None
+
+    def __init__(self, tables):
+        self.tables = tables
 
     def commit(self, length: int) -> None:
-        self.length = length
+        self.length, self.tree = length, None
+
+    def keep(self, path: list[int]) -> None:
+        text, base = self.tables.text, self.length
+        text[base + 1 :] = [text[base + row] for row in path]
+        self.commit(base + 1 + len(path))
 
 
 class Scripted(Sampler):
