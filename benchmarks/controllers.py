@@ -29,6 +29,7 @@ from pipeline.evaluation.intervals import interval, ratio_of_rates
 from pipeline.evaluation.measuring import in_turns
 from pipeline.evaluation.metrics import cost_table, pass_seconds
 from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.branching import CANDIDATES
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead
@@ -47,7 +48,9 @@ FIXED = [f"fixed:{k}" for k in range(7)]
 RIVALS = ["confidence:0.3", "confidence:0.5", "confidence:0.7", "entropy:0.4", "entropy:0.6", "cumulative:0.2",
           "cumulative:0.4", "beta", "calibration", "calibration:shift", "goodput", "logistic", "adaptive_steps",
           "schedule", "ucb", "tapout", "thompson"]  # fmt: skip
-PARTS = ["drafted", "head_passes", "seconds", "shallow_seconds", "head_seconds", "verify_seconds"]
+TREES = ["tree:2", "tree:2x2", "tree:3x2x1", "tree:4x2x2x1", "thompson+tree"]
+"""Simulated for greedy texts only."""
+PARTS = ["drafted", "levels", "head_passes", "seconds", "shallow_seconds", "head_seconds", "verify_seconds"]
 TIMED = ["fixed:1", "fixed:2", "fixed:3", "fixed:4", "confidence:0.5", "beta", "calibration:shift", "thompson"]
 
 
@@ -114,7 +117,8 @@ def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
     path.parent.mkdir(exist_ok=True)  # a run that was never evaluated
     simulation.save(path, traces, sha)
     models = {
-        name: simulation.CostModel(costs | own_costs(name, rounds, baseline, args.clock)) for name in [*FIXED, *RIVALS]
+        name: simulation.CostModel(costs | own_costs(name, rounds, baseline, args.clock))
+        for name in [*FIXED, *RIVALS, *TREES]
     }
     simulated = simulate(traces, models, args.seeds, greedy=SETTINGS[setting]["temperature"] == 0)
     return {"costs": costs, "wall": wall, "simulated": simulated, "signals": signals(traces)}
@@ -176,8 +180,9 @@ def rated(n, s, m, t) -> list[float]:
 
 def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
     """Simulated speedup of every controller over the traces, and thompson over several rivals; summed over seeds."""
-    names = FIXED + RIVALS
-    sums = {name: [np.zeros(len(traces)), np.zeros(len(traces))] for name in [*names, "oracle"]}
+    names = FIXED + RIVALS + (TREES if greedy else [])
+    bounds = {"oracle": 1} | ({"oracle of trees": CANDIDATES} if greedy else {})
+    sums = {name: [np.zeros(len(traces)), np.zeros(len(traces))] for name in [*names, *bounds]}
     for seed in range(seeds):
         accepted = simulation.outcomes(traces, seed)
         for name in names:
@@ -186,9 +191,10 @@ def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
             )
             sums[name][0] += tokens
             sums[name][1] += seconds
-        least = [simulation.oracle(t, a, costs["fixed:1"]) for t, a in zip(traces, accepted, strict=True)]
-        sums["oracle"][0] += [len(t) - 1 for t in traces]
-        sums["oracle"][1] += least
+        for name, candidates in bounds.items():
+            pairs = zip(traces, accepted, strict=True)
+            sums[name][0] += [len(t) - 1 for t in traces]
+            sums[name][1] += [simulation.oracle(t, a, costs["fixed:1"], candidates) for t, a in pairs]
     halves = np.arange(len(traces)) % 2
     tuned = [np.zeros(len(traces)), np.zeros(len(traces))]
     chosen = []
@@ -202,6 +208,8 @@ def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
     result = {name: rated(*sums[name], ones, ones) for name in sums}
     result["fixed, tuned on other prompts"] = rated(*tuned, ones, ones)
     result["thompson / fixed tuned"] = rated(*sums["thompson"], *tuned)
+    if greedy:
+        result["thompson+tree / thompson"] = rated(*sums["thompson+tree"], *sums["thompson"])
     for name in [name for name in RIVALS if name != "thompson"] + ["oracle"]:
         result[f"thompson / {name}"] = rated(*sums["thompson"], *sums[name])
     return {"speedup": result, "tuned": chosen}

@@ -94,9 +94,15 @@ class Measured:
         if not (folder / "measured.json").exists():
             return None
         tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
-        if "drafts" not in tables["rounds"]:
+        if "parents" not in tables["rounds"]:
             return None  # of a version that did not record them: measured anew
-        for name, column in (("prompts", "ids"), ("generations", "tokens"), ("rounds", "drafts"), ("rivals", "tokens")):
+        lists = {
+            "prompts": ["ids"],
+            "generations": ["tokens"],
+            "rounds": ["drafts", "parents", "path"],
+            "rivals": ["tokens"],
+        }
+        for name, column in ((name, column) for name, columns in lists.items() for column in columns):
             tables[name][column] = [row.tolist() for row in tables[name][column]]  # parquet gives arrays for lists
         return cls(**tables, about=json.loads((folder / "measured.json").read_text()))
 
@@ -199,7 +205,7 @@ def measure(
         out = decoders.decode(method, ids, i + 1000 * repeat)
         figures = {name: getattr(out, name) for name in ("tokens", "finish_reason", "seconds", "prefill_seconds")}
         found.texts.append(key | figures)
-        found.rounds += [key | {"round": j} | asdict(r) for j, r in enumerate(out.rounds)]
+        found.rounds += [key | {"round": j, "levels": r.levels} | asdict(r) for j, r in enumerate(out.rounds)]
         if method in decoders.controllers and (learning := thompson_in(decoders.controllers[method])):
             found.learned.setdefault(method, []).append(learning.acceptance())
             found.states[method] = learning.state_dict()

@@ -26,7 +26,7 @@ def summarise(generations: pd.DataFrame, rounds: pd.DataFrame) -> list[dict[str,
     """One entry per exit layer and temperature: baseline, costs, and every controller's figures.
 
     generations: exit_layer (0 for the baseline), temperature, controller, prompt, repeat, tokens (list),
-    seconds, finish_reason. rounds: exit_layer, temperature, controller, prompt, repeat, drafted, accepted,
+    seconds, finish_reason. rounds: exit_layer, temperature, controller, prompt, repeat, drafted, levels, accepted,
     tokens, head_passes, seconds, shallow_seconds, head_seconds, verify_seconds.
     """
     generations = generations.assign(length=generations.tokens.map(len), loop=generations.tokens.map(first_loop))
@@ -115,7 +115,7 @@ def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
     verify = rounds.groupby(rounds.drafted + 1).verify_seconds.mean() / token_seconds
     return {
         "unit_seconds": token_seconds,
-        "shallow": float(own.shallow_seconds.sum() / max(1, (own.drafted + 1).sum()) / token_seconds),
+        "shallow": float(own.shallow_seconds.sum() / max(1, (levels(own) + 1).sum()) / token_seconds),
         "head": float(rounds.head_seconds.sum() / calls / token_seconds),
         "verify": {int(width): round(float(cost), 4) for width, cost in verify.items()},
         "rest": float((rounds.seconds - parts).mean() / token_seconds),
@@ -126,6 +126,11 @@ def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
 def of_head(rounds: pd.DataFrame) -> pd.DataFrame:
     """The rounds that were not copied from the text."""
     return rounds[rounds.source == "head"] if "source" in rounds else rounds
+
+
+def levels(rounds: pd.DataFrame) -> pd.Series:
+    """The most drafts of each round that could have been accepted: fewer than were drafted where drafts branch."""
+    return rounds.levels if "levels" in rounds else rounds.drafted
 
 
 class CostModel:
@@ -144,9 +149,15 @@ class CostModel:
             return self._verify[-1] + max(0.0, slope) * (width - self._widths[-1])
         return float(np.interp(width, self._widths, self._verify))
 
-    def round(self, drafted: int, head_passes: int) -> tuple[float, float, float, float]:
-        """Times of a round: (all parts, shallow, head, verify)."""
-        parts = self.shallow * (drafted + 1), self.head * head_passes, self.verify(drafted + 1)
+    def round(self, drafted: int, head_passes: int, levels: int | None = None) -> tuple[float, float, float, float]:
+        """Times of a round: (all parts, shallow, head, verify). levels: where drafts branch, how many there are in a
+        row; a row more in a shallow pass then costs its share of what it costs in verification."""
+        levels = drafted if levels is None else levels
+        shallow = self.shallow * (levels + 1)
+        if drafted > levels:
+            row = self.verify(drafted + 1) - self.verify(levels + 1)
+            shallow += max(0.0, row) * self.shallow / self.verify(1)
+        parts = shallow, self.head * head_passes, self.verify(drafted + 1)
         return sum(parts) + self.rest, *parts
 
 
@@ -157,10 +168,10 @@ def of_fixed(controllers: dict[str, Any]) -> dict[int, Any]:
 
 
 def conditional_rates(rounds: pd.DataFrame) -> list[float]:
-    """P(draft i+1 is accepted | it was drafted and the first i were accepted), for each position i that was drafted."""
-    tested = [
-        (rounds.drafted > i) & (rounds.accepted >= i) for i in range(0 if rounds.empty else int(rounds.drafted.max()))
-    ]
+    """P(draft i+1 is accepted | it was drafted and the first i were accepted), for each position i that was drafted;
+    where drafts branch, any of the candidates for it."""
+    longest = 0 if rounds.empty else int(levels(rounds).max())
+    tested = [(levels(rounds) > i) & (rounds.accepted >= i) for i in range(longest)]
     return [float((rounds.accepted[t] > i).mean()) for i, t in enumerate(tested) if t.any()]
 
 
@@ -257,7 +268,7 @@ def _controller(name: str, base: pd.DataFrame, rows: pd.DataFrame, rounds: pd.Da
     before, before_ci = _before_loop(base, rows, rounds)
     drafted, accepted = int(rounds.drafted.sum()), int(rounds.accepted.sum())
     histogram = rounds.drafted.value_counts().sort_index()
-    marginal = [float((rounds.accepted > i).mean()) for i in range(int(rounds.drafted.max() or 0))]
+    marginal = [float((rounds.accepted > i).mean()) for i in range(int(levels(rounds).max() or 0))]
     figures: dict[str, Any] = {
         **_speedup(base, rows),
         "speedup_before_loop": before,

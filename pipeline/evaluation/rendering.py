@@ -12,7 +12,7 @@ from typing import Any
 
 Block = tuple[str, Any]
 """(kind, content): text for "h1", "h2", "h3", "p" and for the verdict, which is "good", "unsure" or "bad";
-[header, *rows] for "table", (file, caption) for "image", [(word, what it means), ...] for "words", and for "drafts" a
+lines for "pre", [header, *rows] for "table", (file, caption) for "image", [(word, what it means), ...] for "words", and for "drafts" a
 text of texts.py."""
 
 
@@ -29,6 +29,8 @@ def markdown(page: list[Block]) -> str:
             lines += [f"![{content[1]}]({content[0]})", ""]
         elif kind == "words":
             lines += [f"- **{word}**: {meaning}" for word, meaning in content] + [""]
+        elif kind == "pre":
+            lines += [*(f"    {line}" for line in content.splitlines()), ""]
         elif kind == "drafts":
             lines += [*(f"    {line}" for line in _marked(content["pieces"]).splitlines()), ""]
         else:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ..inference.backbone import SplitBackbone
 from ..inference.law import Law
-from ..inference.rounds import LONGEST, Confidence, Controller, Round, look_of
+from ..inference.rounds import LONGEST, Confidence, Controller, Round, look_of, reads_of, spare_of
 from ..inference.sampling import Sampler, residual
 from .losslessness import teacher_forced
 from .metrics import CostModel
 
+NEVER = 1 << 30
 RECORDED = LONGEST
 """J: confidences recorded after a rejected draft. Controllers that read confidences draft no more than this."""
 
@@ -41,6 +42,8 @@ class Trace:
     """The head's confidence before each draft, with the fields of `Recorded` as columns."""
     off_TJC: np.ndarray
     """The same for the J drafts that follow a rejected draft for token t."""
+    rank_T: np.ndarray | None = None
+    """Greedy: how many of the head's candidates for token t are before the text's, whose drafts may branch then."""
 
     @classmethod
     def of(cls, prompt: str, max_new_tokens: int, acceptance_T: np.ndarray) -> "Trace":
@@ -96,7 +99,15 @@ def record(
             chain.append(sampler.draft(q))
         engine.shallow(tokens[t : t + 1], at, cache)  # the committed token again; the head then catches up by itself
         cache.head_length = at
-    return Trace(prompt, max_new_tokens, acceptance(p_TV, q_TV, tokens, sampler).cpu().numpy(), np.array(said), off)
+    chance_T = acceptance(p_TV, q_TV, tokens, sampler).cpu().numpy()
+    rank_T = ranks(q_TV, tokens).cpu().numpy() if sampler.greedy else None
+    return Trace(prompt, max_new_tokens, chance_T, np.array(said), off, rank_T)
+
+
+def ranks(q_TV: Tensor, tokens: list[int]) -> Tensor:
+    """How many tokens [T] the head finds more likely than each token of a text, in the order of greedy candidates."""
+    y_T1 = torch.tensor(tokens, device=q_TV.device)[:, None]
+    return (q_TV > q_TV.gather(1, y_T1)).sum(-1)
 
 
 def _read(confidence: Confidence) -> Recorded:
@@ -128,35 +139,66 @@ def outcomes(traces: list[Trace], seed: int) -> list[np.ndarray]:
 def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: CostModel) -> list[Round]:
     """The rounds that decoding this text with the controller would take; times are in autoregressive tokens.
 
-    Raises ValueError for a controller that copies drafts from the text.
+    accepted_T: whether the first candidate for each token is accepted. Where drafts branch, the confidence behind a
+    wrong one is known only if the head reads first candidates alone.
+
+    Raises ValueError for a controller that copies drafts from the text, and for one whose drafts branch unless the
+    trace is of greedy decoding.
     """
     if look_of(controller):
         raise ValueError("a trace holds drafts of the head alone: it cannot be replayed with a controller that copies")
+    rank_T = np.where(accepted_T, 0, NEVER)
+    if spare_of(controller):
+        if trace.rank_T is None:
+            raise ValueError("drafts that branch can be replayed over greedy texts only")
+        rank_T = np.where(accepted_T, 0, np.maximum(1, trace.rank_T))
     rounds, t = [], 1
     while t < len(trace):
-        k = passes = 0
-        rejected_at: int | None = None
-        room = trace.max_new_tokens - t - 1
-        # nothing is drafted after an accepted end token, which is the last of a text that ended by itself
-        while k < room and not (rejected_at is None and t + k == len(trace)) and controller.peek(k):
-            passes += 1
-            if rejected_at is None:
-                said = Recorded(*trace.said_TC[t + k])
-            else:
-                j = min(t + k - rejected_at, RECORDED) - 1
-                said = Recorded(*trace.off_TJC[rejected_at, j])
-            if not controller.draft(k, said):  # type: ignore[arg-type]
-                break
-            if rejected_at is None and not accepted_T[t + k]:
-                rejected_at = t + k
-            k += 1
-        accepted = k if rejected_at is None else rejected_at - t
-        seconds, shallow, head, verify = costs.round(k, passes)
-        tokens = min(accepted + 1, len(trace) - t)
-        rounds.append(Round(k, accepted, tokens, passes, seconds, shallow, head, verify))
-        controller.observe(rounds[-1])
-        t += tokens
+        rounds.append(_round(controller, trace, rank_T, t))
+        made = rounds[-1]
+        made.seconds, made.shallow_seconds, made.head_seconds, made.verify_seconds = costs.round(
+            made.drafted, made.head_passes, made.levels
+        )
+        controller.observe(made)
+        t += made.tokens
     return rounds
+
+
+def _round(controller: Controller, trace: Trace, rank_T: np.ndarray, t: int) -> Round:
+    """The round that begins at place t, without its times."""
+    reads, room = reads_of(controller), trace.max_new_tokens - t - 1
+    k = passes = 0
+    level, parents, path = [0], [], []  # rows of the last level; of every draft, its parent's row; accepted rows
+    right: int | None = 0  # the row of this level that the text goes on from
+    wrong_at: int | None = None  # the first place where a first candidate was wrong
+    while True:
+        read = level[: reads(k)]
+        if right == level[0] and t + k == len(trace):
+            read = read[1:]  # nothing is drafted after an accepted end token, which is the last of a text that ended
+        if k >= room or not read or not controller.peek(k):
+            break
+        passes += 1
+        counts = []
+        for row in read:
+            on = row == right or wrong_at is None
+            said = trace.said_TC[t + k] if on else trace.off_TJC[wrong_at, min(t + k - wrong_at, RECORDED) - 1]
+            counts.append(int(controller.draft(k, Recorded(*said))))  # type: ignore[arg-type]
+        following = [
+            (row, rank) for rank in range(max(counts)) for row, count in zip(read, counts, strict=True) if rank < count
+        ]
+        if not following:
+            break
+        if wrong_at is None and rank_T[t + k] > 0:
+            wrong_at = t + k
+        level = list(range(len(parents) + 1, len(parents) + len(following) + 1))
+        parents += [row for row, _ in following]
+        right = next((at for at, one in zip(level, following, strict=True) if one == (right, rank_T[t + k])), None)
+        path += [] if right is None else [right]
+        k += 1
+    made = Round(len(parents), len(path), min(len(path) + 1, len(trace) - t), passes)
+    if parents != list(range(len(parents))):
+        made.parents, made.path = parents, path
+    return made
 
 
 def play(
@@ -171,18 +213,28 @@ def play(
     return tokens, seconds
 
 
-def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel) -> float:
+def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel, candidates: int = 1) -> float:
     """The least time of any controller that knows every outcome beforehand, by dynamic programming over the text; in
-    autoregressive tokens."""
+    autoregressive tokens.
+
+    candidates: how many of the head's candidates for a place may be drafted, the right one and those before it. More
+    than one needs the trace of a greedy text.
+    """
     n = len(trace)
-    prices = [costs.round(k, k)[0] for k in range(n + 1)]
+    rank_T = np.where(accepted_T, 0, NEVER)
+    if candidates > 1:
+        assert trace.rank_T is not None
+        rank_T = np.where(accepted_T, 0, np.maximum(1, trace.rank_T))
     least = np.zeros(n + 1)
     for t in reversed(range(1, n)):
-        run = 0
-        while t + run < n and accepted_T[t + run]:
-            run += 1
-        most = min(run, trace.max_new_tokens - t - 1)
-        least[t] = min(prices[k] + least[min(n, t + k + 1)] for k in range(most + 1))
+        least[t] = costs.round(0, 0)[0] + least[t + 1]
+        drafted = 0
+        for k in range(1, min(n - t, trace.max_new_tokens - t - 1) + 1):
+            rank = rank_T[t + k - 1]
+            if rank >= candidates:
+                break
+            drafted += int(rank) + 1
+            least[t] = min(least[t], costs.round(drafted, k, k)[0] + least[min(n, t + k + 1)])
     return float(least[1]) if n > 1 else 0.0
 
 
@@ -195,6 +247,7 @@ def save(path: Path, traces: list[Trace], head_sha256: str) -> None:
     for i, t in enumerate(traces):
         arrays[f"{i}.name"] = np.array([t.prompt, str(t.max_new_tokens)])
         arrays |= {f"{i}.acceptance": t.acceptance_T, f"{i}.said": t.said_TC, f"{i}.off": t.off_TJC}
+        arrays |= {} if t.rank_T is None else {f"{i}.rank": t.rank_T}
     with open(path, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
@@ -214,5 +267,5 @@ def load(path: Path, head_sha256: str) -> list[Trace]:
     traces = []
     for i in range(about["traces"]):
         (name, most), *rest = (arrays[f"{i}.{part}"] for part in ("name", "acceptance", "said", "off"))
-        traces.append(Trace(str(name), int(most), *rest))
+        traces.append(Trace(str(name), int(most), *rest, rank_T=arrays.get(f"{i}.rank")))
     return traces

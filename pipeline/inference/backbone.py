@@ -26,7 +26,7 @@ from .kernels import Kernels, Product
 from .kv_cache import KVCache
 from .law import DraftVocabulary, check_draft_ids
 from .layers import Shape, run_layers
-from .rounds import WIDTHS
+from .rounds import WIDTHS, Controller, spare_of
 from .tree import Tree
 from .unmodified import addresses, changes, check_unmodified
 
@@ -150,11 +150,8 @@ class SplitBackbone:
         """
         if max_length > self.max_context:
             raise ValueError(f"{max_length} positions are needed, the backbone's context is {self.max_context}")
-        if spare and not self.family.is_fast:
-            raise ValueError(
-                "drafts that branch need a family whose layers are computed here (README lists them), and this "
-                "backbone's are called in transformers: use a controller without tree"
-            )
+        if spare:
+            self._check_branches()
         max_length += spare
         if self._fixed is None:
             return self._allocate(max_length)
@@ -174,6 +171,18 @@ class SplitBackbone:
         hidden_TD = torch.zeros(max_length, self.hidden, dtype=self.dtype, device=deep.device)
         sizes = [(len(b.weights), b.device) for b in self.blocks]
         return KVCache(sizes, self.shape.kv_heads, max_length, self.shape.head_dim, self.dtype, hidden_TD)
+
+    def check_controller(self, controller: Controller) -> None:
+        """Raises ValueError for a controller whose drafts branch, where passes know of no branches."""
+        if spare_of(controller):
+            self._check_branches()
+
+    def _check_branches(self) -> None:
+        if not self.family.is_fast:
+            raise ValueError(
+                "its drafts branch, which needs a family whose layers are computed here (README lists them); those of "
+                "this backbone are called in transformers: use a controller without tree"
+            )
 
     def extra_bytes(self, length: int) -> dict[str, int]:
         """Bytes of memory needed on top of autoregressive decoding.

@@ -73,7 +73,7 @@ def generate(
     backbone, config, controllers = _engine(model, source, revision, cuda_graphs, allow_other_backbone, fetching)
     if controller is None or isinstance(controller, str):
         name = controller or config.get("controller", "thompson")
-        make_controller(name)  # refuses an unknown name before anything is computed
+        backbone.check_controller(make_controller(name))  # refuses an unknown one before anything is computed
     else:
         name = None
     # transformers 5.23 passes neither the streamer nor stop_strings on to `loop`, so both are read here.

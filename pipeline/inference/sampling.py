@@ -100,7 +100,9 @@ class Sampler:
         law, found = q.law, [first]
         if self.greedy:
             others_W = law.logits_W.index_fill(0, first.index_1, float("-inf"))
-            found += [Draft(law.token(i_1), i_1) for i_1 in others_W.topk(min(count, len(others_W) - 1)).indices[:, None]]
+            found += [
+                Draft(law.token(i_1), i_1) for i_1 in others_W.topk(min(count, len(others_W) - 1)).indices[:, None]
+            ]
         else:
             left_W = law.q_W.clone()
             for _ in range(min(count, int((left_W > 0).sum()) - 1)):

@@ -111,6 +111,7 @@ def begin(config: Config, folder: Path, screen: "Screen") -> Conversation:
         engine = SplitBackbone(model, head, **engine_options(config.machine, device))
         its_config = json.loads((folder / "config.json").read_text())
         controller = learned_controller(config.chat.controller, its_config, config.seed, greedy)
+        engine.check_controller(controller)
     except ValueError as error:
         raise UserError(f"chat.head={config.chat.head}: {error}") from None
     conversation = Conversation(engine, controller, tokenizer, ends, prompts, config.chat, config.seed)

@@ -83,6 +83,7 @@ def run(run: RunDir) -> None:
             head.exit_layer: _engine(model, head, folder, **options)
             for head, folder in zip(heads, folders, strict=True)
         }
+    _check_controllers(config.controllers, next(iter(engines.values())))
     drafts, others = _drafts(heads, model, config.rivals)
     hashes = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, hashes)
@@ -153,6 +154,14 @@ def _engine(model: Any, head: ExitHead, folder: Path, **options: Any) -> SplitBa
         return SplitBackbone(model, head, **options)
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
+
+
+def _check_controllers(names: list[str], engine: SplitBackbone) -> None:
+    for name in names:
+        try:
+            engine.check_controller(make_controller(name))
+        except ValueError as error:
+            raise UserError(f"evaluate.controllers={name}: {error}") from None
 
 
 def _drafts(heads: list[ExitHead], model: Any, names: list[str]) -> tuple[dict[int, Any], list[str]]:

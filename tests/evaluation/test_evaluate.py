@@ -158,8 +158,8 @@ def test_a_wrong_engine_is_caught(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(against_transformers, "check", lambda *_: {})
     honest = SplitBackbone.deep
 
-    def broken(self, base, end, cache):
-        hidden = honest(self, base, end, cache)
+    def broken(self, base, end, cache, tree=None):
+        hidden = honest(self, base, end, cache, tree)
         return hidden if base == 0 else -hidden
 
     monkeypatch.setattr(SplitBackbone, "deep", broken)

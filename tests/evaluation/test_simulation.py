@@ -15,6 +15,7 @@ from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed, make_controller
 from pipeline.inference.costs import Costs
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
+from pipeline.inference.rounds import Round, reads_of, spare_of
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.thompson import Thompson
 
@@ -37,9 +38,10 @@ class Timeless:
 
     def __init__(self, inner):
         self.inner, self.peek, self.draft = inner, inner.peek, inner.draft
+        self.reads, self.spare = reads_of(inner), spare_of(inner)
 
     def observe(self, round) -> None:
-        seconds, shallow, head, verify = COSTS.round(round.drafted, round.head_passes)
+        seconds, shallow, head, verify = COSTS.round(round.drafted, round.head_passes, round.levels)
         self.inner.observe(
             replace(round, seconds=seconds, shallow_seconds=shallow, head_seconds=head, verify_seconds=verify)
         )
@@ -47,7 +49,7 @@ class Timeless:
 
 NAMES = ["fixed:0", "fixed:3", "confidence:0.3", "entropy:0.3", "cumulative:0.2", "beta", "calibration",
          "calibration:shift", "goodput", "logistic", "adaptive_steps", "schedule", "ucb", "tapout",
-         "thompson"]  # fmt: skip
+         "thompson", "thompson+tree", "tree:3", "tree:2x2x1", "tree:1x2x3"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,9 +62,25 @@ def test_greedy_rounds_are_the_decoders_own(engine, name: str) -> None:
     assert real.tokens == text
     outcome = simulation.outcomes([trace], 0)[0]
     rounds = simulation.replay(Timeless(make_controller(name)), trace, outcome, COSTS)
-    assert [(r.drafted, r.accepted, r.tokens, r.head_passes) for r in rounds] == [
-        (r.drafted, r.accepted, r.tokens, r.head_passes) for r in real.rounds
-    ]
+    assert [shape_of(r) for r in rounds] == [shape_of(r) for r in real.rounds]
+
+
+def shape_of(r: Round) -> tuple:
+    return r.drafted, r.accepted, r.tokens, r.head_passes, r.parents, r.path
+
+
+def test_the_replay_of_trees_reaches_other_than_first_candidates(engine) -> None:
+    text = autoregressive(engine, Request(PROMPT24, NEW), Sampler()).tokens
+    trace = simulation.record(engine, "p", PROMPT24, text, Sampler(), NEW)
+    outcome = simulation.outcomes([trace], 0)[0]
+    for name in ("tree:3", "tree:2x2x1", "thompson+tree"):
+        rounds = simulation.replay(make_controller(name), trace, outcome, COSTS)
+        assert any(r.path and r.path != list(range(1, r.accepted + 1)) for r in rounds), name
+
+
+def test_sampled_drafts_that_branch_are_not_replayed(sampled_traces) -> None:
+    with pytest.raises(ValueError, match="greedy texts only"):
+        simulation.replay(make_controller("tree:2"), sampled_traces[0], np.ones(NEW, bool), COSTS)
 
 
 def sampler(seed: int) -> Sampler:

@@ -108,7 +108,9 @@ def test_the_lagging_head_catches_up_exactly(llama) -> None:
         out = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rope)
         expected = llama.lm_head(llama.model.norm(out))[0]
         for end in (4, 5, 9, len(PROMPT)):  # lags of 4, 1, 4 and 2 positions
-            torch.testing.assert_close(engine.draft_logits([end - 1], cache)[0], expected[end - 1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                engine.draft_logits([end - 1], cache)[0], expected[end - 1], rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("k", [0, 1, 4])

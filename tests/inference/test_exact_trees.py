@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from test_exact import PROMPT, SHAPES, Copies, Scripted, Tables, counting_clock, distance, experienced, forbids_and_allows
+from test_exact import (
+    PROMPT,
+    SHAPES,
+    Copies,
+    Scripted,
+    Tables,
+    counting_clock,
+    distance,
+    experienced,
+    forbids_and_allows,
+)
 
 from pipeline.inference.branching import Branching
 from pipeline.inference.controllers import make_controller
@@ -50,7 +60,10 @@ class CopiesOrBranches(Copies):
 
 
 TREES = {
-    **{name: lambda name=name: make_controller(name) for name in ("tree:2", "tree:2x1", "tree:1x2", "tree:2x2", "tree:1x2x1")},
+    **{
+        name: lambda name=name: make_controller(name)
+        for name in ("tree:2", "tree:2x1", "tree:1x2", "tree:2x2", "tree:1x2x1")
+    },
     "doubtful": Doubtful,
     **{f"thompson+tree, seed {s}": lambda s=s: branching(s) for s in (0, 1, 2)},
     "thompson+tree, calibrating": lambda: make_controller("thompson+tree", 0, greedy=False),
@@ -87,7 +100,9 @@ def test_the_enumeration_branches() -> None:
         sampler = Sampler(1.0, generator=torch.Generator().manual_seed(seed))
         for controller in (branching(seed), Doubtful()):
             out = self_speculative(tables, Request(PROMPT, 12), sampler, controller)
-            found |= {(type(controller).__name__, bool(r.path) and r.path[-1] != r.accepted) for r in out.rounds if r.parents}
+            found |= {
+                (type(controller).__name__, bool(r.path) and r.path[-1] != r.accepted) for r in out.rounds if r.parents
+            }
     assert found == {("Branching", True), ("Branching", False), ("Doubtful", True), ("Doubtful", False)}
 
 

@@ -14,7 +14,15 @@ from pipeline.inference.rounds import LONGEST, Round
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.tree import Draft, Tree
 
-TREES = ["tree:3", "tree:2x2x1", "tree:1x3x2", "tree:2x1x1x1x1", "tree:3x1+lookup", "thompson+tree", "thompson+tree+lookup"]
+TREES = [
+    "tree:3",
+    "tree:2x2x1",
+    "tree:1x3x2",
+    "tree:2x1x1x1x1",
+    "tree:3x1+lookup",
+    "thompson+tree",
+    "thompson+tree+lookup",
+]
 BACKBONES = {
     "llama": {},
     "mistral": {"sliding_window": 5},
@@ -25,7 +33,9 @@ BACKBONES = {
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def model(request, tmp_path_factory):
-    folder = tiny_backbone(tmp_path_factory.mktemp(request.param), request.param, sharpness=4.0, **BACKBONES[request.param])
+    folder = tiny_backbone(
+        tmp_path_factory.mktemp(request.param), request.param, sharpness=4.0, **BACKBONES[request.param]
+    )
     return load(folder)
 
 
@@ -68,7 +78,10 @@ def test_every_row_of_a_tree_is_computed_as_the_end_of_its_path(model, shape: st
             if way != "at once":
                 head.append(engine.draft_logits([base + row for row in rows], cache, tree))
         if way == "at once":
-            head = [engine.draft_logits([base], cache), engine.draft_logits(range_(base + 1, base + len(tree)), cache, tree)]
+            head = [
+                engine.draft_logits([base], cache),
+                engine.draft_logits(range_(base + 1, base + len(tree)), cache, tree),
+            ]
         found[way] = engine.logits(engine.deep(base, base + len(tree), cache, tree)), torch.cat(head)
     for row in range(len(tree)):
         text = [*PROMPT, *(tree.tokens[i] for i in tree.path(row))]
@@ -195,6 +208,16 @@ def test_shapes_that_are_none_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"^controller={name.replace('+', '[+]')}: "):
         make_controller(name)
     assert make_controller("tree:4x4x2").spare == 4 + 16 + 32 - 3
+
+
+def test_a_backbone_whose_layers_are_transformers_own_drafts_no_trees(tmp_path) -> None:
+    model = load(tiny_backbone(tmp_path, "olmo2"))
+    engine = SplitBackbone(model, head_for(model, 2))
+    engine.check_controller(Fixed(2))
+    with pytest.raises(ValueError, match="its drafts branch, which needs a family"):
+        engine.check_controller(make_controller("thompson+tree+lookup"))
+    with pytest.raises(ValueError, match="its drafts branch"):
+        self_speculative(engine, Request(PROMPT, 8), Sampler(), make_controller("tree:2"))
 
 
 class Said:
