@@ -172,27 +172,28 @@ def _round(controller: Controller, trace: Trace, rank_T: np.ndarray, t: int) -> 
     right: int | None = 0  # the row of this level that the text goes on from
     wrong_at: int | None = None  # the first place where a first candidate was wrong
     while True:
-        read = level[: reads(k)]
-        if right == level[0] and t + k == len(trace):
-            read = read[1:]  # nothing is drafted after an accepted end token, which is the last of a text that ended
+        ended = t + k >= len(trace)
+        # nothing is drafted after an accepted end token, which is the last of a text that ended; other paths go on
+        read = [row for row in level[: reads(k)] if not (ended and row == right)]
         if k >= room or not read or not controller.peek(k):
             break
         passes += 1
         counts = []
+        rank = NEVER if ended else int(rank_T[t + k])
         for row in read:
-            on = row == right or wrong_at is None
-            said = trace.said_TC[t + k] if on else trace.off_TJC[wrong_at, min(t + k - wrong_at, RECORDED) - 1]
+            if wrong_at is None:
+                said = trace.said_TC[min(t + k, len(trace) - 1)]
+            else:
+                said = trace.off_TJC[wrong_at, min(t + k - wrong_at, RECORDED) - 1]
             counts.append(int(controller.draft(k, Recorded(*said))))  # type: ignore[arg-type]
-        following = [
-            (row, rank) for rank in range(max(counts)) for row, count in zip(read, counts, strict=True) if rank < count
-        ]
+        following = [(row, i) for i in range(max(counts)) for row, n in zip(read, counts, strict=True) if i < n]
         if not following:
             break
-        if wrong_at is None and rank_T[t + k] > 0:
+        if wrong_at is None and rank > 0 and not ended:
             wrong_at = t + k
         level = list(range(len(parents) + 1, len(parents) + len(following) + 1))
         parents += [row for row, _ in following]
-        right = next((at for at, one in zip(level, following, strict=True) if one == (right, rank_T[t + k])), None)
+        right = next((at for at, one in zip(level, following, strict=True) if one == (right, rank)), None)
         path += [] if right is None else [right]
         k += 1
     made = Round(len(parents), len(path), min(len(path) + 1, len(trace) - t), passes)

@@ -69,6 +69,23 @@ def shape_of(r: Round) -> tuple:
     return r.drafted, r.accepted, r.tokens, r.head_passes, r.parents, r.path
 
 
+@pytest.mark.parametrize("name", ["fixed:3", "thompson", "thompson+tree", "tree:2x2x1", "tree:1x2x3"])
+def test_a_text_that_ends_by_itself_takes_the_decoders_rounds(engine, name: str) -> None:
+    whole = autoregressive(engine, Request(PROMPT24, NEW), Sampler()).tokens
+    for at in range(3, NEW, 5):
+        text = whole[: whole.index(whole[at]) + 1]
+        if len(text) < 2:
+            continue
+        request = Request(PROMPT24, NEW, frozenset([whole[at]]))
+        trace = simulation.record(engine, "p", PROMPT24, text, Sampler(), NEW)
+        real = self_speculative(engine, request, Sampler(), Timeless(make_controller(name)))
+        assert real.tokens == text
+        outcome = simulation.outcomes([trace], 0)[0]
+        rounds = simulation.replay(Timeless(make_controller(name)), trace, outcome, COSTS)
+        # what follows a wrong draft that is an end token is not known, so a round may have drafted more
+        assert [(r.accepted, r.tokens) for r in rounds] == [(r.accepted, r.tokens) for r in real.rounds]
+
+
 def test_the_replay_of_trees_reaches_other_than_first_candidates(engine) -> None:
     text = autoregressive(engine, Request(PROMPT24, NEW), Sampler()).tokens
     trace = simulation.record(engine, "p", PROMPT24, text, Sampler(), NEW)
