@@ -70,6 +70,11 @@ def main() -> None:
     parser.add_argument("--clock", nargs="+", default=TIMED, help="controllers that are timed")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=3, help="seeds of the simulation")
+    parser.add_argument(
+        "--free-rows",
+        action="store_true",
+        help="simulate also as if a verification took the same time for any number of drafts",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     args = parser.parse_args()
@@ -120,8 +125,14 @@ def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
         name: simulation.CostModel(costs | own_costs(name, rounds, baseline, args.clock))
         for name in [*FIXED, *RIVALS, *TREES]
     }
-    simulated = simulate(traces, models, args.seeds, greedy=SETTINGS[setting]["temperature"] == 0)
-    return {"costs": costs, "wall": wall, "simulated": simulated, "signals": signals(traces)}
+    greedy = SETTINGS[setting]["temperature"] == 0
+    found = {"costs": costs, "wall": wall, "simulated": simulate(traces, models, args.seeds, greedy)}
+    if args.free_rows:
+        flat = {"verify": {1: costs["verify"][1]}}
+        models = {name: simulation.CostModel(flat | {k: getattr(model, k) for k in ("shallow", "head", "rest")})
+                  for name, model in models.items()}  # fmt: skip
+        found["free_rows"] = simulate(traces, models, args.seeds, greedy)
+    return found | {"signals": signals(traces)}
 
 
 def clock(engine, ids, ends, sampler, new: int, timed: list[str]):

@@ -244,8 +244,8 @@ class Evaluate:
         ["thompson", "fixed:1", "fixed:2", "fixed:4", "beta"],
         "how many tokens a round drafts: thompson (learns while it decodes what pays), fixed:K, confidence:T and "
         "entropy:T (until the head is less sure than T), beta and calibration (those of the EESD paper), goodput and "
-        "others (of other papers and engines: docs/control.md); thompson+tree also drafts further candidates for a place "
-        "where that pays, tree:2x2x1 always 2 for the first draft, 2 after each of them, and 1 after these; with "
+        "others (of other papers and engines: docs/control.md); thompson+tree also drafts further candidates for a "
+        "place where that pays, tree:2x2x1 always 2 for the first draft, 2 after each of them, and 1 after these; with "
         "+lookup behind any name, drafts are also copied from the text where that pays",
     )
     rivals: list[str] = option(

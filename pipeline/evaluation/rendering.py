@@ -12,8 +12,8 @@ from typing import Any
 
 Block = tuple[str, Any]
 """(kind, content): text for "h1", "h2", "h3", "p" and for the verdict, which is "good", "unsure" or "bad";
-lines for "pre", [header, *rows] for "table", (file, caption) for "image", [(word, what it means), ...] for "words", and for "drafts" a
-text of texts.py."""
+lines for "pre", [header, *rows] for "table", (file, caption) for "image", [(word, what it means), ...] for "words", and
+for "drafts" a text of texts.py."""
 
 
 MARKS = {"h1": "# ", "h2": "## ", "h3": "### ", "p": "", "good": "> ", "unsure": "> ", "bad": "> "}

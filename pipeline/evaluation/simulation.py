@@ -178,14 +178,12 @@ def _round(controller: Controller, trace: Trace, rank_T: np.ndarray, t: int) -> 
         if k >= room or not read or not controller.peek(k):
             break
         passes += 1
-        counts = []
         rank = NEVER if ended else int(rank_T[t + k])
-        for row in read:
-            if wrong_at is None:
-                said = trace.said_TC[min(t + k, len(trace) - 1)]
-            else:
-                said = trace.off_TJC[wrong_at, min(t + k - wrong_at, RECORDED) - 1]
-            counts.append(int(controller.draft(k, Recorded(*said))))  # type: ignore[arg-type]
+        if wrong_at is None:
+            said = Recorded(*trace.said_TC[min(t + k, len(trace) - 1)])
+        else:
+            said = Recorded(*trace.off_TJC[wrong_at, min(t + k - wrong_at, RECORDED) - 1])
+        counts = [int(controller.draft(k, said)) for _ in read]  # type: ignore[arg-type]
         following = [(row, i) for i in range(max(counts)) for row, n in zip(read, counts, strict=True) if i < n]
         if not following:
             break

@@ -62,8 +62,8 @@ def shown(measured: Measured, best: dict[str, Any], tokenizer: Any) -> list[dict
 
 
 def picture(round: Any, pending: int, tokenizer: Any) -> str:
-    """The tree of drafts of one round, a line for each. round: a row of the table of rounds. pending: the id of the token
-    that they follow."""
+    """The tree of drafts of one round, a line for each. round: a row of the table of rounds. pending: the id of the
+    token that they follow."""
 
     def word(token: int) -> str:
         return repr(tokenizer.decode([token], clean_up_tokenization_spaces=False))
@@ -94,8 +94,8 @@ class Drafts(NamedTuple):
 
 
 def drafts_of(round: Any) -> Drafts:
-    """round: a row of the table of rounds. Where drafts branch, only candidates for the first place where none was right
-    are among the rejected ones: the others continue texts that are not this one."""
+    """round: a row of the table of rounds. Where drafts branch, only candidates for the first place where none was
+    right are among the rejected ones: the others continue texts that are not this one."""
     drafts = list(round.drafts)
     if not len(round.parents):
         left = [[token] for token in drafts[round.accepted :]]

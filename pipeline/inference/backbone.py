@@ -207,8 +207,8 @@ class SplitBackbone:
         own = [] if self.draft_vocabulary is None else [self.draft_lm_head]
         return [*_of(self.weights), self.lm_head, *own]
 
-    # In the three passes of a round, `tree` is the round's drafts, whose pending token is in slot cache.length. It may be
-    # left out where each row follows the one before it.
+    # In the passes of a round, `tree` is its drafts, whose pending token is in slot cache.length. It may be left out where
+    # each row follows the one before it.
 
     def shallow(self, ids: list[int], base: int, cache: KVCache, tree: Tree | None = None) -> None:
         """Run layers 1..N on tokens in slots base..; their hidden states are stored in the cache."""

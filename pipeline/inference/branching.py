@@ -53,8 +53,8 @@ class Branching(Thompson):
     round. psi_{b,s} ~ Beta is the chance that the s-th candidate beside a draft of bin b is accepted, where that draft
     and the candidates before it are rejected. With P the chance that the place is reached, and theta as in `thompson`:
       draft candidate s  iff  P (1 - theta_b) (1 - psi_{b,1}) ... (1 - psi_{b,s-1}) psi_{b,s} > rate * r
-    as it is worth one token; r is the time of one more row (Costs.row). What the leaves of a place are worth is added to
-    the worth of its draft. Rounds that measure costs draft no leaves.
+    as it is worth one token; r is the time of one more row (Costs.row). What the leaves of a place are worth is added
+    to the worth of its draft. Rounds that measure costs draft no leaves.
     """
 
     spare = LEAVES

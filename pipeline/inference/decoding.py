@@ -152,7 +152,7 @@ def _copy(backbone, request, controller, index, out, cache, room, round, parts) 
 
 
 def _draft(backbone, request, sampler, controller, out, cache, room, round, parts) -> Tree:
-    """Draft one round with the exit head, a level at a time. The hidden states of all rows to verify are in the cache."""
+    """Draft one round with the exit head, level by level. The hidden states of all rows to verify are in the cache."""
     tree, reads, vocabulary = Tree(out.tokens[-1]), reads_of(controller), backbone.draft_vocabulary
     level = [0]
     while True:

@@ -14,8 +14,8 @@ from torch import Tensor
 class KVCache:
     """Keys and values for `max_length` slots. Entries beyond `length` are stale and never read.
 
-    blocks: (number of layers, device) in the order of the layers. hidden_TD: storage for hidden states after layer N, on
-    the device of layer N+1.
+    blocks: (number of layers, device) in the order of the layers. hidden_TD: storage for hidden states after layer N,
+    on the device of layer N+1.
     """
 
     def __init__(

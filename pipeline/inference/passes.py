@@ -59,8 +59,8 @@ class Passes:
         return self.embedding_VD[torch.tensor(ids, device=self.embedding_VD.device)]
 
     def rows(self, base: int, m: int, device: torch.device, tree: Tree | None = None, root: int = 0) -> list[Rows]:
-        """What a pass of m rows in slots base.. is to each layer 1..L and to the exit layer. tree: the drafts of a round,
-        if they branch; its pending token is in slot `root`. Without, a slot is a position."""
+        """What a pass of m rows in slots base.. is to each layer 1..L and to the exit layer. tree: the drafts of a
+        round, if they branch; its pending token is in slot `root`. Without, a slot is a position."""
         tables, made = self._tables[device], {}
         for kind in set(self.kinds):
             if tree is None:

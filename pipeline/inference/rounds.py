@@ -48,7 +48,7 @@ class Round:
 
     @property
     def levels(self) -> int:
-        """The most drafts that could have been accepted: all of them where none branch, else those of the longest path."""
+        """The most drafts that could have been accepted: all where none branch, else those of the longest path."""
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)

@@ -1,7 +1,7 @@
 """The drafts of one round, as a tree: after which token each of them was drafted, and in which row of a pass it is.
 
-Takes tokens as they are drafted, level by level; gives what passes need to know of the rows (depths, ancestors). A chain
-is the tree in which every draft follows the one before it. Where drafts branch, each path from the root is one
+Takes tokens as they are drafted, level by level; gives what passes need to know of the rows (depths, ancestors). A
+chain is the tree in which every draft follows the one before it. Where drafts branch, each path from the root is one
 possible continuation of the text, and all of them are verified in one pass (tree attention: Miao et al., SpecInfer,
 ASPLOS 2024, arXiv 2305.09781, section 4).
 
@@ -89,8 +89,8 @@ class Tree:
 
 
 def branched_mask(tree: Tree, first: int, stop: int, root: int, start: int, window: int | None, like: Tensor) -> Tensor:
-    """Additive mask [M, T] of the rows first..stop-1 of a tree over the slots from `start` on. Row r is in slot root + r;
-    slots up to the root hold the text, in which a slot is a position.
+    """Additive mask [M, T] of the rows first..stop-1 of a tree over the slots from `start` on. Row r is in slot
+    root + r; slots up to the root hold the text, in which a slot is a position.
 
     window: as in `layers.causal_mask`. like: a tensor of the mask's dtype and device.
     """

@@ -1,4 +1,4 @@
-"""The law of the text where drafts branch, in closed form: test_exact.py's enumeration over trees, and rules that cheat."""
+"""The law of the text where drafts branch, in closed form: the enumeration of test_exact.py over trees, and cheats."""
 
 import pytest
 import torch
@@ -35,8 +35,8 @@ def branching(seed: int) -> Branching:
 
 
 class Doubtful:
-    """Several candidates where the head is in doubt, of which it reads as many as the level is deep: decisions by q, and
-    levels of which only some rows are read."""
+    """Several candidates where the head is in doubt, of which it reads as many as the level is deep: decisions by q,
+    and levels of which only some rows are read."""
 
     spare = 8
 

@@ -1,4 +1,4 @@
-"""Drafts that branch: passes over trees, the text they give, what is recorded of a round, and the controllers of trees."""
+"""Drafts that branch: passes over trees, the text they give, what is recorded of a round, and their controllers."""
 
 import pytest
 import torch
