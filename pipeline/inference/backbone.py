@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .exit_head import ExitHead, check_exit_layer, persistent_buffers
-from .families import check_config, family_of
+from .families import check_config, family_of, is_known
 from .family import Family, Weights
+from .family_generic import GENERIC
 from .fixed_shapes import FixedShapes, rounded
+from .generic_configs import check_fits
 from .kernels import Kernels, Product
 from .kv_cache import KVCache
 from .law import DraftVocabulary, check_draft_ids
@@ -43,7 +45,9 @@ class Block(NamedTuple):
 class SplitBackbone:
     """The model and one exit head, ready to decode. Weights are shared with `model`, which stays usable.
 
-    check: refuse a head whose fingerprint is not that of `model`.
+    check: refuse a head whose fingerprint is not that of `model`. Without, a model of a family that is computed here is
+    taken too where something in it was changed (an adapter, quantised layers): its own layers are then called one by
+    one. Whoever does so must compare logits (`canary.compare`), as nothing else tells.
     fixed_shapes: on a GPU, replay passes of fixed widths as CUDA graphs instead of launching every kernel. Then all
     texts share one cache, so only one text can be decoded at a time. It has no effect where transformers' layers run.
     timed_kernels: choose matrix products by timing (kernels.py). False always uses torch's own, which another process
@@ -68,15 +72,14 @@ class SplitBackbone:
         beyond_context: bool = False,
     ):
         config = model.config
-        check_config(config)
-        self.shape, self.family = Shape.of(config), family_of(config)
+        self.checked, self.family = check, _family(model, check)
+        self.shape = Shape.of(config)
         check_exit_layer(head.exit_layer, config.num_hidden_layers)
         devices = [_device_of(layer, f"layer {i}") for i, layer in enumerate(model.model.layers)]
         for name, part in (("embed_tokens", model.model.embed_tokens), ("norm", model.model.norm)):
             _device_of(part, name)
         self.device = _device_of(model.lm_head, "lm_head")
         """The device of the LM head, on which logits are returned."""
-        self.family.check(model)
         if check:
             head.check_fits(model)
         self.exit_layer, self.num_layers = head.exit_layer, config.num_hidden_layers
@@ -124,12 +127,18 @@ class SplitBackbone:
         return blocks
 
     def still_is(self, model: nn.Module) -> bool:
-        """Whether the weights in use are still those of `model`.
+        """Whether the weights in use are still those of `model`, and its layers may still be computed as before.
 
-        Raises ValueError if the model was changed in another way, for example by an adapter or a hook.
+        Raises ValueError if the model was changed in another way, for example by an adapter or a hook, unless this
+        engine is one that takes such a model.
         """
         if self.family.is_fast:
-            check_unmodified(model)
+            try:
+                check_unmodified(model)
+            except ValueError:
+                if self.checked:
+                    raise
+                return False
         return self._shared.are_of(model) and self._draft_rows_are_of(model.lm_head)
 
     def _draft_rows_are_of(self, lm_head: nn.Module) -> bool:
@@ -294,6 +303,27 @@ class SplitBackbone:
         return hidden_MD if fixed is None else hidden_MD[:m]
 
 
+def _family(model: nn.Module, check: bool) -> Family:
+    """The family by which a model is computed. Raises ValueError for one that is not computed exactly."""
+    config: Any = model.config
+    try:
+        check_config(config)
+        family = family_of(config)
+        family.check(model)
+        return family
+    except ValueError as error:
+        if not is_known(config):
+            raise
+        if check:
+            raise ValueError(
+                f"{error}. In transformers, generate(..., allow_other_backbone=True) decodes through the layers of such "
+                "a model as they are, at less speed"
+            ) from None
+    check_fits(config)
+    GENERIC.check(model)
+    return GENERIC
+
+
 def _device_of(part: nn.Module, name: str) -> torch.device:
     """The device of a layer or other module. Raises ValueError where accelerate's device map splits or offloads it."""
     found = {p.device for p in part.parameters()}
@@ -310,7 +340,7 @@ def _products_of(model: nn.Module, family: Family, timed: bool, pack: bool) -> "
     """
     layers = [family.gather(layer) for layer in model.model.layers]
     lm_head = Product(model.lm_head.weight.data.t())
-    key = torch.get_num_threads(), timed, pack
+    key = torch.get_num_threads(), timed, pack, family.is_fast
     known = model.__dict__.setdefault("_products", {})
     if key not in known or not known[key].are_of(model):
         kernels = Kernels([*_of(layers), lm_head], timed=timed, pack=pack)

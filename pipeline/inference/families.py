@@ -77,6 +77,11 @@ def family_of(config: Any) -> Family:
     return FAMILIES.get(config.model_type, GENERIC)
 
 
+def is_known(config: Any) -> bool:
+    """Whether models of the config's family are computed here, from their weights."""
+    return getattr(config, "model_type", None) in FAMILIES
+
+
 def check_config(config: Any) -> None:
     """Raises ValueError for a config whose model the engine does not compute exactly (see the module's docstring)."""
     kind = getattr(config, "model_type", None)

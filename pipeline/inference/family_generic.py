@@ -21,6 +21,7 @@ from .generic_configs import samples
 from .kernels import Kernels, Product
 from .layers import Shape
 from .outline import Call, Outline
+from .unmodified import check_calls
 
 OUTLINES = 4
 """Passes whose arguments are kept: those of a round repeat the positions of earlier ones."""
@@ -193,6 +194,11 @@ def check(model: nn.Module) -> None:
     layers are not tried; the engine refuses them."""
     config: Any = model.config
     body: Any = model.model
+    lm_head: Any = model.lm_head
+    if not _is_plain(lm_head):
+        kind = type(lm_head) if type(lm_head) is not nn.Linear else type(lm_head.weight.data)
+        raise ValueError(f"lm_head is a {kind.__module__}.{kind.__qualname__}: a plain linear layer is needed there")
+    check_calls(model)
     if any(parameter.is_meta for parameter in body.parameters()):
         return
     where, shape = f"model_type={config.model_type}", Shape.of(config)

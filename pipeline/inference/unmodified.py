@@ -56,7 +56,7 @@ def check_unmodified(model: nn.Module) -> None:
         _check_tree(found, wanted, path, dtypes)
     _check_functions(type(model.model.layers[0]).__module__)
     _check_attention(config)
-    _check_calls(model)
+    check_calls(model)
 
 
 def addresses(module: nn.Module) -> tuple[int, ...]:
@@ -183,14 +183,17 @@ def _check_attention(config: Any) -> None:
         raise ValueError(f"attn_implementation={name}: not one of transformers' own; load the model with sdpa or eager")
 
 
-def _check_calls(model: Any) -> None:
+def check_calls(model: Any) -> None:
     """Raises ValueError for what changes the logits of `generate` besides the modules: a replaced input preparation,
-    and dropout in training mode."""
-    if "prepare_inputs_for_generation" in vars(model):
+    and dropout in training mode. PEFT replaces the former in every call of its own `generate`, but only prompt adapters
+    change anything by it."""
+    replaced = vars(model).get("prepare_inputs_for_generation")
+    adapter = getattr(getattr(replaced, "__self__", None), "active_peft_config", None)
+    if replaced is not None and getattr(adapter, "is_prompt_learning", True):
         raise ValueError(
             f"the model's prepare_inputs_for_generation was replaced (virtual tokens of a prompt adapter?): {REMEDY}"
         )
-    if model.training and model.config.attention_dropout:
+    if model.training and getattr(model.config, "attention_dropout", 0):
         raise ValueError(
             f"attention_dropout={model.config.attention_dropout}: the model is in training mode, which drops attention "
             "at random; call model.eval()"
