@@ -182,7 +182,7 @@ def test_others_are_refused_by_name(family: str, message: str) -> None:
 def test_the_readmes_table_is_that_of_these_tests() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     rows = dict(re.findall(r"^\| ([\w' ]+?), (?:fastest|one by one) \| (.+) \|$", readme, re.M))
-    (refused,) = re.findall(r"^\| refused by name \| quantised weights; (.+) \|$", readme, re.M)
+    (refused,) = re.findall(r"^\| refused by name \| quantised checkpoints; (.+) \|$", readme, re.M)
     assert rows["our own layers"].split(", ") == list(FAMILIES)
     listed = rows["transformers' layers"].partition("Tested are: ")[2]
     dense, experts = (part.split(", ") for part in listed.split("; mixtures of experts: "))
