@@ -190,6 +190,7 @@ class Sweep:
                 1 / len(index_R),
                 self.d.temperature,
                 self.d.loss_chunk,
+                0.0,
                 None,
                 *(self.model.model.norm(students_PD[text][index_R]) for text in names),
             )

@@ -260,7 +260,7 @@ def peak_mib(naive: bool) -> float:
         log_q, log_p = ((h @ weight.t()).log_softmax(-1) for h in (student, teacher))
         torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").backward()
     else:
-        LinearDistillation.apply(weight, teacher, {"kl": 1.0}, 1.0, 1.0, 256, None, student).sum().backward()
+        LinearDistillation.apply(weight, teacher, {"kl": 1.0}, 1.0, 1.0, 256, 0.0, None, student).sum().backward()
     return (peak_rss() - before) / 1024
 
 

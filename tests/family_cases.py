@@ -7,6 +7,7 @@ QWEN_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_si
 
 GENERIC = {
     "gemma": {},
+    "gemma2": WINDOW | {"query_pre_attn_scalar": 12, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
     "gemma3_text": WINDOW | {"query_pre_attn_scalar": 12,
                              "layer_types": ["sliding_attention", "full_attention"] * 2},
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 0.5, "residual_multiplier": 0.5,
@@ -40,7 +41,6 @@ GENERIC = {
 """model_type -> fields of its config besides those of `helpers.tiny_backbone`."""
 REFUSED = {
     "deepseek_v3": "kv_lora_rank",
-    "gemma2": "final_logit_softcapping",
     "gemma3": "its config has no num_hidden_layers",
     "gemma4_text": "rope_type=proportional",
     "gpt2": "has no model.embed_tokens",

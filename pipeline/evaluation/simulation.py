@@ -168,7 +168,9 @@ def _round(controller: Controller, trace: Trace, rank_T: np.ndarray, t: int) -> 
     """The round that begins at place t, without its times."""
     reads, room = reads_of(controller), trace.max_new_tokens - t - 1
     k = passes = 0
-    level, parents, path = [0], [], []  # rows of the last level; of every draft, its parent's row; accepted rows
+    level = [0]  # rows of the last level
+    parents: list[int] = []  # of every draft, its parent's row
+    path: list[int] = []  # accepted rows
     right: int | None = 0  # the row of this level that the text goes on from
     wrong_at: int | None = None  # the first place where a first candidate was wrong
     while True:
@@ -265,6 +267,7 @@ def load(path: Path, head_sha256: str) -> list[Trace]:
         )
     traces = []
     for i in range(about["traces"]):
-        (name, most), *rest = (arrays[f"{i}.{part}"] for part in ("name", "acceptance", "said", "off"))
-        traces.append(Trace(str(name), int(most), *rest, rank_T=arrays.get(f"{i}.rank")))
+        name, most = arrays[f"{i}.name"]
+        parts = (arrays.get(f"{i}.{part}") for part in ("acceptance", "said", "off", "rank"))
+        traces.append(Trace(str(name), int(most), *parts))  # type: ignore[arg-type]
     return traces

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller
 from ..inference.decoding import Generation, Request, autoregressive, self_speculative
-from ..inference.rounds import Confidence, Controller, Round, look_of
+from ..inference.rounds import Confidence, Controller, Round, look_of, reads_of, spare_of
 from ..inference.sampling import Sampler
 from ..prompts.ids import contexts
 from ..prompts.prompt import Prompt
@@ -134,6 +134,7 @@ class _Streamed:
         self.controller, self.stream, self.show, self.stop = controller, stream, show, stop
         if look := look_of(controller):  # the decoder asks this object instead
             self.look = look
+        self.reads, self.spare = reads_of(controller), spare_of(controller)
         self.new: list[int] = []
         """Committed tokens that were not shown yet."""
         self.begun = False
@@ -151,7 +152,7 @@ class _Streamed:
     def peek(self, k: int) -> bool:
         return self.controller.peek(k)
 
-    def draft(self, k: int, confidence: Confidence) -> bool:
+    def draft(self, k: int, confidence: Confidence) -> int:
         return self.controller.draft(k, confidence)
 
     def observe(self, round: Round) -> None:

@@ -216,8 +216,8 @@ class SplitBackbone:
         own = [] if self.draft_vocabulary is None else [self.draft_lm_head]
         return [*_of(self.weights), self.lm_head, *own]
 
-    # In the passes of a round, `tree` is its drafts, whose pending token is in slot cache.length. It may be left out where
-    # each row follows the one before it.
+    # In the passes of a round, `tree` is its drafts, whose pending token is in slot cache.length. It may be left out
+    # where each row follows the one before it.
 
     def shallow(self, ids: list[int], base: int, cache: KVCache, tree: Tree | None = None) -> None:
         """Run layers 1..N on tokens in slots base..; their hidden states are stored in the cache."""
@@ -255,7 +255,10 @@ class SplitBackbone:
 
     def _logits(self, hidden_MD: Tensor, lm_head: Product) -> Tensor:
         logits = lm_head(self.final_norm(hidden_MD.to(self.device))).float()
-        return logits if self.shape.logit_scale == 1 else logits.mul_(self.shape.logit_scale)
+        if self.shape.logit_scale != 1:
+            logits = logits.mul_(self.shape.logit_scale)
+        cap = self.shape.logit_cap
+        return logits if cap == 0 else logits.div_(cap).tanh_().mul_(cap)
 
     def draft_hidden_of_all(self, end: int, cache: KVCache) -> Tensor:
         """The exit head's output [end, D] at all positions 0..end-1 in one pass, for analysis."""
@@ -316,8 +319,8 @@ def _family(model: nn.Module, check: bool) -> Family:
             raise
         if check:
             raise ValueError(
-                f"{error}. In transformers, generate(..., allow_other_backbone=True) decodes through the layers of such "
-                "a model as they are, at less speed"
+                f"{error}. In transformers, generate(..., allow_other_backbone=True) decodes through the layers of "
+                "such a model as they are, at less speed"
             ) from None
     check_fits(config)
     GENERIC.check(model)

@@ -21,8 +21,8 @@ PARTS, WEIGHTS = ("embed_tokens", "layers", "norm", "rotary_emb"), ("embed_token
 ELSEWHERE = ("kv_lora_rank", "num_kv_shared_layers", "attention_chunk_size", "is_encoder_decoder",
              "use_bidirectional_attention")  # fmt: skip
 """Fields of models whose layers keep other keys and values than a head's channels, or share them, or see the future."""
-CAPS = ("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap")
-"""Fields by which logits are bent, which training does not know."""
+CAPS = {"final_logit_softcapping": "gemma", "final_logit_softcap": None, "logits_soft_cap": None}
+"""Fields by which logits are bent -> how the model_types begin in which `layers.logit_cap` knows them."""
 SCALES = {"logits_scaling": "granite", "logit_scale": "cohere", "output_multiplier_scale": None,
           "lm_head_multiplier": None}  # fmt: skip
 """Fields by which logits are multiplied -> how the model_types begin in which `layers.logit_scale` knows them."""
@@ -77,11 +77,12 @@ def check_fits(config: Any) -> None:
 
 
 def _check_fields(config: Any, where: str) -> None:
-    for field in (*ELSEWHERE, *CAPS):
+    for field in ELSEWHERE:
         if getattr(config, field, None):
             raise ValueError(f"{where}: {field}={getattr(config, field)} is not supported")
-    for field, known in SCALES.items():
-        if getattr(config, field, None) not in (None, 1) and not (known and config.model_type.startswith(known)):
+    for field, known in (SCALES | CAPS).items():
+        neutral, is_known = 0 if field in CAPS else 1, known is not None and config.model_type.startswith(known)
+        if getattr(config, field, None) not in (None, neutral) and not is_known:
             raise ValueError(f"{where}: {field}={getattr(config, field)} is not supported in this family")
     if not getattr(config, "is_causal", True):
         raise ValueError(f"{where}: is_causal=False: its layers see the future; not supported")

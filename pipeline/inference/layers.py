@@ -30,6 +30,8 @@ class Shape:
     eps: float
     logit_scale: float = 1.0
     """By which the products with the LM head are multiplied."""
+    logit_cap: float = 0.0
+    """c of c tanh(x / c), by which logits are then bent; 0: they are not."""
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -40,6 +42,7 @@ class Shape:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             eps=getattr(config, "rms_norm_eps", 0.0),
             logit_scale=logit_scale(config),
+            logit_cap=logit_cap(config),
         )
 
     @property
@@ -52,6 +55,11 @@ def logit_scale(config: Any) -> float:
     """By which a model multiplies the products with its LM head: Granite divides by `logits_scaling`, Cohere multiplies
     by `logit_scale`."""
     return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+
+def logit_cap(config: Any) -> float:
+    """The cap of a model's logits (Gemma 2), or 0."""
+    return getattr(config, "final_logit_softcapping", None) or 0.0
 
 
 class LayerKind(NamedTuple):

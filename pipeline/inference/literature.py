@@ -339,7 +339,7 @@ class Logistic(Thompson):
         self.theta = self.table[k]
         return super()._hopes(k)
 
-    def draft(self, k: int, confidence: Confidence) -> bool:
+    def draft(self, k: int, confidence: Confidence) -> int:
         self.theta = self.table[k]
         return super().draft(k, confidence)
 

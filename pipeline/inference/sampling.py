@@ -160,14 +160,14 @@ class Sampler:
         if tree.is_chain:
             accepted, bonus = self.accept(tree.drafts, tree.laws[:-1], p_logits_RV)
             return list(range(1, accepted + 1)), bonus
-        path, row = [], 0
+        path: list[int] = []
+        row = 0
         if self.greedy:
             targets = p_logits_RV.argmax(-1).tolist()
-            while row is not None:
-                bonus = targets[row]
-                row = next((child for child in tree.children[row] if tree.tokens[child] == bonus), None)
-                path += [] if row is None else [row]
-            return path, bonus
+            while following := [child for child in tree.children[row] if tree.tokens[child] == targets[row]]:
+                row = following[0]
+                path.append(row)
+            return path, targets[row]
         p_RV = p_logits_RV.softmax(-1)
         while True:
             row, left_V = self._accept_one_of(tree, row, p_RV[row])

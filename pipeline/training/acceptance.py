@@ -22,8 +22,10 @@ def draft_statistics(
     students_RD: Sequence[Tensor],
     chunk: int,
     draft_ids_W: Tensor | None = None,
+    cap: float = 0.0,
 ) -> dict[str, Tensor]:
-    """How well each head would draft the token after each row, at temperature 1. Each value is [H, R], float32.
+    """How well each head would draft the token after each row, at temperature 1. Each value is [H, R], float32. cap: of
+    the family's logits (`ChunkedLogits`).
 
     loss     KL(p || q), nats
     overlap  sum_v min(p, q) = 1 - TV(p, q): the probability that speculative sampling accepts a token drawn from
@@ -36,8 +38,8 @@ def draft_statistics(
     lost_mass  1 - sum of p over the draft vocabulary: what no head can draft
     """
     rows_at_once, ids_W = min(chunk, max(1, len(teacher_RD))), draft_ids_W
-    whole = ChunkedLogits(weight_VD, rows_at_once, buffers=4 if ids_W is None else 2)
-    drafts = whole if ids_W is None else ChunkedLogits(weight_VD.index_select(0, ids_W), rows_at_once, buffers=4)
+    whole = ChunkedLogits(weight_VD, rows_at_once, 4 if ids_W is None else 2, cap)
+    drafts = whole if ids_W is None else ChunkedLogits(weight_VD.index_select(0, ids_W), rows_at_once, 4, cap)
     names = ("loss", "overlap", "match") if ids_W is None else ("loss", "overlap", "match", "lost_mass")
     shape = (len(students_RD), len(teacher_RD))
     found = {name: torch.empty(shape, device=weight_VD.device) for name in names}

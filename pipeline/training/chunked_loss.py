@@ -23,14 +23,17 @@ class LinearDistillation(torch.autograd.Function):
         loss_h = scale * sum_terms weight * T^power * sum_r term(p_r, q_hr)
         d loss_h / d s_hr = scale * sum_terms weight * T^(power - 1) * W^T (dterm/dz)_hr
 
+    In a family that caps its logits, z = c tanh(W h / c) stands for W h, and (dterm/dz) is multiplied by 1 - (z/c)^2.
+
     W is frozen, so only the hidden states of the heads have a gradient. It is computed in the forward pass, where the
     logits that it needs are at hand; neither logits nor W are saved. The teacher's logits of a chunk are computed once
     for all heads, which share nothing else. There is no double backward.
 
-    LinearDistillation.apply(weight_VD, teacher_RD, terms, scale, temperature, chunk, mark, *students_RD) -> losses_H
-    in float32 (float64 if W is). `terms` maps the name of a term to its weight (losses.py). `mark` is called with
-    the name of the part of the work that has just ended, "teacher" or "rest" (`Stopwatch.mark`), or is None. Peak
-    memory: 4 * chunk * V logits, 5 with several terms, and one [R, D] gradient per head.
+    LinearDistillation.apply(weight_VD, teacher_RD, terms, scale, temperature, chunk, cap, mark, *students_RD) gives
+    losses_H in float32 (float64 if W is). `terms` maps the name of a term to its weight (losses.py). `cap` is c, or 0.
+    `mark` is called with the name of the part of the work that has just ended, "teacher" or "rest" (`Stopwatch.mark`),
+    or is None. Peak memory: 4 * chunk * V logits, 5 with several terms, one more with a cap, and one [R, D] gradient
+    per head.
     """
 
     @staticmethod
@@ -42,14 +45,15 @@ class LinearDistillation(torch.autograd.Function):
         scale: float,
         temperature: float,
         chunk: int,
+        cap: float,
         mark: Callable[[str], None] | None,
         *students_RD: Tensor,
     ) -> Tensor:
         total_H = torch.zeros(len(students_RD), dtype=torch.float64, device=weight_VD.device)
-        needed = ctx.needs_input_grad[7:]
+        needed = ctx.needs_input_grad[8:]
         grads = [torch.empty_like(s) if need else None for s, need in zip(students_RD, needed, strict=True)]
         mix = [(t.function, terms[n] * temperature ** (t.power - 1)) for n, t in TERMS.items() if n in terms]
-        logits = ChunkedLogits(weight_VD, min(chunk, max(1, len(teacher_RD))), buffers=4 if len(mix) == 1 else 5)
+        logits = ChunkedLogits(weight_VD, min(chunk, max(1, len(teacher_RD))), 4 if len(mix) == 1 else 5, cap)
         unit = scale * mix[0][1]
         for start in range(0, len(teacher_RD), chunk):
             rows = slice(start, start + chunk)
@@ -65,6 +69,8 @@ class LinearDistillation(torch.autograd.Function):
                 loss, grad_CV = _mixed(mix, log_p_CV, p_CV, log_q_CV, q_CV, logits.rows(-1, len(log_q_CV)))
                 total_H[h] += loss
                 if (grad_RD := grads[h]) is not None:
+                    if logits.bend_CV is not None:
+                        grad_CV.mul_(logits.bend_CV[: len(grad_CV)])
                     grad_RD[rows] = (grad_CV.to(weight_VD.dtype) @ weight_VD).mul_(unit)
         ctx.save_for_backward(*grads)
         return (total_H * (unit * temperature)).to(logits.dtype)
@@ -73,7 +79,7 @@ class LinearDistillation(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         out_H = grad_outputs[0]
         scaled = [None if g is None else g * out_H[h].to(g.dtype) for h, g in enumerate(ctx.saved_tensors)]
-        return None, None, None, None, None, None, None, *scaled
+        return None, None, None, None, None, None, None, None, *scaled
 
 
 def _mixed(
@@ -96,13 +102,17 @@ def _mixed(
 
 
 class ChunkedLogits:
-    """Buffers [C, V] that every chunk reuses: allocating them anew costs more than the softmax."""
+    """Buffers [C, V] that every chunk reuses: allocating them anew costs more than the softmax. cap: c of the logits
+    c tanh(W h / c), or 0."""
 
-    def __init__(self, weight_VD: Tensor, chunk: int, buffers: int):
+    def __init__(self, weight_VD: Tensor, chunk: int, buffers: int, cap: float = 0.0):
         self.weight_VD = weight_VD
         self.dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         shape = (chunk, len(weight_VD))
+        self.cap = cap
         self.buffers = [torch.empty(shape, dtype=self.dtype, device=weight_VD.device) for _ in range(buffers)]
+        self.bend_CV = torch.empty_like(self.buffers[0]) if cap else None
+        """The derivative of the last logits by W h."""
 
     def rows(self, index: int, count: int) -> Tensor:
         return self.buffers[index][:count]
@@ -117,6 +127,10 @@ class ChunkedLogits:
             scratch_CV = torch.mm(hidden_CD, self.weight_VD.t(), out_dtype=self.dtype)
         else:
             scratch_CV.copy_(hidden_CD @ self.weight_VD.t())
+        if self.bend_CV is not None:
+            scratch_CV.div_(self.cap).tanh_()
+            torch.square(scratch_CV, out=self.bend_CV[: len(scratch_CV)]).neg_().add_(1)
+            scratch_CV.mul_(self.cap)
         if temperature != 1.0:
             scratch_CV.div_(temperature)
         return torch.log_softmax(scratch_CV, -1, out=self.rows(index, len(hidden_CD)))
@@ -129,12 +143,18 @@ def plain_loss(
     scale: float,
     temperature: float,
     students_RD: Sequence[Tensor],
+    cap: float = 0.0,
 ) -> Tensor:
     """The losses_H of LinearDistillation by full logits and autograd: the reference in its tests."""
-    log_p_RV = torch.log_softmax(teacher_RD @ weight_VD.t() / temperature, -1)
+
+    def logits(hidden_RD: Tensor) -> Tensor:
+        products_RV = hidden_RD @ weight_VD.t()
+        return cap * torch.tanh(products_RV / cap) if cap else products_RV
+
+    log_p_RV = torch.log_softmax(logits(teacher_RD) / temperature, -1)
     losses = []
     for student_RD in students_RD:
-        log_q_RV = torch.log_softmax(student_RD @ weight_VD.t() / temperature, -1)
+        log_q_RV = torch.log_softmax(logits(student_RD) / temperature, -1)
         each = [w * temperature ** TERMS[n].power * _PLAIN[n](log_p_RV, log_q_RV).sum() for n, w in terms.items()]
         losses.append(scale * sum(each))
     return torch.stack(losses)

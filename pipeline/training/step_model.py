@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..inference.layers import logit_scale
+from ..inference.layers import logit_cap, logit_scale
 from ..inference.stopwatch import stopwatch
 from .acceptance import draft_statistics
 from .chunked_loss import LinearDistillation
@@ -40,7 +40,8 @@ class StepModel(nn.Module):
         super().__init__()
         self.backbone, self.draft_ids_W = backbone, draft_ids_W
         self.heads = nn.ModuleDict({f"exit-{n}": head for n, head in zip(exit_layers, heads, strict=True)})
-        self.terms, self.logit_scale = parse(config.distill.loss), logit_scale(backbone.config)
+        self.terms = parse(config.distill.loss)
+        self.logit_scale, self.logit_cap = logit_scale(backbone.config), logit_cap(backbone.config)
         self.temperature, self.chunk = config.distill.temperature, config.distill.loss_chunk
         self.stopwatch = stopwatch([next(heads[0].parameters()).device])
         """Time of the parts "teacher" (its forward pass and logits) and "rest" since the stopwatch was last started."""
@@ -82,12 +83,12 @@ class StepModel(nn.Module):
         try:
             if statistics:
                 weights = lm_head.weight, teacher_RD, students_RD
-                return draft_statistics(*weights, self.chunk, self.draft_ids_W), index_R
+                return draft_statistics(*weights, self.chunk, self.draft_ids_W, self.logit_cap), index_R
             rows = lm_head.weight
             if self.draft_ids_W is not None:
                 rows = rows.index_select(0, self.draft_ids_W)
             return LinearDistillation.apply(
-                rows, teacher_RD, self.terms, scale, self.temperature, self.chunk, self.stopwatch.mark,
+                rows, teacher_RD, self.terms, scale, self.temperature, self.chunk, self.logit_cap, self.stopwatch.mark,
                 *students_RD,
             )  # fmt: skip
         finally:

@@ -72,6 +72,14 @@ def test_drafts_are_copied_from_the_conversation_too(parts) -> None:
     assert any(r.source == "lookup" and r.accepted for r in given.out.rounds)
 
 
+def test_drafts_branch_in_a_conversation_too(parts) -> None:
+    talk = conversation(parts, controller="tree:2x2+lookup", max_new_tokens=40)
+    given = talk.answer("tell me, tell me, ", shown_nowhere)
+    assert any(r.parents and r.accepted for r in given.out.rounds)
+    plain, differ = talk.compare()
+    assert differ == 0 and plain.tokens == given.out.tokens
+
+
 class Named:
     """A tokenizer whose tokens have names, so that pieces of text tell which token they come from."""
 

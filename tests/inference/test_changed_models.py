@@ -1,5 +1,5 @@
-"""Models of our own families that were changed: quantised, or with an adapter. Their own layers run, where the user says
-that the head may draft for another backbone than the one it was trained for."""
+"""Models of our own families that were changed: quantised, or with an adapter. Their own layers run, where the user
+says that the head may draft for another backbone than the one it was trained for."""
 
 from dataclasses import replace
 from functools import partial
@@ -129,7 +129,7 @@ def test_virtual_tokens_are_refused(folder, head) -> None:
 
 def test_a_changed_lm_head_is_refused(folder) -> None:
     adapted = get_peft_model(load(folder), LoraConfig(r=4, target_modules=["lm_head"])).eval()
-    with pytest.raises(ValueError, match="lm_head is a peft.*: a plain linear layer is needed there"):
+    with pytest.raises(ValueError, match=r"lm_head is a peft.*: a plain linear layer is needed there"):
         SplitBackbone(adapted.get_base_model(), head_for(load(folder), 2), check=False)
 
 

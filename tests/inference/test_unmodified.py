@@ -281,7 +281,7 @@ ROPE = {"rope_theta": 10000.0, "factor": 2.0}
         ("mamba", {}, "does not make a model"),
         ("qwen3_next", {}, "without self_attn"),
         ("deepseek_v3", {}, "kv_lora_rank=512 is not supported"),
-        ("gemma2", {}, "final_logit_softcapping=30.0 is not supported"),
+        ("arcee", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported in this family"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
         ("olmo", {}, "OlmoForCausalLM has no norm.weight"),
         ("llama", {"hidden_act": "relu"}, "hidden_act=relu"),

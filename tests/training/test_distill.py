@@ -11,15 +11,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from distilling import head_bytes, lines, prepare, unpack, write_responses
+from family_cases import GENERIC
 from helpers import tiny_backbone
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from oracles import head_for
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from pipeline.errors import UserError
+from pipeline.evaluation.losslessness import teacher_forced
 from pipeline.generation.documents import Document, read_documents, read_manifest
+from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.fingerprint import fingerprint
+from pipeline.inference.sampling import Sampler
 from pipeline.runs.wandb_settings import wandb_mode
 from pipeline.stages import distill
 from pipeline.training import packing
@@ -94,6 +99,30 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
     )
     torch.testing.assert_close(sums, expected_sums, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sums.sum(0), losses, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere2", "qwen3_moe"])
+def test_the_loss_is_that_of_the_laws_that_decoding_drafts_and_verifies_with(tmp_path, mesh, family):
+    """Scales and caps of logits, windows and experts: what training minimises is the KL divergence of decoding."""
+    folder = tiny_backbone(tmp_path, family, sharpness=4.0, **GENERIC.get(family, {}))
+    write_responses(tmp_path / "run" / "responses", folder)
+    run = prepare(tmp_path, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), [1, 2])
+    step_model = StepModel(backbone, [1, 2], heads, run.config)
+    shard_step_model(step_model, heads, mesh)
+    documents, _ = read_documents(run / "responses", read_manifest(run / "responses"), "drop", 0.5)
+    engines = [SplitBackbone(model, head_for(model, n)) for n in (1, 2)]  # heads start as the last layer in both
+    for document in documents[:4]:
+        (batch,) = [packing.pack([document], len(document.tokens))[[0]]]
+        ((start, end),) = document.spans
+        with torch.no_grad():
+            losses = step_model(batch["ids_BT"], batch["positions_BT"], batch["mask_BT"], 1.0)
+        for engine, loss in zip(engines, losses.tolist(), strict=True):
+            ids = list(document.tokens)
+            with torch.inference_mode():
+                p_TV, q_TV = teacher_forced(engine, ids[:start], ids[start:end], Sampler(1.0))
+            assert loss == pytest.approx(float((p_TV * (p_TV / q_TV).log()).sum()), rel=1e-4) and loss > 0.1
 
 
 def test_the_last_possible_exit_layer_starts_as_the_backbone_itself(tmp_path, backbone):

@@ -284,7 +284,9 @@ def test_a_head_of_a_bfloat16_backbone_computes_as_the_layer_it_is_copied_from(t
     angles = plain.model.rotary_emb(hidden[0], positions_BT)
     students = [plain.model.norm(plain.model.layers[-1](hidden[n], position_embeddings=angles)) for n in (1, 2)]
     rows = [states.flatten(0, 1) for states in (hidden[-1], *students)]
-    expected_H = LinearDistillation.apply(plain.lm_head.weight, rows[0], {"kl": 1.0}, 1.0, 1.0, 512, None, *rows[1:])
+    expected_H = LinearDistillation.apply(
+        plain.lm_head.weight, rows[0], {"kl": 1.0}, 1.0, 1.0, 512, 0.0, None, *rows[1:]
+    )
     assert torch.equal(losses_H.detach(), expected_H) and (expected_H > 0).all()
     for head in heads:
         for parameter in head.parameters():

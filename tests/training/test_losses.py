@@ -38,7 +38,7 @@ def test_loss_and_gradient_equal_autograd_through_full_logits(weight, terms, chu
     teacher, scale, outer = hidden(0), 0.37, torch.tensor([1.0, -2.0], dtype=torch.float64)
     ours = [hidden(1).requires_grad_(), hidden(2).requires_grad_()]
     plain = [h.detach().clone().requires_grad_() for h in ours]
-    losses = LinearDistillation.apply(weight, teacher, terms, scale, temperature, chunk, None, *ours)
+    losses = LinearDistillation.apply(weight, teacher, terms, scale, temperature, chunk, 0.0, None, *ours)
     expected = plain_loss(weight, teacher, terms, scale, temperature, plain)
     (losses * outer).sum().backward()
     (expected * outer).sum().backward()
@@ -47,11 +47,25 @@ def test_loss_and_gradient_equal_autograd_through_full_logits(weight, terms, chu
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-13)
 
 
+@LOSS
+@pytest.mark.parametrize("cap", [0.5, 3.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_capped_logits_equal_autograd_through_full_logits(weight, terms, cap, temperature):
+    ours = hidden(1).requires_grad_()
+    plain = ours.detach().clone().requires_grad_()
+    loss = LinearDistillation.apply(weight, hidden(0), terms, 0.37, temperature, 5, cap, None, ours)
+    expected = plain_loss(weight, hidden(0), terms, 0.37, temperature, [plain], cap)
+    loss.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("terms", [t for t in LOSSES if "tvd++" not in t], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 def test_gradient_is_the_derivative_of_the_loss(weight, terms, temperature):
     def losses(*students):
-        return LinearDistillation.apply(weight, hidden(0, 3), terms, 0.5, temperature, 2, None, *students)
+        return LinearDistillation.apply(weight, hidden(0, 3), terms, 0.5, temperature, 2, 0.0, None, *students)
 
     assert torch.autograd.gradcheck(losses, (hidden(1, 3).requires_grad_(), hidden(2, 3).requires_grad_()))
 
@@ -60,7 +74,9 @@ def test_tvd_plus_plus_is_the_policy_gradient_of_normalised_rewards_by_hand():
     """Three tokens and one row: p = (.5, .3, .2), q = (.2, .2, .6). Tokens 0 and 1 have reward 1, so m = .4."""
     p, q = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64), torch.tensor([[0.2, 0.2, 0.6]], dtype=torch.float64)
     student = q.log().requires_grad_()  # with W = 1 the hidden states are the logits
-    loss = LinearDistillation.apply(torch.eye(3).double(), p.log(), {"tvd++": 1.0}, 1.0, 1.0, 4, None, student).sum()
+    loss = LinearDistillation.apply(
+        torch.eye(3).double(), p.log(), {"tvd++": 1.0}, 1.0, 1.0, 4, 0.0, None, student
+    ).sum()
     loss.backward()
     assert loss.item() == pytest.approx(0.4)
     expected = torch.tensor([[0.2 * -0.6, 0.2 * -0.6, 0.6 * 0.4]]).double() / math.sqrt(0.4 * 0.6)
@@ -72,7 +88,7 @@ def test_gradients_have_the_lengths_that_the_table_of_the_terms_gives(weight, na
     p_logits = hidden(0) @ weight.t()
     q_logits = (p_logits + 0.5 * hidden(1) @ weight.t()).requires_grad_()  # with W = 1 hidden states are logits
     eye = torch.eye(V, dtype=torch.float64)
-    LinearDistillation.apply(eye, p_logits, {name: 1.0}, 1.0, 1.0, 4, None, q_logits).sum().backward()
+    LinearDistillation.apply(eye, p_logits, {name: 1.0}, 1.0, 1.0, 4, 0.0, None, q_logits).sum().backward()
     p, q = p_logits.softmax(-1), q_logits.detach().softmax(-1)
     overlap, m = torch.minimum(p, q).sum(-1), (q * (p > q)).sum(-1)
     length = {
@@ -87,7 +103,9 @@ def test_gradients_have_the_lengths_that_the_table_of_the_terms_gives(weight, na
 def test_gradients_keep_their_size_when_the_temperature_rises(weight, name):
     def size(temperature: float) -> float:
         student = hidden(1).requires_grad_()
-        LinearDistillation.apply(weight, hidden(0), {name: 1.0}, 1.0, temperature, 4, None, student).sum().backward()
+        LinearDistillation.apply(
+            weight, hidden(0), {name: 1.0}, 1.0, temperature, 4, 0.0, None, student
+        ).sum().backward()
         return student.grad.norm().item()
 
     assert size(200.0) == pytest.approx(size(100.0), rel=0.05)
@@ -97,7 +115,9 @@ def test_gradients_keep_their_size_when_the_temperature_rises(weight, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_head_that_equals_the_teacher_has_no_loss_and_no_gradient(weight, terms, dtype):
     student = hidden(0, dtype=dtype).requires_grad_()
-    loss = LinearDistillation.apply(weight.to(dtype), hidden(0, dtype=dtype), terms, 1.0, 1.0, 4, None, student).sum()
+    loss = LinearDistillation.apply(
+        weight.to(dtype), hidden(0, dtype=dtype), terms, 1.0, 1.0, 4, 0.0, None, student
+    ).sum()
     loss.backward()
     assert abs(loss.item()) < 20 * torch.finfo(dtype).eps and student.grad.abs().max() == 0
 
@@ -107,7 +127,7 @@ def test_a_head_that_is_all_but_sure_of_another_token_leaves_numbers(terms):
     """The logits are 300 apart, so in float32 the overlap and some probabilities are 0."""
     weight, teacher = torch.eye(4), torch.tensor([[300.0, 0, 0, 0]])
     student = torch.tensor([[0.0, 300, 0, 0]], requires_grad=True)
-    loss = LinearDistillation.apply(weight, teacher, terms, 1.0, 1.0, 4, None, student).sum()
+    loss = LinearDistillation.apply(weight, teacher, terms, 1.0, 1.0, 4, 0.0, None, student).sum()
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all() and student.grad.abs().sum() <= 2
 
@@ -116,17 +136,17 @@ def test_a_head_that_is_all_but_sure_of_another_token_leaves_numbers(terms):
 def test_heads_together_give_the_bits_of_heads_alone(weight, terms):
     weight, teacher = weight.float(), hidden(0, dtype=torch.float32)
     together = [hidden(s, dtype=torch.float32).requires_grad_() for s in (1, 2, 3)]
-    LinearDistillation.apply(weight, teacher, terms, 0.1, 1.0, 5, None, *together).sum().backward()
+    LinearDistillation.apply(weight, teacher, terms, 0.1, 1.0, 5, 0.0, None, *together).sum().backward()
     for student in together:
         alone = student.detach().clone().requires_grad_()
-        LinearDistillation.apply(weight, teacher, terms, 0.1, 1.0, 5, None, alone).sum().backward()
+        LinearDistillation.apply(weight, teacher, terms, 0.1, 1.0, 5, 0.0, None, alone).sum().backward()
         assert torch.equal(alone.grad, student.grad)
 
 
 @LOSS
 def test_no_rows_is_no_loss(weight, terms):
     student = hidden(1, 0).requires_grad_()
-    loss = LinearDistillation.apply(weight, hidden(0, 0), terms, 1.0, 1.0, 5, None, student).sum()
+    loss = LinearDistillation.apply(weight, hidden(0, 0), terms, 1.0, 1.0, 5, 0.0, None, student).sum()
     loss.backward()
     assert loss.item() == 0 and student.grad.shape == (0, D)
 
@@ -136,7 +156,7 @@ def test_bfloat16_weights_take_float32_heads(weight, terms):
     student = hidden(1, dtype=torch.float32).requires_grad_()
     plain = hidden(1).requires_grad_()
     weight, teacher = weight.bfloat16(), hidden(0).bfloat16()
-    LinearDistillation.apply(weight, teacher, terms, 1.0, 1.0, 5, None, student).sum().backward()
+    LinearDistillation.apply(weight, teacher, terms, 1.0, 1.0, 5, 0.0, None, student).sum().backward()
     plain_loss(weight.double(), teacher.double(), terms, 1.0, 1.0, [plain]).sum().backward()
     assert student.grad.dtype == torch.float32
     # A rounded logit changes kl by little, but p > q may turn into p < q.
@@ -158,7 +178,7 @@ def test_nothing_but_four_or_five_buffers_is_as_large_as_a_chunk_of_logits(weigh
 
     student = hidden(1, rows).requires_grad_()
     with Watch():
-        LinearDistillation.apply(weight, hidden(0, rows), terms, 1.0, 1.0, chunk, None, student).sum().backward()
+        LinearDistillation.apply(weight, hidden(0, rows), terms, 1.0, 1.0, chunk, 0.0, None, student).sum().backward()
     assert len(large) == (4 if len(terms) == 1 else 5)
 
 
