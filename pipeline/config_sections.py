@@ -246,7 +246,11 @@ class Evaluate:
         "entropy:T (until the head is less sure than T), beta and calibration (those of the EESD paper), goodput and "
         "others (of other papers and engines: docs/control.md); thompson+tree also drafts further candidates for a "
         "place where that pays, tree:2x2x1 always 2 for the first draft, 2 after each of them, and 1 after these; with "
-        "+lookup behind any name, drafts are also copied from the text where that pays",
+        "+lookup behind any name, drafts are also copied from the text where that pays, with +memory also from the "
+        "texts measured before",
+    )
+    corpus: str | None = option(
+        None, "a text file that controllers with +memory copy from too, such as the document that the prompts are about"
     )
     rivals: list[str] = option(
         ["generate", "generate:static", "early_exit", "assistant_model:2", "prompt_lookup"],

@@ -7,7 +7,7 @@ speed affect all of them alike.
 
 import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,6 +141,7 @@ class Decoders:
         ends: frozenset[int],
         seed: int,
         states: dict[Method, dict[str, Any]],
+        corpus: Sequence[int] = (),
     ):
         self.engines, self.config, self.ends, self.seed = engines, config, ends, seed
         self.any_engine = next(iter(engines.values()))
@@ -155,6 +156,8 @@ class Decoders:
         for method, controller in self.controllers.items():
             if (learning := thompson_in(controller)) and method in states:
                 learning.load_state_dict(states[method])
+            if corpus and (memory := getattr(controller, "memory", None)) is not None:
+                memory.add(list(corpus))
 
     def decode(self, method: Method, ids: list[int], draws: int, max_new_tokens: int | None = None) -> Generation:
         """Decode with a method. `draws` is added to the seed, so that each prompt and repeat has its own random
@@ -177,13 +180,15 @@ def measure(
     seed: int,
     states: dict[Method, dict[str, Any]],
     drafts: dict[int, Any],
+    corpus: Sequence[int] = (),
 ) -> Found:
     """Time all methods and rivals on all prompts.
 
     states: states from which controllers start. drafts: exit layer -> draft model, for the rivals that take one.
+    corpus: tokens that controllers with a memory copy from.
     Raises UserError if nothing could be drafted at some temperature.
     """
-    decoders = Decoders(engines, config, ends, seed, states)
+    decoders = Decoders(engines, config, ends, seed, states, corpus)
     others = _rivals(config, list(engines))
     longest = max((ids for _, ids in encoded), key=len)
     for engine in engines.values():  # passes of fixed shapes are recorded for the longest text

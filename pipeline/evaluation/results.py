@@ -81,12 +81,13 @@ def of_sources(entry: dict[str, Any]) -> list[str]:
     """Of each controller that copied drafts: how often, and what came of it."""
     lines = []
     for name, c in entry["controllers"].items():
-        if copied := c.get("sources", {}).get("lookup"):
-            lines.append(
-                f"Exit layer {entry['exit_layer']}, {name}: {copied['rounds'] / c['rounds']:.0%} of the rounds copied "
-                f"their drafts from the text, {copied['drafted'] / copied['rounds']:.1f} in each; "
-                f"{copied['accepted'] / copied['drafted']:.0%} of these were accepted."
-            )
+        for source, where in (("lookup", "the text"), ("memory", "earlier texts")):
+            if copied := c.get("sources", {}).get(source):
+                lines.append(
+                    f"Exit layer {entry['exit_layer']}, {name}: {copied['rounds'] / c['rounds']:.0%} of the rounds "
+                    f"copied their drafts from {where}, {copied['drafted'] / copied['rounds']:.1f} in each; "
+                    f"{copied['accepted'] / copied['drafted']:.0%} of these were accepted."
+                )
     return lines
 
 

@@ -134,6 +134,7 @@ class _Streamed:
         self.controller, self.stream, self.show, self.stop = controller, stream, show, stop
         if look := look_of(controller):  # the decoder asks this object instead
             self.look = look
+        self.memory = getattr(controller, "memory", None)
         self.reads, self.spare = reads_of(controller), spare_of(controller)
         self.new: list[int] = []
         """Committed tokens that were not shown yet."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from .branching import Branching, FixedTree
 from .literature import PLAIN, STOPS
+from .lookup import Memory
 from .rounds import Confidence, Controller, Round
 from .sources import WithLookup
 from .thompson import Thompson
@@ -36,11 +37,11 @@ class Fixed:
 NAMES = (
     "thompson, fixed:K, thompson+tree, tree:AxBxC (A candidates for the first draft, B after each of them, ...), "
     "confidence:T, entropy:T, cumulative:T (0 < T < 1), beta, calibration, calibration:shift, goodput, logistic, "
-    "adaptive_steps, schedule, ucb, tapout or none, alone or with +lookup behind it"
+    "adaptive_steps, schedule, ucb, tapout or none, alone or with +lookup or +memory behind it"
 )
 THOMPSON = {"thompson": Thompson, "thompson+tree": Branching}
-COPYING = "+lookup"
-"""Ending of a name: drafts may also be copied from the text."""
+COPYING = {"+lookup": False, "+memory": True}
+"""Endings of a name: drafts may also be copied from the text -> whether from earlier texts too."""
 
 
 def fixed_length(name: str) -> int | None:
@@ -55,8 +56,11 @@ def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller
     greedy: whether the text is decoded greedily or sampled, because a different quantity predicts acceptance in each.
     Raises ValueError for an unknown name or a parameter out of range.
     """
-    if name.endswith(COPYING) and not name.endswith(2 * COPYING):
-        return WithLookup(make_controller(name.removesuffix(COPYING), seed, greedy), greedy, seed)
+    for ending, remembers in COPYING.items():
+        head = name.removesuffix(ending)
+        if head != name and not head.endswith(tuple(COPYING)):
+            memory = Memory() if remembers else None
+            return WithLookup(make_controller(head, seed, greedy), greedy, seed, memory=memory)
     kind, _, argument = name.partition(":")
     k = fixed_length(name)
     if k is not None:

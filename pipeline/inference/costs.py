@@ -90,7 +90,7 @@ class Costs:
         if width not in self.verify:
             self.verify[width] = Recent()
             return
-        if round.source == "lookup":
+        if round.source != "head":
             self.copied.add(round.shallow_seconds, self.now)
         else:
             self.shallow.add(round.shallow_seconds / (round.levels + 1), self.now)

@@ -18,7 +18,7 @@ import torch
 
 from .backbone import SplitBackbone
 from .kv_cache import KVCache
-from .lookup import Lookup, Point
+from .lookup import Copying, Point
 from .rounds import Confidence, Controller, Round, look_of, reads_of, spare_of
 from .sampling import Sampler
 from .stopwatch import Stopwatch, stopwatch
@@ -99,7 +99,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
     hidden_MD = backbone.deep(0, len(request.prompt), cache)
     cache.commit(len(request.prompt))
     watch.mark("prefill")
-    index = Lookup(request.prompt) if look_of(controller) else None
+    texts = Copying(request.prompt, getattr(controller, "memory", None)) if look_of(controller) else None
     # The first token comes from the prefill: a round starts from a pending token.
     first_1V = sampler.shape(backbone.logits(hidden_MD[-1:]), request.prompt, out.tokens)
     out.commit([sampler.draw(first_1V[0])], request)
@@ -108,13 +108,13 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         round, base = Round(), cache.length
         # A bonus token follows the drafts, so no more drafts than the remaining tokens minus one are of use.
         room = request.max_new_tokens - len(out.tokens) - 1
-        tree = None if index is None else _copy(backbone, request, controller, index, out, cache, room, round, parts)
+        tree = None if texts is None else _copy(backbone, request, controller, texts, out, cache, room, round, parts)
         if tree is None:
             tree = _draft(backbone, request, sampler, controller, out, cache, room, round, parts)
         parts.mark("rest")
         logits_RV = backbone.logits(backbone.deep(base, base + len(tree), cache, tree))
         p_logits_RV = sampler.shape_tree(logits_RV, request.prompt, out.tokens, tree)
-        if round.source == "lookup":
+        if round.source != "head":
             tree.laws[:-1] = [Confidence(Point(draft.token_1, p_logits_RV[0])) for draft in tree.drafts]
         path, bonus = sampler.verify(tree, p_logits_RV)
         parts.mark("verify")
@@ -128,15 +128,19 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         _time(round, parts)
         out.rounds.append(round)
         controller.observe(round)
-    return _finish(out, watch)
+    _finish(out, watch)
+    if texts is not None:
+        texts.extend(out.tokens[len(texts.text.tokens) - len(request.prompt) :])
+        texts.end()
+    return out
 
 
-def _copy(backbone, request, controller, index, out, cache, room, round, parts) -> Tree | None:
-    """Draft a round by copying from the text, or not at all. All rows to verify pass through the shallow layers
+def _copy(backbone, request, controller, texts, out, cache, room, round, parts) -> Tree | None:
+    """Draft a round by copying from a text, or not at all. All rows to verify pass through the shallow layers
     together; the exit head reads them when it is asked the next time."""
-    index.extend(out.tokens[len(index.tokens) - len(request.prompt) :])
-    matched, at = index.match()
-    tokens = index.copy(at, min(controller.look(matched), room)) if matched else []
+    texts.extend(out.tokens[len(texts.text.tokens) - len(request.prompt) :])
+    match = texts.match()
+    tokens = match.copy(min(controller.look(match), room)) if match.length else []
     end = next((i for i, token in enumerate(tokens) if token in request.end_tokens), len(tokens))
     tokens = tokens[: end + 1]  # nothing follows a drafted end token
     if not tokens:
@@ -147,7 +151,7 @@ def _copy(backbone, request, controller, index, out, cache, room, round, parts) 
         tree.add(row, Draft(id_1), None)
     backbone.shallow(tree.tokens, cache.length, cache)
     parts.mark("shallow")
-    round.source = "lookup"
+    round.source = match.source
     return tree
 
 

@@ -1,11 +1,13 @@
-"""Drafts copied from the text itself: what followed the latest earlier occurrence of the text's last tokens.
+"""Drafts copied from a text: what followed the latest earlier occurrence of its last tokens, in itself or in others.
 
-Takes token ids as they are committed; gives the length of the longest match and the tokens to copy. No exit head runs,
+Takes token ids as they are committed; gives the longest match and the tokens to copy. No exit head runs,
 so such drafts cost little more than their verification (prompt lookup, Saxena 2023; SuffixDecoding, Oliaro et al. 2024,
 arXiv 2411.04975, keeps a tree where this keeps a table of n-grams). A copied token is certain: its law is one point.
 """
 
+import warnings
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ NGRAM = 8
 """The longest n-gram in the table; longer matches are found by comparing backwards from its place."""
 LONGEST_MATCH = 32
 """Matches are not followed further back than this."""
+BOUNDARY = -1
+"""Stands between two texts of a memory: no token has this id."""
 
 
 class Lookup:
@@ -37,25 +41,99 @@ class Lookup:
                 self.after[tuple(self.tokens[at - n :])] = at
             self.tokens.append(token)
 
-    def match(self) -> tuple[int, int]:
-        """(length of the match, index of the token after its earlier occurrence); length 0 if there is none."""
-        text, end = self.tokens, len(self.tokens)
+    def match(self, text: list[int] | None = None) -> tuple[int, int]:
+        """(length of the match, index of the token after its earlier occurrence) of the end of `text`, by default of
+        the tokens added so far; length 0 if there is none."""
+        text = self.tokens if text is None else text
+        end = len(text)
         for n in range(min(NGRAM, end), 0, -1):
             at = self.after.get(tuple(text[end - n :]))
             if at is not None:
                 length = n
-                while length < min(LONGEST_MATCH, at) and text[at - length - 1] == text[end - length - 1]:
+                while length < min(LONGEST_MATCH, at, end) and self.tokens[at - length - 1] == text[end - length - 1]:
                     length += 1
                 return length, at
         return 0, end
 
     def copy(self, at: int, count: int) -> list[int]:
-        """`count` tokens from index `at` on. Beyond the text's end it copies what it has copied, so that a text which
-        repeats itself with a short period is continued for any length."""
+        """`count` tokens from index `at` on, fewer where another text begins. Beyond the end it copies what it has
+        copied, so that a text which repeats itself with a short period is continued for any length."""
         found: list[int] = []
         for i in range(at, at + count):
-            found.append(self.tokens[i] if i < len(self.tokens) else found[i - len(self.tokens)])
+            token = self.tokens[i] if i < len(self.tokens) else found[i - len(self.tokens)]
+            if token == BOUNDARY:
+                break
+            found.append(token)
         return found
+
+
+class Memory:
+    """Earlier texts, of which the oldest are forgotten: two tables, of which the older one is dropped when the younger
+    is full. It takes about 1 kB of the host's memory for a token.
+
+    limit: the most tokens in both.
+    """
+
+    def __init__(self, limit: int = 1 << 16):
+        if limit < 2:
+            raise ValueError(f"a memory of {limit} tokens: at least 2")
+        self.limit, self.tables, self.forgot = limit, [Lookup([]), Lookup([])], False
+
+    def __len__(self) -> int:
+        return sum(len(table.tokens) for table in self.tables)
+
+    def add(self, tokens: list[int]) -> None:
+        """Remember a text, or of one that is longer than the memory's half the end."""
+        half = self.limit // 2
+        if len(tokens) >= half:
+            warnings.warn(f"a text of {len(tokens)} tokens: only its last {half - 1} are remembered", stacklevel=2)
+        if len(self.tables[0].tokens) + len(tokens) + 1 > half:
+            if self.tables[1].tokens and not self.forgot:
+                self.forgot = True
+                warnings.warn(f"the memory of {self.limit} tokens is full: it forgets the oldest texts", stacklevel=2)
+            self.tables = [Lookup([]), self.tables[0]]
+        self.tables[0].extend([*tokens[-(half - 1) :], BOUNDARY])
+
+
+class Match(NamedTuple):
+    """The longest end of a text that occurred before."""
+
+    length: int
+    source: str
+    """Where: lookup, in this text; or memory, in an earlier one."""
+    table: Lookup
+    at: int
+    """Index of the token after it."""
+
+    def copy(self, count: int) -> list[int]:
+        """Up to `count` tokens that followed it."""
+        return self.table.copy(self.at, count)
+
+
+class Copying:
+    """What one text can be continued with: what is in itself, and in a memory of earlier ones."""
+
+    def __init__(self, prompt: list[int], memory: Memory | None):
+        self.text, self.memory = Lookup(prompt), memory
+
+    def extend(self, tokens: list[int]) -> None:
+        self.text.extend(tokens)
+
+    def match(self) -> Match:
+        """The longest match; of equally long ones that in the text itself, then that in the youngest texts."""
+        best = Match(0, "lookup", self.text, 0)
+        tables = [("lookup", self.text)]
+        tables += [("memory", table) for table in self.memory.tables] if self.memory is not None else []
+        for source, table in tables:
+            length, at = table.match(self.text.tokens)
+            if length > best.length:
+                best = Match(length, source, table, at)
+        return best
+
+    def end(self) -> None:
+        """The text is complete: remember it."""
+        if self.memory is not None:
+            self.memory.add(self.text.tokens)
 
 
 class Point(Law):

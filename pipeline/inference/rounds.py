@@ -8,7 +8,7 @@ W tokens that the head can draft; q: the exit head's distribution
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Round:
     path: list[int] = field(default_factory=list)
     """Where drafts branch: the numbers of the accepted ones."""
     source: str = "head"
-    """Where the drafts came from: head, or lookup (lookup.py)."""
+    """Where the drafts came from: head, lookup or memory (lookup.Match)."""
 
     @property
     def levels(self) -> int:
@@ -96,8 +96,9 @@ class Confidence:
 class Controller(Protocol):
     """Decides during decoding how many tokens to draft. One object may serve many prompts and keeps what it learns.
 
-    A controller that also copies drafts from the text has a further method, `look(matched) -> int`: at the start of a
-    round, given the length of the match (lookup.py), how many tokens to copy; 0 leaves the round to the head.
+    A controller that also copies drafts from texts has a further method, `look(match) -> int`: at the start of a
+    round, given a `lookup.Match`, how many tokens to copy; 0 leaves the round to the head. An attribute `memory`, if it
+    has one, holds the earlier texts (lookup.Memory) that are copied from too, and is given each text at its end.
 
     One whose drafts branch has an attribute `spare`, the most drafts that a round has beside those of its longest
     path, and a method `reads(k) -> int`: after how many of the drafts of level k (0: the pending token), in the order
@@ -118,8 +119,8 @@ class Controller(Protocol):
         ...
 
 
-def look_of(controller: Controller) -> Callable[[int], int] | None:
-    """The method `look` of a controller that may copy drafts from the text; None of any other."""
+def look_of(controller: Controller) -> Callable[[Any], int] | None:
+    """The method `look` of a controller that may copy drafts from texts; None of any other."""
     return getattr(controller, "look", None)
 
 

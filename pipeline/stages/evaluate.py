@@ -21,7 +21,7 @@ from ..backbones.load import device_of, engine_options, load_model, load_tokeniz
 from ..backbones.source import load_config
 from ..config import Config
 from ..errors import UserError, warn
-from ..evaluation import against_transformers, bound, losslessness, report, rivals, texts, threads
+from ..evaluation import against_transformers, bound, corpus, losslessness, report, rivals, texts, threads
 from ..evaluation.intervals import FEWEST
 from ..evaluation.measuring import Measured, Method, measure
 from ..evaluation.metrics import beside, best, summarise
@@ -62,6 +62,8 @@ def run(run: RunDir) -> None:
         outside["head"] = sha256_of(folders[0] / "model.safetensors")
     if config.states is not None:
         outside["states"] = sha256_of(Path(config.states))
+    if config.corpus is not None:
+        outside["corpus"] = sha256_of(Path(config.corpus))
     if not run.plan("evaluate", inputs, outside):
         print("evaluate: done already")
         return
@@ -71,6 +73,7 @@ def run(run: RunDir) -> None:
     tokenizer = load_tokenizer(run.config.backbone)
     ends = frozenset(end_tokens(run.config.backbone, tokenizer))
     warn_of_turn_end("evaluate", tokenizer, settings, ends)
+    copied = corpus.read(config, tokenizer)
     vocab_size = load_config(run.config.backbone).vocab_size
     if has_ids_beyond(tokenizer, vocab_size):
         check_prompts(chosen, tokenizer, settings, vocab_size)
@@ -97,7 +100,7 @@ def run(run: RunDir) -> None:
     with run.stage("evaluate", inputs, outside) as summary, threads.threads(count):
         if measured is None:
             asked = replace(config, rivals=others)
-            found = measure(model, engines, encoded, ends, asked, run.config.seed, states, drafts)
+            found = measure(model, engines, encoded, ends, asked, run.config.seed, states, drafts, copied)
             with atomic_path(run / "eval") as folder:
                 folder.mkdir()
                 Measured.of(found, encoded, _about(engine, encoded, compared)).save(folder)
@@ -354,6 +357,7 @@ def check(config: Config) -> None:
             make_controller(name)
         except ValueError as error:
             raise UserError(f"evaluate.controllers={names}: {error}") from None
+    corpus.check(config.evaluate)
     if config.evaluate.states is not None:
         path = Path(config.evaluate.states).resolve()
         if not path.is_file():

@@ -18,6 +18,7 @@ from pipeline.inference.controllers import make_controller
 from pipeline.inference.costs import Costs, Recent
 from pipeline.inference.decoding import Request, self_speculative
 from pipeline.inference.law import DraftVocabulary, Law
+from pipeline.inference.lookup import Memory
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.sources import WithLookup
 from pipeline.inference.stopwatch import Stopwatch
@@ -190,8 +191,22 @@ class Copies:
         self.k, self.head = k, make_controller(head)
         self.peek, self.draft, self.observe = self.head.peek, self.head.draft, self.head.observe
 
-    def look(self, matched: int) -> int:
+    def look(self, match) -> int:
         return self.k
+
+
+def remembered() -> Memory:
+    """Earlier texts with everything that may follow the prompt."""
+    memory = Memory()
+    for text in ([1, 0, 1, 1, 0, 1], [0, 0, 1, 0, 0], [1, 1, 1, 0, 1, 0]):
+        memory.add(text)
+    return memory
+
+
+class Remembers(Copies):
+    def __init__(self, k: int, head: str):
+        super().__init__(k, head)
+        self.memory = remembered()
 
 
 COPYING = {
@@ -199,6 +214,9 @@ COPYING = {
        for k, head in ((1, "none"), (3, "none"), (2, "fixed:2"), (3, "confidence:0.6"))},
     "fixed:1+lookup": lambda: make_controller("fixed:1+lookup", greedy=False),
     **{f"thompson+lookup, seed {s}": lambda s=s: WithLookup(experienced(s), False, s) for s in (0, 1, 2)},
+    "3 copied from an earlier text": lambda: Remembers(3, "none"),
+    **{f"thompson+memory, seed {s}": lambda s=s: WithLookup(experienced(s), False, s, memory=remembered())
+       for s in (0, 1)},
 }  # fmt: skip
 SHAPES = {"plain": {}, "T=0.7, top-p 0.8": {"temperature": 0.7, "top_p": 0.8}, "top-k 2": {"top_k": 2}}
 

@@ -13,7 +13,7 @@ from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import learned_controller, make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead
-from pipeline.inference.lookup import LONGEST_MATCH, NGRAM, Lookup
+from pipeline.inference.lookup import LONGEST_MATCH, NGRAM, Copying, Lookup, Match, Memory
 from pipeline.inference.rounds import Round
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.sources import BINS, WithLookup, bin_of
@@ -63,7 +63,7 @@ def rounds_of(controller: WithLookup, chance: float, count: int, seed: int = 0) 
     single draft is right half of the time. A verified row costs 0.05, a verification 1, a head pass and its row 0.2."""
     draw, rounds = random.Random(seed), []
     for _ in range(count):
-        n = controller.look(8)
+        n = controller.look(Match(8, "lookup", Lookup([]), 0))
         if n:
             accepted = next((i for i in range(n) if draw.random() >= chance), n)
             made = Round(n, accepted, accepted + 1, 0, 1.15 + 0.05 * n, 0.1, 0.0, 1.05 + 0.05 * n, source="lookup")
@@ -83,7 +83,7 @@ def test_it_learns_whether_copying_pays(chance: float, least: float, most: float
 
 def test_the_heads_rounds_come_first_and_what_is_always_right_is_copied_in_full() -> None:
     controller = WithLookup(make_controller("fixed:1"))
-    assert controller.look(32) == 0, "nothing is known of the head's rounds yet"
+    assert controller.look(Match(32, "lookup", Lookup([]), 0)) == 0, "nothing is known of the head's rounds yet"
     lengths = {r.drafted for r in rounds_of(controller, 1.0, 200)[50:] if r.source == "lookup"}
     assert max(lengths) == controller.limit, "what is always right is copied as far as allowed"
 
@@ -109,7 +109,7 @@ def test_greedy_text_is_the_backbones_and_loops_are_copied(engine, name: str) ->
 
 def test_nothing_is_copied_beyond_an_end_token(engine) -> None:
     class Always:
-        def look(self, matched: int) -> int:
+        def look(self, match: Match) -> int:
             return 6
 
         def peek(self, k: int) -> bool:
@@ -128,9 +128,61 @@ def test_what_thompson_learned_of_a_head_is_taken_over() -> None:
     state = Thompson().state_dict() | {"rounds": 77}
     controller = learned_controller("thompson+lookup", {"states": {"greedy": state}})
     assert isinstance(controller, WithLookup) and controller.head.rounds == 77
-    for name in ("often+lookup", "fixed:1+lookup+lookup"):
+    for name in ("often+lookup", "fixed:1+lookup+lookup", "fixed:1+lookup+memory", "fixed:1+memory+lookup"):
         with pytest.raises(ValueError, match="controller="):
             make_controller(name)
+
+
+def test_the_longest_match_is_copied_and_of_equal_ones_the_nearest() -> None:
+    memory = Memory()
+    memory.add([1, 2, 3, 4, 50, 51])
+    memory.add([2, 3, 4, 60, 61])
+    texts = Copying([9, 2, 3, 4, 70, 8, 2, 3, 4], memory)
+    match = texts.match()
+    assert (match.source, match.length, match.copy(2)) == ("lookup", 3, [70, 8])
+    for prompt, found in (([8, 2, 3, 4], (3, [60, 61])), ([8, 1, 2, 3, 4], (4, [50, 51]))):
+        match = Copying(prompt, memory).match()
+        assert (match.source, match.length, match.copy(9)) == ("memory", *found)
+    assert Copying([5, 5], None).match().source == "lookup" and Copying([77], memory).match().length == 0
+
+
+def test_nothing_is_copied_across_two_texts() -> None:
+    memory = Memory()
+    memory.add([1, 2, 3])
+    memory.add([4, 5, 6])
+    assert memory.tables[0].match([3, 4, 5])[0] == 2, "a match does not go back into the text before"
+    match = Copying([2, 3], memory).match()
+    assert match.length == 2 and match.copy(4) == []
+
+
+def test_a_full_memory_forgets_the_oldest_and_says_so_once() -> None:
+    memory = Memory(limit=40)
+    with pytest.warns(UserWarning, match="forgets the oldest texts") as said:
+        for i in range(20):
+            memory.add([100 + i, 200 + i, 300 + i])
+    assert len(said) == 1 and 16 <= len(memory) <= 40
+    assert Copying([119, 219], memory).match().copy(1) == [319]
+    assert Copying([100, 200], memory).match().length == 0
+    with pytest.warns(UserWarning, match="only its last 19 are remembered"):
+        memory.add(list(range(50)))
+    assert len(memory) <= 40
+    with pytest.raises(ValueError, match="at least 2"):
+        Memory(1)
+
+
+def test_what_was_said_before_is_copied(engine) -> None:
+    controller = make_controller("fixed:1+memory")
+    request = Request([5, 6, 7, 8, 9, 10, 11, 12], 40)
+    plain = autoregressive(engine, request, Sampler())
+    rounds = []
+    for _ in range(6):
+        out = self_speculative(engine, request, Sampler(), controller)
+        assert out.tokens == plain.tokens
+        rounds.append(out.rounds)
+    assert all(r.source != "memory" for r in rounds[0])
+    remembered = [r for r in rounds[-1] if r.source == "memory"]
+    assert remembered and all(r.accepted == r.drafted for r in remembered), "the text is there, word for word"
+    assert sum(r.accepted for r in rounds[-1]) > sum(r.accepted for r in rounds[0])
 
 
 def test_a_trace_cannot_be_replayed_with_copies() -> None:
