@@ -48,8 +48,11 @@ FIXED = [f"fixed:{k}" for k in range(7)]
 RIVALS = ["confidence:0.3", "confidence:0.5", "confidence:0.7", "entropy:0.4", "entropy:0.6", "cumulative:0.2",
           "cumulative:0.4", "beta", "calibration", "calibration:shift", "goodput", "logistic", "adaptive_steps",
           "schedule", "ucb", "tapout", "thompson"]  # fmt: skip
-TREES = ["tree:2", "tree:2x2", "tree:3x2x1", "tree:4x2x2x1", "thompson+tree"]
+TREES = ["tree:2", "tree:2x2", "tree:3x2x1", "tree:4x2x2x1", "thompson+tree", "thompson+tree+lookup"]
 """Simulated for greedy texts only."""
+PAIRS = [("thompson+lookup", "thompson"), ("thompson+lookup", "none+lookup"), ("thompson+tree", "thompson"),
+         ("thompson+tree+lookup", "thompson+lookup"), ("thompson+tree+lookup", "thompson")]  # fmt: skip
+COPYING = ["none+lookup", "fixed:1+lookup", "thompson+lookup"]
 PARTS = ["drafted", "levels", "head_passes", "seconds", "shallow_seconds", "head_seconds", "verify_seconds"]
 TIMED = ["fixed:1", "fixed:2", "fixed:3", "fixed:4", "confidence:0.5", "beta", "calibration:shift", "thompson"]
 
@@ -123,7 +126,7 @@ def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
     simulation.save(path, traces, sha)
     models = {
         name: simulation.CostModel(costs | own_costs(name, rounds, baseline, args.clock))
-        for name in [*FIXED, *RIVALS, *TREES]
+        for name in [*FIXED, *RIVALS, *COPYING, *TREES]
     }
     greedy = SETTINGS[setting]["temperature"] == 0
     found = {"costs": costs, "wall": wall, "simulated": simulate(traces, models, args.seeds, greedy)}
@@ -191,8 +194,11 @@ def rated(n, s, m, t) -> list[float]:
 
 def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
     """Simulated speedup of every controller over the traces, and thompson over several rivals; summed over seeds."""
-    names = FIXED + RIVALS + (TREES if greedy else [])
-    bounds = {"oracle": 1} | ({"oracle of trees": CANDIDATES} if greedy else {})
+    names = FIXED + RIVALS + COPYING + (TREES if greedy else [])
+    bounds: dict[str, dict] = {"oracle": {}, "oracle with copies": {"copies": True}}
+    if greedy:
+        bounds["oracle of trees"] = {"candidates": CANDIDATES}
+        bounds["oracle of trees with copies"] = {"candidates": CANDIDATES, "copies": True}
     sums = {name: [np.zeros(len(traces)), np.zeros(len(traces))] for name in [*names, *bounds]}
     for seed in range(seeds):
         accepted = simulation.outcomes(traces, seed)
@@ -202,10 +208,10 @@ def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
             )
             sums[name][0] += tokens
             sums[name][1] += seconds
-        for name, candidates in bounds.items():
+        for name, drafts in bounds.items():
             pairs = zip(traces, accepted, strict=True)
             sums[name][0] += [len(t) - 1 for t in traces]
-            sums[name][1] += [simulation.oracle(t, a, costs["fixed:1"], candidates) for t, a in pairs]
+            sums[name][1] += [simulation.oracle(t, a, costs["fixed:1"], **drafts) for t, a in pairs]
     halves = np.arange(len(traces)) % 2
     tuned = [np.zeros(len(traces)), np.zeros(len(traces))]
     chosen = []
@@ -219,8 +225,8 @@ def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
     result = {name: rated(*sums[name], ones, ones) for name in sums}
     result["fixed, tuned on other prompts"] = rated(*tuned, ones, ones)
     result["thompson / fixed tuned"] = rated(*sums["thompson"], *tuned)
-    if greedy:
-        result["thompson+tree / thompson"] = rated(*sums["thompson+tree"], *sums["thompson"])
+    for name, other in PAIRS if greedy else PAIRS[:2]:
+        result[f"{name} / {other}"] = rated(*sums[name], *sums[other])
     for name in [name for name in RIVALS if name != "thompson"] + ["oracle"]:
         result[f"thompson / {name}"] = rated(*sums["thompson"], *sums[name])
     return {"speedup": result, "tuned": chosen}

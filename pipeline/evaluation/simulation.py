@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..inference.backbone import SplitBackbone
 from ..inference.law import Law
+from ..inference.lookup import Copying, Lookup
 from ..inference.rounds import LONGEST, Confidence, Controller, Round, look_of, reads_of, spare_of
 from ..inference.sampling import Sampler, residual
 from .losslessness import teacher_forced
@@ -44,10 +45,13 @@ class Trace:
     """The same for the J drafts that follow a rejected draft for token t."""
     rank_T: np.ndarray | None = None
     """Greedy: how many of the head's candidates for token t are before the text's, whose drafts may branch then."""
+    ids: np.ndarray | None = None
+    """Of the prompt; with `tokens`, what drafts may be copied from."""
+    tokens: np.ndarray | None = None
 
     @classmethod
     def of(cls, prompt: str, max_new_tokens: int, acceptance_T: np.ndarray) -> "Trace":
-        """A trace without confidences, for the oracle and for controllers that read none."""
+        """A trace without confidences and tokens, for the oracle and for controllers that read none."""
         unread = np.zeros((len(acceptance_T), len(Recorded._fields)))
         return cls(prompt, max_new_tokens, acceptance_T, unread, unread[:, None].repeat(RECORDED, 1))
 
@@ -101,7 +105,8 @@ def record(
         cache.head_length = at
     chance_T = acceptance(p_TV, q_TV, tokens, sampler).cpu().numpy()
     rank_T = ranks(q_TV, tokens).cpu().numpy() if sampler.greedy else None
-    return Trace(prompt, max_new_tokens, chance_T, np.array(said), off, rank_T)
+    said_TC, texts = np.array(said), (np.array(ids), np.array(tokens))
+    return Trace(prompt, max_new_tokens, chance_T, said_TC, off, rank_T, *texts)
 
 
 def ranks(q_TV: Tensor, tokens: list[int]) -> Tensor:
@@ -142,11 +147,14 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
     accepted_T: whether the first candidate for each token is accepted. Where drafts branch, the confidence behind a
     wrong one is known only if the head reads first candidates alone.
 
-    Raises ValueError for a controller that copies drafts from the text, and for one whose drafts branch unless the
-    trace is of greedy decoding.
+    Raises ValueError for a controller that copies drafts if the trace has no tokens, and for one whose drafts branch
+    unless the trace is of greedy decoding.
     """
+    texts = None
     if look_of(controller):
-        raise ValueError("a trace holds drafts of the head alone: it cannot be replayed with a controller that copies")
+        if trace.ids is None or trace.tokens is None:
+            raise ValueError("a trace without tokens cannot be replayed with a controller that copies")
+        texts = Copying(trace.ids.tolist(), getattr(controller, "memory", None))
     rank_T = np.where(accepted_T, 0, NEVER)
     if spare_of(controller):
         if trace.rank_T is None:
@@ -154,14 +162,41 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
         rank_T = np.where(accepted_T, 0, np.maximum(1, trace.rank_T))
     rounds, t = [], 1
     while t < len(trace):
-        rounds.append(_round(controller, trace, rank_T, t))
-        made = rounds[-1]
+        made = None if texts is None else _copied_round(controller, trace, texts, t)
+        made = made or _round(controller, trace, rank_T, t)
+        levels = made.levels if made.source == "head" else 0  # copied drafts share one shallow pass
         made.seconds, made.shallow_seconds, made.head_seconds, made.verify_seconds = costs.round(
-            made.drafted, made.head_passes, made.levels
+            made.drafted, made.head_passes, levels
         )
+        rounds.append(made)
         controller.observe(made)
         t += made.tokens
+    if texts is not None and trace.ids is not None and trace.tokens is not None:
+        texts.extend(trace.tokens[len(texts.text.tokens) - len(trace.ids) :].tolist())
+        texts.end()
     return rounds
+
+
+def _copied_round(controller: Controller, trace: Trace, texts: Copying, t: int) -> Round | None:
+    """The round that begins at place t, if its drafts are copied. A copied token is accepted iff it is the text's, when
+    sampling too: one that is rejected is replaced by another token."""
+    assert trace.ids is not None and trace.tokens is not None
+    texts.extend(trace.tokens[len(texts.text.tokens) - len(trace.ids) : t].tolist())
+    match = texts.match()
+    if not match.length:
+        return None
+    copied = match.copy(min(controller.look(match), trace.max_new_tokens - t - 1))  # type: ignore[attr-defined]
+    accepted = _right(copied, trace.tokens[t:])
+    if t + accepted == len(trace):
+        copied = copied[:accepted]  # behind a copied end token nothing is drafted
+    made = Round(len(copied), accepted, min(accepted + 1, len(trace) - t), source=match.source)
+    return made if copied else None
+
+
+def _right(copied: list[int], text_T: np.ndarray) -> int:
+    """How many of the copied tokens are those of the text, up to the first that is not."""
+    return next((i for i, pair in enumerate(zip(copied, text_T, strict=False)) if pair[0] != pair[1]),
+                min(len(copied), len(text_T)))  # fmt: skip
 
 
 def _round(controller: Controller, trace: Trace, rank_T: np.ndarray, t: int) -> Round:
@@ -214,13 +249,14 @@ def play(
     return tokens, seconds
 
 
-def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel, candidates: int = 1) -> float:
+def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel, candidates: int = 1, copies: bool = False) -> float:
     """The least time of any controller that knows every outcome beforehand, by dynamic programming over the text; in
     autoregressive tokens.
 
     candidates: how many of the head's candidates for a place may be drafted, the right one and those before it. More
-    than one needs the trace of a greedy text.
+    than one needs the trace of a greedy text. copies: whether drafts may also be copied from the text.
     """
+    copied = _right_copies(trace) if copies else None
     n = len(trace)
     rank_T = np.where(accepted_T, 0, NEVER)
     if candidates > 1:
@@ -229,6 +265,8 @@ def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel, candidates: i
     least = np.zeros(n + 1)
     for t in reversed(range(1, n)):
         least[t] = costs.round(0, 0)[0] + least[t + 1]
+        for n in range(1, 0 if copied is None else min(copied[t], trace.max_new_tokens - t - 1) + 1):
+            least[t] = min(least[t], costs.round(n, 0, 0)[0] + least[min(len(trace), t + n + 1)])
         drafted = 0
         for k in range(1, min(n - t, trace.max_new_tokens - t - 1) + 1):
             rank = rank_T[t + k - 1]
@@ -237,6 +275,17 @@ def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel, candidates: i
             drafted += int(rank) + 1
             least[t] = min(least[t], costs.round(drafted, k, k)[0] + least[min(n, t + k + 1)])
     return float(least[1]) if n > 1 else 0.0
+
+
+def _right_copies(trace: Trace) -> list[int]:
+    """How many tokens, copied from the text at each of its places, are right."""
+    assert trace.ids is not None and trace.tokens is not None
+    index, tokens, found = Lookup(trace.ids.tolist()), trace.tokens.tolist(), []
+    for t, token in enumerate(tokens):
+        length, at = index.match()
+        found.append(_right(index.copy(at, LONGEST), trace.tokens[t:]) if length else 0)
+        index.extend([token])
+    return found
 
 
 # ---- files
@@ -248,7 +297,8 @@ def save(path: Path, traces: list[Trace], head_sha256: str) -> None:
     for i, t in enumerate(traces):
         arrays[f"{i}.name"] = np.array([t.prompt, str(t.max_new_tokens)])
         arrays |= {f"{i}.acceptance": t.acceptance_T, f"{i}.said": t.said_TC, f"{i}.off": t.off_TJC}
-        arrays |= {} if t.rank_T is None else {f"{i}.rank": t.rank_T}
+        more = {"rank": t.rank_T, "ids": t.ids, "tokens": t.tokens}
+        arrays |= {f"{i}.{part}": array for part, array in more.items() if array is not None}
     with open(path, "wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
@@ -268,6 +318,6 @@ def load(path: Path, head_sha256: str) -> list[Trace]:
     traces = []
     for i in range(about["traces"]):
         name, most = arrays[f"{i}.name"]
-        parts = (arrays.get(f"{i}.{part}") for part in ("acceptance", "said", "off", "rank"))
+        parts = (arrays.get(f"{i}.{part}") for part in ("acceptance", "said", "off", "rank", "ids", "tokens"))
         traces.append(Trace(str(name), int(most), *parts))  # type: ignore[arg-type]
     return traces

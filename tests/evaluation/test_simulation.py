@@ -15,7 +15,7 @@ from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed, make_controller
 from pipeline.inference.costs import Costs
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
-from pipeline.inference.rounds import Round, reads_of, spare_of
+from pipeline.inference.rounds import Round, look_of, reads_of, spare_of
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.thompson import Thompson
 
@@ -38,10 +38,13 @@ class Timeless:
 
     def __init__(self, inner):
         self.inner, self.peek, self.draft = inner, inner.peek, inner.draft
-        self.reads, self.spare = reads_of(inner), spare_of(inner)
+        self.reads, self.spare, self.memory = reads_of(inner), spare_of(inner), getattr(inner, "memory", None)
+        if look_of(inner):
+            self.look = inner.look
 
     def observe(self, round) -> None:
-        seconds, shallow, head, verify = COSTS.round(round.drafted, round.head_passes, round.levels)
+        levels = round.levels if round.source == "head" else 0
+        seconds, shallow, head, verify = COSTS.round(round.drafted, round.head_passes, levels)
         self.inner.observe(
             replace(round, seconds=seconds, shallow_seconds=shallow, head_seconds=head, verify_seconds=verify)
         )
@@ -49,7 +52,22 @@ class Timeless:
 
 NAMES = ["fixed:0", "fixed:3", "confidence:0.3", "entropy:0.3", "cumulative:0.2", "beta", "calibration",
          "calibration:shift", "goodput", "logistic", "adaptive_steps", "schedule", "ucb", "tapout",
-         "thompson", "thompson+tree", "tree:3", "tree:2x2x1", "tree:1x2x3"]  # fmt: skip
+         "thompson", "thompson+tree", "tree:3", "tree:2x2x1", "tree:1x2x3",
+         "thompson+lookup", "none+lookup", "thompson+tree+lookup", "tree:2x2+memory"]  # fmt: skip
+
+
+class Copies(Fixed):
+    """Copies four tokens wherever there is a match, and leaves other rounds to a head that drafts one."""
+
+    def __init__(self):
+        super().__init__(1)
+
+    def look(self, match) -> int:
+        return 4
+
+
+def controller_of(name: str):
+    return Copies() if name == "copies" else make_controller(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,10 +84,10 @@ def test_greedy_rounds_are_the_decoders_own(engine, name: str) -> None:
 
 
 def shape_of(r: Round) -> tuple:
-    return r.drafted, r.accepted, r.tokens, r.head_passes, r.parents, r.path
+    return r.source, r.drafted, r.accepted, r.tokens, r.head_passes, r.parents, r.path
 
 
-@pytest.mark.parametrize("name", ["fixed:3", "thompson", "thompson+tree", "tree:2x2x1", "tree:1x2x3"])
+@pytest.mark.parametrize("name", ["fixed:3", "thompson", "thompson+tree", "tree:2x2x1", "tree:1x2x3", "copies"])
 def test_a_text_that_ends_by_itself_takes_the_decoders_rounds(engine, name: str) -> None:
     whole = autoregressive(engine, Request(PROMPT24, NEW), Sampler()).tokens
     for at in range(3, NEW, 5):
@@ -78,10 +96,10 @@ def test_a_text_that_ends_by_itself_takes_the_decoders_rounds(engine, name: str)
             continue
         request = Request(PROMPT24, NEW, frozenset([whole[at]]))
         trace = simulation.record(engine, "p", PROMPT24, text, Sampler(), NEW)
-        real = self_speculative(engine, request, Sampler(), Timeless(make_controller(name)))
+        real = self_speculative(engine, request, Sampler(), Timeless(controller_of(name)))
         assert real.tokens == text
         outcome = simulation.outcomes([trace], 0)[0]
-        rounds = simulation.replay(Timeless(make_controller(name)), trace, outcome, COSTS)
+        rounds = simulation.replay(Timeless(controller_of(name)), trace, outcome, COSTS)
         # what follows a wrong draft that is an end token is not known, so a round may have drafted more
         assert [(r.accepted, r.tokens) for r in rounds] == [(r.accepted, r.tokens) for r in real.rounds]
 
@@ -111,14 +129,14 @@ def sampled_traces(engine) -> list[Trace]:
     return [simulation.record(engine, "p", PROMPT24, t, sampler(2000 + i), NEW) for i, t in enumerate(texts)]
 
 
-@pytest.mark.parametrize("name", ["fixed:2", "confidence:0.3"])
+@pytest.mark.parametrize("name", ["fixed:2", "confidence:0.3", "copies"])
 def test_sampled_rounds_have_the_decoders_law(engine, sampled_traces, name: str) -> None:
     """Mean drafted and accepted per round of 25 texts each way, within four standard errors."""
     real, simulated = [], []
     for seed, trace in enumerate(sampled_traces):
-        out = self_speculative(engine, Request(PROMPT24, NEW), sampler(seed), make_controller(name))
+        out = self_speculative(engine, Request(PROMPT24, NEW), sampler(seed), controller_of(name))
         real += [(r.drafted, r.accepted) for r in out.rounds]
-        rounds = simulation.replay(make_controller(name), trace, simulation.outcomes([trace], seed)[0], COSTS)
+        rounds = simulation.replay(controller_of(name), trace, simulation.outcomes([trace], seed)[0], COSTS)
         simulated += [(r.drafted, r.accepted) for r in rounds]
     a, b = np.array(real, float), np.array(simulated, float)
     error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b)) + 1e-9
@@ -151,6 +169,21 @@ def test_oracle_is_the_best_of_all_plans() -> None:
     every = itertools.product(range(5), repeat=6)
     best = min(sum(r.seconds for r in simulation.replay(Plan(p), trace, outcome, COSTS)) for p in every)
     assert simulation.oracle(trace, outcome, COSTS) == pytest.approx(best)
+
+
+def test_the_oracle_copies_what_is_right(engine) -> None:
+    """It is never slower for it, and of a text that repeats itself it copies nearly all."""
+    loop = ([5, 6, 7, 8] * 12)[:NEW]
+    nothing = np.zeros((NEW, 3))
+    off = nothing[:, None].repeat(simulation.RECORDED, 1)
+    trace = Trace("loop", NEW, np.zeros(NEW), nothing, off, None, np.array([5, 6, 7, 8, 5, 6, 7, 8]), np.array(loop))
+    outcome = np.zeros(NEW, bool)
+    alone, copying = (simulation.oracle(trace, outcome, COSTS, copies=copies) for copies in (False, True))
+    assert alone == pytest.approx(COSTS.round(0, 0)[0] * (NEW - 1))
+    splits = (s for s in itertools.combinations_with_replacement(range(9), 5) if sum(s) == 34)  # 39 tokens, 5 rounds
+    assert copying == pytest.approx(min(sum(COSTS.round(n, 0, 0)[0] for n in split) for split in splits))
+    rounds = simulation.replay(Copies(), trace, outcome, COSTS)
+    assert all(r.source == "lookup" and r.accepted == r.drafted for r in rounds)
 
 
 def test_costs_of_a_round_add_up() -> None:

@@ -185,8 +185,8 @@ def test_what_was_said_before_is_copied(engine) -> None:
     assert sum(r.accepted for r in rounds[-1]) > sum(r.accepted for r in rounds[0])
 
 
-def test_a_trace_cannot_be_replayed_with_copies() -> None:
+def test_a_trace_without_tokens_cannot_be_replayed_with_copies() -> None:
     nothing = np.zeros((3, 0))
     trace = simulation.Trace("p", 8, np.ones(3), nothing, nothing)
-    with pytest.raises(ValueError, match="cannot be replayed"):
+    with pytest.raises(ValueError, match="without tokens cannot be replayed"):
         simulation.replay(make_controller("fixed:1+lookup"), trace, np.ones(3, bool), None)
