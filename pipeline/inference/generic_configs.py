@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .layers import ROPE_TYPES, Shape
-from .outline import Outline
+from .outline import Outline, packed_masks
 from .unmodified import as_built
 
 PARTS, WEIGHTS = ("embed_tokens", "layers", "norm", "rotary_emb"), ("embed_tokens", "norm")
@@ -108,11 +108,13 @@ def _check_separates(config: Any, model: Any, where: str) -> None:
     body = Outline(model.model, list(model.model.layers))
     body.body._modules["rotary_emb"] = type(model.model.rotary_emb)(model.config)  # on the CPU, to compare masks
     hidden_1TD = torch.zeros(1, 4, config.hidden_size)
-    masks = []
+    found = []
     for positions in ([0, 1, 2, 3], [0, 1, 0, 1]):
-        _, calls = body(inputs_embeds=hidden_1TD, position_ids=torch.tensor([positions]), use_cache=False)
-        masks.append(calls[0].named.get("attention_mask"))
-    one, two = masks
+        positions_1T = torch.tensor([positions])
+        masks = packed_masks(model.config, hidden_1TD, positions_1T)
+        _, calls = body(inputs_embeds=hidden_1TD, position_ids=positions_1T, use_cache=False, **masks)
+        found.append(calls[0].named.get("attention_mask"))
+    one, two = found
     if two is None or (one is not None and torch.equal(one, two)):
         raise ValueError(
             f"{where}: transformers' masks let the texts of a packed sequence see each other in this family, so heads "

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 
 class Call(NamedTuple):
@@ -61,3 +62,18 @@ class Outline:
         if any(hidden is not found[0][0] for hidden, _ in found):
             raise ValueError("the model's forward computes something between its layers")
         return found[0][0], [call for _, call in found]
+
+
+MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+UNMASKED = ("gpt_oss",)
+"""Model types whose forward forgets the positions when it makes masks, but takes masks that were made before."""
+
+
+def packed_masks(config: Any, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[str, Any]:
+    """What a forward over packed sequences needs besides positions, in which each text begins again with 0, so that its
+    texts do not see each other: nothing in most families. hidden_BTD gives sizes, dtype and device."""
+    if config.model_type not in UNMASKED:
+        return {}
+    about = {"config": config, "inputs_embeds": hidden_BTD, "attention_mask": None, "past_key_values": None}
+    made = {kind: make(**about, position_ids=positions_BT) for kind, make in MASKS.items() if kind in config.layer_types}
+    return {"attention_mask": made}

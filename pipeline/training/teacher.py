@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..inference.outline import Outline
+from ..inference.outline import Outline, packed_masks
 
 TeacherStates = tuple[Tensor, dict[int, Tensor]]
 """(final_BTD after the final norm, exit layer N -> hidden state [B, T, D] after it)."""
@@ -34,10 +34,13 @@ class Teacher:
 
     def __call__(self, ids_BT: Tensor, positions_BT: Tensor) -> tuple[TeacherStates, dict[str, Any]]:
         """(hidden states, the last layer's keyword arguments) for token ids and positions [B, T]."""
+        body: Any = self.backbone.model
         with torch.no_grad():
-            final_BTD = self.backbone.model(  # type: ignore[operator,union-attr]
-                input_ids=ids_BT, position_ids=positions_BT, use_cache=False
-            ).last_hidden_state
+            like_BT1 = torch.empty(*ids_BT.shape, 1, dtype=body.norm.weight.dtype, device=ids_BT.device)
+            final_BTD = body(
+                input_ids=ids_BT, position_ids=positions_BT, use_cache=False,
+                **packed_masks(self.backbone.config, like_BT1, positions_BT),
+            ).last_hidden_state  # fmt: skip
         seen, self._seen = self._seen, {}
         return (final_BTD, {n: seen[n] for n in self.exit_layers}), seen["arguments"]
 
@@ -69,5 +72,6 @@ def last_layer_arguments(backbone: Any, layer: nn.Module, hidden_BTD: Tensor, po
     `hidden_BTD` gives dtype and device, positions are [B, T].
     """
     outline = Outline(backbone.model, [layer] * backbone.config.num_hidden_layers)
-    _, calls = outline(inputs_embeds=hidden_BTD, position_ids=positions_BT, use_cache=False)
+    masks = packed_masks(backbone.config, hidden_BTD, positions_BT)
+    _, calls = outline(inputs_embeds=hidden_BTD, position_ids=positions_BT, use_cache=False, **masks)
     return calls[-1].named

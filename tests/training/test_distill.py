@@ -47,7 +47,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "olmo2", "gpt_oss"])
 def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, mesh, family, turns):
     """Compares every position, the sum over each answer and the gradient, through the StepModel that trains."""
     fields = {"sliding_window": 16} if family == "mistral" else {"tie_word_embeddings": family == "qwen3"}
@@ -101,7 +101,7 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
     torch.testing.assert_close(sums.sum(0), losses, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere2", "gpt_oss"])
 def test_the_loss_is_that_of_the_laws_that_decoding_drafts_and_verifies_with(tmp_path, mesh, family):
     """Scales and caps of logits, windows and experts: what training minimises is the KL divergence of decoding."""
     folder = tiny_backbone(tmp_path, family, sharpness=4.0, **GENERIC.get(family, {}))
