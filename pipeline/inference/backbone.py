@@ -22,7 +22,7 @@ from .exit_head import ExitHead, check_exit_layer, persistent_buffers
 from .families import check_config, family_of, is_known
 from .family import Family, Weights
 from .family_generic import GENERIC
-from .fixed_shapes import FixedShapes, rounded
+from .fixed_shapes import BRANCHED, Branches, Chain, FixedShapes, Where, rounded
 from .generic_configs import check_fits
 from .kernels import Kernels, Product
 from .kv_cache import KVCache
@@ -161,13 +161,12 @@ class SplitBackbone:
             raise ValueError(f"{max_length} positions are needed, the backbone's context is {self.max_context}")
         if spare:
             self._check_branches()
-        max_length += spare
         if self._fixed is None:
-            return self._allocate(max_length)
-        if self._fixed_cache is None or self._fixed_cache.max_length < rounded(max_length):
+            return self._allocate(max_length + spare)
+        if self._fixed_cache is None or self._fixed_cache.max_length < rounded(max_length, spare):
             # recordings are tied to their cache
             self._fixed, self._fixed_cache = FixedShapes(self.family.layer, self.shape), None
-            self._fixed_cache = self._allocate(rounded(max_length))
+            self._fixed_cache = self._allocate(rounded(max_length, spare))
             for width in WIDTHS:  # record every width now, not in the middle of a text
                 zeros_WD = torch.zeros(width, self.hidden, dtype=self.dtype, device=self.device)
                 self._run(zeros_WD, 0, self.num_layers + 1, 0, self._fixed_cache)
@@ -279,9 +278,10 @@ class SplitBackbone:
         """
         m = len(hidden_MD)
         tree = None if tree is None or tree.is_chain or base < cache.length else tree
-        fixed = self._fixed if m <= WIDTHS[-1] and tree is None else None
+        widths = WIDTHS if tree is None else BRANCHED
+        fixed = self._fixed if m <= widths[-1] else None
         if fixed is not None:
-            width = next(w for w in WIDTHS if w >= m)
+            width = next(w for w in widths if w >= m)
             hidden_MD = F.pad(hidden_MD, (0, 0, 0, width - m))
         rows: list[Any] = []
         device = None
@@ -292,7 +292,11 @@ class SplitBackbone:
             keys, values = cache.keys[i], cache.values[i]
             if fixed is not None:
                 tables, kinds = self.passes.tables(block.device), self.passes.kinds[block.start : block.stop]
-                where = tables.positions_T[base : base + width]
+                if tree is None:
+                    where: Where = Chain(tables.positions_T[base : base + width])
+                elif block.device != device:
+                    device = block.device
+                    where = Branches.of(tree, cache.length, base - cache.length, width, device)
                 hidden_MD = fixed(hidden_MD, where, tables, block.weights, kinds, keys, values)
                 continue
             if block.device != device:

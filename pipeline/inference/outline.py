@@ -75,5 +75,7 @@ def packed_masks(config: Any, hidden_BTD: Tensor, positions_BT: Tensor) -> dict[
     if config.model_type not in UNMASKED:
         return {}
     about = {"config": config, "inputs_embeds": hidden_BTD, "attention_mask": None, "past_key_values": None}
-    made = {kind: make(**about, position_ids=positions_BT) for kind, make in MASKS.items() if kind in config.layer_types}
+    made = {
+        kind: make(**about, position_ids=positions_BT) for kind, make in MASKS.items() if kind in config.layer_types
+    }
     return {"attention_mask": made}

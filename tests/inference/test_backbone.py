@@ -217,6 +217,8 @@ def test_cuda_graphs_give_the_same_text(llama) -> None:
     for k, room in ((1, 30), (2, 30), (4, 250), (8, 250)):  # the cache grows on the way
         engine.new_cache(room)
         assert self_speculative(engine, Request(PROMPT, 30), Sampler(), Fixed(k)).tokens == expected
+    for name in ("tree:2x2x1", "tree:4x3", "thompson+tree"):
+        assert self_speculative(engine, Request(PROMPT, 30), Sampler(), make_controller(name)).tokens == expected
 
 
 @torch.inference_mode()

@@ -143,6 +143,15 @@ def test_greedy_text_is_the_backbones(model) -> None:
     assert branched > 3, "no path but the first one was ever accepted"
 
 
+def test_passes_of_fixed_shapes_give_the_same_text(model) -> None:
+    engine, request = SplitBackbone(model, head_for(model, 2), fixed_shapes=True), Request(PROMPT, 40)
+    expected = autoregressive(engine, request, Sampler()).tokens
+    for name in ("tree:3", "tree:2x2x1", "tree:4x3x2", "thompson+tree+lookup"):
+        assert self_speculative(engine, request, Sampler(), make_controller(name)).tokens == expected
+    cache = engine.new_cache(60, spare=40)
+    assert autoregressive(engine, request, Sampler()).tokens == expected and engine.new_cache(60) is cache
+
+
 def test_the_right_token_is_always_the_heads_second_choice(llama, monkeypatch) -> None:
     engine = SplitBackbone(llama, head_for(llama, 3))  # perfect drafts, but for what follows
     honest = engine.draft_logits

@@ -130,7 +130,9 @@ def test_one_process_loads_what_transformers_loads(tmp_path, mesh, pieces, famil
     assert_loads_as_transformers_does(folder, mesh, dtype)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "granitemoe", "mixtral", "phimoe", "qwen3_moe", "glm4_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["gemma3_text", "granitemoe", "mixtral", "phimoe", "qwen3_moe", "glm4_moe", "gpt_oss"]
+)
 def test_other_families_too(tmp_path, mesh, pieces, family: str) -> None:
     """Their buffers, and experts that the checkpoint holds one by one; of glm4_moe the last layers only are alike."""
     folder = tiny_backbone(tmp_path, family, **GENERIC[family])
