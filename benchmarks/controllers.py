@@ -169,12 +169,13 @@ def smooth(costs: dict, rounds: pd.DataFrame) -> dict:
     """Replaces the costs of verifying two and more tokens by a fitted line that does not fall: widths that few rounds
     used are noisy, and beyond those that were timed a falling line would make long rounds cost nothing."""
     counts = (rounds.drafted + 1).value_counts()
-    several = [w for w in costs["verify"] if w > 1]
+    several = [w for w in costs["verify"] if 1 < w <= simulation.LONGEST + 1]
     slope, start = np.polyfit(several, [costs["verify"][w] for w in several], 1, w=[counts[w] ** 0.5 for w in several])
     if slope < 0:
         slope, start = 0.0, np.average([costs["verify"][w] for w in several], weights=[counts[w] for w in several])
     line = {w: round(float(start + slope * w), 4) for w in range(2, simulation.LONGEST + 2)}
-    return costs | {"verify": {1: costs["verify"].get(1, line[2])} | line}
+    wider = {w: cost for w, cost in costs["verify"].items() if w > simulation.LONGEST + 1}  # of trees: another kernel
+    return costs | {"verify": {1: costs["verify"].get(1, line[2])} | line | wider}
 
 
 def own_costs(name: str, rounds: pd.DataFrame, baseline: float, timed: list[str]) -> dict:

@@ -250,7 +250,9 @@ class Evaluate:
         "texts measured before",
     )
     corpus: str | None = option(
-        None, "a text file that controllers with +memory copy from too, such as the document that the prompts are about"
+        None,
+        "a text file that controllers with +memory copy from too, such as the document that the prompts are about; of "
+        "a long one the last 32767 tokens",
     )
     rivals: list[str] = option(
         ["generate", "generate:static", "early_exit", "assistant_model:2", "prompt_lookup"],

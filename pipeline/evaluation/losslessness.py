@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..inference.backbone import SplitBackbone
+from ..inference.fixed_shapes import BRANCHED
 from ..inference.law import Law
 from ..inference.rounds import WIDTHS
 from ..inference.sampling import Sampler
@@ -135,10 +136,10 @@ def by_width(engine: SplitBackbone, prompt: int, ids: list[int]) -> Iterator[Ten
     """Logits [V] of the token after `ids` in passes of each width; the first as the baseline computes them.
 
     The first `prompt` ids are prefilled in one pass, as in decoding, and the rest in passes of one width, starting with
-    width 1. Keys and values computed at other widths differ by rounding too, so the whole text is processed again for
-    each width.
+    width 1; where drafts may branch, the widths of trees are among them. Keys and values computed at other widths
+    differ by rounding too, so the whole text is processed again for each width.
     """
-    for width in WIDTHS:
+    for width in (*WIDTHS, *BRANCHED[-3:]) if engine.family.is_fast else WIDTHS:
         cache = engine.new_cache(len(ids))
         hidden_MD = engine.full(ids[:prompt], 0, cache)
         for base in range(prompt, len(ids), width):

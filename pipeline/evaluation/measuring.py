@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller, thompson_in
 from ..inference.decoding import Generation, Request, autoregressive, self_speculative
+from ..inference.rounds import spare_of
 from ..inference.sampling import Sampler
 from ..prompts.ids import Encoded
 from . import rivals
@@ -191,8 +192,9 @@ def measure(
     decoders = Decoders(engines, config, ends, seed, states, corpus)
     others = _rivals(config, list(engines))
     longest = max((ids for _, ids in encoded), key=len)
+    spare = max(map(spare_of, decoders.controllers.values()))
     for engine in engines.values():  # passes of fixed shapes are recorded for the longest text
-        engine.new_cache(len(longest) + config.max_new_tokens)
+        engine.new_cache(len(longest) + config.max_new_tokens, spare)
     warm = Decoders(engines, config, ends, seed, {})  # own controllers: the real ones must not learn slow first passes
     for m in warm.methods:
         warm.decode(m, encoded[0][1], 0, min(32, config.max_new_tokens))

@@ -106,12 +106,14 @@ def beside(rivals: pd.DataFrame, generations: pd.DataFrame) -> list[dict[str, An
 def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
     """Mean time of each part of a round, in units of one autoregressive token (`token_seconds`).
 
-    shallow and head are per pass, of the rounds that the head drafted; verify per width (number of tokens verified in
-    one pass), rest per round. target_efficiency: the time of verifying the smallest width over that of each width
-    (MoESD, Huang et al., 2025); it is 1 where further tokens take no time.
+    shallow and head are per pass, of the rounds that the head drafted, of chains if there are any among them; verify
+    per width (number of tokens verified in one pass), rest per round. target_efficiency: the time of verifying the
+    smallest width over that of each width (MoESD, Huang et al., 2025); it is 1 where further tokens take no time.
     """
     parts = rounds.shallow_seconds + rounds.head_seconds + rounds.verify_seconds
     calls, own = max(1, int(rounds.head_passes.sum())), of_head(rounds)
+    chains = own[own.drafted == levels(own)]  # elsewhere a pass may have more rows
+    own = own if chains.empty else chains
     verify = rounds.groupby(rounds.drafted + 1).verify_seconds.mean() / token_seconds
     return {
         "unit_seconds": token_seconds,
@@ -124,7 +126,7 @@ def cost_table(rounds: pd.DataFrame, token_seconds: float) -> dict[str, Any]:
 
 
 def of_head(rounds: pd.DataFrame) -> pd.DataFrame:
-    """The rounds that were not copied from the text."""
+    """The rounds whose drafts were not copied."""
     return rounds[rounds.source == "head"] if "source" in rounds else rounds
 
 
@@ -226,14 +228,15 @@ def acceptance(rounds: pd.DataFrame) -> dict[str, Any]:
 
 def best(entries: list[dict[str, Any]], temperature: float) -> dict[str, Any]:
     """The judged figure: the fastest of the entries' methods at this temperature, with the interval of its speedup.
+    Controllers with a memory are left out if there are others: what they gain depends on the order of the prompts.
 
     speedup_ci95 holds simultaneously for all methods compared at this temperature (`methods` of them, including those
     of heads that are not among `entries`), so it accounts for the selection; None if there were too few conversations.
     """
-    _, entry, name = max(
-        ((figures["speedup"], entry, name) for entry in entries if entry["temperature"] == temperature
-         for name, figures in entry["controllers"].items()), key=lambda found: found[0]
-    )  # fmt: skip
+    found = [(figures["speedup"], entry, name) for entry in entries if entry["temperature"] == temperature
+             for name, figures in entry["controllers"].items()]  # fmt: skip
+    found = [one for one in found if not one[2].endswith("+memory")] or found
+    _, entry, name = max(found, key=lambda one: one[0])
     figures = entry["controllers"][name]
     return {
         "exit_layer": entry["exit_layer"],

@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..inference.controllers import branches
+
 PARTS = {"shallow": "#56b4e9", "head": "#e69f00", "verify": "#0072b2", "rest": "#7f7f7f"}
 STYLES = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#000000", "X")]
 """Colours that are safe for colour-blind readers (Okabe and Ito), and markers that need no colour at all."""
@@ -105,7 +107,8 @@ def acceptance(figure: Any, axes: Any, entries: list[dict[str, Any]], best: dict
     """Acceptance by draft position, of the controller that drafted the most positions."""
     furthest = 1
     for j, entry in enumerate(entries):
-        heads_own = {name: c for name, c in entry["controllers"].items() if "sources" not in c} or entry["controllers"]
+        every = entry["controllers"]
+        heads_own = {name: c for name, c in every.items() if "sources" not in c and not branches(name)} or every
         name, c = max(heads_own.items(), key=lambda item: len(item[1]["conditional_rates"]))
         reached = [share * c["rounds"] for share in (1.0, *c["marginal_rates"])]
         count = sum(n >= FEWEST for n in reached[: len(c["conditional_rates"])])  # `reached` decreases

@@ -203,7 +203,7 @@ def _words(results: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("before loops", f"speedup up to a text's first repeated {loop}-gram: repetitions are easy to draft"),
         ("acceptance length", "tokens that a round yields, bonus token included"),
-        ("draft acceptance rate", "accepted over drafted"),
+        ("draft acceptance rate", "accepted over drafted; where drafts branch, one path of a tree at most"),
         ("verify", "the deep layers, once over all drafts of a round"),
     ]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..inference.controllers import branches
 from .intervals import FEWEST
 
 SCHEMA = 3
@@ -97,7 +98,7 @@ def of_oracle(entry: dict[str, Any]) -> str:
     bound = entry.get("oracle_speedup")
     if bound is None:  # of an older version, or every text ended with its first token
         return ""
-    own = {name: c for name, c in entry["controllers"].items() if "sources" not in c}
+    own = {name: c for name, c in entry["controllers"].items() if "sources" not in c and not branches(name)}
     if not own:
         return ""
     name, fastest = max(own.items(), key=lambda item: item[1]["speedup"])

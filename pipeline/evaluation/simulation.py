@@ -155,11 +155,9 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
         if trace.ids is None or trace.tokens is None:
             raise ValueError("a trace without tokens cannot be replayed with a controller that copies")
         texts = Copying(trace.ids.tolist(), getattr(controller, "memory", None))
-    rank_T = np.where(accepted_T, 0, NEVER)
-    if spare_of(controller):
-        if trace.rank_T is None:
-            raise ValueError("drafts that branch can be replayed over greedy texts only")
-        rank_T = np.where(accepted_T, 0, np.maximum(1, trace.rank_T))
+    if spare_of(controller) and trace.rank_T is None:
+        raise ValueError("drafts that branch can be replayed over greedy texts only")
+    rank_T = _ranks(trace, accepted_T)
     rounds, t = [], 1
     while t < len(trace):
         made = None if texts is None else _copied_round(controller, trace, texts, t)
@@ -175,6 +173,11 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
         texts.extend(trace.tokens[len(texts.text.tokens) - len(trace.ids) :].tolist())
         texts.end()
     return rounds
+
+
+def _ranks(trace: Trace, accepted_T: np.ndarray) -> np.ndarray:
+    """How many candidates for each token are tried in vain before the right one."""
+    return np.where(accepted_T, 0, NEVER if trace.rank_T is None else np.maximum(1, trace.rank_T))
 
 
 def _copied_round(controller: Controller, trace: Trace, texts: Copying, t: int) -> Round | None:
@@ -257,16 +260,12 @@ def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel, candidates: i
     than one needs the trace of a greedy text. copies: whether drafts may also be copied from the text.
     """
     copied = _right_copies(trace) if copies else None
-    n = len(trace)
-    rank_T = np.where(accepted_T, 0, NEVER)
-    if candidates > 1:
-        assert trace.rank_T is not None
-        rank_T = np.where(accepted_T, 0, np.maximum(1, trace.rank_T))
+    n, rank_T = len(trace), _ranks(trace, accepted_T)
     least = np.zeros(n + 1)
     for t in reversed(range(1, n)):
         least[t] = costs.round(0, 0)[0] + least[t + 1]
-        for n in range(1, 0 if copied is None else min(copied[t], trace.max_new_tokens - t - 1) + 1):
-            least[t] = min(least[t], costs.round(n, 0, 0)[0] + least[min(len(trace), t + n + 1)])
+        for count in range(1, 0 if copied is None else min(copied[t], trace.max_new_tokens - t - 1) + 1):
+            least[t] = min(least[t], costs.round(count, 0, 0)[0] + least[min(n, t + count + 1)])
         drafted = 0
         for k in range(1, min(n - t, trace.max_new_tokens - t - 1) + 1):
             rank = rank_T[t + k - 1]

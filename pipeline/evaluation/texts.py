@@ -86,11 +86,15 @@ class Drafts(NamedTuple):
     accepted: list[int]
     """Ids of the accepted drafts."""
     rejected: list[list[int]]
-    """For each place after them, its candidates: of these, none was right in the first, and the rest followed one that
-    was wrong."""
+    """The candidates of the first place where none was right; in a chain, then each draft behind it."""
     drafted: int
     committed: int
     """Number of tokens committed."""
+    branched: bool = False
+
+
+def _place(i: int, made: Drafts) -> str:
+    return f"level {i + 1} of a tree of {made.drafted}" if made.branched else f"draft {i + 1} of {made.drafted}"
 
 
 def drafts_of(round: Any) -> Drafts:
@@ -103,7 +107,7 @@ def drafts_of(round: Any) -> Drafts:
     end = round.path[-1] if len(round.path) else 0
     candidates = [token for token, parent in zip(drafts, round.parents, strict=True) if parent == end]
     accepted = [drafts[row - 1] for row in round.path]
-    return Drafts(accepted, [candidates] if candidates else [], len(drafts), round.tokens)
+    return Drafts(accepted, [candidates] if candidates else [], len(drafts), round.tokens, branched=True)
 
 
 def pieces(tokens: list[int], rounds: list[Drafts], tokenizer: Any) -> list[list[str]]:
@@ -124,13 +128,11 @@ def pieces(tokens: list[int], rounds: list[Drafts], tokenizer: Any) -> list[list
             for j, candidates in enumerate(made.rejected if i == accepted else []):
                 why = "behind a rejected one" if j else "rejected"
                 for draft in candidates:
-                    place = f"draft {accepted + j + 1} of {made.drafted}" if len(candidates) == 1 else "a candidate"
+                    place = "a candidate" if made.branched else _place(accepted + j, made)
                     found.append([text(behind, draft), REJECTED, f"round {number}: {place}, {why}"])
                 behind = candidates[0]
             if i < accepted:
-                found.append(
-                    [text(last, token), ACCEPTED, f"round {number}: draft {i + 1} of {made.drafted}, accepted"]
-                )
+                found.append([text(last, token), ACCEPTED, f"round {number}: {_place(i, made)}, accepted"])
             else:
                 says = f"{accepted} of {made.drafted} drafts accepted" if made.drafted else "nothing was drafted"
                 found.append([text(last, token), OWN, f"round {number}: the bonus token; {says}"])

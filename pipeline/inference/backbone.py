@@ -4,8 +4,9 @@ Takes a transformers model, on one device or distributed over several by whole l
 states and logits of rows at absolute positions, and reads and writes a KVCache. What differs between model families is
 in their `Family`: either the layers are computed here from the model's weights, which launches a third of the kernels
 that transformers launches, or transformers' layers are called one by one. In the first case the modules are never
-called, so a model with a changed module is refused (unmodified.py), and so is a config whose layers compute something
-else (families.py). Every matrix product is a `Product` with the kernel that is fastest here (kernels.py).
+called, so a model with a changed module is refused (unmodified.py) or runs in the second way, and a config whose layers
+compute something else is refused (families.py). Every matrix product is a `Product` with the kernel that is fastest
+here (kernels.py).
 
 M rows of this pass, D hidden, H query heads, G key/value heads, R = H/G, C channels of a head, V vocabulary,
 T positions, W tokens that the head can draft (in fixed-width passes: rows); a row is the hidden state of one token
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from .exit_head import ExitHead, check_exit_layer, persistent_buffers
 from .families import check_config, family_of, is_known
 from .family import Family, Weights
-from .family_generic import GENERIC
+from .family_generic import GENERIC, check_around
 from .fixed_shapes import BRANCHED, Branches, Chain, FixedShapes, Where, rounded
 from .generic_configs import check_fits
 from .kernels import Kernels, Product
@@ -29,7 +30,7 @@ from .kv_cache import KVCache
 from .law import DraftVocabulary, check_draft_ids
 from .layers import Shape, run_layers
 from .rounds import WIDTHS, Controller, spare_of
-from .tree import Tree
+from .tree import WIDEST, Draft, Tree
 from .unmodified import addresses, changes, check_unmodified
 
 
@@ -93,7 +94,8 @@ class SplitBackbone:
         with torch.device("meta"):  # initialising weights would advance the user's random state
             exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
         try:
-            exit_layer.load_state_dict(persistent_buffers(last) | head.weights, assign=True)
+            kept = {name: x for name, x in persistent_buffers(last).items() if name in exit_layer.state_dict()}
+            exit_layer.load_state_dict(kept | head.weights, assign=True)
         except RuntimeError as error:  # a name or a shape
             raise ValueError(f"the exit head's weights are not those of a layer of this backbone: {error}") from None
         self._shared = _products_of(model, self.family, timed_kernels, pack)
@@ -139,6 +141,8 @@ class SplitBackbone:
                 if self.checked:
                     raise
                 return False
+        else:
+            check_around(model)
         return self._shared.are_of(model) and self._draft_rows_are_of(model.lm_head)
 
     def _draft_rows_are_of(self, lm_head: nn.Module) -> bool:
@@ -170,6 +174,13 @@ class SplitBackbone:
             for width in WIDTHS:  # record every width now, not in the middle of a text
                 zeros_WD = torch.zeros(width, self.hidden, dtype=self.dtype, device=self.device)
                 self._run(zeros_WD, 0, self.num_layers + 1, 0, self._fixed_cache)
+            if spare:
+                flat = Tree(0)  # of the most drafts, all after the pending token
+                for _ in range(WIDEST):
+                    flat.add(0, Draft(torch.zeros(1, dtype=torch.long)), None)
+                for width in BRANCHED:
+                    zeros_WD = torch.zeros(min(width, WIDEST), self.hidden, dtype=self.dtype, device=self.device)
+                    self._run(zeros_WD, 0, self.num_layers + 1, 1, self._fixed_cache, flat)
         self._fixed_cache.length = self._fixed_cache.head_length = 0
         return self._fixed_cache
 
@@ -314,20 +325,24 @@ def _family(model: nn.Module, check: bool) -> Family:
     """The family by which a model is computed. Raises ValueError for one that is not computed exactly."""
     config: Any = model.config
     try:
-        check_config(config)
+        check_config(config, quantised=not check)
         family = family_of(config)
         family.check(model)
         return family
     except ValueError as error:
         if not is_known(config):
             raise
-        if check:
-            raise ValueError(
-                f"{error}. In transformers, generate(..., allow_other_backbone=True) decodes through the layers of "
-                "such a model as they are, at less speed"
-            ) from None
-    check_fits(config)
-    GENERIC.check(model)
+        refused = error
+    try:
+        check_fits(config)
+        GENERIC.check(model)
+    except ValueError:
+        raise refused from None
+    if check:
+        raise ValueError(
+            f"{refused}. In transformers, generate(..., allow_other_backbone=True) decodes through the layers of such "
+            "a model as they are, at less speed"
+        )
     return GENERIC
 
 

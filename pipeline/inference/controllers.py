@@ -1,10 +1,10 @@
 """The names of the controllers, which decide how many tokens to draft. The default one is in thompson.py, those of
 other papers and engines in literature.py.
 
-A controller answers yes or no to whether token k+1 is drafted. For decoding to stay lossless, the answer may depend on
-committed text, earlier rounds, this round's drafted tokens and their q, q of token k+1, and random numbers of its own.
-It must not depend on token k+1 itself, on an accept draw of this round, or on what the deep layers compute in it. Then
-the next token has the backbone's distribution whatever the controller's state (docs/control.md).
+A controller answers whether token k+1 is drafted, or how many candidates for it. For decoding to stay lossless, the
+answer may depend on committed text, earlier rounds, this round's drafted tokens and their q, q of token k+1, and random
+numbers of its own. It must not depend on token k+1 itself, on an accept draw of this round, or on what the deep layers
+compute in it. Then the next token has the backbone's distribution whatever the controller's state (docs/control.md).
 """
 
 import math
@@ -48,6 +48,11 @@ def fixed_length(name: str) -> int | None:
     """K of a controller named `fixed:K`; None for any other name."""
     kind, _, argument = name.partition(":")
     return int(argument) if kind == "fixed" and argument.isdecimal() else None
+
+
+def branches(name: str) -> bool:
+    """Whether the drafts of a controller of this name may branch."""
+    return name.startswith("tree:") or "+tree" in name
 
 
 def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller:

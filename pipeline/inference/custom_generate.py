@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
 from .canary import TOLERANCE, compare, distance, rounding
-from .controllers import learned_controller, make_controller
+from .controllers import COPYING, learned_controller, make_controller
 from .decoding import Request, self_speculative
 from .exit_head import ExitHead
 from .origin import HEAD, REVISION
@@ -56,14 +56,16 @@ def generate(
     A controller given by name is kept on the model and goes on learning in later calls; one given as an object is used
     as it is.
 
-    With `allow_other_backbone` another version of the head's backbone, such as its unquantised weights, is taken too:
-    the text is that version's own, and a warning says by how much it differs. With `block_verification` the drafts of a
+    With `allow_other_backbone` another version of the head's backbone is taken too, such as its unquantised or
+    quantised weights, or one with an adapter; a changed one is decoded through its own layers, which takes longer. The
+    text is that version's own, and a warning says by how much it differs. With `block_verification` the drafts of a
     sampled round are verified together instead of one by one (`Sampler.block`); by default as they were when the head
     was measured.
 
-    Raises ValueError for a backbone that the head was not trained for, or, in families that are computed here, one that
-    was changed since transformers loaded it (by an adapter, a hook, quantisation), an unknown controller, beam search,
-    return_dict_in_generate, or a logits processor that may keep a state.
+    Raises ValueError for a backbone that the head was not trained for, or, in families that are computed here and
+    without `allow_other_backbone`, one that was changed since transformers loaded it (by an adapter, a hook,
+    quantisation), an unknown controller, beam search, return_dict_in_generate, or a logits processor that may keep a
+    state.
     """
     kwargs.pop("use_model_defaults", None)
     fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
@@ -72,7 +74,7 @@ def generate(
         revision = REVISION
     backbone, config, controllers = _engine(model, source, revision, cuda_graphs, allow_other_backbone, fetching)
     if controller is None or isinstance(controller, str):
-        name = controller or config.get("controller", "thompson")
+        name = controller or _default(config.get("controller", "thompson"), backbone)
         backbone.check_controller(make_controller(name))  # refuses an unknown one before anything is computed
     else:
         name = None
@@ -119,6 +121,14 @@ def generate(
         return torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], 1)
 
     return GenerationMixin.generate(model, inputs, custom_generate=loop, **kwargs)
+
+
+def _default(name: str, backbone: SplitBackbone) -> str:
+    """The controller of the head's config; where drafts cannot branch in this backbone, the same without branches."""
+    if backbone.family.is_fast:
+        return name
+    ending = next((ending for ending in COPYING if name.endswith(ending)), "")
+    return "thompson" + ending if name.startswith("tree:") else name.replace("+tree", "")
 
 
 def _source(named: str | None) -> str | None:

@@ -116,7 +116,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         p_logits_RV = sampler.shape_tree(logits_RV, request.prompt, out.tokens, tree)
         if round.source != "head":
             tree.laws[:-1] = [Confidence(Point(draft.token_1, p_logits_RV[0])) for draft in tree.drafts]
-        path, bonus = sampler.verify(tree, p_logits_RV)
+        path, bonus = sampler.verify(tree, p_logits_RV, may_branch=round.source == "head" and spare_of(controller) > 0)
         parts.mark("verify")
         round.drafted, round.accepted = len(tree) - 1, len(path)
         round.drafts = tree.tokens[1:]
@@ -128,11 +128,10 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         _time(round, parts)
         out.rounds.append(round)
         controller.observe(round)
-    _finish(out, watch)
     if texts is not None:
         texts.extend(out.tokens[len(texts.text.tokens) - len(request.prompt) :])
         texts.end()
-    return out
+    return _finish(out, watch)
 
 
 def _copy(backbone, request, controller, texts, out, cache, room, round, parts) -> Tree | None:
@@ -148,7 +147,9 @@ def _copy(backbone, request, controller, texts, out, cache, room, round, parts) 
     parts.mark("rest")
     tree = Tree(out.tokens[-1])
     for row, id_1 in enumerate(torch.tensor(tokens, device=backbone.device)[:, None]):
-        tree.add(row, Draft(id_1), None)
+        draft = Draft(id_1)
+        draft.token = tokens[row]  # known here, so it is not read back
+        tree.add(row, draft, None)
     backbone.shallow(tree.tokens, cache.length, cache)
     parts.mark("shallow")
     round.source = match.source
@@ -179,6 +180,7 @@ def _draft(backbone, request, sampler, controller, out, cache, room, round, part
             count = controller.draft(k, confidence)
             more = sampler.siblings(confidence, draft, count - 1) if count > 1 else []
             wanted.append([(row, one, confidence) for one in [draft, *more][:count]])
+        _read([draft for candidates in wanted for _, draft, _ in candidates])
         # Once its token is read, a draft must be verified: discarding it would change the distribution. First choices
         # come first, so that those that are read next have neighbouring rows.
         first = len(tree)
@@ -190,6 +192,14 @@ def _draft(backbone, request, sampler, controller, out, cache, room, round, part
         parts.mark("head")
         if not level:
             return tree
+
+
+def _read(drafts: list[Draft]) -> None:
+    """Read the tokens that were not read with a confidence, all at once: a GPU is waited for once."""
+    unread = [draft for draft in drafts if "token" not in vars(draft)]
+    if len(unread) > 1:
+        for draft, token in zip(unread, torch.cat([draft.token_1 for draft in unread]).tolist(), strict=True):
+            draft.token = token
 
 
 def _start(backbone: SplitBackbone, request: Request, spare: int = 0) -> tuple[KVCache, Generation]:

@@ -82,12 +82,16 @@ def is_known(config: Any) -> bool:
     return getattr(config, "model_type", None) in FAMILIES
 
 
-def check_config(config: Any) -> None:
-    """Raises ValueError for a config whose model the engine does not compute exactly (see the module's docstring)."""
+def check_config(config: Any, quantised: bool = False) -> None:
+    """Raises ValueError for a config whose model the engine does not compute exactly (see the module's docstring).
+
+    quantised: let configs of quantised weights pass, whose layers must then be called as they are.
+    """
     kind = getattr(config, "model_type", None)
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type={kind}: transformers has no such model; not supported")
-    check_not_quantised(config)
+    if not quantised:
+        check_not_quantised(config)
     if type(config) is not CONFIG_MAPPING[kind]:
         raise ValueError(
             f"model_type={kind}: its config is a {type(config).__module__}.{type(config).__qualname__}, not the one of "

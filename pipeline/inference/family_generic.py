@@ -21,7 +21,7 @@ from .generic_configs import samples
 from .kernels import Kernels, Product
 from .layers import Shape
 from .outline import Call, Outline
-from .unmodified import check_calls
+from .unmodified import check_calls, check_unhooked
 
 OUTLINES = 4
 """Passes whose arguments are kept: those of a round repeat the positions of earlier ones."""
@@ -189,16 +189,27 @@ def final_norm(model: nn.Module, shape: Shape, device: torch.device) -> Callable
     return body.norm if own == device else lambda hidden_MD: body.norm(hidden_MD.to(own)).to(device)
 
 
+def check_around(model: Any) -> None:
+    """Raises ValueError for what is not computed by the layers as they are: a changed LM head, and what changes the
+    logits of `generate` besides modules. It takes little time, and is done before every text."""
+    lm_head: Any = model.lm_head
+    if (
+        type(lm_head) is not nn.Linear
+        or type(lm_head.weight) is not nn.Parameter
+        or type(lm_head.weight.data) is not Tensor
+    ):
+        kind = type(lm_head) if type(lm_head) is not nn.Linear else type(lm_head.weight.data)
+        raise ValueError(f"lm_head is a {kind.__module__}.{kind.__qualname__}: a plain linear layer is needed there")
+    check_unhooked(lm_head, "lm_head")
+    check_calls(model)
+
+
 def check(model: nn.Module) -> None:
     """Raises ValueError unless the model's layers can be called one by one: they are tried on two tokens. Offloaded
     layers are not tried; the engine refuses them."""
     config: Any = model.config
     body: Any = model.model
-    lm_head: Any = model.lm_head
-    if not _is_plain(lm_head):
-        kind = type(lm_head) if type(lm_head) is not nn.Linear else type(lm_head.weight.data)
-        raise ValueError(f"lm_head is a {kind.__module__}.{kind.__qualname__}: a plain linear layer is needed there")
-    check_calls(model)
+    check_around(model)
     if any(parameter.is_meta for parameter in body.parameters()):
         return
     where, shape = f"model_type={config.model_type}", Shape.of(config)

@@ -21,7 +21,7 @@ PARTS, WEIGHTS = ("embed_tokens", "layers", "norm", "rotary_emb"), ("embed_token
 ELSEWHERE = ("kv_lora_rank", "num_kv_shared_layers", "attention_chunk_size", "is_encoder_decoder",
              "use_bidirectional_attention")  # fmt: skip
 """Fields of models whose layers keep other keys and values than a head's channels, or share them, or see the future."""
-CAPS = {"final_logit_softcapping": "gemma", "final_logit_softcap": None, "logits_soft_cap": None}
+CAPS = {"final_logit_softcapping": ("gemma2", "gemma3"), "final_logit_softcap": None, "logits_soft_cap": None}
 """Fields by which logits are bent -> how the model_types begin in which `layers.logit_cap` knows them."""
 SCALES = {"logits_scaling": "granite", "logit_scale": "cohere", "output_multiplier_scale": None,
           "lm_head_multiplier": None}  # fmt: skip

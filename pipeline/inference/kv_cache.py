@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values for `max_length` slots. Entries beyond `length` are stale and never read.
+    """Keys and values for `max_length` slots. What lies beyond `length` belongs to drafts of the round, or is stale.
 
     blocks: (number of layers, device) in the order of the layers. hidden_TD: storage for hidden states after layer N,
     on the device of layer N+1.

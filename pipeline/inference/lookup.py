@@ -30,6 +30,8 @@ class Lookup:
 
     def __init__(self, tokens: list[int]):
         self.tokens: list[int] = []
+        self.begin = 0
+        """Where the last text begins, if several are added."""
         self.after: dict[tuple[int, ...], int] = {}
         """N-gram -> index of the token after its latest occurrence. The text's own end is not in it yet."""
         self.extend(tokens)
@@ -37,8 +39,11 @@ class Lookup:
     def extend(self, tokens: list[int]) -> None:
         for token in tokens:
             at = len(self.tokens)
-            for n in range(1, min(NGRAM, at) + 1):
-                self.after[tuple(self.tokens[at - n :])] = at
+            if token == BOUNDARY:
+                self.begin = at + 1
+            else:
+                for n in range(1, min(NGRAM, at - self.begin) + 1):
+                    self.after[tuple(self.tokens[at - n :])] = at
             self.tokens.append(token)
 
     def match(self, text: list[int] | None = None) -> tuple[int, int]:
@@ -75,8 +80,8 @@ class Memory:
     """
 
     def __init__(self, limit: int = 1 << 16):
-        if limit < 2:
-            raise ValueError(f"a memory of {limit} tokens: at least 2")
+        if limit < 4:
+            raise ValueError(f"a memory of {limit} tokens: at least 4")
         self.limit, self.tables, self.forgot = limit, [Lookup([]), Lookup([])], False
 
     def __len__(self) -> int:

@@ -146,18 +146,19 @@ class Sampler:
         accepted, bonus = torch.cat((accepted_1, bonus_1)).tolist()
         return accepted, bonus
 
-    def verify(self, tree: Tree, p_logits_RV: Tensor) -> tuple[list[int], int]:
+    def verify(self, tree: Tree, p_logits_RV: Tensor, may_branch: bool = False) -> tuple[list[int], int]:
         """(rows of the accepted drafts, in order; bonus token) of a round. p_logits_RV: processed logits of the
-        backbone after each row.
+        backbone after each row. may_branch: whether these drafts could have branched.
 
-        A chain is verified by `accept`. Where drafts branch, greedy: the path follows the backbone's argmax. Sampling
-        (recursive rejection: Jeon et al., arXiv 2402.14160, algorithm 1): the candidates after a row are tried in the
-        order in which they were drawn. With r = p at first, and q without the candidates drawn before x, x is
-        accepted with probability min(1, r(x)/q(x)); where it is rejected, r becomes the residual max(r - q, 0), both
-        normalised. The bonus token is drawn from the last r. So each token of the path is distributed as p, whatever
-        the tree's shape (docs/control.md).
+        A chain is verified by `accept`, but not as a block if it might have become a tree: whether it did depends on
+        its tokens, and the choice between the two rules must not. Where drafts branch, greedy: the path follows the
+        backbone's argmax. Sampling (recursive rejection: Jeon et al., arXiv 2402.14160, algorithm 1): the candidates
+        after a row are tried in the order in which they were drawn. With r = p at first, and q without the candidates
+        drawn before x, x is accepted with probability min(1, r(x)/q(x)); where it is rejected, r becomes the residual
+        max(r - q, 0), both normalised. The bonus token is drawn from the last r. So each token of the path is
+        distributed as p, whatever the tree's shape (docs/control.md).
         """
-        if tree.is_chain:
+        if tree.is_chain and not (may_branch and self.block):
             accepted, bonus = self.accept(tree.drafts, tree.laws[:-1], p_logits_RV)
             return list(range(1, accepted + 1)), bonus
         path: list[int] = []

@@ -102,9 +102,7 @@ def _check_module(
     for code in (kind, kind.forward):
         if not code.__module__.startswith(HOME):
             raise ValueError(f"{path} runs {_name(code)}, which is neither torch's nor transformers' own: {REMEDY}")
-    for hook in _hooks(found):
-        raise ValueError(f"{path} has a hook, {_name(hook)}: {REMEDY}, and remove the hook")
-    _check_forward(found, path)
+    check_unhooked(found, path)
     if getattr(found, "_compiled_call_impl", None) is not None:
         raise ValueError(f"{path} was compiled: {REMEDY}; the decoder runs its own passes, which need no compiling")
     _check_parameters(found, wanted, path, dtypes)
@@ -136,6 +134,13 @@ def _check_parameters(found: nn.Module, wanted: nn.Module, path: str, dtypes: di
             raise ValueError(
                 f"{others}: all weights must be one of float64, float32, bfloat16, float16; load it with dtype="
             )
+
+
+def check_unhooked(module: nn.Module, path: str) -> None:
+    """Raises ValueError for a hook on a module, or a `forward` of its own, that may change a value."""
+    for hook in _hooks(module):
+        raise ValueError(f"{path} has a hook, {_name(hook)}: {REMEDY}, and remove the hook")
+    _check_forward(module, path)
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

@@ -54,6 +54,8 @@ class Architecture:
     """E: experts of a layer, in a mixture of experts. The tensors of own_layers that hold them have E rows and three
     dimensions."""
     experts_per_token: int = 0
+    scores: bool = False
+    """Whether attention holds its scores, as it does in families for which transformers has no fused kernel."""
 
     @classmethod
     def of(cls, name: str, source: str, config: Any) -> "Architecture":
@@ -98,6 +100,7 @@ class Architecture:
             "own_layers": own,
             "experts": next((shape[0] for shape in own[-1] if len(shape) == 3), 0),
             "experts_per_token": next(filter(None, chosen), 0),
+            "scores": not model._supports_sdpa,
         }
 
     @property

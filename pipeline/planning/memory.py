@@ -84,6 +84,12 @@ def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
     ]  # fmt: skip
     hidden = Row("hidden states of the teacher", (heads + 1) * states * w, f"{heads + 1} x {n} x {a.hidden} x {w} B")
 
+    scores = []
+    if a.scores:  # products, masked ones, and a softmax in float32
+        size = sequences * a.heads * d.sequence_length**2 * (2 * w + 4)
+        how = f"{sequences} x {a.heads} x {d.sequence_length}^2 x (2 x {w} + 4) B"
+        scores = [Row("attention scores", size, how)]
+
     def of_heads(count: int, gradients: int) -> list[Row]:
         """Memory that `count` heads hold between their forward and backward passes."""
         return [
@@ -100,6 +106,7 @@ def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
             Row("inside a layer", n * (3 * a.ffn + 2 * a.hidden) * w, f"{n} x (3 x {a.ffn} + 2 x {a.hidden}) x {w} B"),
             Row("attention mask", sequences * d.sequence_length**2 * (1 + w),
                 f"{sequences} x {d.sequence_length}^2 x (1 + {w}) B"),
+            *scores,
         ],
         "loss": [
             hidden,
@@ -125,13 +132,14 @@ def saved(a: Architecture, config: Config, sequences: int) -> float:
 
     For each token these are w (4 F + 4 Q + 4 D), the inputs and outputs of the parts of MLP and attention, and 4 D of
     the second norm, which computes in float32; norms of queries and keys (Qwen3) add (w + 4) (Q + G). Each sequence
-    adds its attention mask.
+    adds its attention mask; where attention is not fused, also its scores after the softmax, in float32 and in w.
     """
     length, w = config.distill.sequence_length, weight_bytes(config)
     token = w * 4 * (a.ffn + a.query + a.hidden) + 4 * a.hidden
     if a.qk_norm:
         token += (w + 4) * (a.query + a.key)
-    return sequences * (length * token + length**2 * w)
+    scores = a.heads * (w + 4) if a.scores else 0
+    return sequences * (length * token + length**2 * (w + scores))
 
 
 def logits_of_a_chunk(a: Architecture, config: Config, chunk: int) -> list["Row"]:

@@ -25,7 +25,7 @@ HERE = "<this folder>"
 
 LIMITS = """\
 - Measured for one text at a time. Other hardware, dtypes, batches and kinds of text were not measured.
-- No beams, no `return_dict_in_generate`, no tree drafting. The attention is the decoder's own.
+- No beams, no `return_dict_in_generate`. The attention is the decoder's own.
 - In bfloat16, passes over one and over several tokens round differently, so near ties may be decided otherwise;
   in float32 greedy text is identical.
 - `trust_remote_code=True` lets the code in `custom_generate/` run on your machine. It imports torch, transformers (5.17

@@ -6,6 +6,8 @@ import pytest
 from helpers import make_run, plant_heads
 
 from pipeline.errors import UserError
+from pipeline.evaluation.measuring import Decoders
+from pipeline.runs.files import sha256_of
 from pipeline.stages import evaluate
 
 
@@ -22,11 +24,20 @@ def test_a_memory_and_a_corpus_are_measured(tmp_path, text) -> None:
     evaluate.run(run)
     greedy = json.loads((run / "eval" / "results.json").read_text())["lossless"]["greedy"]
     assert greedy["identical"] == greedy["texts"] > 0
-    recorded = json.loads((run / "run.json").read_text())[-1]
-    assert "corpus" in json.dumps(recorded)
+    assert sha256_of(text) in "".join(path.read_text() for path in run.path.rglob("*.json"))
     before = (run / "eval" / "measured.json").read_text()
     evaluate.run(run)
     assert (run / "eval" / "measured.json").read_text() == before, "done already"
+
+
+def test_every_memory_begins_with_the_corpus(tmp_path) -> None:
+    run = make_run(tmp_path, "evaluate.controllers=[fixed:2+memory,thompson+memory,fixed:1,fixed:1+lookup]")
+    made = Decoders({2: None}, run.config.evaluate, frozenset(), 0, {}, corpus=[7, 8, 9]).controllers
+    memories = {m.controller: getattr(c, "memory", None) for m, c in made.items()}
+    assert memories.pop("fixed:1") is memories.pop("fixed:1+lookup") is None
+    for memory in memories.values():
+        assert memory.tables[0].tokens[:3] == [7, 8, 9]
+    assert len({id(memory) for memory in memories.values()}) == 2, "each has its own"
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,19 @@ def shape_of(r: Round) -> tuple:
     return r.source, r.drafted, r.accepted, r.tokens, r.head_passes, r.parents, r.path
 
 
+def test_a_memory_is_replayed_over_texts_in_their_order(engine) -> None:
+    real, simulated = (Timeless(make_controller("fixed:1+memory")) for _ in range(2))
+    sources = set()
+    for prompt in (PROMPT24, PROMPT24[:-1], PROMPT24):
+        text = autoregressive(engine, Request(prompt, NEW), Sampler()).tokens
+        out = self_speculative(engine, Request(prompt, NEW), Sampler(), real)
+        trace = simulation.record(engine, "p", prompt, text, Sampler(), NEW)
+        rounds = simulation.replay(simulated, trace, simulation.outcomes([trace], 0)[0], COSTS)
+        assert [shape_of(r) for r in rounds] == [shape_of(r) for r in out.rounds]
+        sources |= {r.source for r in rounds}
+    assert "memory" in sources
+
+
 @pytest.mark.parametrize("name", ["fixed:3", "thompson", "thompson+tree", "tree:2x2x1", "tree:1x2x3", "copies"])
 def test_a_text_that_ends_by_itself_takes_the_decoders_rounds(engine, name: str) -> None:
     whole = autoregressive(engine, Request(PROMPT24, NEW), Sampler()).tokens
@@ -184,6 +197,25 @@ def test_the_oracle_copies_what_is_right(engine) -> None:
     assert copying == pytest.approx(min(sum(COSTS.round(n, 0, 0)[0] for n in split) for split in splits))
     rounds = simulation.replay(Copies(), trace, outcome, COSTS)
     assert all(r.source == "lookup" and r.accepted == r.drafted for r in rounds)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_oracle_of_both_sources_is_what_trying_everything_gives(seed: int) -> None:
+    dice = np.random.default_rng(seed)
+    tokens, right = dice.integers(0, 3, 9), dice.random(9) < 0.5
+    unread = Trace.of("toy", 9, right.astype(float))
+    trace = replace(unread, ids=dice.integers(0, 3, 5), tokens=tokens)
+    copies = simulation._right_copies(trace)
+
+    def least(t: int) -> float:
+        if t >= 9:
+            return 0.0
+        run = next((i for i in range(9 - t) if not right[t + i]), 9 - t)
+        heads = [COSTS.round(k, k)[0] + least(t + k + 1) for k in range(min(run, 8 - t) + 1)]
+        return min(heads + [COSTS.round(n, 0, 0)[0] + least(t + n + 1) for n in range(1, min(copies[t], 8 - t) + 1)])
+
+    assert simulation.oracle(trace, right, COSTS, copies=True) == pytest.approx(least(1))
+    assert least(1) <= simulation.oracle(trace, right, COSTS)
 
 
 def test_costs_of_a_round_add_up() -> None:

@@ -77,6 +77,39 @@ def test_five_tokens_have_the_backbones_joint_law(name: str) -> None:
     assert distance(Tables(2, seed=3), Scripted(temperature=1.0), TREES[name](), new=5, compared=5) < 1e-6
 
 
+class OnceMore:
+    """One draft, another, and then two or one by q: whether the round branches depends on its tokens."""
+
+    spare = 1
+
+    def reads(self, k: int) -> int:
+        return 1
+
+    def peek(self, k: int) -> bool:
+        return k < 3
+
+    def draft(self, k: int, confidence) -> int:
+        return 1 if k < 2 else 2 - (confidence.top < 0.75)
+
+    def observe(self, round) -> None:
+        pass
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+@pytest.mark.parametrize("name", [*TREES, "once more"])
+def test_block_verification_of_rounds_that_may_branch(name: str, seed: int) -> None:
+    """Only copied drafts are verified as a block; else the rule would follow from the drafts."""
+    controller = OnceMore() if name == "once more" else TREES[name]()
+    assert distance(Tables(2, seed=seed), Scripted(temperature=1.0, block=True), controller, new=5, compared=5) < 1e-6
+
+
+def test_a_block_of_drafts_that_might_have_branched_is_caught(monkeypatch) -> None:
+    honest = Scripted.verify
+    monkeypatch.setattr(Scripted, "verify", lambda self, tree, p, may_branch=False: honest(self, tree, p))
+    sampler = Scripted(temperature=1.0, block=True)
+    assert distance(Tables(2, seed=5), sampler, OnceMore(), new=5, compared=5) > 1e-3
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["tree:2", "tree:3", "tree:2x1", "tree:1x2", "doubtful", "thompson+tree, seed 1"])
 def test_three_token_vocabulary_and_processors(name: str, shape: str) -> None:

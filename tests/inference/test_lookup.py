@@ -151,8 +151,8 @@ def test_nothing_is_copied_across_two_texts() -> None:
     memory.add([1, 2, 3])
     memory.add([4, 5, 6])
     assert memory.tables[0].match([3, 4, 5])[0] == 2, "a match does not go back into the text before"
-    match = Copying([2, 3], memory).match()
-    assert match.length == 2 and match.copy(4) == []
+    assert Copying([9, 2], memory).match().copy(4) == [3]
+    assert Copying([2, 3], memory).match().length == 0, "nothing followed"
 
 
 def test_a_full_memory_forgets_the_oldest_and_says_so_once() -> None:
@@ -166,8 +166,21 @@ def test_a_full_memory_forgets_the_oldest_and_says_so_once() -> None:
     with pytest.warns(UserWarning, match="only its last 19 are remembered"):
         memory.add(list(range(50)))
     assert len(memory) <= 40
-    with pytest.raises(ValueError, match="at least 2"):
-        Memory(1)
+    with pytest.raises(ValueError, match="at least 4"):
+        Memory(3)
+    small = Memory(4)
+    with pytest.warns(UserWarning):
+        for _ in range(3):
+            small.add([1, 2, 3, 4])
+    assert len(small) <= 4
+
+
+def test_the_end_of_a_text_does_not_hide_what_followed_its_words_in_another() -> None:
+    memory = Memory()
+    memory.add([1, 2, 3, 4, 5])
+    memory.add([8, 1, 2, 3])
+    match = Copying([1, 2, 3], memory).match()
+    assert (match.length, match.copy(2)) == (3, [4, 5])
 
 
 def test_what_was_said_before_is_copied(engine) -> None:

@@ -80,7 +80,7 @@ def test_every_row_of_a_tree_is_computed_as_the_end_of_its_path(model, shape: st
         if way == "at once":
             head = [
                 engine.draft_logits([base], cache),
-                engine.draft_logits(range_(base + 1, base + len(tree)), cache, tree),
+                engine.draft_logits(list(range(base + 1, base + len(tree))), cache, tree),
             ]
         found[way] = engine.logits(engine.deep(base, base + len(tree), cache, tree)), torch.cat(head)
     for row in range(len(tree)):
@@ -91,10 +91,6 @@ def test_every_row_of_a_tree_is_computed_as_the_end_of_its_path(model, shape: st
         for logits_RV, drafts_RV in found.values():
             torch.testing.assert_close(logits_RV[row], own[0], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(drafts_RV[row], own[1], rtol=1e-4, atol=1e-4)
-
-
-def range_(start: int, stop: int) -> list[int]:
-    return list(range(start, stop))
 
 
 @torch.no_grad()

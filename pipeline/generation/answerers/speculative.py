@@ -18,7 +18,7 @@ from ...inference.rounds import look_of
 from ...inference.sampling import Sampler
 from .interface import Answer, Question, Report, Sampling
 
-STEADY = ("fixed", "confidence", "entropy")
+STEADY = ("fixed", "confidence", "entropy", "tree")
 """Controllers without memory: their draft lengths depend on the current text alone."""
 
 
@@ -33,6 +33,10 @@ class Speculative:
         self.ends = frozenset(ends)
         # kernels chosen by timing could differ between processes, and their rounding can decide a near tie
         self.backbone = SplitBackbone(model, head, timed_kernels=False)
+        try:
+            self.backbone.check_controller(self.controller)
+        except ValueError as error:
+            raise UserError(f"generate.controller={controller}: {error}") from None
         self.device = model.device
 
     def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:
@@ -57,6 +61,6 @@ def steady_controller(name: str):
     if name.partition(":")[0] not in STEADY or look_of(controller):
         raise UserError(
             f"generate.controller={name}: it learns from text to text, so a shard could not be made again; "
-            "give fixed:K, confidence:T or entropy:T"
+            "give fixed:K, tree:AxB, confidence:T or entropy:T"
         )
     return controller
