@@ -422,6 +422,15 @@ def test_the_host_reads_once_a_head_pass_and_once_a_verification(
         assert any(r.head_passes > r.drafted for r in out.rounds), "a draft that is refused is among them"
 
 
+@pytest.mark.parametrize("name", ["tree:3", "tree:4x3x2", "tree:1x2"])
+def test_a_level_of_a_greedy_tree_is_read_at_once(llama, monkeypatch, name: str) -> None:
+    engine = SplitBackbone(llama, head_for(llama, 2))
+    controller = make_controller(name)
+    host = Host(monkeypatch)
+    out = self_speculative(engine, Request(PROMPT, 60), Sampler(), controller)
+    assert host.reads == 1 + sum(r.head_passes + 1 for r in out.rounds)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_host_reads_once_a_token_of_autoregressive_decoding(llama, monkeypatch, temperature: float) -> None:
     engine = SplitBackbone(llama, head_for(llama, 2))
