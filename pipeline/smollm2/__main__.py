@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     trying.add_argument("--folder", type=Path, default=fetch.FOLDER, help="where the GGUF file is kept (%(default)s)")
     trying.add_argument("--questions", type=int, default=6, help="how many questions (%(default)s)")
     trying.add_argument("--new-tokens", type=int, default=96, help="most tokens of an answer (%(default)s)")
-    trying.add_argument("--controller", default="thompson+lookup", help="how many tokens a round drafts (%(default)s)")
+    trying.add_argument(
+        "--controller", default="thompson+tree+lookup", help="how many tokens a round drafts (%(default)s)"
+    )
     verbs.add_parser("prompts", help="write the prompt files again")
     more = verbs.add_parser("problems", help="write word problems")
     more.add_argument("count", type=int)
