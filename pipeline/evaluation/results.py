@@ -104,5 +104,5 @@ def of_oracle(entry: dict[str, Any]) -> str:
     name, fastest = max(own.items(), key=lambda item: item[1]["speedup"])
     return (
         f"Exit layer {entry['exit_layer']}: a controller that knew every outcome beforehand would reach a speedup of "
-        f"{bound:.2f} with it at these costs; {name} reached {fastest['speedup'] / bound:.0%} of it."
+        f"{bound:.2f} by chains of its drafts at these costs; {name} reached {fastest['speedup'] / bound:.0%} of it."
     )
