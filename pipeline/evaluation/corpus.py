@@ -8,11 +8,12 @@ from typing import Any
 
 from ..config import Evaluate
 from ..errors import UserError
+from ..inference.controllers import remembers
 
 
 def check(config: Evaluate) -> None:
     """Raises UserError where a corpus or a memory cannot be used."""
-    remembering = [name for name in config.controllers if name.endswith("+memory")]
+    remembering = [name for name in config.controllers if remembers(name)]
     if remembering and config.repeats > 1:
         raise UserError(
             f"evaluate.repeats={config.repeats}: {remembering[0]} would copy from its own earlier answer to the same "

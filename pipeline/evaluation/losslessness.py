@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..inference.backbone import SplitBackbone
+from ..inference.controllers import branches
 from ..inference.fixed_shapes import BRANCHED
 from ..inference.law import Law
 from ..inference.rounds import WIDTHS
@@ -51,7 +52,9 @@ def greedy(engine: SplitBackbone, prompt_ids: Ids, generations: pd.DataFrame) ->
     divergences = []
     texts = rows[rows.exit_layer != 0]
     for row in texts.itertuples():
-        found = explain(engine, prompt_ids[row.prompt], expected[row.prompt, row.repeat], list(row.tokens))
+        widths = (*WIDTHS, *BRANCHED[-3:]) if branches(row.controller) else WIDTHS
+        wanted = expected[row.prompt, row.repeat]
+        found = explain(engine, prompt_ids[row.prompt], wanted, list(row.tokens), widths=widths)
         if found is not None:
             who = {"prompt": row.prompt, "exit_layer": int(row.exit_layer), "controller": row.controller}
             divergences.append(who | found._asdict())
@@ -97,13 +100,15 @@ def explain(
     wanted: list[int],
     emitted: list[int],
     others: Callable[[list[int]], Sequence[Tensor]] | None = None,
+    widths: Sequence[int] = WIDTHS,
 ) -> Divergence | None:
     """Where the emitted text diverges from the wanted one, and whether rounding can be the reason; None if equal.
 
     The wanted and the emitted token themselves must be nearly tied; that two other tokens are is no explanation. A text
     that ends before the other is an error too, because equal texts end together.
 
-    others: gives further logits [V] after the given token ids, from code that computes them in another way.
+    others: gives further logits [V] after the given token ids, from code that computes them in another way. widths: of
+    the passes in which the emitted text may have been computed.
     """
     at = first_divergence(wanted, emitted)
     if at is None:
@@ -113,7 +118,7 @@ def explain(
         return Divergence(at, want_or_end, got_or_end, None, None, False)
     want, got = int(wanted[at]), int(emitted[at])
     ids = [*prompt, *(int(token) for token in wanted[:at])]
-    passes = [logits_V[[want, got]].float().cpu() for logits_V in by_width(engine, len(prompt), ids)]
+    passes = [logits_V[[want, got]].float().cpu() for logits_V in by_width(engine, len(prompt), ids, widths)]
     passes += [logits_V[[want, got]].float().cpu() for logits_V in (others(ids) if others else ())]
     gap, noise = tie(torch.stack(passes), engine.dtype)
     return Divergence(at, want, got, gap, noise, gap <= noise)
@@ -132,14 +137,14 @@ def tie(logits_P2: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     return float(reference_2[0] - reference_2[1]), float(noise_2.sum())
 
 
-def by_width(engine: SplitBackbone, prompt: int, ids: list[int]) -> Iterator[Tensor]:
+def by_width(engine: SplitBackbone, prompt: int, ids: list[int], widths: Sequence[int]) -> Iterator[Tensor]:
     """Logits [V] of the token after `ids` in passes of each width; the first as the baseline computes them.
 
     The first `prompt` ids are prefilled in one pass, as in decoding, and the rest in passes of one width, starting with
-    width 1; where drafts may branch, the widths of trees are among them. Keys and values computed at other widths
-    differ by rounding too, so the whole text is processed again for each width.
+    width 1. Keys and values computed at other widths differ by rounding too, so the whole text is processed again for
+    each width.
     """
-    for width in (*WIDTHS, *BRANCHED[-3:]) if engine.family.is_fast else WIDTHS:
+    for width in widths:
         cache = engine.new_cache(len(ids))
         hidden_MD = engine.full(ids[:prompt], 0, cache)
         for base in range(prompt, len(ids), width):

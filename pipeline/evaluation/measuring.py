@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller, thompson_in
 from ..inference.decoding import Generation, Request, autoregressive, self_speculative
-from ..inference.rounds import spare_of
+from ..inference.rounds import memory_of, spare_of
 from ..inference.sampling import Sampler
 from ..prompts.ids import Encoded
 from . import rivals
@@ -40,6 +40,8 @@ class Method:
 
 
 TABLES = ("prompts", "generations", "rounds", "rivals")
+LISTS = {"prompts": ["ids"], "generations": ["tokens"], "rounds": ["drafts", "parents", "path"], "rivals": ["tokens"]}
+"""Columns that hold lists."""
 
 
 @dataclass
@@ -97,14 +99,9 @@ class Measured:
         tables = {name: pd.read_parquet(folder / f"{name}.parquet") for name in TABLES}
         if "parents" not in tables["rounds"]:
             return None  # of a version that did not record them: measured anew
-        lists = {
-            "prompts": ["ids"],
-            "generations": ["tokens"],
-            "rounds": ["drafts", "parents", "path"],
-            "rivals": ["tokens"],
-        }
-        for name, column in ((name, column) for name, columns in lists.items() for column in columns):
-            tables[name][column] = [row.tolist() for row in tables[name][column]]  # parquet gives arrays for lists
+        for name, columns in LISTS.items():
+            for column in columns:
+                tables[name][column] = [row.tolist() for row in tables[name][column]]  # parquet gives arrays for lists
         return cls(**tables, about=json.loads((folder / "measured.json").read_text()))
 
     def learned(self) -> dict[Method, dict[str, Any]]:
@@ -157,7 +154,7 @@ class Decoders:
         for method, controller in self.controllers.items():
             if (learning := thompson_in(controller)) and method in states:
                 learning.load_state_dict(states[method])
-            if corpus and (memory := getattr(controller, "memory", None)) is not None:
+            if corpus and (memory := memory_of(controller)) is not None:
                 memory.add(list(corpus))
 
     def decode(self, method: Method, ids: list[int], draws: int, max_new_tokens: int | None = None) -> Generation:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..generation.repetition import first_loop
-from ..inference.controllers import fixed_length
+from ..inference.controllers import fixed_length, remembers
 from ..prompts.prompt import conversation_of
 from .intervals import Columns, interval, joint_intervals, ratio_of_rates
 
@@ -235,7 +235,7 @@ def best(entries: list[dict[str, Any]], temperature: float) -> dict[str, Any]:
     """
     found = [(figures["speedup"], entry, name) for entry in entries if entry["temperature"] == temperature
              for name, figures in entry["controllers"].items()]  # fmt: skip
-    found = [one for one in found if not one[2].endswith("+memory")] or found
+    found = [one for one in found if not remembers(one[2])] or found
     _, entry, name = max(found, key=lambda one: one[0])
     figures = entry["controllers"][name]
     return {

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 from ..inference.backbone import SplitBackbone
 from ..inference.law import Law
 from ..inference.lookup import Copying, Lookup
-from ..inference.rounds import LONGEST, Confidence, Controller, Round, look_of, reads_of, spare_of
+from ..inference.rounds import LONGEST, Confidence, Controller, Round, look_of, memory_of, reads_of, spare_of
 from ..inference.sampling import Sampler, residual
-from .losslessness import teacher_forced
+from .losslessness import first_divergence, teacher_forced
 from .metrics import CostModel
 
 NEVER = 1 << 30
@@ -150,17 +150,17 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
     Raises ValueError for a controller that copies drafts if the trace has no tokens, and for one whose drafts branch
     unless the trace is of greedy decoding.
     """
-    texts = None
+    texts, tokens = None, [] if trace.tokens is None else trace.tokens.tolist()
     if look_of(controller):
         if trace.ids is None or trace.tokens is None:
             raise ValueError("a trace without tokens cannot be replayed with a controller that copies")
-        texts = Copying(trace.ids.tolist(), getattr(controller, "memory", None))
+        texts = Copying(trace.ids.tolist(), memory_of(controller))
     if spare_of(controller) and trace.rank_T is None:
         raise ValueError("drafts that branch can be replayed over greedy texts only")
     rank_T = _ranks(trace, accepted_T)
     rounds, t = [], 1
     while t < len(trace):
-        made = None if texts is None else _copied_round(controller, trace, texts, t)
+        made = None if texts is None else _copied_round(controller, trace.max_new_tokens, tokens, texts, t)
         made = made or _round(controller, trace, rank_T, t)
         levels = made.levels if made.source == "head" else 0  # copied drafts share one shallow pass
         made.seconds, made.shallow_seconds, made.head_seconds, made.verify_seconds = costs.round(
@@ -169,9 +169,8 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
         rounds.append(made)
         controller.observe(made)
         t += made.tokens
-    if texts is not None and trace.ids is not None and trace.tokens is not None:
-        texts.extend(trace.tokens[len(texts.text.tokens) - len(trace.ids) :].tolist())
-        texts.end()
+    if texts is not None:
+        texts.end(tokens)
     return rounds
 
 
@@ -180,26 +179,24 @@ def _ranks(trace: Trace, accepted_T: np.ndarray) -> np.ndarray:
     return np.where(accepted_T, 0, NEVER if trace.rank_T is None else np.maximum(1, trace.rank_T))
 
 
-def _copied_round(controller: Controller, trace: Trace, texts: Copying, t: int) -> Round | None:
+def _copied_round(controller: Any, most: int, tokens: list[int], texts: Copying, t: int) -> Round | None:
     """The round that begins at place t, if its drafts are copied. A copied token is accepted iff it is the text's, when
     sampling too: one that is rejected is replaced by another token."""
-    assert trace.ids is not None and trace.tokens is not None
-    texts.extend(trace.tokens[len(texts.text.tokens) - len(trace.ids) : t].tolist())
-    match = texts.match()
+    match = texts.match(tokens[:t])
     if not match.length:
         return None
-    copied = match.copy(min(controller.look(match), trace.max_new_tokens - t - 1))  # type: ignore[attr-defined]
-    accepted = _right(copied, trace.tokens[t:])
-    if t + accepted == len(trace):
+    copied = match.copy(min(controller.look(match), most - t - 1))
+    accepted = _right(copied, tokens[t:])
+    if t + accepted == len(tokens):
         copied = copied[:accepted]  # behind a copied end token nothing is drafted
-    made = Round(len(copied), accepted, min(accepted + 1, len(trace) - t), source=match.source)
+    made = Round(len(copied), accepted, min(accepted + 1, len(tokens) - t), source=match.source)
     return made if copied else None
 
 
-def _right(copied: list[int], text_T: np.ndarray) -> int:
+def _right(copied: list[int], text: list[int]) -> int:
     """How many of the copied tokens are those of the text, up to the first that is not."""
-    return next((i for i, pair in enumerate(zip(copied, text_T, strict=False)) if pair[0] != pair[1]),
-                min(len(copied), len(text_T)))  # fmt: skip
+    first = first_divergence(copied, text)
+    return len(copied) if first is None else first
 
 
 def _round(controller: Controller, trace: Trace, rank_T: np.ndarray, t: int) -> Round:
@@ -282,7 +279,7 @@ def _right_copies(trace: Trace) -> list[int]:
     index, tokens, found = Lookup(trace.ids.tolist()), trace.tokens.tolist(), []
     for t, token in enumerate(tokens):
         length, at = index.match()
-        found.append(_right(index.copy(at, LONGEST), trace.tokens[t:]) if length else 0)
+        found.append(_right(index.copy(at, LONGEST), tokens[t:]) if length else 0)
         index.extend([token])
     return found
 

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..inference.backbone import SplitBackbone
 from ..inference.controllers import make_controller
 from ..inference.decoding import Generation, Request, autoregressive, self_speculative
-from ..inference.rounds import Confidence, Controller, Round, look_of, reads_of, spare_of
+from ..inference.rounds import Confidence, Controller, Round, look_of, memory_of, reads_of, spare_of
 from ..inference.sampling import Sampler
 from ..prompts.ids import contexts
 from ..prompts.prompt import Prompt
@@ -134,7 +134,7 @@ class _Streamed:
         self.controller, self.stream, self.show, self.stop = controller, stream, show, stop
         if look := look_of(controller):  # the decoder asks this object instead
             self.look = look
-        self.memory = getattr(controller, "memory", None)
+        self.memory = memory_of(controller)
         self.reads, self.spare = reads_of(controller), spare_of(controller)
         self.new: list[int] = []
         """Committed tokens that were not shown yet."""

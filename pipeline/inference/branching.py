@@ -18,8 +18,8 @@ LEAVES = 16
 
 
 class FixedTree:
-    """Always drafts a tree of one shape: every draft of level k, and the pending token, has widths[k] successors. With
-    static trees drafted so EESD was measured (Liu et al., 2024, section 3.3).
+    """Always drafts a tree of one shape: the pending token has widths[0] candidates after it, each draft of level k has
+    widths[k]. EESD's tree attention drafts trees of a fixed shape (Liu et al., 2024), and so does Medusa.
 
     Raises ValueError for a width below 1, or more than `tree.WIDEST` drafts.
     """

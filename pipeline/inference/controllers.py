@@ -1,5 +1,5 @@
-"""The names of the controllers, which decide how many tokens to draft. The default one is in thompson.py, those of
-other papers and engines in literature.py.
+"""The names of the controllers, which decide how many tokens to draft. The default one is in thompson.py, those
+whose drafts branch in branching.py, copies of texts in sources.py, rules of other papers and engines in literature.py.
 
 A controller answers whether token k+1 is drafted, or how many candidates for it. For decoding to stay lossless, the
 answer may depend on committed text, earlier rounds, this round's drafted tokens and their q, q of token k+1, and random
@@ -55,16 +55,21 @@ def branches(name: str) -> bool:
     return name.startswith("tree:") or "+tree" in name
 
 
+def remembers(name: str) -> bool:
+    """Whether a controller of this name copies from earlier texts, so that its figures depend on their order."""
+    return any(name.endswith(ending) for ending, earlier in COPYING.items() if earlier)
+
+
 def make_controller(name: str, seed: int = 0, greedy: bool = True) -> Controller:
     """The controller of a name such as `thompson`, `fixed:3` or `confidence:0.6`; `none` drafts nothing.
 
     greedy: whether the text is decoded greedily or sampled, because a different quantity predicts acceptance in each.
     Raises ValueError for an unknown name or a parameter out of range.
     """
-    for ending, remembers in COPYING.items():
+    for ending, earlier in COPYING.items():
         head = name.removesuffix(ending)
         if head != name and not head.endswith(tuple(COPYING)):
-            memory = Memory() if remembers else None
+            memory = Memory() if earlier else None
             return WithLookup(make_controller(head, seed, greedy), greedy, seed, memory=memory)
     kind, _, argument = name.partition(":")
     k = fixed_length(name)

@@ -19,7 +19,7 @@ import torch
 from .backbone import SplitBackbone
 from .kv_cache import KVCache
 from .lookup import Copying, Point
-from .rounds import Confidence, Controller, Round, look_of, reads_of, spare_of
+from .rounds import Confidence, Controller, Round, look_of, memory_of, reads_of, spare_of
 from .sampling import Sampler
 from .stopwatch import Stopwatch, stopwatch
 from .tree import Draft, Tree
@@ -99,7 +99,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
     hidden_MD = backbone.deep(0, len(request.prompt), cache)
     cache.commit(len(request.prompt))
     watch.mark("prefill")
-    texts = Copying(request.prompt, getattr(controller, "memory", None)) if look_of(controller) else None
+    texts = Copying(request.prompt, memory_of(controller)) if look_of(controller) else None
     # The first token comes from the prefill: a round starts from a pending token.
     first_1V = sampler.shape(backbone.logits(hidden_MD[-1:]), request.prompt, out.tokens)
     out.commit([sampler.draw(first_1V[0])], request)
@@ -129,16 +129,14 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
         out.rounds.append(round)
         controller.observe(round)
     if texts is not None:
-        texts.extend(out.tokens[len(texts.text.tokens) - len(request.prompt) :])
-        texts.end()
+        texts.end(out.tokens)
     return _finish(out, watch)
 
 
 def _copy(backbone, request, controller, texts, out, cache, room, round, parts) -> Tree | None:
     """Draft a round by copying from a text, or not at all. All rows to verify pass through the shallow layers
     together; the exit head reads them when it is asked the next time."""
-    texts.extend(out.tokens[len(texts.text.tokens) - len(request.prompt) :])
-    match = texts.match()
+    match = texts.match(out.tokens)
     tokens = match.copy(min(controller.look(match), room)) if match.length else []
     end = next((i for i, token in enumerate(tokens) if token in request.end_tokens), len(tokens))
     tokens = tokens[: end + 1]  # nothing follows a drafted end token

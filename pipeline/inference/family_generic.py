@@ -64,11 +64,16 @@ class LayerWeights:
                 del linear.__dict__["forward"]
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether this is torch's own linear layer on a plain tensor, which computes what its class does."""
-    if type(module) is not nn.Linear or "forward" in vars(module):
+def _is_linear(module: nn.Module) -> bool:
+    """Whether this is torch's own linear layer on a plain tensor."""
+    if type(module) is not nn.Linear:
         return False
     return type(module.weight) is nn.Parameter and type(module.weight.data) is Tensor
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether this is such a layer, and computes what its class does."""
+    return _is_linear(module) and "forward" not in vars(module)
 
 
 def _forward(product: Product) -> Callable[[Tensor], Tensor]:
@@ -193,11 +198,7 @@ def check_around(model: Any) -> None:
     """Raises ValueError for what is not computed by the layers as they are: a changed LM head, and what changes the
     logits of `generate` besides modules. It takes little time, and is done before every text."""
     lm_head: Any = model.lm_head
-    if (
-        type(lm_head) is not nn.Linear
-        or type(lm_head.weight) is not nn.Parameter
-        or type(lm_head.weight.data) is not Tensor
-    ):
+    if not _is_linear(lm_head):
         kind = type(lm_head) if type(lm_head) is not nn.Linear else type(lm_head.weight.data)
         raise ValueError(f"lm_head is a {kind.__module__}.{kind.__qualname__}: a plain linear layer is needed there")
     check_unhooked(lm_head, "lm_head")

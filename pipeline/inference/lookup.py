@@ -119,13 +119,12 @@ class Copying:
     """What one text can be continued with: what is in itself, and in a memory of earlier ones."""
 
     def __init__(self, prompt: list[int], memory: Memory | None):
-        self.text, self.memory = Lookup(prompt), memory
+        self.text, self.memory, self.prompted = Lookup(prompt), memory, len(prompt)
 
-    def extend(self, tokens: list[int]) -> None:
-        self.text.extend(tokens)
-
-    def match(self) -> Match:
-        """The longest match; of equally long ones that in the text itself, then that in the youngest texts."""
+    def match(self, answer: list[int]) -> Match:
+        """The longest match of the end of the prompt and all of the answer so far; of equally long ones that in the
+        text itself, then that in the youngest texts."""
+        self._follow(answer)
         best = Match(0, "lookup", self.text, 0)
         tables = [("lookup", self.text)]
         tables += [("memory", table) for table in self.memory.tables] if self.memory is not None else []
@@ -135,10 +134,14 @@ class Copying:
                 best = Match(length, source, table, at)
         return best
 
-    def end(self) -> None:
-        """The text is complete: remember it."""
+    def end(self, answer: list[int]) -> None:
+        """The answer is complete: remember the text."""
         if self.memory is not None:
+            self._follow(answer)
             self.memory.add(self.text.tokens)
+
+    def _follow(self, answer: list[int]) -> None:
+        self.text.extend(answer[len(self.text.tokens) - self.prompted :])
 
 
 class Point(Law):

@@ -49,10 +49,12 @@ class Round:
     @property
     def levels(self) -> int:
         """The most drafts that could have been accepted: all where none branch, else those of the longest path."""
+        if not self.parents:
+            return self.drafted
         depths = [0]
         for parent in self.parents:
             depths.append(depths[parent] + 1)
-        return max(depths) if self.parents else self.drafted
+        return max(depths)
 
     def tested(self) -> list[tuple[int, int]]:
         """For each place for which drafts were tested: (number of candidates, index of the accepted one). The index is
@@ -122,6 +124,11 @@ class Controller(Protocol):
 def look_of(controller: Controller) -> Callable[[Any], int] | None:
     """The method `look` of a controller that may copy drafts from texts; None of any other."""
     return getattr(controller, "look", None)
+
+
+def memory_of(controller: Controller) -> Any:
+    """The `lookup.Memory` of a controller that copies from earlier texts; None of any other."""
+    return getattr(controller, "memory", None)
 
 
 def spare_of(controller: Controller) -> int:

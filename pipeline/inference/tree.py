@@ -3,7 +3,7 @@
 Takes tokens as they are drafted, level by level; gives what passes need to know of the rows (depths, ancestors). A
 chain is the tree in which every draft follows the one before it. Where drafts branch, each path from the root is one
 possible continuation of the text, and all of them are verified in one pass (tree attention: Miao et al., SpecInfer,
-ASPLOS 2024, arXiv 2305.09781, section 4).
+ASPLOS 2024, arXiv 2305.09781).
 
 R rows: row 0 is the pending token, every other a draft; parents come before their children. M of them, T cache slots
 """

@@ -53,7 +53,8 @@ class LinearDistillation(torch.autograd.Function):
         needed = ctx.needs_input_grad[8:]
         grads = [torch.empty_like(s) if need else None for s, need in zip(students_RD, needed, strict=True)]
         mix = [(t.function, terms[n] * temperature ** (t.power - 1)) for n, t in TERMS.items() if n in terms]
-        logits = ChunkedLogits(weight_VD, min(chunk, max(1, len(teacher_RD))), 4 if len(mix) == 1 else 5, cap)
+        rows_at_once, buffers = min(chunk, max(1, len(teacher_RD))), 4 if len(mix) == 1 else 5
+        logits = ChunkedLogits(weight_VD, rows_at_once, buffers, cap, gradient=True)
         unit = scale * mix[0][1]
         for start in range(0, len(teacher_RD), chunk):
             rows = slice(start, start + chunk)
@@ -103,15 +104,15 @@ def _mixed(
 
 class ChunkedLogits:
     """Buffers [C, V] that every chunk reuses: allocating them anew costs more than the softmax. cap: c of the logits
-    c tanh(W h / c), or 0."""
+    c tanh(W h / c), or 0. gradient: whether its derivative is wanted too."""
 
-    def __init__(self, weight_VD: Tensor, chunk: int, buffers: int, cap: float = 0.0):
+    def __init__(self, weight_VD: Tensor, chunk: int, buffers: int, cap: float = 0.0, gradient: bool = False):
         self.weight_VD = weight_VD
         self.dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         shape = (chunk, len(weight_VD))
         self.cap = cap
         self.buffers = [torch.empty(shape, dtype=self.dtype, device=weight_VD.device) for _ in range(buffers)]
-        self.bend_CV = torch.empty_like(self.buffers[0]) if cap else None
+        self.bend_CV = torch.empty_like(self.buffers[0]) if cap and gradient else None
         """The derivative of the last logits by W h."""
 
     def rows(self, index: int, count: int) -> Tensor:
@@ -127,9 +128,10 @@ class ChunkedLogits:
             scratch_CV = torch.mm(hidden_CD, self.weight_VD.t(), out_dtype=self.dtype)
         else:
             scratch_CV.copy_(hidden_CD @ self.weight_VD.t())
-        if self.bend_CV is not None:
+        if self.cap:
             scratch_CV.div_(self.cap).tanh_()
-            torch.square(scratch_CV, out=self.bend_CV[: len(scratch_CV)]).neg_().add_(1)
+            if self.bend_CV is not None:
+                torch.square(scratch_CV, out=self.bend_CV[: len(scratch_CV)]).neg_().add_(1)
             scratch_CV.mul_(self.cap)
         if temperature != 1.0:
             scratch_CV.div_(temperature)

@@ -7,6 +7,7 @@ from helpers import make_run, plant_heads
 
 from pipeline.errors import UserError
 from pipeline.evaluation.measuring import Decoders
+from pipeline.inference.rounds import memory_of
 from pipeline.runs.files import sha256_of
 from pipeline.stages import evaluate
 
@@ -33,7 +34,7 @@ def test_a_memory_and_a_corpus_are_measured(tmp_path, text) -> None:
 def test_every_memory_begins_with_the_corpus(tmp_path) -> None:
     run = make_run(tmp_path, "evaluate.controllers=[fixed:2+memory,thompson+memory,fixed:1,fixed:1+lookup]")
     made = Decoders({2: None}, run.config.evaluate, frozenset(), 0, {}, corpus=[7, 8, 9]).controllers
-    memories = {m.controller: getattr(c, "memory", None) for m, c in made.items()}
+    memories = {m.controller: memory_of(c) for m, c in made.items()}
     assert memories.pop("fixed:1") is memories.pop("fixed:1+lookup") is None
     for memory in memories.values():
         assert memory.tables[0].tokens[:3] == [7, 8, 9]

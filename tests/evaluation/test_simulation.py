@@ -15,7 +15,7 @@ from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.controllers import Fixed, make_controller
 from pipeline.inference.costs import Costs
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
-from pipeline.inference.rounds import Round, look_of, reads_of, spare_of
+from pipeline.inference.rounds import Round, look_of, memory_of, reads_of, spare_of
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.thompson import Thompson
 
@@ -38,7 +38,7 @@ class Timeless:
 
     def __init__(self, inner):
         self.inner, self.peek, self.draft = inner, inner.peek, inner.draft
-        self.reads, self.spare, self.memory = reads_of(inner), spare_of(inner), getattr(inner, "memory", None)
+        self.reads, self.spare, self.memory = reads_of(inner), spare_of(inner), memory_of(inner)
         if look_of(inner):
             self.look = inner.look
 

@@ -1,6 +1,7 @@
 """Copied drafts: the index against a search by brute force, and the control over two sources."""
 
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -138,12 +139,12 @@ def test_the_longest_match_is_copied_and_of_equal_ones_the_nearest() -> None:
     memory.add([1, 2, 3, 4, 50, 51])
     memory.add([2, 3, 4, 60, 61])
     texts = Copying([9, 2, 3, 4, 70, 8, 2, 3, 4], memory)
-    match = texts.match()
+    match = texts.match([])
     assert (match.source, match.length, match.copy(2)) == ("lookup", 3, [70, 8])
     for prompt, found in (([8, 2, 3, 4], (3, [60, 61])), ([8, 1, 2, 3, 4], (4, [50, 51]))):
-        match = Copying(prompt, memory).match()
+        match = Copying(prompt, memory).match([])
         assert (match.source, match.length, match.copy(9)) == ("memory", *found)
-    assert Copying([5, 5], None).match().source == "lookup" and Copying([77], memory).match().length == 0
+    assert Copying([5, 5], None).match([]).source == "lookup" and Copying([77], memory).match([]).length == 0
 
 
 def test_nothing_is_copied_across_two_texts() -> None:
@@ -151,8 +152,8 @@ def test_nothing_is_copied_across_two_texts() -> None:
     memory.add([1, 2, 3])
     memory.add([4, 5, 6])
     assert memory.tables[0].match([3, 4, 5])[0] == 2, "a match does not go back into the text before"
-    assert Copying([9, 2], memory).match().copy(4) == [3]
-    assert Copying([2, 3], memory).match().length == 0, "nothing followed"
+    assert Copying([9, 2], memory).match([]).copy(4) == [3]
+    assert Copying([2, 3], memory).match([]).length == 0, "nothing followed"
 
 
 def test_a_full_memory_forgets_the_oldest_and_says_so_once() -> None:
@@ -161,8 +162,8 @@ def test_a_full_memory_forgets_the_oldest_and_says_so_once() -> None:
         for i in range(20):
             memory.add([100 + i, 200 + i, 300 + i])
     assert len(said) == 1 and 16 <= len(memory) <= 40
-    assert Copying([119, 219], memory).match().copy(1) == [319]
-    assert Copying([100, 200], memory).match().length == 0
+    assert Copying([119, 219], memory).match([]).copy(1) == [319]
+    assert Copying([100, 200], memory).match([]).length == 0
     with pytest.warns(UserWarning, match="only its last 19 are remembered"):
         memory.add(list(range(50)))
     assert len(memory) <= 40
@@ -179,8 +180,21 @@ def test_the_end_of_a_text_does_not_hide_what_followed_its_words_in_another() ->
     memory = Memory()
     memory.add([1, 2, 3, 4, 5])
     memory.add([8, 1, 2, 3])
-    match = Copying([1, 2, 3], memory).match()
+    match = Copying([1, 2, 3], memory).match([])
     assert (match.length, match.copy(2)) == (3, [4, 5])
+
+
+def test_a_remembered_token_takes_about_a_kilobyte() -> None:
+    draw = random.Random(0)
+    tokens = [draw.randrange(50_000) for _ in range(8000)]
+    memory = Memory()
+    tracemalloc.start()
+    try:
+        memory.add(tokens)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 500 < held / len(tokens) < 1500
 
 
 def test_what_was_said_before_is_copied(engine) -> None:

@@ -46,6 +46,17 @@ def mesh():
     dist.destroy_process_group()
 
 
+def stepping(tmp_path: Path, folder: Path, mesh):
+    """(the model, its step model with heads at N = 1 and 2, these heads, the documents of the responses)."""
+    run = prepare(tmp_path, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), [1, 2])
+    step_model = StepModel(backbone, [1, 2], heads, run.config)
+    shard_step_model(step_model, heads, mesh)
+    documents, _ = read_documents(run / "responses", read_manifest(run / "responses"), "drop", 0.5)
+    return model, step_model, heads, documents
+
+
 @pytest.mark.parametrize("turns", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "olmo2", "gpt_oss"])
 def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, mesh, family, turns):
@@ -53,12 +64,7 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
     fields = {"sliding_window": 16} if family == "mistral" else {"tie_word_embeddings": family == "qwen3"}
     folder = tiny_backbone(tmp_path, family, sharpness=4.0, **fields)
     write_responses(tmp_path / "run" / "responses", folder, turns=turns)
-    run = prepare(tmp_path, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), [1, 2])
-    step_model = StepModel(backbone, [1, 2], heads, run.config)
-    shard_step_model(step_model, heads, mesh)
-    documents, _ = read_documents(run / "responses", read_manifest(run / "responses"), "drop", 0.5)
+    _, step_model, heads, documents = stepping(tmp_path, folder, mesh)
     assert [len(d.spans) for d in documents] == [turns] * 24
     together = packing.pack(documents, 48 * turns)
     assert len(together) < len(documents) / 1.8
@@ -106,15 +112,10 @@ def test_the_loss_is_that_of_the_laws_that_decoding_drafts_and_verifies_with(tmp
     """Scales and caps of logits, windows and experts: what training minimises is the KL divergence of decoding."""
     folder = tiny_backbone(tmp_path, family, sharpness=4.0, **GENERIC.get(family, {}))
     write_responses(tmp_path / "run" / "responses", folder)
-    run = prepare(tmp_path, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    backbone, heads = load_sharded_backbone(run.config.backbone, torch.device("cpu"), mesh, fingerprint(model), [1, 2])
-    step_model = StepModel(backbone, [1, 2], heads, run.config)
-    shard_step_model(step_model, heads, mesh)
-    documents, _ = read_documents(run / "responses", read_manifest(run / "responses"), "drop", 0.5)
+    model, step_model, _, documents = stepping(tmp_path, folder, mesh)
     engines = [SplitBackbone(model, head_for(model, n)) for n in (1, 2)]  # heads start as the last layer in both
     for document in documents[:4]:
-        (batch,) = [packing.pack([document], len(document.tokens))[[0]]]
+        batch = packing.pack([document], len(document.tokens))[[0]]
         ((start, end),) = document.spans
         with torch.no_grad():
             losses = step_model(batch["ids_BT"], batch["positions_BT"], batch["mask_BT"], 1.0)
