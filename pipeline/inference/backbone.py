@@ -27,6 +27,7 @@ from .fixed_shapes import BRANCHED, Branches, Chain, FixedShapes, Where, rounded
 from .generic_configs import check_fits
 from .kernels import Kernels, Product
 from .kv_cache import KVCache
+from .kv_cache import allocate
 from .law import DraftVocabulary, check_draft_ids
 from .layers import Shape, run_layers
 from .rounds import WIDTHS, Controller, spare_of
@@ -128,6 +129,11 @@ class SplitBackbone:
                 start = stop
         return blocks
 
+    @property
+    def has_fixed_shapes(self) -> bool:
+        """Whether passes are recorded and replayed, so that only one text can be decoded at a time."""
+        return self._fixed is not None
+
     def still_is(self, model: nn.Module) -> bool:
         """Whether the weights in use are still those of `model`, and its layers may still be computed as before.
 
@@ -188,8 +194,10 @@ class SplitBackbone:
         self.passes.allocate(max_length, {block.device for block in self.blocks})
         deep = next(b for b in self.blocks if b.start == self.exit_layer)
         hidden_TD = torch.zeros(max_length, self.hidden, dtype=self.dtype, device=deep.device)
-        sizes = [(len(b.weights), b.device) for b in self.blocks]
-        return KVCache(sizes, self.shape.kv_heads, max_length, self.shape.head_dim, self.dtype, hidden_TD)
+        shape = 1, self.shape.kv_heads, max_length, self.shape.head_dim
+        made = [allocate(len(b.weights), b.device, self.dtype, *shape) for b in self.blocks]
+        keys, values = map(list, zip(*made, strict=True))
+        return KVCache(keys, values, hidden_TD)
 
     def check_controller(self, controller: Controller) -> None:
         """Raises ValueError for a controller whose drafts branch, where passes know of no branches."""

@@ -11,33 +11,31 @@ import torch
 from torch import Tensor
 
 
+def allocate(layers: int, device: torch.device, dtype: torch.dtype, *shape: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of the layers of a block, each [layers, *shape]. They are zeros, as what a mask hides must be
+    finite."""
+    keys, values = (torch.zeros(layers, *shape, dtype=dtype, device=device) for _ in range(2))
+    return keys, values
+
+
 class KVCache:
     """Keys and values for `max_length` slots. What lies beyond `length` belongs to drafts of the round, or is stale.
 
-    blocks: (number of layers, device) in the order of the layers. hidden_TD: storage for hidden states after layer N,
+    keys, values: one tensor for each block, [layers, 1, G, T, C]. hidden_TD: storage for hidden states after layer N,
     on the device of layer N+1.
     """
 
-    def __init__(
-        self,
-        blocks: list[tuple[int, torch.device]],
-        kv_heads: int,
-        max_length: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        hidden_TD: Tensor,
-    ):
-        self.max_length = max_length
-        self.keys, self.values = (
-            [torch.zeros(n, 1, kv_heads, max_length, head_dim, dtype=dtype, device=d) for n, d in blocks]
-            for _ in range(2)
-        )
-        """One tensor for each block: [layers, 1, G, T, C]."""
-        self.hidden_TD = hidden_TD
+    def __init__(self, keys: list[Tensor], values: list[Tensor], hidden_TD: Tensor):
         self.length = 0
         """Number of committed positions, whose keys and values are valid in every backbone layer."""
         self.head_length = 0
         """The same for the exit head, which may be behind: it processes bonus positions when it next drafts."""
+        self.store(keys, values, hidden_TD)
+
+    def store(self, keys: list[Tensor], values: list[Tensor], hidden_TD: Tensor) -> None:
+        """Use these tensors from now on, to which the committed positions were copied."""
+        self.keys, self.values, self.hidden_TD = keys, values, hidden_TD
+        self.max_length = len(hidden_TD)
 
     def commit(self, length: int) -> None:
         """Keep the first `length` positions and drop the rest."""

@@ -69,6 +69,17 @@ class LayerKind(NamedTuple):
     """Number of positions that a row attends to, its own included; None without a limit."""
 
 
+class Several(NamedTuple):
+    """How the rows of a pass belong to several texts, each of which attends to keys and values of its own."""
+
+    texts: int
+    """P: the texts are those in places 0..P-1."""
+    width: int
+    """W: the most rows of a text."""
+    at_M: Tensor | None
+    """place * W + number of each row in its text; None where every text has W rows."""
+
+
 class Rows(NamedTuple):
     """Positions, rotary tables and mask of a pass, the same for every layer of a kind on a device."""
 
@@ -85,6 +96,8 @@ class Rows(NamedTuple):
     """The number of positions that a row attends to, where there are more."""
     branched: bool = False
     """Whether the rows are of a tree that branches (tree.py): then the mask says what a row attends to."""
+    several: Several | None = None
+    """Of rows of several texts, whose `positions_M` count the slots of all texts and whose mask is [P, W*R, T]."""
 
     def last(self, repeats: int) -> "Rows":
         """What the pass is to its last row alone."""
@@ -132,6 +145,8 @@ def attend(q_MHC: Tensor, keys: Tensor, values: Tensor, rows: Rows, groups: int)
 
     The R query heads that share a key/value head are treated as rows of one head, so keys are never repeated.
     """
+    if rows.several is not None:
+        return _attend_each(q_MHC, keys, values, rows, groups)
     m, heads, _ = q_MHC.shape
     alone = m == 1 and rows.mask is None and rows.window is not None
     start = keys.shape[2] - rows.window if alone else rows.start  # type: ignore[operator]
@@ -145,6 +160,19 @@ def attend(q_MHC: Tensor, keys: Tensor, values: Tensor, rows: Rows, groups: int)
         out = F.scaled_dot_product_attention(q_1HMC, keys, values, is_causal=True, enable_gqa=groups != heads)
         return out[0].transpose(0, 1).reshape(m, -1)
     return _attend_masked(q_MHC, keys, values, rows.mask, groups)
+
+
+def _attend_each(q_MHC: Tensor, keys: Tensor, values: Tensor, rows: Rows, groups: int) -> Tensor:
+    """The same for the rows of several texts, over keys and values [G, P, T, C]. Texts with fewer rows than others are
+    filled up with rows of zeros, in this function only."""
+    texts, width, at_M = rows.several  # type: ignore[misc]
+    _, heads, channels = q_MHC.shape
+    if at_M is not None:
+        q_MHC = q_MHC.new_zeros(texts * width, heads, channels).index_copy_(0, at_M, q_MHC)
+    q = q_MHC.view(texts, width, groups, -1, channels).permute(2, 0, 1, 3, 4).reshape(groups, texts, -1, channels)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=rows.mask)
+    out = out.view(groups, texts, width, -1, channels).permute(1, 2, 0, 3, 4).reshape(texts * width, -1)
+    return out if at_M is None else out.index_select(0, at_M)
 
 
 def _attend_masked(q_MHC: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, groups: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import LayerKind, Rows, Shape, causal_mask
+from .layers import LayerKind, Rows, Several, Shape, causal_mask
 from .tree import Tree, branched_mask
 
 
@@ -21,6 +21,14 @@ class Tables(NamedTuple):
     positions_T: Tensor
     cos_T1C: Tensor
     sin_T1C: Tensor
+
+
+class Span(NamedTuple):
+    """Rows of one of several texts in a pass: those in slots base..base+count-1 of a place."""
+
+    place: int
+    base: int
+    count: int
 
 
 class Passes:
@@ -89,3 +97,22 @@ class Passes:
         mask_MT = branched_mask(tree, first, stop, root, start, window, cos_M1C)
         mask = mask_MT.repeat_interleave(self.shape.repeats, 0)
         return Rows(None, cos_M1C, sin_M1C, mask, start, window, branched=True)
+
+    def rows_of_texts(self, spans: list[Span], texts: int, slots: int, device: torch.device) -> list[Rows]:
+        """The same for a pass of rows of several texts, which are in places 0..texts-1 of `slots` slots each."""
+        tables = self._tables[device]
+        width, end = max(span.count for span in spans), max(span.base + span.count for span in spans)
+        positions = [span.base + i for span in spans for i in range(span.count)]
+        flat = [span.place * slots + span.base + i for span in spans for i in range(span.count)]
+        padded = [span.place * width + i for span in spans for i in range(span.count)]
+        positions_M, flat_M, at_M = torch.tensor([positions, flat, padded], device=device)
+        even = padded == list(range(texts * width))
+        several = Several(texts, width, None if even else at_M)
+        # Rows that only fill up see position 0: a row that sees nothing would be NaN.
+        filled_P = torch.zeros(texts * width, dtype=torch.long, device=device).index_copy_(0, at_M, positions_M)
+        cos_M1C, sin_M1C = tables.cos_T1C[positions_M], tables.sin_T1C[positions_M]
+        made = {}
+        for kind in set(self.kinds):
+            mask = causal_mask(filled_P, end, self.shape.repeats, cos_M1C.dtype, kind.window)
+            made[kind] = Rows(flat_M, cos_M1C, sin_M1C, mask.view(texts, -1, end), several=several)
+        return [made[kind] for kind in self.kinds]

@@ -1,0 +1,98 @@
+"""Estimates the seconds that the passes of a batch's rounds take as a function of their rows, from recent rounds.
+
+Takes finished `BatchRound`s; gives tables of seconds by rows. Nothing is assumed of the function but that a pass of more
+rows takes no less in total and no more per row, so the widths at which it jumps are learned.
+"""
+
+from bisect import bisect_left
+
+from .costs import Recent
+
+FEW = 16
+"""Up to so many rows, every number of rows has times of its own; above, they share them in steps of an eighth."""
+
+
+def bucket(rows: int) -> int:
+    """The number of rows under which the time of a pass of `rows` is kept: the next of 1..16, 18, 20, ..., 32, 36, ..."""
+    step = max(1, 1 << max(0, (rows - 1).bit_length() - 4))
+    return -(-rows // step) * step
+
+
+class RowTimes:
+    """Seconds of one kind of pass by its rows."""
+
+    def __init__(self) -> None:
+        self.times: dict[int, Recent] = {}
+
+    def add(self, rows: int, seconds: float, now: int) -> None:
+        self.times.setdefault(bucket(rows), Recent()).add(seconds, now)
+
+    def forget(self, now: int) -> None:
+        for recent in self.times.values():
+            recent.forget(now)
+
+    def table(self, most: int) -> list[float]:
+        """Seconds of passes of 0..most rows; all 0 before the first time. Between timed numbers of rows it is a line.
+        Fewer rows than any timed ones count as those, and more as the line through the last two."""
+        points = _never_less([(rows, r.value(), len(r)) for rows, r in sorted(self.times.items()) if len(r)])
+        if not points:
+            return [0.0] * (most + 1)
+        known = [rows for rows, _ in points]
+        (last, seconds), slope = points[-1], points[-1][1] / points[-1][0]
+        if len(points) > 1:
+            (before, less), _ = points[-2:]
+            slope = min(slope, (seconds - less) / (last - before))
+        table = [0.0]
+        for rows in range(1, most + 1):
+            at = bisect_left(known, rows)
+            if at == len(points):
+                table.append(seconds + slope * (rows - last))
+            elif at == 0:
+                table.append(points[0][1])
+            else:
+                (x0, y0), (x1, y1) = points[at - 1], points[at]
+                table.append(y0 + (y1 - y0) * (rows - x0) / (x1 - x0))
+        return table
+
+
+def _never_less(points: list[tuple[int, float, int]]) -> list[tuple[int, float]]:
+    """(rows, seconds) of the nearest function that never decreases, where `points` are (rows, seconds, weight): pools of
+    neighbours that decrease get their mean (isotonic regression: Barlow et al. 1972)."""
+    pools: list[tuple[float, int, list[int]]] = []
+    for rows, seconds, weight in points:
+        pools.append((seconds, weight, [rows]))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (y0, w0, x0), (y1, w1, x1) = pools[-2:]
+            pools[-2:] = [((y0 * w0 + y1 * w1) / (w0 + w1), w0 + w1, x0 + x1)]
+    return [(rows, seconds) for seconds, _, pool in pools for rows in pool]
+
+
+def between(table: list[float], rows: float) -> float:
+    """The seconds of an expected number of rows, which may lie between two."""
+    low = int(rows)
+    if low >= len(table) - 1:
+        return table[-1]
+    return table[low] + (table[low + 1] - table[low]) * (rows - low)
+
+
+class BatchCosts:
+    """Tables of the parts of a round of several texts: passes of the shallow layers, of the exit head and of the deep
+    layers by their rows, and all else by the number of texts."""
+
+    def __init__(self) -> None:
+        self.shallow, self.head, self.verify, self.rest = (RowTimes() for _ in range(4))
+        self.now = 0
+        """Number of rounds so far."""
+
+    def observe(self, round) -> None:
+        """Learn from a `BatchRound`."""
+        self.now += 1
+        for times, passes in ((self.shallow, round.shallow_seconds), (self.head, round.head_seconds)):
+            for rows, seconds in passes:
+                times.add(rows, seconds, self.now)
+        self.verify.add(round.rows, round.verify_seconds, self.now)
+        self.rest.add(round.count, round.rest_seconds, self.now)
+
+    def forget(self) -> None:
+        for times in (self.shallow, self.head, self.verify, self.rest):
+            times.forget(self.now)

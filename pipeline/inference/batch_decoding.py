@@ -1,0 +1,233 @@
+"""Decodes several texts at once: every pass is over the rows of all of them, each text has a length, drafts and an end of
+its own, and a waiting text takes the place of a finished one between two rounds (continuous batching: Yu et al., Orca,
+OSDI 2022).
+
+Takes requests with a sampler each and a `BatchController`, or none for autoregressive decoding; gives each text's
+`Generation` when it ends. A text is distributed as when it is decoded alone (decoding.py): the same rule accepts its
+drafts, with draws of its own sampler. An error in a text's own processors, criteria or prompt ends that text only.
+
+M rows of a pass, R rows of one text, V vocabulary, W tokens that the head can draft
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .batch_engine import BatchEngine
+from .batch_rounds import BatchController
+from .batch_rounds import BatchRound
+from .decoding import Generation, Request
+from .kv_cache import KVCache
+from .passes import Span
+from .rounds import Confidence, Round
+from .sampling import Sampler
+from .stopwatch import Stopwatch, stopwatch
+from .tree import Tree
+
+
+@dataclass
+class Finished:
+    """A text that ended. `error` is what its own processors, criteria or prompt raised; then `generation` has the tokens
+    that were committed before."""
+
+    number: int
+    """The how-manieth of the requests it was, from 0 on."""
+    generation: Generation
+    error: Exception | None = None
+
+
+@dataclass
+class _Text:
+    """A text in one of the places."""
+
+    number: int
+    request: Request
+    sampler: Sampler
+    cache: KVCache
+    entered: float
+    out: Generation = field(default_factory=Generation)
+    error: Exception | None = None
+    place: int = 0
+    tree: Tree = field(default_factory=lambda: Tree(0))
+    round: Round = field(default_factory=Round)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """What this text's own functions raise ends this text, not the others."""
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+
+    @property
+    def goes_on(self) -> bool:
+        return self.error is None and self.out.goes_on(self.request)
+
+    @property
+    def rows(self) -> Span:
+        """All rows of the round."""
+        return Span(self.place, self.cache.length, len(self.tree))
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """Place and slot of the token drafted last."""
+        return self.place, self.cache.length + len(self.tree) - 1
+
+    def may_draft(self) -> bool:
+        """Whether a draft after the last one could be of use: a bonus token follows the drafts, and nothing follows a
+        drafted end token."""
+        room = self.request.max_new_tokens - len(self.out.tokens) - 1
+        ended = len(self.tree) > 1 and self.tree.tokens[-1] in self.request.end_tokens
+        return self.error is None and len(self.tree) - 1 < room and not ended
+
+
+Job = tuple[Request, Sampler]
+"""A sampler belongs to one text: with a random stream of its own, a text does not depend on its neighbours' draws."""
+
+
+@torch.inference_mode()
+def decode_batch(
+    engine: BatchEngine, jobs: Iterable[Job], controller: BatchController | None, places: int
+) -> Iterator[Finished]:
+    """Decode texts, at most `places` at once, and give each when it ends. `jobs` is read as places become free.
+
+    controller: None decodes autoregressively, one token per pass through all layers: the baseline of every speedup.
+    """
+    waiting, texts = enumerate(jobs), list[_Text]()
+    parts = stopwatch(block.device for block in engine.backbone.blocks)
+    try:
+        while True:
+            while len(texts) < places and (job := next(waiting, None)) is not None:
+                text = _enter(engine, *job)
+                if isinstance(text, Finished):
+                    yield text
+                else:
+                    texts.append(text)
+                    yield from _leave(engine, texts)
+            if not texts:
+                return
+            for place, text in enumerate(texts):
+                text.place, text.tree, text.round = place, Tree(text.out.tokens[-1]), Round()
+            engine.reserve(max(text.cache.length for text in texts) + 1 + (controller.limit if controller else 0))
+            if controller is None:
+                _step(engine, texts)
+            else:
+                _round(engine, texts, controller, parts)
+            yield from _leave(engine, texts)
+    finally:  # also of a caller that wants no more texts
+        for _ in texts:
+            engine.leave(0)
+
+
+def _enter(engine: BatchEngine, number: int, job: Job) -> _Text | Finished:
+    """Give a text the next place and draw its first token."""
+    request, sampler = job
+    began = time.perf_counter()
+    try:
+        cache, logits_1V = engine.enter(request.prompt, len(request.prompt) + request.max_new_tokens)
+    except ValueError as error:
+        return Finished(number, Generation(), error)
+    text = _Text(number, request, sampler, cache, time.perf_counter())
+    text.out.prefill_seconds = text.entered - began
+    _commit_drawn(text, logits_1V)
+    return text
+
+
+def _leave(engine: BatchEngine, texts: list[_Text]) -> Iterator[Finished]:
+    """The finished ones of the texts, whose places are freed."""
+    for place in reversed(range(len(texts))):
+        text = texts[place]
+        if not text.goes_on:
+            engine.leave(place)
+            texts[place] = texts[-1]
+            texts.pop()
+            text.out.seconds = time.perf_counter() - text.entered
+            yield Finished(text.number, text.out, text.error)
+
+
+def _commit_drawn(text: _Text, logits_1V: Tensor) -> None:
+    with text.alone():
+        shaped_1V = text.sampler.shape(logits_1V, text.request.prompt, text.out.tokens)
+        text.out.commit([text.sampler.draw(shaped_1V[0])], text.request)
+
+
+def _step(engine: BatchEngine, texts: list[_Text]) -> None:
+    """One more token of each text, without drafts."""
+    logits_MV = engine.logits(engine.full([text.tree.tokens[0] for text in texts], [text.rows for text in texts]))
+    for text, logits_V in zip(texts, logits_MV, strict=True):
+        text.cache.commit(text.cache.length + 1)
+        _commit_drawn(text, logits_V[None])
+
+
+def _round(engine: BatchEngine, texts: list[_Text], controller: BatchController, parts: Stopwatch) -> None:
+    """One round of all texts."""
+    parts.start()
+    record = BatchRound(len(texts))
+    _draft(engine, texts, controller, record, parts)
+    spans = [text.rows for text in texts]
+    record.rows = sum(span.count for span in spans)
+    logits_MV = engine.logits(engine.deep(spans))
+    parts.mark("verify")
+    for text, logits_RV in zip(texts, logits_MV.split([span.count for span in spans]), strict=True):
+        if text.error is None:
+            with text.alone():
+                _verify(text, logits_RV)
+        record.texts.append(text.round)
+    parts.mark("rest")
+    record.time(parts)
+    controller.observe(record)
+
+
+def _draft(engine, texts, controller, record, parts) -> None:
+    """Draft for all texts, level by level. Their hidden states of all rows to verify are stored then."""
+    live, level = texts, 0
+    controller.begin(len(texts))
+    while True:
+        engine.shallow([t.tree.tokens[-1] for t in live], [Span(*t.last, 1) for t in live])
+        parts.mark(f"shallow {level}")
+        record.shallow.append(len(live))
+        able = [text for text in live if text.may_draft()]
+        asked = set(controller.peek(level, [text.place for text in able])) if able else ()
+        able = [text for text in able if text.place in asked]
+        if not able:
+            return
+        engine.catch_up([text.last for text in able])
+        parts.mark("rest")
+        laws = _laws(able, engine.draft_logits([text.last for text in able]), engine.backbone.draft_vocabulary)
+        record.head.append(len(able))
+        drafts = {place: texts[place].sampler.propose(law) for place, law in laws.items()}
+        chosen = controller.draft(level, laws)
+        live = [texts[place] for place in chosen]
+        for text in live:  # a token that is read must be verified: discarding it would change the distribution
+            text.tree.add(len(text.tree) - 1, drafts[text.place], laws[text.place])
+        parts.mark(f"head {level}")
+        level += 1
+        if not live:
+            return
+
+
+def _laws(texts: list[_Text], logits_BW: Tensor, vocabulary) -> dict[int, Confidence]:
+    """Place -> the law of the next draft of each text."""
+    laws = {}
+    for text, logits_W in zip(texts, logits_BW, strict=True):
+        text.round.head_passes += 1
+        with text.alone():
+            before = text.tree.tokens[1:]
+            law = text.sampler.law(logits_W[None], vocabulary, text.request.prompt, text.out.tokens, before)
+            laws[text.place] = Confidence(law.row(0))
+    return laws
+
+
+def _verify(text: _Text, logits_RV: Tensor) -> None:
+    """Accept drafts of one text, commit them and the bonus token."""
+    sampler, tree, round, out = text.sampler, text.tree, text.round, text.out
+    p_logits_RV = sampler.shape_tree(logits_RV, text.request.prompt, out.tokens, tree)
+    path, bonus = sampler.verify(tree, p_logits_RV)
+    round.drafted, round.accepted, round.drafts = len(tree) - 1, len(path), tree.tokens[1:]
+    text.cache.keep(path)
+    round.tokens = out.commit([*(tree.tokens[row] for row in path), bonus], text.request)
+    out.rounds.append(round)

@@ -1,0 +1,132 @@
+"""The passes of `SplitBackbone` over rows of several texts at once: one matrix product for the rows of all texts.
+
+Takes the engine of one text, whose weights, kernels and layers it uses, and spans of rows; gives hidden states and
+logits of these rows, in the order of the spans. Keys, values and hidden states of the texts are in `Places`.
+
+M rows of a pass, D hidden, G key/value heads, P places, T slots, C channels of a head, V vocabulary, W tokens that the
+head can draft
+"""
+
+import torch
+from torch import Tensor
+
+from .backbone import SplitBackbone
+from .kv_cache import KVCache
+from .passes import Span
+from .places import Places
+
+CATCH_UP = 32
+"""Rows of a text that the exit head has not read yet, above which it reads them in a pass of that text alone, so that
+the other texts are not filled up to as many rows."""
+
+
+class BatchEngine:
+    """Raises ValueError for a backbone whose layers are called in transformers, or that replays recorded passes: those
+    know of one text only."""
+
+    def __init__(self, backbone: SplitBackbone):
+        if not backbone.family.is_fast:
+            raise ValueError(
+                "several texts at once need a family whose layers are computed here (README lists them); those of "
+                "this backbone are called in transformers: decode one text after the other"
+            )
+        if backbone.has_fixed_shapes:
+            raise ValueError("several texts at once cannot be decoded with fixed_shapes (cuda_graphs): leave it out")
+        self.backbone = backbone
+        deep = next(b for b in backbone.blocks if b.start == backbone.exit_layer)
+        sizes = [(len(b.weights), b.device) for b in backbone.blocks]
+        shape = backbone.shape
+        hidden = backbone.hidden, deep.device, backbone.dtype
+        self.places = Places(sizes, shape.kv_heads, shape.head_dim, hidden)
+
+    def enter(self, prompt: list[int], length: int) -> tuple[KVCache, Tensor]:
+        """(cache of a new text in the next place, float32 logits [1, V] after its prompt), by a pass of this text alone.
+        Raises ValueError if its whole `length` is beyond the backbone's context."""
+        backbone, n = self.backbone, len(prompt)
+        if length > backbone.max_context:
+            raise ValueError(f"{length} positions are needed, the backbone's context is {backbone.max_context}")
+        self.reserve(n)
+        cache = self.places.enter(n)
+        backbone.shallow(prompt, 0, cache)
+        logits_1V = backbone.logits(backbone.deep(0, n, cache)[-1:])
+        cache.commit(n)
+        return cache, logits_1V
+
+    def leave(self, place: int) -> None:
+        """Free a place; the text in the last one moves there."""
+        self.places.leave(place)
+
+    def reserve(self, slots: int) -> None:
+        """Make room for so many slots of each text. What is beyond the committed ones is lost, so it is called between
+        rounds."""
+        self.places.reserve(slots)
+        self.backbone.passes.allocate(self.places.room[1], {block.device for block in self.backbone.blocks})
+
+    def shallow(self, ids: list[int], spans: list[Span]) -> None:
+        """Run layers 1..N on the tokens of these rows; their hidden states are stored."""
+        hidden_MD = self._run(self.backbone.passes.embed(ids, 0), 0, self.backbone.exit_layer, spans)
+        hidden = self.places.hidden_PTD
+        hidden.view(-1, hidden.shape[-1]).index_copy_(0, self._slots(spans, hidden.device), hidden_MD.to(hidden.device))
+
+    def deep(self, spans: list[Span]) -> Tensor:
+        """Run layers N+1..L on the stored hidden states of these rows; [M, D] before the final norm."""
+        return self._run(self._stored(spans), self.backbone.exit_layer, self.backbone.num_layers, spans)
+
+    def full(self, ids: list[int], spans: list[Span]) -> Tensor:
+        """Run all L layers on the tokens of these rows, as autoregressive decoding does; [M, D]."""
+        return self._run(self.backbone.passes.embed(ids, 0), 0, self.backbone.num_layers, spans)
+
+    def logits(self, hidden_MD: Tensor) -> Tensor:
+        """Apply the final norm and the LM head; [M, V] in float32."""
+        return self.backbone.logits(hidden_MD)
+
+    def catch_up(self, slots: list[tuple[int, int]]) -> None:
+        """Let the exit head read what it has not read yet before these (place, slot), where that is much."""
+        for place, slot in slots:
+            cache = self.places.caches[place]
+            if slot - cache.head_length >= CATCH_UP:
+                self.backbone.draft_logits([slot - 1], cache)
+
+    def draft_logits(self, slots: list[tuple[int, int]]) -> Tensor:
+        """The exit head's logits [texts, W] for the tokens that follow those in these (place, slot). Its keys and
+        values of tokens that it has not processed yet are computed first."""
+        spans, backbone, layer = [], self.backbone, self.backbone.num_layers
+        for place, slot in slots:
+            cache = self.places.caches[place]
+            spans.append(Span(place, cache.head_length, slot + 1 - cache.head_length))
+            cache.head_length = slot + 1
+        hidden_MD = self._run(self._stored(spans).to(backbone.device), layer, layer + 1, spans)
+        ends = torch.tensor([span.count for span in spans], device=backbone.device).cumsum(0) - 1
+        return backbone.draft_logits_of(hidden_MD.index_select(0, ends))
+
+    def _slots(self, spans: list[Span], device: torch.device) -> Tensor:
+        """The number [M] of each row among the slots of all places."""
+        slots = self.places.room[1]
+        return torch.tensor([s.place * slots + s.base + i for s in spans for i in range(s.count)], device=device)
+
+    def _stored(self, spans: list[Span]) -> Tensor:
+        hidden = self.places.hidden_PTD
+        return hidden.view(-1, hidden.shape[-1]).index_select(0, self._slots(spans, hidden.device))
+
+    def _run(self, hidden_MD: Tensor, start: int, stop: int, spans: list[Span]) -> Tensor:
+        """Run layers start..stop-1 (from 0; L is the exit head) on rows, block by block."""
+        backbone, places = self.backbone, self.places
+        texts, end = len(places.caches), max(span.base + span.count for span in spans)
+        device = None
+        for i, block in enumerate(backbone.blocks):
+            if block.start < start or block.stop > stop:
+                continue
+            if block.device != device:
+                device = block.device
+                kinds = backbone.passes.rows_of_texts(spans, texts, places.room[1], device)
+                hidden_MD = hidden_MD.to(device)
+            keys, values = places.keys[i], places.values[i]
+            to_keys, to_values = keys.flatten(2, 3), values.flatten(2, 3)  # [layers, G, P*T, C]
+            seen_keys, seen_values = keys[:, :, :texts, :end], values[:, :, :texts, :end]
+            layers = zip(
+                block.weights, kinds[block.start : block.stop], seen_keys.unbind(0), seen_values.unbind(0),
+                to_keys.unbind(0), to_values.unbind(0), strict=True,
+            )  # fmt: skip
+            for weights, rows, *slots in layers:
+                hidden_MD = backbone.family.layer(hidden_MD, weights, backbone.shape, rows, *slots)
+        return hidden_MD
