@@ -99,6 +99,7 @@ def decode_batch(
     """
     waiting, texts = enumerate(jobs), list[_Text]()
     parts = stopwatch(block.device for block in engine.backbone.blocks)
+    engine.places.most = places
     try:
         while True:
             while len(texts) < places and (job := next(waiting, None)) is not None:

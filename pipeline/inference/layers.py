@@ -97,7 +97,7 @@ class Rows(NamedTuple):
     branched: bool = False
     """Whether the rows are of a tree that branches (tree.py): then the mask says what a row attends to."""
     several: Several | None = None
-    """Of rows of several texts, whose `positions_M` count the slots of all texts and whose mask is [P, W*R, T]."""
+    """Of rows of several texts, whose `positions_M` count the slots of all texts and whose mask is [1, P, W*R, T]."""
 
     def last(self, repeats: int) -> "Rows":
         """What the pass is to its last row alone."""

@@ -114,5 +114,5 @@ class Passes:
         made = {}
         for kind in set(self.kinds):
             mask = causal_mask(filled_P, end, self.shape.repeats, cos_M1C.dtype, kind.window)
-            made[kind] = Rows(flat_M, cos_M1C, sin_M1C, mask.view(texts, -1, end), several=several)
+            made[kind] = Rows(flat_M, cos_M1C, sin_M1C, mask.view(1, texts, -1, end), several=several)
         return [made[kind] for kind in self.kinds]

@@ -29,6 +29,8 @@ class Places:
         hidden: tuple[int, torch.device, torch.dtype],
     ):
         self._blocks, self._kv_heads, self._head_dim, self._hidden = blocks, kv_heads, head_dim, hidden
+        self.most = 1
+        """The most texts that will be in it at once."""
         self.caches: list[KVCache] = []
         """Of the text in each place; its tensors are views of the store."""
         self.keys: list[Tensor] = []
@@ -47,7 +49,10 @@ class Places:
 
     def enter(self, length: int) -> KVCache:
         """The empty cache of a text that takes the next place and needs `length` slots now."""
-        self.reserve(length, len(self.caches) + 1)
+        places = self.room[0]
+        if len(self.caches) == places:  # doubled, as making room takes time
+            self._resize(max(places + 1, min(2 * places, self.most)), length)
+        self.reserve(length)
         cache = KVCache(*self._views(len(self.caches)))
         self.caches.append(cache)
         return cache
@@ -65,10 +70,10 @@ class Places:
         if len(self.caches) <= places // 2 or needed + BLOCK <= slots // 2:
             self._resize(len(self.caches), needed)
 
-    def reserve(self, length: int, places: int = 0) -> None:
-        """Make room for texts of `length` slots. What is in the caches is kept."""
-        if length > self.room[1] or places > self.room[0]:
-            self._resize(max(places, len(self.caches)), max([length, *(cache.length for cache in self.caches)]))
+    def reserve(self, length: int) -> None:
+        """Make room for texts of `length` slots. What the caches have committed is kept."""
+        if length > self.room[1]:
+            self._resize(self.room[0], length)
 
     def _parts(self) -> list[Tensor]:
         """Views [P, T, ...] of every part of the store."""
@@ -76,6 +81,7 @@ class Places:
 
     def _resize(self, places: int, length: int) -> None:
         before = self._parts()
+        length = max([length, *(cache.length for cache in self.caches)])
         self._make(places, -(-length // BLOCK) * BLOCK)
         for old_PT, new_PT in zip(before, self._parts(), strict=True):
             for place, cache in enumerate(self.caches):

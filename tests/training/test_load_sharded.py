@@ -187,7 +187,9 @@ def joined(rank: int, world: int, work: Any, folder: Path, *args: Any) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(str(folder / "store"), world))
     work(rank, folder, *args)
     dist.barrier()
-    dist.destroy_process_group()
+    # At once: threads of torch and gloo may abort a process whose interpreter is being taken down.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def load_in_company(rank: int, folder: Path, shard_degree: int) -> None:

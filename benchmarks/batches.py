@@ -1,0 +1,112 @@
+"""Several texts at once on a real model: drafting against not drafting, and against transformers, by batch size.
+
+    python benchmarks/batches.py --run RUN --exit-layer 2 --backbone FILE.gguf --batch-sizes 1 4 16 --threads 2
+
+Takes a head and prompts that it has not seen; gives tokens per second of the batch engine without drafts and with each
+controller, in turns in one run, and of transformers' `generate` on the same prompts sorted by length, in left-padded
+batches of the same size. All count without prefills, transformers' as the difference to a text of one token. Ratios are
+medians of the repeats with their least and most. With --profile it also prints where the time of a pass goes. The
+machine should do nothing else.
+"""
+
+import argparse
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from pipeline.backbones.load import load_model, load_tokenizer
+from pipeline.config import Backbone, Prompts
+from pipeline.evaluation.batches import measure, speedups
+from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.decoding import Request
+from pipeline.inference.exit_head import ExitHead
+from pipeline.inference.sampling import Sampler
+from pipeline.prompts.ids import encode
+from pipeline.prompts.sets import load_prompts
+from pipeline.runs.provenance import provenance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", required=True, type=Path, help="run folder with heads/")
+    parser.add_argument("--exit-layer", type=int, required=True)
+    parser.add_argument("--backbone", default="pocket")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--prompt-file", default="pocket")
+    parser.add_argument("--chat-template", default="none")
+    parser.add_argument("--held-out", type=float, default=0.5)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--controllers", nargs="+", default=["thompson", "fixed:1", "fixed:2", "goodput"])
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--transformers", action="store_true", help="also time transformers' generate")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--out", type=Path, help="write all repeats to this .csv")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype, gguf_dir="runs/backbones")
+    model, tokenizer = load_model(backbone, torch.device(args.device)), load_tokenizer(backbone)
+    settings = Prompts(
+        path=args.prompt_file, held_out=args.held_out, too_long="drop", chat_template=args.chat_template
+    )
+    texts = load_prompts(settings, "evaluate")[: args.prompts]
+    ids = [row for _, row in encode(texts, tokenizer, settings, model.config.max_position_embeddings, args.tokens)]
+    ends = frozenset([tokenizer.eos_token_id])
+    engine = BatchEngine(SplitBackbone(model, ExitHead.load(args.run / "heads" / f"exit-{args.exit_layer}")))
+    print(f"{date.today()}  {provenance()['hardware']}  torch {torch.__version__}, {args.threads} threads, {args.dtype}, "
+          f"T = {args.temperature}, {len(ids)} prompts x {args.tokens} tokens of {args.prompt_file}\n")  # fmt: skip
+
+    def sampler(seed: int) -> Sampler:
+        return Sampler(args.temperature, generator=torch.Generator(args.device).manual_seed(seed))
+
+    requests = [Request(prompt, args.tokens, ends) for prompt in ids]
+    if args.profile:
+        profile(engine, requests, sampler, args)
+    frame = measure(engine, requests, sampler, args.controllers, args.batch_sizes, args.repeats)
+    print(speedups(frame).round(3).to_string(index=False))
+    if args.transformers:
+        for size in args.batch_sizes:
+            rate = generate_rate(model, sorted(ids, key=len), size, args)
+            ours = frame[(frame.batch_size == size) & (frame.method == "autoregressive")]
+            print(f"transformers' generate, batch {size}: {rate:.1f} tokens/s; batched autoregressive here is "
+                  f"{(ours.tokens / ours.seconds).median() / rate:.2f} times as fast")  # fmt: skip
+    if args.out:
+        frame.to_csv(args.out, index=False)
+
+
+def generate_rate(model, ids: list[list[int]], size: int, args: argparse.Namespace) -> float:
+    """Tokens per second of transformers' generate; every batch goes on until its last row ends, as it does there."""
+    pad, tokens, seconds = model.generation_config.pad_token_id or 0, 0, 0.0
+    for start in range(0, len(ids), size):
+        rows = ids[start : start + size]
+        longest = max(map(len, rows))
+        ids_BT = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=args.device)
+        mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=args.device)
+        options = {"attention_mask": mask_BT, "do_sample": args.temperature > 0, "pad_token_id": pad}
+        took = []
+        for new in (1, args.tokens):
+            began = time.perf_counter()
+            out_BT = model.generate(ids_BT, max_new_tokens=new, **options)
+            took.append(time.perf_counter() - began)
+        ends = (out_BT[:, longest:] != pad).sum(1)
+        tokens, seconds = tokens + int((ends - 1).sum()), seconds + took[1] - took[0]
+    return tokens / seconds
+
+
+def profile(engine: BatchEngine, requests: list[Request], sampler, args: argparse.Namespace) -> None:
+    from pipeline.evaluation.batches import decode
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        decode(engine, requests[: args.batch_sizes[-1]], sampler, None, args.batch_sizes[-1])
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+
+
+if __name__ == "__main__":
+    main()

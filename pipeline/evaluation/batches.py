@@ -1,0 +1,122 @@
+"""Measures decoding of several texts at once: tokens per second by the number of texts, with drafts and without.
+
+Takes a batch engine, prompts and names of controllers; gives one row for every number of texts, method and repeat. In a
+repeat all methods decode the same prompts one after the other, beginning with another one each time, and ratios are
+taken within a repeat, so that slow phases of the machine concern all of them. Prefills are not counted.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from ..inference.batch_controllers import make_batch_controller
+from ..inference.batch_decoding import decode_batch
+from ..inference.batch_engine import BatchEngine
+from ..inference.batch_rounds import BatchRound
+from ..inference.decoding import Request
+from ..inference.sampling import Sampler
+
+AUTOREGRESSIVE = "autoregressive"
+COLUMNS = ("batch_size", "method", "repeat", "tokens", "seconds", "latency", "rounds", "drafted", "accepted", "verify")
+
+
+class Observed:
+    """A batch controller whose rounds are kept."""
+
+    def __init__(self, controller: Any):
+        self.controller, self.rounds = controller, list[BatchRound]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.controller, name)
+
+    def observe(self, round: BatchRound) -> None:
+        self.controller.observe(round)
+        self.rounds.append(round)
+
+
+class Decoded(NamedTuple):
+    """What decoding some texts took and gave."""
+
+    texts: list[list[int]]
+    """The new ids of each request."""
+    seconds: float
+    """Wall time without the prefills."""
+    latency: float
+    """Mean seconds per token of a text, from its first token to its last."""
+    rounds: list[BatchRound]
+
+
+def decode(
+    engine: BatchEngine, requests: list[Request], sampler: Callable[[int], Sampler], controller: Any, batch_size: int
+) -> Decoded:
+    """Decode the requests through `batch_size` places. controller: None for autoregressive decoding. Raises what a
+    text's request raises."""
+    observed = None if controller is None else Observed(controller)
+    jobs = ((request, sampler(i)) for i, request in enumerate(requests))
+    began, prefill, latencies = time.perf_counter(), 0.0, []
+    texts: list[list[int]] = [[] for _ in requests]
+    for text in decode_batch(engine, jobs, observed, batch_size):
+        if text.error is not None:
+            raise text.error
+        texts[text.number] = text.generation.tokens
+        prefill += text.generation.prefill_seconds
+        if len(text.generation.tokens) > 1:
+            latencies.append(text.generation.seconds / (len(text.generation.tokens) - 1))
+    seconds = time.perf_counter() - began - prefill
+    return Decoded(texts, seconds, float(np.mean(latencies or [0.0])), observed.rounds if observed else [])
+
+
+def measure(
+    engine: BatchEngine, requests: list[Request], sampler: Callable[[int], Sampler], controllers: list[str],
+    batch_sizes: list[int], repeats: int,
+) -> pd.DataFrame:  # fmt: skip
+    """One row of `COLUMNS` for each number of texts, method and repeat; seconds of wall time. `verify` is the mean
+    seconds of a verification, or of an autoregressive pass."""
+    greedy = sampler(0).greedy
+    rows = []
+    for batch_size, repeat, method, made in _in_turns(controllers, batch_sizes, repeats, greedy):
+        out = decode(engine, requests, sampler, made, batch_size)
+        texts = [text for round in out.rounds for text in round.texts]
+        tokens = sum(len(text) - 1 for text in out.texts)  # the first comes from the prefill
+        passes = [round.verify_seconds for round in out.rounds] or [out.seconds / max(1, max(map(len, out.texts)))]
+        rows.append(
+            (batch_size, method, repeat, tokens, out.seconds, out.latency, len(out.rounds),
+             sum(t.drafted for t in texts), sum(t.accepted for t in texts), float(np.mean(passes)))
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _in_turns(
+    controllers: list[str], batch_sizes: list[int], repeats: int, greedy: bool
+) -> Iterator[tuple[int, int, str, Any]]:
+    methods = [AUTOREGRESSIVE, *controllers]
+    with tqdm(total=len(batch_sizes) * repeats * len(methods), desc="several texts at once", unit="run") as bar:
+        for batch_size in batch_sizes:
+            made = {name: make_batch_controller(name, greedy=greedy) for name in controllers}
+            for repeat in range(repeats):
+                first = repeat % len(methods)
+                for method in methods[first:] + methods[:first]:
+                    yield batch_size, repeat, method, made.get(method)
+                    bar.update()
+
+
+def speedups(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of each number of texts and method: tokens per second, the ratio to autoregressive decoding of as many texts
+    (median, least and most of the repeats), seconds per token of a text, drafts accepted per text and round."""
+    frame = frame.assign(rate=frame.tokens / frame.seconds)
+    base = frame[frame.method == AUTOREGRESSIVE].set_index(["batch_size", "repeat"])
+    frame = frame.assign(ratio=frame.rate / frame.set_index(["batch_size", "repeat"]).index.map(base.rate))
+    rows = []
+    for (batch_size, method), some in frame.groupby(["batch_size", "method"], sort=False):
+        ratios = some.ratio
+        rows.append(
+            (batch_size, method, some.rate.median(), ratios.median(), ratios.min(), ratios.max(), some.latency.median(),
+             some.drafted.sum() / max(1, some.tokens.sum()), some.accepted.sum() / max(1, some.drafted.sum()))
+        )  # fmt: skip
+    columns = ["batch_size", "method", "tokens_per_second", "speedup", "least", "most", "seconds_per_token",
+               "drafted_per_token", "draft_acceptance_rate"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
