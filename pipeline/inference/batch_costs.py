@@ -28,8 +28,9 @@ class RowTimes:
         self.times.setdefault(bucket(rows), Recent()).add(seconds, now)
 
     def forget(self, now: int) -> None:
+        """Drop old times but the last of each number of rows: to find again that a width costs much would cost much."""
         for recent in self.times.values():
-            recent.forget(now)
+            recent.forget(now, keep=1)
 
     def table(self, most: int) -> list[float]:
         """Seconds of passes of 0..most rows; all 0 before the first time. Between timed numbers of rows it is a line.

@@ -16,10 +16,8 @@ from .thompson import BINS, PRIOR, REFRESH, fade
 
 MEMORY = 0.98
 """Discount factor of earlier rounds in the gain over autoregressive decoding, per round."""
-PROBES = (1, 0, 2)
+PROBES = (1, 0)
 """Numbers of drafts of all texts in the first rounds of each doubling of their number: they measure the costs there."""
-AGAIN = 256
-"""Rounds after which a probe of one draft is repeated where nothing was drafted since."""
 AHEAD = (1, 2, 3, 5, LONGEST)
 """Numbers of levels that are looked ahead."""
 
@@ -41,6 +39,10 @@ class BatchThompson:
 
     rate is B / C(0), the tokens per second of B texts without drafts, times the gain over it in recent rounds, at least
     1: a number of texts for which drafting never paid is so judged by its own costs.
+
+    A round without drafts teaches nothing about drafting, so with probability 1 / sqrt(1000 + n) after n rounds a few
+    texts, 1 to all of them in proportion to 1 / their number, draft one token nevertheless: that also finds the widths
+    up to which rows are free.
     """
 
     limit = LONGEST
@@ -55,14 +57,14 @@ class BatchThompson:
         self.costs = BatchCosts()
         self.tokens = self.plain = 0.0
         """Tokens of recent rounds, and what rounds without drafts would have given in the same seconds."""
-        self.rounds = self.refreshed = self.drafted = 0
-        """Finished rounds; those at the last refresh and when a text last drafted."""
+        self.rounds = self.refreshed = 0
+        """Finished rounds; those at the last refresh."""
         self.plans: dict[int, list[int]] = {}
         # State of the round.
         self.count = self.rows = 0
         self.forced: int | None = None
-        self.probe: int | None = None
-        """The place of a text that drafts one token whatever it is worth."""
+        self.probe = 0
+        """Number of texts that draft one token whatever it is worth, if none would."""
         self.reach: list[float] = []
         self.bins: list[list[int]] = []
         # Valid until the next refresh.
@@ -81,10 +83,8 @@ class BatchThompson:
         self.reach, self.bins = [1.0] * count, [[] for _ in range(count)]
         plan = self.plans.setdefault(count.bit_length(), list(PROBES))
         self.forced = plan.pop(0) if plan else None
-        if self.forced is None and self.rounds - self.drafted >= AGAIN:
-            self.forced = 1
-        rarely = self.forced is None and self.random.random() < (400 + self.rounds) ** -0.5
-        self.probe = self.random.randrange(count) if rarely else None
+        rarely = self.random.random() < (1000 + self.rounds) ** -0.5
+        self.probe = int(count ** self.random.random() + 0.5) if rarely else 0
         if changed or self.rounds - self.refreshed >= REFRESH or self.rounds < REFRESH:
             self._refresh()
 
@@ -103,10 +103,9 @@ class BatchThompson:
             worth = max(self._worth(total * accepted, m * share, level) for share, accepted in self.hopes)
             if worth - self.rate * head[m] > most:
                 most, chosen = worth - self.rate * head[m], m
-        if not chosen and level == 0 and self.probe in places:
-            return [self.probe]  # type: ignore[list-item]
-        self.probe = None
-        return order[:chosen]
+        if chosen or level > 0:
+            self.probe = 0
+        return order[:chosen] if chosen else self.random.sample(places, min(self.probe, len(places)))
 
     def draft(self, level: int, laws: dict[int, Confidence]) -> list[int]:
         reach = {}
@@ -116,7 +115,7 @@ class BatchThompson:
             self.bins[place].append(b)
             reach[place] = self.reach[place] * self.theta[b]
         chosen = order = sorted(laws, key=lambda place: -reach[place])
-        if self.forced is None and self.probe is None:
+        if self.forced is None and not self.probe:
             most, count, total = 0.0, 0, 0.0
             for n, place in enumerate(order, start=1):
                 total += reach[place]
@@ -129,7 +128,6 @@ class BatchThompson:
         for place in order[len(chosen) :]:
             self.bins[place].pop()  # it was not tested
         self.rows += len(chosen)
-        self.drafted = self.rounds if chosen else self.drafted
         return chosen
 
     def _worth(self, total: float, n: float, level: int) -> float:

@@ -48,8 +48,9 @@ class Recent:
         if len(self.times) > WINDOW:
             self._drop_oldest()
 
-    def forget(self, now: int) -> None:
-        while self.times and self.times[0][0] < now - EXPIRY:
+    def forget(self, now: int, keep: int = 0) -> None:
+        """Drop what is older than EXPIRY, but keep so many of the last times."""
+        while len(self.times) > keep and self.times[0][0] < now - EXPIRY:
             self._drop_oldest()
 
     def value(self) -> float:

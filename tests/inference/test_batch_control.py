@@ -1,0 +1,201 @@
+"""Controllers of several texts in a world whose costs and acceptances are known: what they reach, and what they learn."""
+
+import random
+import re
+
+import pytest
+
+from pipeline.inference.batch_controllers import Table, make_batch_controller
+from pipeline.inference.batch_costs import BatchCosts, RowTimes, between, bucket
+from pipeline.inference.batch_rounds import BatchRound
+from pipeline.inference.batch_thompson import BatchThompson
+from pipeline.inference.rounds import Round
+from pipeline.inference.thompson import Thompson
+
+
+class Seen:
+    """A law of which only the figures are known."""
+
+    def __init__(self, figure: float):
+        self.top = self.collision = figure
+
+
+class World:
+    """Texts whose drafts are accepted with a chance that the confidence tells, and passes that take known times."""
+
+    def __init__(self, seconds_of_rows, confident: float = 0.5, seed: int = 0):
+        self.verify = seconds_of_rows
+        self.confident, self.dice = confident, random.Random(seed)
+        """Share of drafts of confidence 0.9; the others have 0.1."""
+
+    def decode(self, controller, count: int, rounds: int) -> float:
+        """Tokens per second of `count` texts."""
+        tokens = seconds = 0.0
+        for _ in range(rounds):
+            record = self.round(controller, count)
+            controller.observe(record)
+            tokens, seconds = tokens + record.tokens, seconds + record.seconds
+        return tokens / seconds
+
+    def round(self, controller, count: int) -> BatchRound:
+        record, drafted, alive = BatchRound(count), [0] * count, [True] * count
+        accepted, live, level = [0] * count, list(range(count)), 0
+        controller.begin(count)
+        while live:
+            record.shallow.append(len(live))
+            asked = controller.peek(level, live)
+            if not asked:
+                break
+            assert len(set(asked)) == len(asked) and set(asked) <= set(live) and level < controller.limit
+            record.head.append(len(asked))
+            laws = {place: Seen(0.9 if self.dice.random() < self.confident else 0.1) for place in asked}
+            live = controller.draft(level, laws)
+            assert set(live) <= set(laws)
+            for place in live:
+                drafted[place] += 1
+                alive[place] = alive[place] and self.dice.random() < laws[place].top
+                accepted[place] += alive[place]
+            level += 1
+        record.rows = count + sum(drafted)
+        record.texts = [Round(d, a, a + 1) for d, a in zip(drafted, accepted, strict=True)]
+        record.shallow_seconds = [(n, 0.1 * self.verify(n)) for n in record.shallow]
+        record.head_seconds = [(n, 0.05 * self.verify(n)) for n in record.head]
+        record.verify_seconds, record.rest_seconds = self.verify(record.rows), 0.01 * count
+        return record
+
+    def plain(self, count: int) -> float:
+        return count / (1.1 * self.verify(count) + 0.01 * count)
+
+
+def flat(rows: int) -> float:
+    return 1.0 + 0.002 * rows
+
+
+def steep(rows: int) -> float:
+    return 0.2 + 0.4 * rows
+
+
+def jumping(rows: int) -> float:
+    """Up to 16 rows cost alike, each 16 more as much again."""
+    return -(-rows // 16) * 1.0
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 64])
+def test_thompson_drafts_where_rows_are_cheap(count: int) -> None:
+    fixed = max(World(flat).decode(make_batch_controller(f"fixed:{k}"), count, 400) for k in range(5))
+    world = World(flat)
+    reached = world.decode(BatchThompson(), count, 400)
+    assert reached > 1.05 * world.plain(count) and reached > 0.97 * fixed
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 64])
+def test_thompson_does_not_draft_where_rows_cost_what_they_give(count: int) -> None:
+    """Probes are in the figure, over 200 rounds from nothing known."""
+    world = World(steep, confident=0.2)
+    assert world.decode(BatchThompson(), count, 200) > 0.97 * world.plain(count)
+
+
+def test_thompson_fills_a_pass_up_to_the_width_at_which_it_jumps() -> None:
+    """12 texts: 4 drafts are free, and more double the time. Only the confident ones are drafted."""
+    world, controller = World(jumping), BatchThompson()
+    world.decode(controller, 12, 600)
+    records = []
+    for _ in range(100):
+        records.append(world.round(controller, 12))
+        controller.observe(records[-1])
+    drafts = [sum(text.drafted for text in record.texts) for record in records]
+    assert sum(count <= 4 for count in drafts) > 90 and sum(count >= 3 for count in drafts) > 80
+    accepted = sum(text.accepted for record in records for text in record.texts)
+    assert accepted / sum(drafts) > 0.8
+
+
+def test_rows_go_to_the_texts_whose_drafts_are_likelier() -> None:
+    world, controller = World(jumping), BatchThompson()
+    world.decode(controller, 12, 600)
+    controller.begin(12)
+    controller.peek(0, list(range(12)))
+    controller.forced, controller.probe = None, 0
+    chosen = controller.draft(0, {place: Seen(0.9 if place in (2, 5, 7) else 0.1) for place in range(12)})
+    assert set(chosen[:3]) == {2, 5, 7} and len(chosen) <= 4
+
+
+def test_what_a_head_was_measured_to_do_is_taken_over() -> None:
+    learned = Thompson()
+    learned.counts[7], learned.seen[7] = [90.0, 10.0], 40.0
+    controller = BatchThompson()
+    controller.load_state_dict(learned.state_dict())
+    assert controller.acceptance()[7] == pytest.approx(0.9) and controller.seen[7] == 40
+    with pytest.raises(ValueError, match="greedy=True: not thompson's"):
+        BatchThompson(greedy=False).load_state_dict(learned.state_dict())
+
+
+@pytest.mark.parametrize("name", ["goodput", "thompson"])
+def test_a_number_of_texts_that_changes_changes_what_is_drafted(name: str) -> None:
+    """8 rows are free, each further one costs as much as they all."""
+
+    def seconds(rows: int) -> float:
+        return 1.0 + max(0, rows - 8)
+
+    world, controller = World(seconds, confident=0.9), make_batch_controller(name)
+    for _ in range(3):
+        few, many = world.decode(controller, 2, 100), world.decode(controller, 16, 100)
+    assert few > 1.5 * world.plain(2) and many > 0.93 * world.plain(16)
+
+
+def test_a_table_is_looked_up_by_the_number_of_texts() -> None:
+    controller = make_batch_controller("table:1=4,8=2,16=0")
+    found = {}
+    for count in (1, 7, 8, 15, 16, 99):
+        controller.begin(count)
+        found[count] = controller.k
+    assert found == {1: 4, 7: 4, 8: 2, 15: 2, 16: 0, 99: 0}
+    for steps in ([], [(2, 1)], [(1, 1), (8, 9)], [(1, 3), (1, 2)], [(1, 2), (8, 1), (4, 0)]):
+        with pytest.raises(ValueError, match="ascend from 1|at most 8 drafts"):
+            Table(steps)
+
+
+@pytest.mark.parametrize("name", ["tree:2x2", "thompson+lookup", "thompson+tree", "table:", "table:1:2", "beta", "fixed:x"])
+def test_what_is_for_one_text_only_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"controller={name}")):
+        make_batch_controller(name)
+
+
+def test_each_text_follows_a_rule_by_its_own_law() -> None:
+    controller = make_batch_controller("confidence:0.5")
+    assert controller.peek(0, [0, 3]) == [0, 3]
+    assert controller.draft(0, {0: Seen(0.4), 3: Seen(0.6)}) == [3]
+
+
+# ---- costs
+
+
+def test_times_of_rows_never_fall_and_are_a_line_between_timed_ones() -> None:
+    times = RowTimes()
+    assert times.table(2) == [0, 0, 0]
+    for rows, seconds in ((4, 2.0), (8, 4.0), (12, 3.0), (16, 8.0)):
+        times.add(rows, seconds, 1)
+    table = times.table(20)
+    assert table[0] == 0 and table[1] == table[4] == 2
+    assert table[8] == table[12] == 3.5 and table[6] == pytest.approx(2.75)
+    assert table[14] == pytest.approx(5.75) and table[20] == pytest.approx(10.0)  # no more per row than 16 rows
+    assert all(a <= b for a, b in zip(table, table[1:], strict=False))
+    assert between(table, 6.5) == pytest.approx((table[6] + table[7]) / 2) and between(table, 99) == table[20]
+
+
+def test_a_single_timed_number_of_rows_is_a_line_through_nothing() -> None:
+    times = RowTimes()
+    times.add(4, 2.0, 1)
+    assert times.table(8) == [0, 2, 2, 2, 2, 2.5, 3, 3.5, 4]
+
+
+def test_more_rows_share_their_times_in_steps_of_an_eighth() -> None:
+    assert [bucket(n) for n in (1, 15, 16, 17, 18, 31, 32, 33, 36, 64, 65, 72)] == [1, 15, 16, 18, 18, 32, 32, 36, 36, 64, 72, 72]
+
+
+def test_old_times_are_forgotten_but_the_last() -> None:
+    costs = BatchCosts()
+    for seconds in (9.0, 9.0, 3.0):
+        costs.observe(BatchRound(2, rows=2, verify_seconds=seconds))
+    costs.now = 1000
+    costs.forget()
+    assert costs.verify.table(2)[2] == 3
