@@ -1,0 +1,262 @@
+"""Several texts at once through the real passes: logits, texts, errors of single texts, and the store of places."""
+
+import random
+
+import pytest
+import torch
+from helpers import tiny_backbone
+from oracles import head_for, load
+
+from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.batch_controllers import make_batch_controller
+from pipeline.inference.batch_decoding import decode_batch
+from pipeline.inference.batch_engine import CATCH_UP, BatchEngine
+from pipeline.inference.decoding import Request, autoregressive, self_speculative
+from pipeline.inference.passes import Span
+from pipeline.inference.places import BLOCK
+from pipeline.inference.sampling import Sampler
+
+BACKBONES = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "qwen3": {"head_dim": 16},
+}
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    return load(tiny_backbone(folder, request.param, sharpness=4.0, **BACKBONES[request.param])).double()
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> SplitBackbone:
+    """Of float64, whose rounding cannot decide a near tie."""
+    model = load(tiny_backbone(tmp_path_factory.mktemp("llama"), sharpness=4.0)).double()
+    return SplitBackbone(model, head_for(model, 2), check=False)
+
+
+def requests_of(seed: int, count: int, longest: int = 60, new: int = 40) -> list[Request]:
+    dice = random.Random(seed)
+    ends = frozenset(dice.sample(range(256), 4))
+    return [
+        Request([dice.randrange(256) for _ in range(dice.randint(1, longest))], dice.randint(1, new), ends)
+        for _ in range(count)
+    ]
+
+
+def decoded(engine, requests, name: str | None, places: int, sampler=lambda i: Sampler()) -> list:
+    controller = None if name is None else make_batch_controller(name, greedy=sampler(0).greedy)
+    jobs = ((request, sampler(i)) for i, request in enumerate(requests))
+    return sorted(decode_batch(engine, jobs, controller, places), key=lambda text: text.number)
+
+
+@pytest.mark.parametrize("name", [None, "fixed:2", "fixed:8", "confidence:0.2", "thompson"])
+def test_every_family_gives_the_texts_of_transformers(model, name) -> None:
+    """Prompts shorter and longer than the windows, places that are taken again, drafts accepted and not."""
+    engine, ids = BatchEngine(SplitBackbone(model, head_for(model, 2), check=False)), torch.arange(3, 60, 3)
+    prompts = [ids[: n + 1].tolist() for n in (0, 3, 7, 18, 11)]
+    for text, prompt in zip(decoded(engine, [Request(p, 20) for p in prompts], name, 3), prompts, strict=True):
+        ids_1T = torch.tensor([prompt])
+        mask_1T = torch.ones_like(ids_1T)
+        out = model.generate(ids_1T, attention_mask=mask_1T, max_new_tokens=20, do_sample=False, eos_token_id=None)
+        assert text.generation.tokens == out[0, len(prompt) :].tolist() and text.error is None
+
+
+def test_passes_of_many_rows_give_transformers_logits(model) -> None:
+    """Texts of different lengths with 1, 3 and 4 new rows, in another order than their places."""
+    engine = BatchEngine(SplitBackbone(model, head_for(model, 2), check=False))
+    engine.places.most = 3
+    texts = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (4, 17, 9)]
+    known = [3, 13, 8]
+    for text, n in zip(texts, known, strict=True):
+        engine.enter(text[:n], len(text))
+    engine.reserve(20)
+    order = [2, 0, 1]
+    spans = [Span(i, known[i], len(texts[i]) - known[i]) for i in order]
+    with torch.inference_mode():
+        logits_MV = engine.logits(engine.full([token for i in order for token in texts[i][known[i] :]], spans))
+        expected = [model(torch.tensor([texts[i]])).logits[0, known[i] :].float() for i in order]
+    torch.testing.assert_close(logits_MV, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_random_schedules_through_the_real_passes(backbone) -> None:
+    engine = BatchEngine(backbone)
+    for seed in range(8):
+        requests = requests_of(seed, count=12)
+        expected = [autoregressive(backbone, request, Sampler()) for request in requests]
+        name = [None, "fixed:1", "fixed:4", "thompson", "goodput", "confidence:0.3", "table:1=4,3=1", "fixed:0"][seed]
+        for text, one in zip(decoded(engine, requests, name, 1 + seed), expected, strict=True):
+            assert text.generation.tokens == one.tokens and text.generation.finish_reason == one.finish_reason
+
+
+@pytest.mark.slow
+def test_300_schedules_through_the_real_passes(backbone) -> None:
+    engine = BatchEngine(backbone)
+    for seed in range(100, 400):
+        requests, dice = requests_of(seed, count=8), random.Random(seed)
+        name = dice.choice([None, "fixed:1", "fixed:3", "thompson", "goodput", "confidence:0.3"])
+        for text, request in zip(decoded(engine, requests, name, dice.randint(2, 8)), requests, strict=True):
+            assert text.generation.tokens == autoregressive(backbone, request, Sampler()).tokens
+
+
+def test_sampled_texts_are_those_of_their_own_seeds(backbone) -> None:
+    requests = requests_of(3, count=9)
+
+    def sampler(i: int) -> Sampler:
+        return Sampler(1.0, top_p=0.9, generator=torch.Generator().manual_seed(i))
+
+    for text, request in zip(decoded(BatchEngine(backbone), requests, "fixed:2", 4, sampler), requests, strict=True):
+        one = self_speculative(backbone, request, sampler(text.number), make_batch_controller("fixed:2").rule)
+        assert text.generation.tokens == one.tokens
+        assert [r.accepted for r in text.generation.rounds] == [r.accepted for r in one.rounds]
+
+
+def test_a_head_that_read_nothing_for_long_catches_up(backbone) -> None:
+    """Nothing is drafted until the text is longer than what is read together with others."""
+
+    class Late:
+        limit = 2
+
+        def begin(self, count):
+            self.rounds = getattr(self, "rounds", 0) + 1
+
+        def peek(self, level, places):
+            return places if level < 2 and self.rounds > CATCH_UP + 3 else []
+
+        def draft(self, level, laws):
+            self.tops = getattr(self, "tops", {}) | {(self.rounds, p, level): law.top for p, law in laws.items()}
+            return list(laws)
+
+        def observe(self, round):
+            pass
+
+    late, requests = Late(), [Request([5, 6, 7], 60), Request([9], 60)]
+    texts = list(decode_batch(BatchEngine(backbone), [(r, Sampler()) for r in requests], late, 2))
+    for text in texts:
+        assert text.generation.tokens == autoregressive(backbone, requests[text.number], Sampler()).tokens
+        first = next(r for r in text.generation.rounds if r.drafted)
+        before = text.generation.tokens[: 1 + text.generation.rounds.index(first)]
+        cache = backbone.new_cache(100)
+        ids = requests[text.number].prompt + before
+        with torch.inference_mode():
+            backbone.shallow(ids, 0, cache)
+            q_W = backbone.draft_logits([len(ids) - 1], cache)[0].softmax(-1)
+        assert late.tops[CATCH_UP + 4, text.number, 0] == pytest.approx(float(q_W.max()))
+
+
+# ---- errors of single texts
+
+
+def test_what_a_text_raises_ends_that_text_alone(backbone) -> None:
+    def fails_after(tokens: int, error: Exception):
+        seen = []
+
+        def call(*args):
+            seen.append(args)
+            if len(seen) > tokens:
+                raise error
+            return args[1] if len(args) == 2 else False
+
+        return call
+
+    ends = frozenset[int]()
+    requests = [
+        Request([1, 2], 20, ends),
+        Request([1, 2, 3], 20, ends, fails_after(4, OSError("the client is gone"))),
+        Request([4] * 240, 20, ends),
+        Request([7], 20, ends),
+        Request([8, 8], 20, ends),
+    ]
+    samplers = {3: Sampler(processors=fails_after(6, ZeroDivisionError("in a processor")))}
+    for name in (None, "fixed:2", "thompson"):
+        if name is not None:  # their callbacks anew
+            requests[1].on_token = fails_after(4, OSError("the client is gone"))
+            samplers[3].processors = fails_after(6, ZeroDivisionError("in a processor"))
+        texts = decoded(BatchEngine(backbone), requests, name, 3, lambda i: samplers.get(i, Sampler()))
+        assert [type(text.error) for text in texts] == [type(None), OSError, ValueError, ZeroDivisionError, type(None)]
+        assert "260 positions are needed, the backbone's context is 256" in str(texts[2].error)
+        alone = [autoregressive(backbone, Request(r.prompt, 20), Sampler()).tokens if i != 2 else [] for i, r in enumerate(requests)]
+        assert texts[0].generation.tokens == alone[0] and texts[4].generation.tokens == alone[4]
+        for i in (1, 3):  # what was committed before
+            found = texts[i].generation.tokens
+            assert 0 < len(found) < 20 and found == alone[i][: len(found)]
+
+
+def test_a_caller_that_wants_no_more_leaves_no_text_behind(backbone) -> None:
+    engine = BatchEngine(backbone)
+    texts = decode_batch(engine, [(Request([i + 1], 5 + i), Sampler()) for i in range(6)], None, 3)
+    next(texts)
+    texts.close()
+    assert engine.places.caches == []
+    again = decoded(engine, [Request([1], 5)], "fixed:2", 2)
+    assert again[0].generation.tokens == autoregressive(backbone, Request([1], 5), Sampler()).tokens
+
+
+def test_engines_that_know_of_one_text_only_are_refused(backbone, tmp_path) -> None:
+    from family_cases import GENERIC
+
+    folder = tiny_backbone(tmp_path, "gemma3_text", **GENERIC["gemma3_text"])
+    model = load(folder)
+    with pytest.raises(ValueError, match="called in transformers: decode one text after the other"):
+        BatchEngine(SplitBackbone(model, head_for(model, 2), check=False))
+    recorded = SplitBackbone(load(tiny_backbone(tmp_path, "llama")).eval(), backbone_head(tmp_path), check=False, fixed_shapes=True)
+    with pytest.raises(ValueError, match="cuda_graphs"):
+        BatchEngine(recorded)
+
+
+def backbone_head(tmp_path):
+    return head_for(load(tmp_path / "tiny-llama"), 2)
+
+
+# ---- places
+
+
+def test_2000_texts_pass_through_16_places(backbone) -> None:
+    """Random lengths, ends and cancellations: every text once, with its own tokens, and the store does not grow."""
+    engine, dice, sizes, started = BatchEngine(backbone), random.Random(0), [], []
+    prompts = [[dice.randrange(256), dice.randrange(256)] for _ in range(40)]
+    known = {tuple(p): autoregressive(backbone, Request(p, 6), Sampler()).tokens for p in prompts}
+
+    def jobs():
+        for number in range(2000):
+            started.append(number)
+            sizes.append(engine.places.nbytes)
+            cancel = dice.randint(1, 12)
+            tokens = iter(range(1, 100))
+            yield Request(dice.choice(prompts), dice.randint(1, 6), on_token=lambda _, t=tokens, c=cancel: next(t) == c), Sampler()
+
+    asked = []
+
+    def noted():
+        for request, sampler in jobs():
+            asked.append(request)
+            yield request, sampler
+
+    seen = set()
+    for text in decode_batch(engine, noted(), make_batch_controller("thompson"), 16):
+        assert text.number not in seen and text.error is None
+        seen.add(text.number)
+        found = text.generation.tokens
+        assert found == known[tuple(asked[text.number].prompt)][: len(found)]
+        assert len(started) - len(seen) <= 16
+    assert seen == set(range(2000))
+    assert max(sizes[100:]) == max(sizes[:100]) and engine.places.nbytes == 0
+
+
+def test_places_keep_what_is_in_them_when_they_grow_and_move(backbone) -> None:
+    engine = BatchEngine(backbone)
+    engine.places.most = 4
+    for n in (3, 5, 7):
+        cache, _ = engine.enter(list(range(n)), n + 1)
+    before = [(c.keys[0].clone()[..., : c.length, :], c.hidden_TD[: c.length].clone()) for c in engine.places.caches]
+    engine.reserve(BLOCK + 1)
+    assert engine.places.room == (4, 2 * BLOCK)
+    engine.leave(0)
+    left = engine.places.caches
+    assert [c.length for c in left] == [7, 5] and left[0] is cache
+    for c, (keys, hidden_TD) in zip(left, (before[2], before[1]), strict=True):
+        assert torch.equal(c.keys[0][..., : c.length, :], keys) and torch.equal(c.hidden_TD[: c.length], hidden_TD)
+    engine.leave(1)
+    assert engine.places.room == (1, BLOCK)  # half of the places or of the slots are no longer needed
