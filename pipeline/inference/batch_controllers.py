@@ -5,6 +5,7 @@ Takes laws of the texts' next drafts and finished rounds (batch_rounds.py); deci
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from .batch_costs import BatchCosts
 from .batch_rounds import BatchController, BatchRound
@@ -142,6 +143,25 @@ def make_batch_controller(name: str, seed: int = 0, greedy: bool = True) -> Batc
         f"controller={name}: of several texts at once must be {BATCH_NAMES}; trees, copies and other rules are for "
         "one text at a time"
     )
+
+
+def is_of_batches(name: str) -> bool:
+    """Whether a controller of this name can be one of several texts at once."""
+    try:
+        make_batch_controller(name)
+    except ValueError:
+        return False
+    return True
+
+
+def learned_batch_controller(name: str, config: dict[str, Any], greedy: bool = True) -> BatchController:
+    """`make_batch_controller`, but thompson starts from the acceptances that were measured with the head, whose
+    folder's config is given. Raises ValueError as `make_batch_controller`, and for the state of another kind."""
+    controller = make_batch_controller(name, greedy=greedy)
+    state = config.get("states", {}).get("greedy" if greedy else "sampled")
+    if isinstance(controller, BatchThompson) and state is not None:
+        controller.load_state_dict(state)
+    return controller
 
 
 BATCH_NAMES = "thompson, fixed:K, confidence:T, entropy:T, table:1=4,8=2,16=0, goodput or none"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backbone import SplitBackbone
+from .kernels import available_bytes
 from .kv_cache import KVCache
 from .passes import Span
 from .places import Places
@@ -51,6 +52,11 @@ class BatchEngine:
         logits_1V = backbone.logits(backbone.deep(0, n, cache)[-1:])
         cache.commit(n)
         return cache, logits_1V
+
+    def fitting(self, length: int) -> int:
+        """How many texts of `length` slots fit into the free memory, of which half is left for copies that are made
+        when places grow; at least 1."""
+        return max(1, _free_bytes(self.backbone.device) // 2 // self.places.bytes_of(length))
 
     def leave(self, place: int) -> None:
         """Free a place; the text in the last one moves there."""
@@ -130,3 +136,7 @@ class BatchEngine:
             for weights, rows, *slots in layers:
                 hidden_MD = backbone.family.layer(hidden_MD, weights, backbone.shape, rows, *slots)
         return hidden_MD
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()

@@ -4,7 +4,8 @@ Takes the arguments of `generate`, and besides `controller=` (`thompson`, `fixed
 folder or a Hub id; default: the head this file was published with), `revision=`, `token=`, `cache_dir=`,
 `local_files_only=` (for a Hub id, as in `from_pretrained`) and `cuda_graphs=True` (fewer kernel launches on a GPU).
 Sampling, stopping criteria and streamers work as in `generate`, and so do logits processors that keep no state between
-calls (processors.py); other processors are refused. The rows of a batch are decoded one after the other.
+calls (processors.py); other processors are refused. The rows of a batch are decoded together, or one after the other
+where several texts at once cannot be (`_batch_of`).
 """
 
 import json
@@ -18,6 +19,10 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
+from .batch_controllers import is_of_batches
+from .batch_controllers import learned_batch_controller
+from .batch_decoding import decode_batch
+from .batch_engine import BatchEngine
 from .canary import TOLERANCE, compare, distance, rounding
 from .controllers import COPYING, learned_controller, make_controller
 from .decoding import Request, self_speculative
@@ -75,7 +80,8 @@ def generate(
     backbone, config, controllers = _engine(model, source, revision, cuda_graphs, allow_other_backbone, fetching)
     if controller is None or isinstance(controller, str):
         name = controller or _default(config.get("controller", "thompson"), backbone)
-        backbone.check_controller(make_controller(name))  # refuses an unknown one before anything is computed
+        if not is_of_batches(name):
+            backbone.check_controller(make_controller(name))  # refuses an unknown one before anything is computed
     else:
         name = None
     # transformers 5.23 passes neither the streamer nor stop_strings on to `loop`, so both are read here.
@@ -86,17 +92,13 @@ def generate(
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         _refuse(generation_config)
         check_stateless(logits_processor)
-        key = name, not generation_config.do_sample  # acceptance differs between greedy and sampled texts
-        if name is not None and key not in controllers:
-            controllers[key] = learned_controller(name, config, greedy=key[1])
-        decide = controller if name is None else controllers[key]
         block = config.get("block_verification", False) if block_verification is None else block_verification
         own = [c for c in stopping_criteria if type(c).__name__ not in OWN_CRITERIA]
         end = generation_config.eos_token_id
         ends = frozenset([end] if isinstance(end, int) else [] if end is None else torch.as_tensor(end).tolist())
         pad = generation_config.pad_token_id
         mask = model_kwargs.get("attention_mask")
-        rows = []
+        jobs: list[tuple[Request, Sampler]] = []
         for i, row in enumerate(input_ids):
             prompt = (row if mask is None else row[mask[i].bool()]).tolist()
             request = Request(
@@ -111,8 +113,20 @@ def generate(
                 shown=row.tolist(),
                 block=block,
             )
-            rows.append(self_speculative(backbone, request, sampler, decide).tokens)
-            _warn_beyond_context(model, len(prompt) + len(rows[-1]))
+            jobs.append((request, sampler))
+        greedy = not generation_config.do_sample  # acceptance differs between greedy and sampled texts
+        together = None
+        if streamer is None and (len(jobs) > 1 or hasattr(controller, "begin")):  # streamers take one row
+            together = _batch_of(backbone, controller, name, config, greedy, controllers)
+        if together is not None:
+            rows = _decode_together(backbone, jobs, together)
+        else:
+            if name is not None and (name, greedy) not in controllers:
+                controllers[name, greedy] = learned_controller(name, config, greedy=greedy)
+            decide = controller if name is None else controllers[name, greedy]
+            rows = [self_speculative(backbone, request, sampler, decide).tokens for request, sampler in jobs]
+        for (request, _), tokens in zip(jobs, rows, strict=True):
+            _warn_beyond_context(model, len(request.prompt) + len(tokens))
         if streamer is not None:
             streamer.end()
         longest = max(len(tokens) for tokens in rows)
@@ -121,6 +135,44 @@ def generate(
         return torch.cat([input_ids, torch.tensor(padded, device=input_ids.device)], 1)
 
     return GenerationMixin.generate(model, inputs, custom_generate=loop, **kwargs)
+
+
+def _batch_of(backbone: SplitBackbone, controller, name: str | None, config: dict[str, Any], greedy: bool, known: dict):
+    """The controller of several rows at once; None where rows are decoded one after the other: in families whose layers
+    are called in transformers, with cuda_graphs, and with a controller that is for one text at a time. Of the head's own
+    controller, what is for one text is left out."""
+    if not backbone.family.is_fast or backbone.has_fixed_shapes:
+        return None
+    if name is None:
+        return controller if hasattr(controller, "begin") else None
+    if controller is None:
+        name = "thompson" if name.startswith("tree:") else name.partition("+")[0]
+    if not is_of_batches(name):
+        return None
+    key = name, greedy, "batch"
+    if key not in known:
+        known[key] = learned_batch_controller(name, config, greedy)
+    return known[key]
+
+
+def _decode_together(backbone: SplitBackbone, jobs: list[tuple[Request, Sampler]], controller) -> list[list[int]]:
+    """The new tokens of each row. A row's error ends the call, as it does in `generate`."""
+    for _, sampler in jobs:  # a stream of its own for each row
+        seed = int(torch.randint(1 << 62, ()))
+        sampler.generator = torch.Generator(backbone.device).manual_seed(seed)
+    engine = BatchEngine(backbone)
+    longest = max(len(request.prompt) + request.max_new_tokens for request, _ in jobs)
+    places = min(len(jobs), engine.fitting(longest))
+    if places < len(jobs):
+        warnings.warn(
+            f"the memory that is free holds {places} of these {len(jobs)} rows: they are decoded in turns", stacklevel=2
+        )
+    rows: list[list[int]] = [[] for _ in jobs]
+    for text in decode_batch(engine, jobs, controller, places):
+        if text.error is not None:
+            raise text.error
+        rows[text.number] = text.generation.tokens
+    return rows
 
 
 def _default(name: str, backbone: SplitBackbone) -> str:

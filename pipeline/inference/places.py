@@ -47,6 +47,13 @@ class Places:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (*self.keys, *self.values, self.hidden_PTD))
 
+    def bytes_of(self, length: int) -> int:
+        """Memory of one place of `length` slots."""
+        size, _, dtype = self._hidden
+        layers = sum(count for count, _ in self._blocks)
+        numbers = size + 2 * layers * self._kv_heads * self._head_dim
+        return -(-length // BLOCK) * BLOCK * numbers * dtype.itemsize
+
     def enter(self, length: int) -> KVCache:
         """The empty cache of a text that takes the next place and needs `length` slots now."""
         places = self.room[0]
