@@ -376,7 +376,7 @@ def test_generation_arguments_work_as_ever(served) -> None:
     assert stopped.shape[1] == inputs["input_ids"].shape[1] + 5
 
 
-def test_batches_rows_one_by_one_with_left_padding(served, run) -> None:
+def test_rows_of_a_left_padded_batch_are_those_of_generate(served, run) -> None:
     model, _, hub = served
     tokenizer = AutoTokenizer.from_pretrained(run.config.backbone.name_or_path, padding_side="left")
     batch = tokenizer([PROMPT, "a", "prompt"], return_tensors="pt", padding=True)
