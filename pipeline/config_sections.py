@@ -161,7 +161,7 @@ class Generate:
     engine: str = option(
         "padded",
         "how prompts are answered: padded (padded batches in this process), continuous (transformers' continuous "
-        "batching), speculative (one prompt at a time, drafted by an exit head trained before), server "
+        "batching), speculative (several prompts at once, drafted by an exit head trained before), server "
         "(machine.servers), or original (the answers given in the prompts' source are taken)",
     )
     exit_head: str | None = option(

@@ -1,16 +1,21 @@
 """The answerer `speculative`: self-speculative decoding with an exit head that was trained before.
 
-Takes a backbone, a head and a controller without memory; gives each question's new ids, one question at a time. As the
-controller does not learn, the answers of a call depend on its arguments alone.
+Takes a backbone, a head and a controller without memory; gives each question's new ids. Several questions are answered
+at once where the engine can decode several texts, which takes a family whose layers are computed here and a controller
+whose drafts do not branch; else one after the other. As the controller does not learn and every question has a random
+stream of its own, the answers of a call depend on its arguments alone.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
 
 from ...errors import UserError
 from ...inference.backbone import SplitBackbone
+from ...inference.batch_controllers import is_of_batches, make_batch_controller
+from ...inference.batch_decoding import decode_batch
+from ...inference.batch_engine import BatchEngine
 from ...inference.controllers import make_controller
 from ...inference.decoding import Request, self_speculative
 from ...inference.exit_head import ExitHead
@@ -38,18 +43,36 @@ class Speculative:
         except ValueError as error:
             raise UserError(f"generate.controller={controller}: {error}") from None
         self.device = model.device
+        self.engine = None
+        if self.backbone.family.is_fast and is_of_batches(controller):
+            self.engine, self.together = BatchEngine(self.backbone), make_batch_controller(controller)
 
     def answer(self, questions: list[Question], sampling: Sampling, report: Report | None = None) -> list[Answer]:
-        generator = torch.Generator(self.device).manual_seed(sampling.seed)
-        answers = []
-        for q in questions:
-            sampler = Sampler(q.temperature, top_p=sampling.top_p, generator=generator)
-            request = Request(q.ids, sampling.max_new_tokens, self.ends)
-            ids = self_speculative(self.backbone, request, sampler, self.controller).tokens
-            answers.append(Answer(ids, ids[-1] in self.ends))
+        answers: dict[int, Answer] = {}
+        for number, ids in self._texts(questions, sampling):
+            answers[number] = Answer(ids, ids[-1] in self.ends)
             if report is not None:
                 report(1, len(ids))
-        return answers
+        return [answers[i] for i in range(len(questions))]
+
+    def _texts(self, questions: list[Question], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+        """(number of a question, its new ids), in the order in which they end."""
+        jobs = []
+        for i, q in enumerate(questions):
+            generator = torch.Generator(self.device).manual_seed(hash((sampling.seed, i)) % (1 << 62))
+            sampler = Sampler(q.temperature, top_p=sampling.top_p, generator=generator)
+            jobs.append((Request(q.ids, sampling.max_new_tokens, self.ends), sampler))
+        if self.engine is None:
+            for i, (request, sampler) in enumerate(jobs):
+                yield i, self_speculative(self.backbone, request, sampler, self.controller).tokens
+            return
+        order = sorted(range(len(jobs)), key=lambda i: -len(questions[i].ids))  # long ones first: they take longest
+        longest = max((len(r.prompt) + r.max_new_tokens for r, _ in jobs), default=1)
+        places = max(1, min(sampling.batch_size, self.engine.fitting(longest)))
+        for text in decode_batch(self.engine, (jobs[i] for i in order), self.together, places):
+            if text.error is not None:
+                raise text.error
+            yield order[text.number], text.generation.tokens
 
 
 def steady_controller(name: str):

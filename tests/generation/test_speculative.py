@@ -1,0 +1,42 @@
+"""The speculative answerer: what it answers does not depend on how many questions it answers at once."""
+
+import pytest
+from helpers import tiny_backbone
+from oracles import head_for, load
+
+from pipeline.generation.answerers.interface import Question, Sampling
+from pipeline.generation.answerers.speculative import Speculative
+from pipeline.inference.batch_engine import BatchEngine
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load(tiny_backbone(tmp_path_factory.mktemp("speculative"), sharpness=4.0)).double()
+
+
+QUESTIONS = [Question([i + 3, 7, 9, *range(i)], [], temperature=i % 2) for i in range(9)]
+
+
+def answers(model, controller: str, batch_size: int, seed: int = 5) -> list[list[int]]:
+    head, told = head_for(model.float(), 2), []
+    answerer = Speculative(model.double(), head, controller, {3, 60, 99})
+    found = answerer.answer(QUESTIONS, Sampling(20, 0.95, batch_size, seed), lambda done, new: told.append((done, new)))
+    assert sum(done for done, _ in told) == len(QUESTIONS)
+    assert sum(new for _, new in told) == sum(len(answer.ids) for answer in found)
+    assert all(answer.finished == (answer.ids[-1] in {3, 60, 99}) for answer in found)
+    return [answer.ids for answer in found]
+
+
+@pytest.mark.parametrize("controller", ["fixed:2", "confidence:0.2"])
+def test_any_number_at_once_gives_the_same_answers(model, controller: str, monkeypatch) -> None:
+    texts, full = [], BatchEngine.deep
+    monkeypatch.setattr(BatchEngine, "deep", lambda self, spans: texts.append(len(spans)) or full(self, spans))
+    one, some = answers(model, controller, 1), answers(model, controller, 4)
+    assert one == some and max(texts) == 4
+    other = answers(model, controller, 4, seed=6)
+    assert [a == b for a, b in zip(one, other, strict=True)][::2] == [True] * 5 and one != other  # the greedy ones
+
+
+def test_branching_drafts_are_answered_one_after_the_other(model, monkeypatch) -> None:
+    monkeypatch.setattr(BatchEngine, "deep", None)
+    assert answers(model, "tree:2x1", 4)[::2] == answers(model, "tree:1", 4)[::2]
