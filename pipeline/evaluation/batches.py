@@ -2,10 +2,11 @@
 
 Takes a batch engine, prompts and names of controllers; gives one row for every number of texts, method and repeat. In a
 repeat all methods decode the same prompts one after the other, beginning with another one each time, and ratios are
-taken within a repeat, so that slow phases of the machine concern all of them. Prefills are not counted.
+taken within a repeat, so that slow phases of the machine concern all of them. Counted are the rounds in which all places
+are taken: neither prefills, nor the end of a run, when texts of equal length that do not draft end at once and others do
+not.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,33 +22,21 @@ from ..inference.decoding import Request
 from ..inference.sampling import Sampler
 
 AUTOREGRESSIVE = "autoregressive"
+WAVES = 4
+"""At least so many texts are decoded for each place, prompts repeated if need be: at the end of a run places are empty."""
 COLUMNS = ("batch_size", "method", "repeat", "tokens", "seconds", "latency", "rounds", "drafted", "accepted", "verify")
 
 
-class Observed:
-    """A batch controller whose rounds are kept."""
-
-    def __init__(self, controller: Any):
-        self.controller, self.rounds = controller, list[BatchRound]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.controller, name)
-
-    def observe(self, round: BatchRound) -> None:
-        self.controller.observe(round)
-        self.rounds.append(round)
-
-
 class Decoded(NamedTuple):
-    """What decoding some texts took and gave."""
+    """What decoding some texts gave."""
 
     texts: list[list[int]]
     """The new ids of each request."""
-    seconds: float
-    """Wall time without the prefills."""
-    latency: float
-    """Mean seconds per token of a text, from its first token to its last."""
     rounds: list[BatchRound]
+
+    def full(self, batch_size: int) -> list[BatchRound]:
+        """The rounds in which all places were taken; all rounds where there were too few texts for any."""
+        return [round for round in self.rounds if round.count == batch_size] or self.rounds
 
 
 def decode(
@@ -55,37 +44,34 @@ def decode(
 ) -> Decoded:
     """Decode the requests through `batch_size` places. controller: None for autoregressive decoding. Raises what a
     text's request raises."""
-    observed = None if controller is None else Observed(controller)
     jobs = ((request, sampler(i)) for i, request in enumerate(requests))
-    began, prefill, latencies = time.perf_counter(), 0.0, []
     texts: list[list[int]] = [[] for _ in requests]
-    for text in decode_batch(engine, jobs, observed, batch_size):
+    rounds: list[BatchRound] = []
+    for text in decode_batch(engine, jobs, controller, batch_size, rounds.append):
         if text.error is not None:
             raise text.error
         texts[text.number] = text.generation.tokens
-        prefill += text.generation.prefill_seconds
-        if len(text.generation.tokens) > 1:
-            latencies.append(text.generation.seconds / (len(text.generation.tokens) - 1))
-    seconds = time.perf_counter() - began - prefill
-    return Decoded(texts, seconds, float(np.mean(latencies or [0.0])), observed.rounds if observed else [])
+    return Decoded(texts, rounds)
 
 
 def measure(
     engine: BatchEngine, requests: list[Request], sampler: Callable[[int], Sampler], controllers: list[str],
     batch_sizes: list[int], repeats: int,
 ) -> pd.DataFrame:  # fmt: skip
-    """One row of `COLUMNS` for each number of texts, method and repeat; seconds of wall time. `verify` is the mean
-    seconds of a verification, or of an autoregressive pass."""
+    """One row of `COLUMNS` for each number of texts, method and repeat: sums over the rounds in which all places were
+    taken, seconds of wall time. `latency` is the mean seconds per token of a text, `verify` those of a verification or
+    of an autoregressive pass."""
     greedy = sampler(0).greedy
     rows = []
     for batch_size, repeat, method, made in _in_turns(controllers, batch_sizes, repeats, greedy):
-        out = decode(engine, requests, sampler, made, batch_size)
-        texts = [text for round in out.rounds for text in round.texts]
-        tokens = sum(len(text) - 1 for text in out.texts)  # the first comes from the prefill
-        passes = [round.verify_seconds for round in out.rounds] or [out.seconds / max(1, max(map(len, out.texts)))]
+        some = [requests[i % len(requests)] for i in range(max(len(requests), WAVES * batch_size))]
+        rounds = decode(engine, some, sampler, made, batch_size).full(batch_size)
+        texts = [text for round in rounds for text in round.texts]
+        tokens, seconds = sum(round.tokens for round in rounds), sum(round.seconds for round in rounds)
         rows.append(
-            (batch_size, method, repeat, tokens, out.seconds, out.latency, len(out.rounds),
-             sum(t.drafted for t in texts), sum(t.accepted for t in texts), float(np.mean(passes)))
+            (batch_size, method, repeat, tokens, seconds, seconds * batch_size / max(1, tokens), len(rounds),
+             sum(t.drafted for t in texts), sum(t.accepted for t in texts),
+             float(np.mean([round.verify_seconds for round in rounds])))
         )  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
 

@@ -10,9 +10,10 @@ M rows of a pass, R rows of one text, V vocabulary, W tokens that the head can d
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,14 @@ from torch import Tensor
 from .batch_engine import BatchEngine
 from .batch_rounds import BatchController
 from .batch_rounds import BatchRound
-from .decoding import Generation, Request
+from .decoding import Generation
+from .decoding import Request
+from .decoding import read_all
 from .kv_cache import KVCache
 from .passes import Span
 from .rounds import Confidence, Round
 from .sampling import Sampler
+from .sampling import followed
 from .stopwatch import Stopwatch, stopwatch
 from .tree import Tree
 
@@ -91,11 +95,13 @@ Job = tuple[Request, Sampler]
 
 @torch.inference_mode()
 def decode_batch(
-    engine: BatchEngine, jobs: Iterable[Job], controller: BatchController | None, places: int
-) -> Iterator[Finished]:
+    engine: BatchEngine, jobs: Iterable[Job], controller: BatchController | None, places: int,
+    observe: Callable[[BatchRound], None] = lambda round: None,
+) -> Iterator[Finished]:  # fmt: skip
     """Decode texts, at most `places` at once, and give each when it ends. `jobs` is read as places become free.
 
     controller: None decodes autoregressively, one token per pass through all layers: the baseline of every speedup.
+    observe: called with every round, also with those without a controller.
     """
     waiting, texts = enumerate(jobs), list[_Text]()
     parts = stopwatch(block.device for block in engine.backbone.blocks)
@@ -114,10 +120,18 @@ def decode_batch(
             for place, text in enumerate(texts):
                 text.place, text.tree, text.round = place, Tree(text.out.tokens[-1]), Round()
             engine.reserve(max(text.cache.length for text in texts) + 1 + (controller.limit if controller else 0))
+            parts.start()
+            record = BatchRound(len(texts))
             if controller is None:
-                _step(engine, texts)
+                _step(engine, texts, record, parts)
             else:
-                _round(engine, texts, controller, parts)
+                _round(engine, texts, controller, record, parts)
+            record.texts = [text.round for text in texts]
+            parts.mark("rest")
+            record.time(parts)
+            if controller is not None:
+                controller.observe(record)
+            observe(record)
             yield from _leave(engine, texts)
     finally:  # also of a caller that wants no more texts
         for _ in texts:
@@ -156,31 +170,46 @@ def _commit_drawn(text: _Text, logits_1V: Tensor) -> None:
         text.out.commit([text.sampler.draw(shaped_1V[0])], text.request)
 
 
-def _step(engine: BatchEngine, texts: list[_Text]) -> None:
+def _step(engine: BatchEngine, texts: list[_Text], record: BatchRound, parts: Stopwatch) -> None:
     """One more token of each text, without drafts."""
+    record.rows = len(texts)
     logits_MV = engine.logits(engine.full([text.tree.tokens[0] for text in texts], [text.rows for text in texts]))
-    for text, logits_V in zip(texts, logits_MV, strict=True):
+    parts.mark("verify")
+    targets = _targets(texts, logits_MV)
+    for text, target, logits_V in zip(texts, targets, logits_MV, strict=True):
         text.cache.commit(text.cache.length + 1)
-        _commit_drawn(text, logits_V[None])
+        text.round.tokens = 1
+        if _is_plain(text):
+            with text.alone():
+                text.out.commit([target], text.request)
+        else:
+            _commit_drawn(text, logits_V[None])
 
 
-def _round(engine: BatchEngine, texts: list[_Text], controller: BatchController, parts: Stopwatch) -> None:
+def _is_plain(text: _Text) -> bool:
+    """Whether a text's tokens are the largest logits as they are, so that those of all such texts are read at once."""
+    return text.sampler.greedy and text.sampler.processors is None
+
+
+def _targets(texts: list[_Text], logits_MV: Tensor) -> list[int]:
+    """The largest logit's token of each row, if any text needs it."""
+    return logits_MV.argmax(-1).tolist() if any(map(_is_plain, texts)) else [0] * len(logits_MV)
+
+
+def _round(engine, texts, controller, record, parts) -> None:
     """One round of all texts."""
-    parts.start()
-    record = BatchRound(len(texts))
     _draft(engine, texts, controller, record, parts)
     spans = [text.rows for text in texts]
     record.rows = sum(span.count for span in spans)
     logits_MV = engine.logits(engine.deep(spans))
     parts.mark("verify")
+    targets = _targets(texts, logits_MV)
+    first = 0
     for text, logits_RV in zip(texts, logits_MV.split([span.count for span in spans]), strict=True):
         if text.error is None:
             with text.alone():
-                _verify(text, logits_RV)
-        record.texts.append(text.round)
-    parts.mark("rest")
-    record.time(parts)
-    controller.observe(record)
+                _verify(text, logits_RV, targets[first : first + len(logits_RV)])
+        first += len(logits_RV)
 
 
 def _draft(engine, texts, controller, record, parts) -> None:
@@ -201,8 +230,8 @@ def _draft(engine, texts, controller, record, parts) -> None:
         laws = _laws(able, engine.draft_logits([text.last for text in able]), engine.backbone.draft_vocabulary)
         record.head.append(len(able))
         drafts = {place: texts[place].sampler.propose(law) for place, law in laws.items()}
-        chosen = controller.draft(level, laws)
-        live = [texts[place] for place in chosen]
+        live = [texts[place] for place in controller.draft(level, laws)]
+        read_all([drafts[text.place] for text in live])
         for text in live:  # a token that is read must be verified: discarding it would change the distribution
             text.tree.add(len(text.tree) - 1, drafts[text.place], laws[text.place])
         parts.mark(f"head {level}")
@@ -212,22 +241,34 @@ def _draft(engine, texts, controller, record, parts) -> None:
 
 
 def _laws(texts: list[_Text], logits_BW: Tensor, vocabulary) -> dict[int, Confidence]:
-    """Place -> the law of the next draft of each text."""
-    laws = {}
-    for text, logits_W in zip(texts, logits_BW, strict=True):
+    """Place -> the law of the next draft of each text. Those of texts with equal settings are computed and their figures
+    read together, so that a GPU is waited for once."""
+    alike: dict[Any, list[int]] = {}
+    for i, text in enumerate(texts):
         text.round.head_passes += 1
-        with text.alone():
-            before = text.tree.tokens[1:]
-            law = text.sampler.law(logits_W[None], vocabulary, text.request.prompt, text.out.tokens, before)
-            laws[text.place] = Confidence(law.row(0))
+        alike.setdefault(text.sampler.settings or text.place, []).append(i)
+    laws = {}
+    for rows in alike.values():
+        first = texts[rows[0]]
+        with first.alone():
+            before = first.tree.tokens[1:]
+            logits_RW = logits_BW if len(rows) == len(texts) else logits_BW[rows]
+            law = first.sampler.law(logits_RW, vocabulary, first.request.prompt, first.out.tokens, before)
+            figures_R = law.q_W.amax(-1) if first.sampler.greedy else law.q_W.square().sum(-1)
+            for n, (row, figure) in enumerate(zip(rows, figures_R.tolist(), strict=True)):
+                confidence = laws[texts[row].place] = Confidence(law.row(n))
+                setattr(confidence, "top" if first.sampler.greedy else "collision", figure)
     return laws
 
 
-def _verify(text: _Text, logits_RV: Tensor) -> None:
-    """Accept drafts of one text, commit them and the bonus token."""
+def _verify(text: _Text, logits_RV: Tensor, targets: list[int]) -> None:
+    """Accept drafts of one text, commit them and the bonus token. targets: the largest logits' tokens."""
     sampler, tree, round, out = text.sampler, text.tree, text.round, text.out
-    p_logits_RV = sampler.shape_tree(logits_RV, text.request.prompt, out.tokens, tree)
-    path, bonus = sampler.verify(tree, p_logits_RV)
+    if _is_plain(text):
+        path, bonus = followed(tree, targets)
+    else:
+        p_logits_RV = sampler.shape_tree(logits_RV, text.request.prompt, out.tokens, tree)
+        path, bonus = sampler.verify(tree, p_logits_RV)
     round.drafted, round.accepted, round.drafts = len(tree) - 1, len(path), tree.tokens[1:]
     text.cache.keep(path)
     round.tokens = out.commit([*(tree.tokens[row] for row in path), bonus], text.request)

@@ -178,7 +178,7 @@ def _draft(backbone, request, sampler, controller, out, cache, room, round, part
             count = controller.draft(k, confidence)
             more = sampler.siblings(confidence, draft, count - 1) if count > 1 else []
             wanted.append([(row, one, confidence) for one in [draft, *more][:count]])
-        _read([draft for candidates in wanted for _, draft, _ in candidates])
+        read_all([draft for candidates in wanted for _, draft, _ in candidates])
         # Once its token is read, a draft must be verified: discarding it would change the distribution. First choices
         # come first, so that those that are read next have neighbouring rows.
         first = len(tree)
@@ -192,7 +192,7 @@ def _draft(backbone, request, sampler, controller, out, cache, room, round, part
             return tree
 
 
-def _read(drafts: list[Draft]) -> None:
+def read_all(drafts: list[Draft]) -> None:
     """Read the tokens that were not read with a confidence, all at once: a GPU is waited for once."""
     unread = [draft for draft in drafts if "token" not in vars(draft)]
     if len(unread) > 1:

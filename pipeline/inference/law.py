@@ -36,8 +36,11 @@ class Law:
         self.logits_W, self.vocabulary = logits_W, vocabulary
 
     def row(self, i: int) -> "Law":
-        """The law of position i of several."""
-        return Law(self.logits_W[i], self.vocabulary)
+        """The law of position i of several, with its q if that was computed for all of them."""
+        one = Law(self.logits_W[i], self.vocabulary)
+        if "q_W" in vars(self):
+            one.q_W = self.q_W[i]
+        return one
 
     @cached_property
     def q_W(self) -> Tensor:

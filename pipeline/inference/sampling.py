@@ -41,6 +41,11 @@ class Sampler:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def settings(self) -> tuple[float, int, float] | None:
+        """Texts of equal settings shape their logits alike, whatever their tokens; None: processors shape them."""
+        return None if self.processors is not None else (self.temperature, self.top_k, self.top_p)
+
     def shape(
         self, logits_MV: Tensor, prompt: list[int], tokens: list[int], drafted: list[int] | None = None
     ) -> Tensor:
@@ -164,11 +169,7 @@ class Sampler:
         path: list[int] = []
         row = 0
         if self.greedy:
-            targets = p_logits_RV.argmax(-1).tolist()
-            while following := [child for child in tree.children[row] if tree.tokens[child] == targets[row]]:
-                row = following[0]
-                path.append(row)
-            return path, targets[row]
+            return followed(tree, p_logits_RV.argmax(-1).tolist())
         p_RV = p_logits_RV.softmax(-1)
         while True:
             row, left_V = self._accept_one_of(tree, row, p_RV[row])
@@ -236,6 +237,15 @@ class Sampler:
         """Independent booleans [K] that are True with these probabilities; above 1 means always."""
         u_K = torch.rand(len(chance_K), generator=self.generator, device=chance_K.device, dtype=chance_K.dtype)
         return u_K < chance_K
+
+
+def followed(tree: Tree, targets: list[int]) -> tuple[list[int], int]:
+    """(rows of the accepted drafts, bonus token) of greedy decoding. targets: the backbone's choice after each row."""
+    path, row = [], 0
+    while following := [child for child in tree.children[row] if tree.tokens[child] == targets[row]]:
+        row = following[0]
+        path.append(row)
+    return path, targets[row]
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
