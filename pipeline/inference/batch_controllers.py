@@ -95,11 +95,10 @@ class Goodput(Uniform):
             return self.plan.pop(0)
         most = count * (self.limit + 1)
         shallow, head, verify = (t.table(most) for t in (self.costs.shallow, self.costs.head, self.costs.verify))
-        rest = self.costs.rest.table(count)[count]
         step, best, tokens, reach = shallow[count] + head[count], (0.0, 0), 0.0, 1.0
         for k in range(self.limit + 1):
             tokens += count * reach
-            seconds = rest + shallow[count] + k * step + verify[count * (k + 1)]
+            seconds = shallow[count] + k * step + verify[count * (k + 1)]
             best = max(best, (tokens / seconds if seconds > 0 else 0.0, -k))
             reach *= self.accepted[min(k, self.limit - 1)]
         return -best[1]

@@ -77,11 +77,11 @@ def between(table: list[float], rows: float) -> float:
 
 
 class BatchCosts:
-    """Tables of the parts of a round of several texts: passes of the shallow layers, of the exit head and of the deep
-    layers by their rows, and all else by the number of texts."""
+    """Times of the parts of a round of several texts by their rows: passes of the shallow layers and of the exit head,
+    and the verification together with all else, which also takes longer for more rows."""
 
     def __init__(self) -> None:
-        self.shallow, self.head, self.verify, self.rest = (RowTimes() for _ in range(4))
+        self.shallow, self.head, self.verify = (RowTimes() for _ in range(3))
         self.now = 0
         """Number of rounds so far."""
 
@@ -91,9 +91,8 @@ class BatchCosts:
         for times, passes in ((self.shallow, round.shallow_seconds), (self.head, round.head_seconds)):
             for rows, seconds in passes:
                 times.add(rows, seconds, self.now)
-        self.verify.add(round.rows, round.verify_seconds, self.now)
-        self.rest.add(round.count, round.rest_seconds, self.now)
+        self.verify.add(round.rows, round.verify_seconds + round.rest_seconds, self.now)
 
     def forget(self) -> None:
-        for times in (self.shallow, self.head, self.verify, self.rest):
+        for times in (self.shallow, self.head, self.verify):
             times.forget(self.now)

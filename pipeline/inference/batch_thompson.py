@@ -18,24 +18,28 @@ MEMORY = 0.98
 """Discount factor of earlier rounds in the gain over autoregressive decoding, per round."""
 PROBES = (1, 0)
 """Numbers of drafts of all texts in the first rounds of each doubling of their number: they measure the costs there."""
-AHEAD = (1, 2, 3, 5, LONGEST)
-"""Numbers of levels that are looked ahead."""
+AHEAD = (0, 1, 2, 4)
+"""Numbers of levels behind the next that are looked ahead."""
 
 
 class BatchThompson:
     """Drafts for the texts whose drafts are worth more than their rows cost; for none where that pays best.
 
     theta_b ~ Beta(a_b, b_b) is the sampled acceptance of each bin b of confidence. reach_i is the product of the theta of
-    the drafts that text i made in this round, s, h, v the seconds of a shallow, head and verification pass by their rows,
-    r the rows to verify so far, chain_j = 1 + abar + ... + abar^(j-1) as in thompson.py. If the n texts of the largest
-    reach_i draft j more levels,
+    the drafts that text i made in this round; s, h, v are the seconds of a shallow pass, of a head pass, and of a
+    verification with all else, by their rows; r are the rows to verify so far, abar and chain_j as in thompson.py. With
+    m texts that may go on, a further row of each would cost c = (v(r + m) - v(r) + h(m) + s(m)) / m. The token offered to
+    text i is worth itself and what may follow from it,
 
-      worth(n, j) = chain_j sum_i reach_i - rate (s(n) + v(r + n j) - v(r) + (j - 1) (h(n) + s(n)))
+      gain_i = reach_i + max over j >= 0 of  reach_i (chain_{j+1} - 1) - rate j c
 
-    After the laws are known, reach_i includes theta of the offered draft, and those n texts draft that maximise worth, if
-    it is above 0. Before, the exit head runs for m texts where the expected worth of drafting for those whose confidence
-    then falls into the best bins is above rate h(m). So rows are given to texts by what each is expected to yield, until
-    the next would cost more: the greedy solution of a knapsack whose weights are equal.
+    where reach_i includes theta of the offered token, and those n texts of the largest reach_i draft that maximise
+
+      worth(n) = sum_i gain_i - rate (s(n) + v(r + n) - v(r))
+
+    if it is above 0. Before the laws are known, the exit head runs for those m texts for which the expected worth of
+    drafting where the confidence then falls into the best bins is most above rate h(m). So rows go to texts by what each
+    is expected to yield, until the next would cost more: the greedy solution of a knapsack of equal weights.
 
     rate is B / C(0), the tokens per second of B texts without drafts, times the gain over it in recent rounds, at least
     1: a number of texts for which drafting never paid is so judged by its own costs.
@@ -72,8 +76,8 @@ class BatchThompson:
         self.theta: list[float] = []
         self.chains: list[float] = []
         self.rate = 0.0
-        self.hopes: list[tuple[float, float]] = []
-        """(share of drafts in the best bins, their share of the drafts that are accepted), from the best bin on."""
+        self.best: list[tuple[float, float]] = []
+        """(sampled acceptance, share of the drafts) of each bin, from the best on."""
 
     # ---- decisions
 
@@ -94,15 +98,22 @@ class BatchThompson:
         if self.forced is not None:
             return places if level < self.forced else []
         order = sorted(places, key=lambda place: -self.reach[place])
-        most, chosen, total = 0.0, 0, 0.0
+        most, chosen, price = 0.0, 0, self._price(len(order))
         _, head, _ = self.tables
+        sums, known = [0.0] * BINS, dict[float, list[float]]()
         for m, place in enumerate(order, start=1):
-            total += self.reach[place]
+            reach = self.reach[place]
+            if reach not in known:
+                known[reach] = [self._gain(reach * theta, level, price) for theta, _ in self.best]
+            sums = [total + gain for total, gain in zip(sums, known[reach], strict=True)]
             if m & (m - 1) and m != len(order):  # 1, 2, 4, ... and all
                 continue
-            worth = max(self._worth(total * accepted, m * share, level) for share, accepted in self.hopes)
-            if worth - self.rate * head[m] > most:
-                most, chosen = worth - self.rate * head[m], m
+            share = gains = 0.0
+            for (_, often), total in zip(self.best, sums, strict=True):
+                share, gains = share + often, gains + often * total
+                worth = gains - self.rate * (self._rows(share * m) + head[m])
+                if worth > most:
+                    most, chosen = worth, m
         if chosen or level > 0:
             self.probe = 0
         return order[:chosen] if chosen else self.random.sample(places, min(self.probe, len(places)))
@@ -116,10 +127,10 @@ class BatchThompson:
             reach[place] = self.reach[place] * self.theta[b]
         chosen = order = sorted(laws, key=lambda place: -reach[place])
         if self.forced is None and not self.probe:
-            most, count, total = 0.0, 0, 0.0
+            most, count, gains, price = 0.0, 0, 0.0, self._price(len(order))
             for n, place in enumerate(order, start=1):
-                total += reach[place]
-                worth = self._worth(total, n, level)
+                gains += self._gain(reach[place], level, price)
+                worth = gains - self.rate * self._rows(n)
                 if worth > most:
                     most, count = worth, n
             chosen = order[:count]
@@ -130,17 +141,20 @@ class BatchThompson:
         self.rows += len(chosen)
         return chosen
 
-    def _worth(self, total: float, n: float, level: int) -> float:
-        """The largest worth(n, j) over j, where the reach of the n drafts adds up to `total`."""
-        shallow, head, verify = self.tables
-        once, again, so_far = between(shallow, n), between(head, n) + between(shallow, n), verify[self.rows]
-        best = 0.0
-        for j in AHEAD:
-            if level + j > self.limit:
-                break
-            seconds = once + between(verify, self.rows + n * j) - so_far + (j - 1) * again
-            best = max(best, total * self.chains[j] - self.rate * seconds)
-        return best
+    def _rows(self, n: float) -> float:
+        """The seconds of n more rows in this round, without the head pass that offered them."""
+        shallow, _, verify = self.tables
+        return between(shallow, n) + between(verify, self.rows + n) - verify[self.rows]
+
+    def _price(self, m: int) -> float:
+        """c: the seconds of a further row of each of m texts, by text."""
+        return (self._rows(m) + self.tables[1][m]) / m
+
+    def _gain(self, reach: float, level: int, price: float) -> float:
+        """Expected tokens of a draft that is accepted with the chance `reach` and of what may follow, less the cost of
+        what follows."""
+        later = [reach * (self.chains[j + 1] - 1) - self.rate * price * j for j in AHEAD if level + j < self.limit]
+        return reach + max(later, default=0.0)
 
     def _refresh(self) -> None:
         """Discount counts, draw new acceptances, and recompute costs and the rate."""
@@ -157,16 +171,12 @@ class BatchThompson:
         parts, most = (self.costs.shallow, self.costs.head, self.costs.verify), self.count * (self.limit + 1)
         self.tables = tuple(part.table(most) for part in parts)
         self.rate = max(1.0, self.gain()) * self._plain_rate()
-        share = accepted = 0.0
-        self.hopes = []
-        for theta, n in sorted(zip(self.theta, self.seen, strict=True), reverse=True):
-            share, accepted = share + n / seen, accepted + theta * n / seen
-            self.hopes.append((share, accepted))
+        self.best = sorted(((theta, n / seen) for theta, n in zip(self.theta, self.seen, strict=True)), reverse=True)
 
     def _plain_rate(self) -> float:
         """B / C(0): tokens per second without drafts; 0 before the first times."""
         shallow, _, verify = self.tables
-        seconds = shallow[self.count] + verify[self.count] + self.costs.rest.table(self.count)[self.count]
+        seconds = shallow[self.count] + verify[self.count]
         return self.count / seconds if seconds > 0 else 0.0
 
     def gain(self) -> float:

@@ -165,7 +165,7 @@ def learned(seed: int) -> BatchThompson:
     controller.plans = {n: [] for n in range(4)}
     for rows, seconds in ((1, 6.0), (3, 7.0), (6, 9.0), (12, 20.0)):
         controller.costs.verify.add(rows, seconds, 0)
-    for part in (controller.costs.shallow, controller.costs.head, controller.costs.rest):
+    for part in (controller.costs.shallow, controller.costs.head):
         part.add(1, 0.2, 0)
     return controller
 
