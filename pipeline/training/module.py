@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..config import Config
 from ..errors import UserError
+from ..inference.exit_head import LAYER, HeadSpec
 from .acceptance import acceptance_lengths
 from .checkpoints import FORMAT
 from .dataloader import StepBatches, passes, validation_batches
@@ -67,6 +68,7 @@ class Distillation(lightning.LightningModule):
         validation: Packed,
         cached_teacher: CachedTeacher | None = None,
         draft_ids_W: Tensor | None = None,
+        spec: HeadSpec = LAYER,
     ):
         super().__init__()
         self.automatic_optimization = False  # a Lightning batch is an optimizer step, of one pass or several
@@ -76,6 +78,8 @@ class Distillation(lightning.LightningModule):
         """The teacher's hidden states of any sequence; only with distill.teacher=cached."""
         self.draft_ids_W = draft_ids_W
         """The tokens that the heads shall draft; None: all."""
+        self.spec = spec
+        """What kind of layer the heads are."""
         self.names = [f"exit-{n}" for n in config.distill.exit_layers]
         self.step_model: StepModel | None = None
         self.losses: dict[str, float] = {}
@@ -127,6 +131,7 @@ class Distillation(lightning.LightningModule):
             c.distill.exit_layers,
             c.distill.init,
             c.seed,
+            self.spec,
             layers=c.distill.teacher == "online",
         )
         ids_W = None if self.draft_ids_W is None else self.draft_ids_W.to(self.device)
