@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from family_cases import GENERIC
+from family_cases import DENSE_WHOLE, GENERIC, MIXTURES, WHOLE
 from helpers import make_run, tiny_backbone, tiny_reader_of_images
 from omegaconf import OmegaConf
 
 from pipeline.cli import main
 from pipeline.config import to_dict
 
-MIXTURES = ("qwen3_moe", "gpt_oss")
 USE = """
 import sys
 import torch
@@ -39,7 +38,7 @@ def check_use(cwd: Path, *folders: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["online", "cached"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", DENSE_WHOLE)
 def test_a_dense_head_goes_the_whole_way(tmp_path, capsys, family: str, teacher: str) -> None:
     """It is trained, evaluated, published and used by a process with only torch and transformers; no draft model."""
     folder = tiny_backbone(tmp_path, family, sharpness=4.0, **GENERIC[family])
@@ -72,7 +71,7 @@ def test_a_model_that_reads_images_too_goes_the_whole_way(tmp_path, capsys) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma3_text", "granite", "smollm3", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", WHOLE)
 def test_from_generate_to_a_published_head(tmp_path, capsys, family: str) -> None:
     folder = tiny_backbone(tmp_path, family, sharpness=4.0, **GENERIC[family])
     run = make_run(

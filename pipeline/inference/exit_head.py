@@ -51,9 +51,10 @@ class HeadSpec:
         """The head's module, on the device of torch's context, with weights that mean nothing yet. layer: the class of
         the backbone's last layer.
 
-        It keeps the last layer's layer_idx, by which configs look up the layer's type. Raises ValueError as `of` does.
+        It keeps the last layer's layer_idx, by which configs look up the layer's type. It is in evaluation mode, as
+        some families drop attention at random otherwise. Raises ValueError as `of` does.
         """
-        made = layer(config, layer_idx=config.num_hidden_layers - 1)
+        made = layer(config, layer_idx=config.num_hidden_layers - 1).eval()
         return made if self.kind == "layer" else with_dense_mlp(made, config, self.width)
 
 

@@ -4,6 +4,7 @@ Takes a config of transformers, or the facts of well-known backbones in architec
 counts of parameters. What machines hold and compute is in memory.py and work.py.
 """
 
+import contextlib
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from ..inference import layers
 from ..inference.dense_mlp import experts_per_token
-from ..inference.exit_head import LAYER, HeadSpec
+from ..inference.exit_head import LAYER, HeadSpec, experts_of
 from ..inference.families import FAMILIES
 
 Shape = tuple[int, ...]
@@ -36,6 +37,7 @@ class Architecture:
     layers: int
     hidden: int
     ffn: int
+    """F: width of the MLP that computes one token."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -72,7 +74,7 @@ class Architecture:
             source=source,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            ffn=config.intermediate_size,
+            ffn=own.pop("ffn", config.intermediate_size),
             heads=shape.heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
@@ -101,7 +103,10 @@ class Architecture:
             model = AutoModelForCausalLM.from_config(config)
             exit_head = head.build(type(model.model.layers[-1]), config)
         own = tuple(tuple(tuple(w.shape) for w in layer.parameters()) for layer in model.model.layers)
-        return {
+        width = {}
+        with contextlib.suppress(ValueError):  # no mixture of experts, or one that is not known
+            width = {"ffn": experts_of(config).width}
+        return width | {
             "own_layers": own,
             "experts": next((shape[0] for shape in own[-1] if len(shape) == 3), 0),
             "experts_per_token": experts_per_token(config),
@@ -174,13 +179,22 @@ class Architecture:
 
     def read(self, rows: int = 1) -> float:
         """Parameters of a layer that a pass of so many rows reads: P, or in a mixture of experts those that all rows
-        share and E (1 - (1 - k/E)^rows) experts, as many as `rows` independent choices of k experts reach."""
+        share and the experts that the rows reach."""
         one = sum(prod(self._of_token(shape)) for shape in self.layer_shapes)
         if one == self.layer:
             return self.layer
-        share = self.experts_per_token / self.experts
         expert = (self.layer - one) / (self.experts - self.experts_per_token)
-        return one + expert * self.experts * (1 - (1 - share) ** rows - share)
+        return one + expert * (self.reached(rows) - self.experts_per_token)
+
+    def reached(self, rows: int) -> float:
+        """E (1 - (1 - k/E)^rows): how many different experts `rows` independent choices of k of E reach on average
+        (MoESD, arXiv 2505.19645)."""
+        return self.experts * (1 - (1 - self.experts_per_token / self.experts) ** rows)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether one token is computed by some of the experts only."""
+        return 0 < self.experts_per_token < self.experts
 
     @property
     def embedding(self) -> int:

@@ -104,6 +104,13 @@ def costs_by_weight(a: Architecture, exit_layer: int, draft_vocabulary: int) -> 
     }
 
 
+def target_efficiency(a: Architecture, exit_layer: int, rows: int) -> float:
+    """The cost of verifying one token over that of `rows`, as MoESD (arXiv 2505.19645) defines it: 1 if further tokens
+    are free. Drafting pays only as far as acceptance outweighs it."""
+    one, wide = ((a.layers - exit_layer) * a.read(m) + a.embedding for m in (1, rows))
+    return one / wide
+
+
 def speedups(costs: dict[str, Any], rates: list[float]) -> dict[int, float]:
     """K -> predicted speedup with fixed K, for each K of DRAFTS."""
     lasting = [*rates, *[rates[-1]] * len(DRAFTS)]

@@ -9,8 +9,6 @@ W tokens of the draft vocabulary.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -254,7 +252,7 @@ class Distillation(lightning.LightningModule):
         measured = FIGURES if self.draft_ids_W is None else (*FIGURES, LOST)
         sums = torch.zeros(len(measured), len(names), dtype=torch.float64, device=self.device)
         batches = validation_batches(len(packed), self._sequences_per_pass(), self.global_rank, self.trainer.world_size)
-        with self._evaluating():
+        with resharded(self.step_model):
             for indices in batches:
                 batch = {name: value.to(self.device) for name, value in packed[indices].items()}
                 inputs = (batch["ids_BT"], batch["positions_BT"], batch["mask_BT"])
@@ -289,16 +287,6 @@ class Distillation(lightning.LightningModule):
             return
         weights = whole_weights(self.step_model.heads[name])
         self.best[name] = {"step": step, "figures": figures, "weights": weights, "waited": 0}
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        assert self.step_model is not None
-        self.step_model.eval()
-        try:
-            with resharded(self.step_model):
-                yield
-        finally:
-            self.step_model.train()
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on each of them."""
