@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from pipeline.backbones.load import head_spec
-from pipeline.backbones.weight_files import WeightFiles
+from pipeline.backbones.weight_files import WeightFiles, fingerprint_of_files
 from pipeline.config import Backbone
 from pipeline.config import load as load_config
 from pipeline.errors import UserError
@@ -31,6 +31,7 @@ from pipeline.publishing import draft_model
 from pipeline.stages import distill
 from pipeline.training import dense_start, packing
 from pipeline.training.dataloader import StepBatches
+from pipeline.training.load_sharded import check_checkpoint
 from pipeline.training.module import learning_rate_at
 from pipeline.training.teacher import last_layer_arguments
 
@@ -108,6 +109,17 @@ def test_dense_heads_that_cannot_be_are_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"distill\.dense_width=64: distill\.head=layer is as wide"):
         load_config(None, ["distill.dense_width=64"])
     assert head_spec(load_config(None, []).distill, dense) == HeadSpec()
+
+
+def test_a_layer_without_experts_is_no_start(tmp_path) -> None:
+    """The first layers of glm4_moe are dense."""
+    folder = mixture(tmp_path, "glm4_moe")
+    backbone = Backbone(str(folder), dtype="float32")
+    spec = HeadSpec.of("dense", 0, AutoConfig.from_pretrained(folder))
+    for exit_layers, init in (([2], "layer"), ([1, 2], "last")):
+        check_checkpoint(backbone, fingerprint_of_files(backbone), exit_layers, init, spec)
+    with pytest.raises(UserError, match=r"distill\.init=layer: layer 1 has no experts to start from"):
+        check_checkpoint(backbone, fingerprint_of_files(backbone), [1, 2], "layer", spec)
 
 
 # ---- training
