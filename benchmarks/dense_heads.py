@@ -80,6 +80,30 @@ def train_backbone(a: argparse.Namespace, tokenizer: Any, stream: Tensor) -> Non
     tokenizer.save_pretrained(a.folder)
 
 
+# ---- how many experts a pass of several tokens reads
+
+
+def reached(model: Any, ids_BT: Tensor) -> list[tuple[int, float, float]]:
+    """(m, different experts that m consecutive tokens of a text reach, the same by independent choices): means over
+    places and layers."""
+    chosen: list[Tensor] = []
+    gates = [layer.mlp.gate for layer in model.model.layers]
+    hooks = [gate.register_forward_hook(lambda _, args, out: chosen.append(out[2])) for gate in gates]
+    with torch.no_grad():
+        model.model(ids_BT, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    experts = gates[0].num_experts
+    hits_LBTE = torch.stack([torch.zeros(c.shape[0], experts).scatter_(1, c, 1.0) for c in chosen])
+    hits_LBTE = hits_LBTE.view(len(chosen), *ids_BT.shape, experts)
+    share = chosen[0].shape[1] / experts
+    rows = []
+    for m in (1, 2, 3, 5, 9):
+        found = hits_LBTE.unfold(2, m, 1).amax(-1).sum(-1).mean().item()
+        rows.append((m, found, experts * (1 - (1 - share) ** m)))
+    return rows
+
+
 # ---- what a dense MLP starts from
 
 
@@ -302,6 +326,8 @@ def main() -> None:
         train_backbone(a, tokenizer, stream)
     model = AutoModelForCausalLM.from_pretrained(a.folder, dtype=torch.float32).requires_grad_(False).eval()
     block = Block(model, batch_of(stream, 0, 8192, 99)[:, :-1])
+    for m, reaching, expected in reached(model, batch_of(held_out, 0, 8192, 98)[:, :-1]):
+        print(f"tokens in a row: {m} reach {reaching:.2f} of the experts of a layer, {expected:.2f} if independent")
     print("mean weight of each expert of the last layer:", [round(x, 3) for x in block.share_E.tolist()])
     runs = []
     for seed in range(a.seeds):
