@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from pipeline.backbones.load import head_spec
 from pipeline.backbones.weight_files import WeightFiles, fingerprint_of_files
+from pipeline.cli import main
 from pipeline.config import Backbone
 from pipeline.config import load as load_config
 from pipeline.errors import UserError
@@ -109,6 +110,14 @@ def test_dense_heads_that_cannot_be_are_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"distill\.dense_width=64: distill\.head=layer is as wide"):
         load_config(None, ["distill.dense_width=64"])
     assert head_spec(load_config(None, []).distill, dense) == HeadSpec()
+
+
+def test_they_are_refused_before_any_prompt_is_answered(tmp_path, capsys) -> None:
+    """And by plan: the pocket backbone is a Llama."""
+    for verb in ("run", "plan"):
+        assert main([verb, f"run.dir={tmp_path}", "wandb.mode=disabled", "distill.head=dense"]) == 2
+        assert "distill.head=dense: model_type=llama" in capsys.readouterr().err.replace("\n", " ")
+    assert not list(tmp_path.glob("*/responses"))
 
 
 def test_a_layer_without_experts_is_no_start(tmp_path) -> None:
