@@ -128,6 +128,8 @@ _RULES: dict[str, tuple[Any, str]] = {
     "machine.timeout": _ABOVE_ZERO,
     "distill.teacher": _one_of("online", "cached"),
     "distill.init": _one_of("last", "layer", "random"),
+    "distill.head": _one_of("layer", "dense"),
+    "distill.dense_width": _NOT_NEGATIVE,
     "distill.sequences_per_pass": _NOT_NEGATIVE,
     "distill.patience": _NOT_NEGATIVE,
     "distill.draft_vocabulary": (
@@ -202,6 +204,11 @@ def check(config: Any) -> None:
         raise UserError(
             f"distill.exit_layers=auto: distill.teacher={config.distill.teacher}; give distill.teacher=cached, as the "
             "pilot trains on the cache, or name the exit layers, such as distill.exit_layers=[2]"
+        )
+    if config.distill.dense_width and config.distill.head != "dense":
+        raise UserError(
+            f"distill.dense_width={config.distill.dense_width}: distill.head={config.distill.head} is as wide as the "
+            "backbone's layers; give distill.head=dense too, or take the width out"
         )
     _check_prompts("prompts", config.prompts)
     _check_prompts("evaluate.prompts", config.evaluate.prompts)

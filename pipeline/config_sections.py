@@ -193,6 +193,14 @@ class Distill:
     init: str = option(
         "last", "initial weights of a head: last (the backbone's last layer), layer (its layer N) or random"
     )
+    head: str = option(
+        "layer",
+        "what a head is: layer (a decoder layer as the backbone has them) or dense (of a mixture of experts: a layer "
+        "with a dense MLP in place of its experts)",
+    )
+    dense_width: int = option(
+        0, "distill.head=dense: width of the MLP; 0 = that of the experts which compute one token together"
+    )
     loss: list[str] = option(
         ["kl"],
         "terms of the loss, each NAME or WEIGHT*NAME, such as [kl, 0.1*ce]: kl (the backbone's whole distribution), ce "

@@ -1,5 +1,14 @@
-"""The model families that are tested through transformers' own layers, with config fields that bring out what each has
-of its own: windows shorter than the texts, layers without rotary embedding, multipliers, few experts."""
+"""The model families that are tested, and what is tested of each: docs/update_families.py makes a table of it.
+
+Those that run through transformers' own layers have config fields that bring out what each has of its own: windows
+shorter than the texts, layers without rotary embedding, multipliers, few experts."""
+
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+
+from pipeline.inference.families import FAMILIES
 
 WINDOW = {"sliding_window": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
@@ -40,9 +49,21 @@ GENERIC = {
                  "first_k_dense_replace": 1},
 }  # fmt: skip
 """model_type -> fields of its config besides those of `helpers.tiny_backbone`."""
+OWN = list(FAMILIES)
+"""Families that are computed here."""
+SHARDED = [*OWN, *GENERIC]
+"""Loaded shard by shard as transformers loads them."""
+PACKED = [*OWN, *GENERIC]
+"""Losses and gradients of packed texts are those of each text alone."""
+LAWS = [*OWN, *GENERIC]
+"""The loss is the KL divergence of the distributions that decoding drafts and verifies with."""
+WHOLE = ["gemma3_text", "granite", "smollm3", "qwen3_moe", "gpt_oss"]
+"""The whole road, from generate to a process with only torch and transformers."""
+MIXTURES = ["glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"]
+DENSE_WHOLE = ["qwen3_moe", "gpt_oss"]
+"""The whole road with a dense head."""
 REFUSED = {
     "deepseek_v3": "kv_lora_rank",
-    "gemma3": "its config has no num_hidden_layers",
     "gemma4_text": "rope_type=proportional",
     "gpt2": "has no model.embed_tokens",
     "gpt_neox": "has no model.embed_tokens",
@@ -54,3 +75,8 @@ REFUSED = {
     "qwen3_next": "without self_attn",
 }
 """model_type -> what the refusal says."""
+
+
+def slow_but(quick: Collection[str], families: Collection[str]) -> list[Any]:
+    """The families as parameters of a test, all but some marked as slow."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in families]

@@ -64,6 +64,33 @@ def tiny_backbone(tmp_path: Path, family: str = "llama", *, seed: int = 0, sharp
     return folder
 
 
+def tiny_reader_of_images(tmp_path: Path, sharpness: float = 4.0) -> Path:
+    """Save a random Gemma 3 that reads images too, its text part as small as `tiny_backbone`; returns the folder."""
+    tokenizer = byte_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+        "query_pre_attn_scalar": 12, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    places = {"image_token_index": 255, "boi_token_index": 253, "eoi_token_index": 254, "mm_tokens_per_image": 4}
+    ends = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, **places, **ends)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim > 1:
+                    weight.normal_(std=sharpness / 6 if "embed" in name else weight.shape[-1] ** -0.5)
+    folder = Path(tmp_path) / "tiny-gemma3"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def make_run(tmp_path: Path, *words: str):
     """A run folder `<tmp_path>/runs/t` on a tiny llama with peaked distributions; `words` are key=value settings.
 

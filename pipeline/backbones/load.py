@@ -12,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..config import Backbone, Machine
+from ..config import Backbone, Distill, Machine
 from ..errors import UserError
-from ..inference.exit_head import check_exit_layer
+from ..inference.exit_head import HeadSpec, check_exit_layer, experts_of
 from ..inference.families import family_of
+from ..inference.text_part import KEY_MAPPING, has_text_part
 from ..runs.anonymous import anonymous
 from .gguf_files import public_name_of_gguf
-from .source import explained, source_of
+from .source import explained, load_config, source_of, whole_config
 from .weight_files import check_weights
 
 SNAPSHOT = re.compile(r"models--(?P<repository>[^/]+)/snapshots/[^/]+")
@@ -70,11 +71,15 @@ def load_tokenizer(backbone: Backbone) -> Any:
 
 def load_model(backbone: Backbone, device: torch.device, device_map: str | None = None) -> Any:
     """The frozen backbone in `backbone.dtype`, in eval mode, on `device` or distributed by accelerate's `device_map`.
+    Of a model that reads images too only the text part is loaded.
 
     Raises UserError for a config or layers that are not supported and for weights that are damaged, incomplete or
     quantised.
     """
     check_weights(backbone)
+    text = (
+        {"config": load_config(backbone), "key_mapping": KEY_MAPPING} if has_text_part(whole_config(backbone)) else {}
+    )
     transformers_logging.disable_progress_bar()
     with explained(backbone):
         model = AutoModelForCausalLM.from_pretrained(
@@ -83,6 +88,7 @@ def load_model(backbone: Backbone, device: torch.device, device_map: str | None 
             trust_remote_code=backbone.trust_remote_code,
             dtype=getattr(torch, backbone.dtype),
             device_map=device_map,
+            **text,
         )
     model = model.requires_grad_(False).eval()
     model = model if device_map else model.to(device)
@@ -93,6 +99,23 @@ def load_model(backbone: Backbone, device: torch.device, device_map: str | None 
         except ValueError as error:
             raise UserError(f"backbone.name_or_path={backbone.name_or_path}: {error}") from None
     return model
+
+
+def head_spec(distill: Distill, config: Any) -> HeadSpec:
+    """What distill.head says of the exit heads of a backbone with this config, its width worked out.
+
+    Raises UserError for dense heads of a backbone that is no mixture of experts, or of a family of which they are not
+    known, and for ones that are wider than all experts of a layer, from which they start."""
+    try:
+        spec = HeadSpec.of(distill.head, distill.dense_width, config)
+    except ValueError as error:
+        raise UserError(f"distill.head={distill.head}: {error}. Set distill.head=layer") from None
+    if spec.kind == "dense" and spec.width > (widest := experts_of(config).widest):
+        raise UserError(
+            f"distill.dense_width={spec.width}: all experts of a layer together, from which the MLP starts, are "
+            f"{widest} wide; give at most that"
+        )
+    return spec
 
 
 def check_exit_layers(exit_layers: list[int], num_layers: int) -> None:

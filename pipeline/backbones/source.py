@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 from ..config import Backbone
 from ..errors import UserError, reason
 from ..inference.families import check_config
+from ..inference.text_part import text_config
 from ..pocket.paths import BUILT_IN
 from .damaged import AGAIN, damage_in
 from .gguf_files import checkpoint_of, gguf_of
@@ -67,23 +68,30 @@ def with_remedy(backbone: Backbone, damage: str) -> str:
     return f"the checkpoint that was made of it is damaged: {what}. Remove {source_of(backbone)}; it is made again"
 
 
-def load_config(backbone: Backbone, local: bool = False) -> Any:
-    """The checkpoint's config; `local` looks only on this machine.
-
-    Raises UserError if it cannot be read, and for a feature that the engine does not compute exactly (families.py).
-    """
+def whole_config(backbone: Backbone, local: bool = False) -> Any:
+    """The checkpoint's config as transformers reads it; `local` looks only on this machine. Raises UserError if it
+    cannot be read."""
     with explained(backbone):
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             source_of(backbone),
             revision=backbone.revision,
             trust_remote_code=backbone.trust_remote_code,
             local_files_only=local,
         )
+
+
+def load_config(backbone: Backbone, local: bool = False) -> Any:
+    """The checkpoint's config, of one that reads images too that of its text part; `local` looks only on this machine.
+
+    Raises UserError if it cannot be read, and for a feature that the engine does not compute exactly (families.py).
+    """
+    config = whole_config(backbone, local)
+    custom = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    config = text_config(config)
     try:
         check_config(config)
     except ValueError as error:
         raise UserError(f"backbone.name_or_path={backbone.name_or_path}: {error}") from None
-    custom = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     if custom and backbone.trust_remote_code:
         raise UserError(
             f"backbone.trust_remote_code=true: {backbone.name_or_path} brings a model class of its own ({custom}), and "

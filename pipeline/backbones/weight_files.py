@@ -18,6 +18,7 @@ from transformers.utils import cached_file
 from ..config import Backbone
 from ..errors import UserError
 from ..inference.fingerprint import fingerprint_of
+from ..inference.text_part import stored_names
 from .damaged import what_is_wrong
 from .experts import JoinedExperts, stored_experts, stored_name
 from .source import explained, load_config, source_of, with_remedy
@@ -81,10 +82,15 @@ class WeightFiles:
         As in from_pretrained, an LM head that is in the files is used whatever `config.tie_word_embeddings` says. A
         tied tensor that is stored once may have either of its two names.
         """
-        parameter = stored_name(parameter, self.names)
         other = {LM_HEAD: EMBEDDING, EMBEDDING: LM_HEAD}.get(parameter)
-        tied = other is not None and config.tie_word_embeddings and parameter not in self.names and other in self.names
-        return other if tied and other is not None else parameter
+        own, others = self._stored_name(parameter), self._stored_name(other) if other else None
+        tied = others is not None and config.tie_word_embeddings and own not in self.names and others in self.names
+        return others if tied and others is not None else own
+
+    def _stored_name(self, parameter: str) -> str:
+        """The tensor of a parameter, or the parameter's own name if the files have none for it."""
+        candidates = [parameter, stored_name(parameter, self.names), *stored_names(parameter)]
+        return next((name for name in candidates if name in self.names), parameter)
 
     def ties_embeddings(self, config: Any) -> bool:
         """Whether LM head and embedding are one tensor, by config and files together; where the config says so and the

@@ -93,7 +93,7 @@ class SplitBackbone:
         self.max_context = sys.maxsize if beyond_context else config.max_position_embeddings
         last = model.model.layers[-1]
         with torch.device("meta"):  # initialising weights would advance the user's random state
-            exit_layer = type(last)(config, layer_idx=self.num_layers - 1).requires_grad_(False)
+            exit_layer = head.spec.build(type(last), config).requires_grad_(False)
         try:
             kept = {name: x for name, x in persistent_buffers(last).items() if name in exit_layer.state_dict()}
             exit_layer.load_state_dict(kept | head.weights, assign=True)

@@ -31,6 +31,7 @@ from .origin import HEAD, REVISION
 from .processors import check_stateless, for_row
 from .rounds import Controller
 from .sampling import Sampler
+from .text_part import text_model
 
 
 class AnotherBackbone(UserWarning):
@@ -73,6 +74,11 @@ def generate(
     state.
     """
     kwargs.pop("use_model_defaults", None)
+    given, model = model, text_model(model)
+    if model is not given:  # a processor of images and text gives them for text alone too
+        kinds = kwargs.pop("token_type_ids", None)
+        if kinds is not None and bool(torch.as_tensor(kinds).any()):
+            raise ValueError("token_type_ids: they mark images, and only text is decoded here")
     fetching = {key: kwargs.pop(key) for key in FETCHING if key in kwargs}
     source = exit_head or _source(_named_by_caller())
     if exit_head is None and revision is None:

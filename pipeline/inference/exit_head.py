@@ -1,7 +1,8 @@
 """An exit head: one decoder layer of the backbone's own class, whose input is the hidden state after layer N.
 
-Reads and writes a folder of two files: config.json (N, and the backbone that the head was trained for) and
-model.safetensors (the layer's weights under the layer's own names, and `draft_ids` if the head has a draft vocabulary).
+Reads and writes a folder of two files: config.json (N, what kind of layer it is, and the backbone that the head was
+trained for) and model.safetensors (the layer's weights under the layer's own names, and `draft_ids` if the head has a
+draft vocabulary). In a mixture of experts the layer may have a dense MLP in place of its experts (dense_mlp.py).
 The backbone's final norm and LM head turn the layer's output into draft logits; with a draft vocabulary, only the rows
 of the LM head of its W tokens do (law.py).
 """
@@ -10,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,52 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .dense_mlp import Block, block_of, with_dense_mlp
 from .fingerprint import fingerprint
+from .generic_configs import skeleton
 
-SCHEMA = 2
-READABLE = (1, SCHEMA)
-"""Heads of schema 1 have no draft vocabulary."""
+SCHEMA = 3
+READABLE = (1, 2, SCHEMA)
+"""Heads of schema 1 have no draft vocabulary, those of schema 2 no kind: they are layers of the backbone's class."""
 DRAFT_IDS = "draft_ids"
+KINDS = ("layer", "dense")
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What kind of layer an exit head is."""
+
+    kind: str = "layer"
+    """layer: an unchanged decoder layer of the backbone's class. dense: with a dense MLP in place of its experts."""
+    width: int = 0
+    """F of the dense MLP; 0 in a layer."""
+
+    @classmethod
+    def of(cls, kind: str, width: int, config: Any) -> "HeadSpec":
+        """The spec of a head of this kind for the backbone of a config. Width 0 is that of the MLP that computes one
+        token there. Raises ValueError for a dense head of a backbone that has no experts, or whose family is not in
+        `dense_mlp.FAMILIES`."""
+        return cls() if kind == "layer" else cls(kind, width or experts_of(config).width)
+
+    def build(self, layer: Any, config: Any) -> Any:
+        """The head's module, on the device of torch's context, with weights that mean nothing yet. layer: the class of
+        the backbone's last layer.
+
+        It keeps the last layer's layer_idx, by which configs look up the layer's type. It is in evaluation mode, as
+        some families drop attention at random otherwise. Raises ValueError as `of` does.
+        """
+        made = layer(config, layer_idx=config.num_hidden_layers - 1).eval()
+        return made if self.kind == "layer" else with_dense_mlp(made, config, self.width)
+
+
+def experts_of(config: Any) -> Block:
+    """Where the last layer of the backbone of a config has its experts. Raises ValueError as `block_of` does."""
+    with torch.device("meta"):
+        return block_of(LAYER.build(type(skeleton(config).model.layers[-1]), config), config)
+
+
+LAYER = HeadSpec()
+"""The kind of every head that says nothing else."""
 
 
 @dataclass
@@ -41,6 +82,7 @@ class ExitHead:
     """Name in the decoder layer (`self_attn.q_proj.weight`, ...) -> tensor."""
     draft_ids_W: Tensor | None = None
     """Ids of the tokens that the head can draft, ascending, int64; None: every token."""
+    spec: HeadSpec = LAYER
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors into an existing or new folder."""
@@ -54,6 +96,7 @@ class ExitHead:
             "schema": SCHEMA,
             "exit_layer": self.exit_layer,
             "num_layers": self.num_layers,
+            "head": asdict(self.spec),
             "backbone": self.backbone,
             "draft_vocabulary": 0 if self.draft_ids_W is None else len(self.draft_ids_W),
             "sha256": _sha256(folder / "model.safetensors"),
@@ -96,7 +139,8 @@ class ExitHead:
             )
         ids_W = None if ids_W is None else ids_W.long()
         try:
-            return cls(config["exit_layer"], config["num_layers"], config["backbone"], weights, ids_W)
+            kind = _spec_of(config.get("head", {}), folder)
+            return cls(config["exit_layer"], config["num_layers"], config["backbone"], weights, ids_W, kind)
         except KeyError as error:
             raise ValueError(f"{folder}/config.json: {error} is missing: get the head anew") from None
 
@@ -108,6 +152,20 @@ class ExitHead:
                 f"this exit head belongs to {self.backbone['name']} (fingerprint {self.backbone['fingerprint'][:12]}), "
                 f"the backbone given has fingerprint {found[:12]}: load the backbone it was trained for"
             )
+
+
+def _spec_of(fields: Any, folder: Path) -> HeadSpec:
+    """The spec that config.json holds; without one, that of a layer. Raises ValueError for another kind."""
+    try:
+        spec = HeadSpec(**fields)
+    except TypeError:  # no object, or one with other fields
+        spec = None
+    if spec is None or spec.kind not in KINDS:
+        raise ValueError(
+            f"{folder}/config.json: head={fields}: the kinds {' and '.join(KINDS)} are known here; install a newer "
+            "version of exit-heads"
+        )
+    return spec
 
 
 def _sha256(path: Path) -> str:
@@ -134,9 +192,9 @@ def new_exit_layer(model: nn.Module) -> nn.Module:
     """A copy of the backbone's last decoder layer in float32, from which training of a head starts.
 
     Of all choices in training, starting from the last layer gains the most: its output already fits the final norm and
-    the LM head. It keeps the last layer's layer_idx, by which Qwen configs look up the layer's type.
+    the LM head.
     """
     last = model.model.layers[-1]
-    layer = type(last)(model.config, layer_idx=model.config.num_hidden_layers - 1)
+    layer = HeadSpec().build(type(last), model.config)
     layer.load_state_dict(last.state_dict())
     return layer.float()

@@ -4,6 +4,7 @@ Takes a config of transformers, or the facts of well-known backbones in architec
 counts of parameters. What machines hold and compute is in memory.py and work.py.
 """
 
+import contextlib
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import prod
@@ -15,11 +16,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from ..inference import layers
+from ..inference.dense_mlp import experts_per_token
+from ..inference.exit_head import LAYER, HeadSpec, experts_of
 from ..inference.families import FAMILIES
 
 Shape = tuple[int, ...]
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-"""Fields of configs of mixtures of experts, one of them in each."""
 
 WORTH_CUTTING = 16_384
 """Vocabularies below this are drafted whole by default: their LM heads cost little."""
@@ -36,6 +37,7 @@ class Architecture:
     layers: int
     hidden: int
     ffn: int
+    """F: width of the MLP that computes one token."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -54,20 +56,25 @@ class Architecture:
     """E: experts of a layer, in a mixture of experts. The tensors of own_layers that hold them have E rows and three
     dimensions."""
     experts_per_token: int = 0
+    dense_head: tuple[Shape, ...] = ()
+    """Shapes of an exit head's parameters where it has a dense MLP in place of experts; else it is a layer."""
+    dense_width: int = 0
+    """Width of that MLP."""
     scores: bool = False
     """Whether attention holds its scores, as it does in families for which transformers has no fused kernel."""
 
     @classmethod
-    def of(cls, name: str, source: str, config: Any) -> "Architecture":
-        """The architecture of a transformers config that inference/families.py accepts."""
+    def of(cls, name: str, source: str, config: Any, head: HeadSpec = LAYER) -> "Architecture":
+        """The architecture of a transformers config that inference/families.py accepts, with exit heads as `head` says
+        (a dense one has its width)."""
         shape = layers.Shape.of(config)
-        own = cls._own(config) if config.model_type not in FAMILIES else cls._by_formulas(config)
+        own = cls._own(config, head) if config.model_type not in FAMILIES else cls._by_formulas(config)
         return cls(
             name=name,
             source=source,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            ffn=config.intermediate_size,
+            ffn=own.pop("ffn", config.intermediate_size),
             heads=shape.heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
@@ -90,16 +97,21 @@ class Architecture:
         return {"biases": biases, "qk_norm": config.model_type == "qwen3"}
 
     @staticmethod
-    def _own(config: Any) -> dict[str, Any]:
+    def _own(config: Any, head: HeadSpec) -> dict[str, Any]:
         """Fields of any other family, from the model that transformers makes of the config on the meta device."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+            exit_head = head.build(type(model.model.layers[-1]), config)
         own = tuple(tuple(tuple(w.shape) for w in layer.parameters()) for layer in model.model.layers)
-        chosen = [getattr(config, field, None) for field in EXPERTS_PER_TOKEN]
-        return {
+        width = {}
+        with contextlib.suppress(ValueError):  # no mixture of experts, or one that is not known
+            width = {"ffn": experts_of(config).width}
+        return width | {
             "own_layers": own,
             "experts": next((shape[0] for shape in own[-1] if len(shape) == 3), 0),
-            "experts_per_token": next(filter(None, chosen), 0),
+            "experts_per_token": experts_per_token(config),
+            "dense_head": tuple(tuple(w.shape) for w in exit_head.parameters()) if head.kind == "dense" else (),
+            "dense_width": head.width,
             "scores": not model._supports_sdpa,
         }
 
@@ -115,7 +127,7 @@ class Architecture:
 
     @cached_property
     def matrices(self) -> list[Shape]:
-        """Shapes of a layer's matrices; an exit head has the same. Of experts, those of one token."""
+        """Shapes of a layer's matrices. Of experts, those of one token."""
         if self.own_layers:
             return [self._of_token(shape) for shape in self.layer_shapes if len(shape) > 1]
         d, f = self.hidden, self.ffn
@@ -123,7 +135,7 @@ class Architecture:
 
     @cached_property
     def layer_shapes(self) -> list[Shape]:
-        """Shapes of all parameters of the last layer, and so of an exit head; with formulas all layers are alike."""
+        """Shapes of all parameters of the last layer; with formulas all layers are alike."""
         if self.own_layers:
             return list(self.own_layers[-1])
         names = ("q", "k", "v", "o", "gate", "up", "down")
@@ -136,19 +148,53 @@ class Architecture:
         """P: parameters of a layer."""
         return sum(map(prod, self.layer_shapes))
 
+    @property
+    def head_shapes(self) -> list[Shape]:
+        """Shapes of all parameters of an exit head."""
+        return list(self.dense_head) or self.layer_shapes
+
+    @property
+    def head(self) -> int:
+        """P': parameters of an exit head; P where it is a layer."""
+        return sum(map(prod, self.head_shapes))
+
+    @property
+    def head_matrices(self) -> int:
+        """Numbers in the matrices of an exit head by which one token is multiplied."""
+        return sum(map(prod, (s for s in self.dense_head if len(s) > 1) if self.dense_head else self.matrices))
+
+    @property
+    def head_read(self) -> float:
+        """Parameters of an exit head that a pass of one row reads."""
+        return self.head if self.dense_head else self.read()
+
+    @property
+    def head_ffn(self) -> int:
+        """Width of the MLP of an exit head."""
+        return self.dense_width or self.ffn
+
     def _of_token(self, shape: Shape) -> Shape:
         is_of_experts = len(shape) == 3 and self.experts and shape[0] == self.experts
         return (self.experts_per_token, *shape[1:]) if is_of_experts else shape
 
     def read(self, rows: int = 1) -> float:
         """Parameters of a layer that a pass of so many rows reads: P, or in a mixture of experts those that all rows
-        share and E (1 - (1 - k/E)^rows) experts, as many as `rows` independent choices of k experts reach."""
+        share and the experts that the rows reach."""
         one = sum(prod(self._of_token(shape)) for shape in self.layer_shapes)
         if one == self.layer:
             return self.layer
-        share = self.experts_per_token / self.experts
         expert = (self.layer - one) / (self.experts - self.experts_per_token)
-        return one + expert * self.experts * (1 - (1 - share) ** rows - share)
+        return one + expert * (self.reached(rows) - self.experts_per_token)
+
+    def reached(self, rows: int) -> float:
+        """E (1 - (1 - k/E)^rows): how many different experts `rows` independent choices of k of E reach on average
+        (MoESD, arXiv 2505.19645)."""
+        return self.experts * (1 - (1 - self.experts_per_token / self.experts) ** rows)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether one token is computed by some of the experts only."""
+        return 0 < self.experts_per_token < self.experts
 
     @property
     def embedding(self) -> int:

@@ -108,7 +108,19 @@ def verdicts(plan: Plan) -> list[str]:
     if storage.set_tokens(plan.config) is None:
         lines.append("generate.num_prompts=0, all: how many is not known before they are read, so generate's time and "
                      "whatever grows with the responses are left out")  # fmt: skip
-    return lines + [_verdict(p, plan.config.publish.min_speedup) for p in plan.predictions]
+    return lines + _experts(plan) + [_verdict(p, plan.config.publish.min_speedup) for p in plan.predictions]
+
+
+def _experts(plan: Plan) -> list[str]:
+    """Why drafts cost more in a mixture of experts than elsewhere; [] of other backbones."""
+    a, rows = plan.architecture, 5
+    if not a.is_mixture:
+        return []
+    efficiency = gain.target_efficiency(a, plan.config.distill.exit_layers[0], rows)
+    return [
+        f"{rows} tokens in a pass read {a.reached(rows):.0f} of {a.experts} experts, one reads {a.experts_per_token}: "
+        f"verifying 4 drafts costs {1 / efficiency:.1f} times as much as one token (target efficiency {efficiency:.2f})"
+    ]
 
 
 def _memory_verdicts(plan: Plan) -> list[str]:

@@ -89,19 +89,26 @@ class Prediction:
 def costs_by_weight(a: Architecture, exit_layer: int, draft_vocabulary: int) -> dict[str, Any]:
     """Costs of a round if a pass takes as long as reading its weights, however many tokens it computes.
 
-    An autoregressive token reads L P + V D weights, the shallow layers N P, the head P + W D, and verification
-    (L - N) P + V D, where W is the size of the draft vocabulary, V without one. In a mixture of experts P is what the
-    rows of the pass read, so that wider verifications take longer.
+    An autoregressive token reads L P + V D weights, the shallow layers N P, the head P' + W D, and verification
+    (L - N) P + V D, where W is the size of the draft vocabulary, V without one, and P' = P where the head is a layer.
+    In a mixture of experts P is what the rows of the pass read, so that wider verifications take longer.
     """
     one = a.read()
     whole = a.layers * one + a.embedding
     widths = range(1, max(DRAFTS) + 2) if one < a.layer else [1]
     return {
         "shallow": exit_layer * one / whole,
-        "head": (one + draft_vocabulary * a.hidden) / whole,
+        "head": (a.head_read + draft_vocabulary * a.hidden) / whole,
         "verify": {m: ((a.layers - exit_layer) * a.read(m) + a.embedding) / whole for m in widths},
         "rest": ROUND,
     }
+
+
+def target_efficiency(a: Architecture, exit_layer: int, rows: int) -> float:
+    """The cost of verifying one token over that of `rows`, as MoESD (arXiv 2505.19645) defines it: 1 if further tokens
+    are free. Drafting pays only as far as acceptance outweighs it."""
+    one, wide = ((a.layers - exit_layer) * a.read(m) + a.embedding for m in (1, rows))
+    return one / wide
 
 
 def speedups(costs: dict[str, Any], rates: list[float]) -> dict[int, float]:

@@ -72,14 +72,14 @@ def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
     n = sequences * d.sequence_length
     units = a.units[-2:] if d.teacher == "cached" else a.units  # then only LM head and final norm
     held = sum(share(unit, degree) for unit in units)
-    largest = max(sum(map(prod, unit)) for unit in [*units, a.layer_shapes])
+    largest = max(sum(map(prod, unit)) for unit in [*units, a.head_shapes])
     states = n * a.hidden
     activations = saved(a, config, sequences)
     buffers = 2 * largest * w if degree > 1 else 0
     kept = [
         Row("backbone, this GPU's share", held * w, f"{giga(held * degree)} x {w} B / {degree}"),
-        Row("heads: weight, gradient, two moments", heads * share(a.layer_shapes, degree) * 16,
-            f"{heads} x {giga(a.layer)} x 16 B / {degree}"),
+        Row("heads: weight, gradient, two moments", heads * share(a.head_shapes, degree) * 16,
+            f"{heads} x {giga(a.head)} x 16 B / {degree}"),
         Row("gather buffers", buffers, f"2 x {giga(largest)} x {w} B: the largest unit and the next"),
     ]  # fmt: skip
     hidden = Row("hidden states of the teacher", (heads + 1) * states * w, f"{heads + 1} x {n} x {a.hidden} x {w} B")
@@ -93,7 +93,7 @@ def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
     def of_heads(count: int, gradients: int) -> list[Row]:
         """Memory that `count` heads hold between their forward and backward passes."""
         return [
-            Row("heads, whole", count * a.layer * w, f"{count} x {giga(a.layer)} x {w} B"),
+            Row("heads, whole", count * a.head * w, f"{count} x {giga(a.head)} x {w} B"),
             Row("heads, activations", count * activations, f"{count} x {n} x {activations / n / 1000:.0f} kB"),
             Row("heads, final hidden states", count * states * ((1 + gradients) * w + 4),
                 f"{count} x {n} x {a.hidden} x ({1 + gradients} x {w} + 4) B"),
@@ -119,7 +119,7 @@ def distill(a: Architecture, config: Config, layout: Layout) -> Memory:
         "gradient of a head": [
             hidden,
             *of_heads(heads - 1, gradients=2),
-            Row("gradient, whole, twice", a.layer * (w + 4), f"{giga(a.layer)} x ({w} + 4) B: as computed, as summed"),
+            Row("gradient, whole, twice", a.head * (w + 4), f"{giga(a.head)} x ({w} + 4) B: as computed, as summed"),
         ],
     }  # fmt: skip
     if d.teacher == "cached":
@@ -135,7 +135,7 @@ def saved(a: Architecture, config: Config, sequences: int) -> float:
     adds its attention mask; where attention is not fused, also its scores after the softmax, in float32 and in w.
     """
     length, w = config.distill.sequence_length, weight_bytes(config)
-    token = w * 4 * (a.ffn + a.query + a.hidden) + 4 * a.hidden
+    token = w * 4 * (a.head_ffn + a.query + a.hidden) + 4 * a.hidden
     if a.qk_norm:
         token += (w + 4) * (a.query + a.key)
     scores = a.heads * (w + 4) if a.scores else 0
@@ -180,7 +180,7 @@ def generate(a: Architecture, config: Config) -> list[Row]:
     prompt = prompt_tokens(config)
     rows = [_weights(a, w), _cache(a, batch, prompt + g.max_new_tokens, w)]
     if g.engine == "speculative":
-        rows.append(Row("exit head", a.layer * w, f"{giga(a.layer)} x {w} B"))
+        rows.append(Row("exit head", a.head * w, f"{giga(a.head)} x {w} B"))
     return [*rows, _prefill(a, batch * prompt, w)]
 
 
@@ -194,7 +194,7 @@ def evaluate(a: Architecture, config: Config) -> list[Row]:
     prompt, rows, each = prompt_tokens(config), min(CHUNK, new), proof_bytes(config)
     return [
         _weights(a, w),
-        Row("exit heads", heads * a.layer * w, f"{heads} x {giga(a.layer)} x {w} B"),
+        Row("exit heads", heads * a.head * w, f"{heads} x {giga(a.head)} x {w} B"),
         _cache(a, 1, prompt + new, w, extra_layers=1),
         Row("distributions, to prove losslessness", rows * a.vocabulary * each, f"{rows} x {a.vocabulary} x {each} B"),
         _prefill(a, prompt + new, w),

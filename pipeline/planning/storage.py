@@ -31,8 +31,8 @@ def host(a: Architecture, config: Config, layout: Layout) -> list[Row]:
     processes, heads = min(layout.per_node, layout.processes), len(config.distill.exit_layers)
     rows = [
         Row("processes", processes * PROCESS, f"{processes} x 3 GiB, assumed; weights go from the file to the GPU"),
-        Row("best weights of each head", heads * a.layer * 4, f"{heads} x {giga(a.layer)} x 4 B"),
-        Row("a checkpoint, gathered", heads * a.layer * 12, f"{heads} x {giga(a.layer)} x 12 B"),
+        Row("best weights of each head", heads * a.head * 4, f"{heads} x {giga(a.head)} x 4 B"),
+        Row("a checkpoint, gathered", heads * a.head * 12, f"{heads} x {giga(a.head)} x 12 B"),
     ]  # fmt: skip
     if tokens := set_tokens(config):
         size = processes * tokens * (LISTED + PACKED)
@@ -45,8 +45,8 @@ def disk(a: Architecture, config: Config) -> list[Row]:
     w, heads = weight_bytes(config), len(config.distill.exit_layers)
     rows = [
         Row("backbone's files", a.parameters * 2, f"{giga(a.parameters)} x 2 B, as published"),
-        Row("checkpoints", CHECKPOINTS * heads * a.layer * 16, f"{CHECKPOINTS} x {heads} x {giga(a.layer)} x 16 B"),
-        Row("heads, and the published one", (heads + 1) * a.layer * 4, f"{heads + 1} x {giga(a.layer)} x 4 B"),
+        Row("checkpoints", CHECKPOINTS * heads * a.head * 16, f"{CHECKPOINTS} x {heads} x {giga(a.head)} x 16 B"),
+        Row("heads, and the published one", (heads + 1) * a.head * 4, f"{heads + 1} x {giga(a.head)} x 4 B"),
     ]
     if tokens := set_tokens(config):
         rows.append(Row("responses", tokens * STORED, f"{giga(tokens)} x {STORED} B"))

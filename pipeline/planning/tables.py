@@ -17,6 +17,9 @@ from .gain import DRAFTS, TARGETS, Prediction
 from .hardware import BANDWIDTH_SHARE, LINK_SHARE, MARGIN
 from .memory import GIB, Row, giga
 
+ROWS = (1, 2, 3, 5, 9)
+"""Widths of verifications that are shown."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -62,7 +65,7 @@ def full(p: Plan) -> list[Table]:
     tables += [_sizes("Disk", p.disk)]
     if p.step is not None:
         tables += [_step(p), _stages(p)]
-    return [table for table in [*tables, _speedups(p)] if table.rows]
+    return [table for table in [*tables, _experts(p), _speedups(p)] if table.rows]
 
 
 def _sizes(title: str, rows: list[Row]) -> Table:
@@ -91,6 +94,17 @@ def _stages(p: Plan) -> Table:
     rows = [[s.name, number(s.gpu_hours), str(s.gpus), number(s.seconds / 3600), s.how] for s in p.stages]
     rows.append(["together", number(sum(s.gpu_hours for s in p.stages)), "", "", ""])
     return Table("Time", ["stage", "GPU-hours", "GPUs", "hours", "of what"], rows)
+
+
+def _experts(p: Plan) -> Table:
+    """What a wider verification reads of a mixture of experts; no rows of other backbones."""
+    a, n = p.architecture, p.config.distill.exit_layers[0]
+    rows = []
+    for m in ROWS if a.is_mixture else ():
+        efficiency = gain.target_efficiency(a, n, m)
+        rows.append([str(m), f"{a.reached(m):.1f}", f"{a.read(m) / a.read():.2f}", f"{efficiency:.2f}"])
+    title = f"Experts: a token is computed by {a.experts_per_token} of {a.experts}, and tokens choose independently"
+    return Table(title, ["tokens verified", "experts read", "a layer reads", f"target efficiency, N = {n}"], rows)
 
 
 def _speedups(p: Plan) -> Table:

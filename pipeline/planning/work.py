@@ -75,7 +75,7 @@ def head_flops(a: Architecture, length: int, vocabulary: int) -> float:
     6 x matrices + 14 T Q + 4 W D, with W tokens of the draft vocabulary (V without one): the backward pass of fused
     attention recomputes the scores, so it takes 10 T Q after the forward pass's 4.
     """
-    return 6 * _matrices(a) + 14 * length * a.query + 2 * logits_flops(a, vocabulary)
+    return 6 * a.head_matrices + 14 * length * a.query + 2 * logits_flops(a, vocabulary)
 
 
 def _matrices(a: Architecture) -> int:
@@ -97,14 +97,14 @@ def step(a: Architecture, config: Config, layout: Layout, gpu: Gpu) -> Step:
     passes = ceil(d.sequences_per_step / layout.processes / sequences_of_pass(config, layout))
     backbone = _unit_parameters(a, layers=online) * w
     network = config.plan.node_bandwidth or gpu.network
-    seconds = layout.gather_seconds(backbone + heads * a.layer * w, gpu, network)
-    seconds += layout.gather_seconds(heads * a.layer * 4, gpu, network)  # reduce-scatter of the gradients
-    seconds += layout.sum_seconds(heads * a.layer * 4 / layout.degree, gpu, network)
+    seconds = layout.gather_seconds(backbone + heads * a.head * w, gpu, network)
+    seconds += layout.gather_seconds(heads * a.head * 4, gpu, network)  # reduce-scatter of the gradients
+    seconds += layout.sum_seconds(heads * a.head * 4 / layout.degree, gpu, network)
     flops = tokens * per_token
     return Step(
         tokens=tokens,
         flops=flops,
-        gathered=passes * (backbone + heads * a.layer * (w + 4)) * (layout.degree - 1) / layout.degree,
+        gathered=passes * (backbone + heads * a.head * (w + 4)) * (layout.degree - 1) / layout.degree,
         compute=flops / layout.processes / rate(config, gpu),
         network=passes * seconds,
         cache_read=0 if online else tokens * cached_bytes(a, heads, w) * layout.per_node / layout.processes,

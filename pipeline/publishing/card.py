@@ -31,9 +31,16 @@ LIMITS = """\
 - `trust_remote_code=True` lets the code in `custom_generate/` run on your machine. It imports torch, transformers (5.17
   or newer) and safetensors."""
 
-FILES = """\
+LAYER = """\
 - `model.safetensors`: one decoder layer of the backbone's class, under its own names; `safetensors.torch.load_file`
-  reads it without any code.
+  reads it without any code."""
+
+DENSE = """\
+- `model.safetensors`: one decoder layer, with attention and norms under the names that the backbone's class gives them,
+  and a dense MLP (`gate_proj`, `up_proj`, `down_proj`) in place of its experts; `safetensors.torch.load_file` reads it
+  without any code."""
+
+FILES = """\
 - `custom_generate/`: the decoder, byte for byte the one that was measured.
 - `results.json`: what was measured.
 - `training_config.yaml`, `provenance.json`: what made it, with which code, versions and hardware.
@@ -88,7 +95,7 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
         *trained(run, results),
         *("## Limits", "", LIMITS, ""),
         *licences(run, f"the exit layer was trained with the backbone{_began(run)}"),
-        *("## Files", "", FILES),
+        *("## Files", "", DENSE if _is_dense(run) else LAYER, FILES),
         *([MODEL] if head_folder.has_model(results["backbone"]["model_type"]) else []),
         *([PROFILE] if gate.best_fixed(results) else []),
         "",
@@ -322,4 +329,9 @@ def _by_task(entry: dict[str, Any]) -> list[str]:
 def _began(run: RunDir) -> str:
     """A clause for `licences` if training started from the backbone's weights; else nothing."""
     init = pedigree.config_of(run).get("distill", {}).get("init", "last")
-    return "" if init == "random" else ", and began as a copy of one of its layers"
+    what = "its attention and norms began as copies of those" if _is_dense(run) else "began as a copy"
+    return "" if init == "random" else f", and {what} of one of its layers"
+
+
+def _is_dense(run: RunDir) -> bool:
+    return pedigree.config_of(run).get("distill", {}).get("head") == "dense"

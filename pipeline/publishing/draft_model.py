@@ -17,13 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from ..backbones.source import load_config
+from ..backbones.source import load_config, whole_config
 from ..backbones.weight_files import WeightFiles, file_of
 from ..config import Backbone
 from ..errors import UserError
 from ..evaluation.rivals import assisted
 from ..inference.exit_head import ExitHead, persistent_buffers
 from ..inference.generic_configs import is_mixture
+from ..inference.text_part import has_text_part
 from .head_folder import ends_of_texts, write_json
 
 SHARD = 4 * 2**30
@@ -41,9 +42,11 @@ FOLDERS_OF_SAVER = ("name_or_path", "tokenizer_file", "special_tokens_map_file")
 def in_memory(model: nn.Module, head: ExitHead) -> nn.Module:
     """The draft model on the device of the LM head. Weights that are there already are shared with `model`.
 
-    Raises ValueError for a mixture of experts, of whose config it is not known how to make it shorter.
+    Raises ValueError for a mixture of experts, of whose config it is not known how to make it shorter, and for a head
+    that is not a layer of it.
     """
     last = model.model.layers[-1]
+    _check_kind(head, model.config)
     if is_mixture(last.parameters()):
         raise ValueError(f"model_type={model.config.model_type}: a mixture of experts makes no draft model")
     n, lm_head = head.exit_layer, model.lm_head.weight
@@ -71,13 +74,23 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
     """Write the checkpoint into a new folder, in the dtype of the backbone's files; only needed parts of them are read.
 
     num_drafts: the number of drafts a round that transformers will use by default. Raises UserError for a backbone that
-    cannot be read, and for a mixture of experts, whose files no other engine would read as cut here.
+    cannot be read, and for a mixture of experts, whose files no other engine would read as cut here, or whose head is
+    not one of its layers, and for a model that reads images too.
     """
     config = load_config(backbone)
+    try:
+        _check_kind(head, config)
+    except ValueError as error:
+        raise UserError(f"{error}; publish it as a head (without --as draft)") from None
     if is_mixture(head.weights.values()):
         raise UserError(
             f"model_type={config.model_type}: a head of a mixture of experts is not exported as a draft model; publish "
             "it as a head (without --as draft)"
+        )
+    if has_text_part(whole_config(backbone)):
+        raise UserError(
+            f"backbone.name_or_path={backbone.name_or_path}: it reads images too, and no files of its text part "
+            "alone are written; publish the head itself (without --as draft)"
         )
     folder.mkdir(parents=True)
     files = WeightFiles(backbone)
@@ -96,6 +109,15 @@ def export(folder: Path, backbone: Backbone, head: ExitHead, num_drafts: int) ->
     for name in TOKENIZER_FILES:  # copied unchanged, as other engines may need older formats than transformers writes
         if path := file_of(backbone, name):
             shutil.copyfile(path, folder / name)
+
+
+def _check_kind(head: ExitHead, config: Any) -> None:
+    """Raises ValueError for a head that no config of the backbone's family describes."""
+    if head.spec.kind != "layer":
+        raise ValueError(
+            f"distill.head={head.spec.kind}: such a head is not a layer of a {config.model_type}, so with it the lower "
+            "layers make no checkpoint of that family, and no draft model"
+        )
 
 
 def _cut(config: Any, n: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backbones.load import check_exit_layers, device_of, load_model, rounds_by
+from ..backbones.load import check_exit_layers, device_of, head_spec, load_model, rounds_by
 from ..backbones.source import load_config
 from ..planning.gain import candidates, with_exit_layers
 from ..runs.folder import RunDir
@@ -48,7 +48,8 @@ def run(run: RunDir) -> None:
     check_exit_layers(config.distill.exit_layers, architecture.num_hidden_layers)
     manifest, train, validation, _ = packing.read_packed(run / "responses", config.distill)
     fingerprint = manifest["backbone"]["fingerprint"]
-    check_checkpoint(config.backbone, fingerprint, config.distill.exit_layers, config.distill.init)
+    spec = head_spec(config.distill, architecture)
+    check_checkpoint(config.backbone, fingerprint, config.distill.exit_layers, config.distill.init, spec)
     sequences = packing.joined(train, validation)
     head = cache.manifest() or head_of(config, manifest["backbone"], architecture.hidden_size, sequences)
     print(f"cache: {check_room(cache.folder, head)}")

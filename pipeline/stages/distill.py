@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from ..backbones.load import check_exit_layers, device_of
+from ..backbones.load import check_exit_layers, device_of, head_spec
 from ..backbones.source import load_config
 from ..config import Config
 from ..errors import UserError
-from ..inference.exit_head import ExitHead
+from ..inference.exit_head import ExitHead, HeadSpec
 from ..planning.architecture import Architecture
 from ..planning.gain import choose_draft_vocabulary
 from ..runs.files import atomic_path
@@ -50,11 +50,12 @@ def check(config: Config) -> None:
 
 
 def check_layers(config: Config) -> int:
-    """The backbone's number of layers L. Raises UserError if one of distill.exit_layers is not from 1 to L - 1, which
-    `exit-heads run` asks before it answers any prompt."""
-    num_layers = load_config(config.backbone).num_hidden_layers
-    check_exit_layers(config.distill.exit_layers, num_layers)
-    return num_layers
+    """The backbone's number of layers L. Raises UserError if one of distill.exit_layers is not from 1 to L - 1, or if
+    the backbone cannot have heads as distill.head says, which `exit-heads run` asks before it answers any prompt."""
+    backbone = load_config(config.backbone)
+    check_exit_layers(config.distill.exit_layers, backbone.num_hidden_layers)
+    head_spec(config.distill, backbone)
+    return backbone.num_hidden_layers
 
 
 def run(run: RunDir) -> None:
@@ -83,12 +84,15 @@ def run(run: RunDir) -> None:
             fingerprint = manifest["backbone"]["fingerprint"]
             draft_ids_W, vocabulary = draft_vocabulary(run.config, place, train, validation)
             cached_teacher = open_cached_teacher(run, manifest["backbone"], train, validation)
-            check_checkpoint(run.config.backbone, fingerprint, run.config.distill.exit_layers, run.config.distill.init)
+            d, spec = run.config.distill, head_spec(run.config.distill, load_config(run.config.backbone))
+            check_checkpoint(run.config.backbone, fingerprint, d.exit_layers, d.init, spec)
             summary = stack.enter_context(run.stage("distill", inputs)) if place.rank == 0 else {}
         log = stack.enter_context(rank_log(run / "logs", place))
         stack.enter_context(quiet())
         stack.enter_context(workers(place, run / "config.yaml", run.config.machine.processes_per_node))
-        module, throughput = fit(run, place, device, log, fingerprint, train, validation, cached_teacher, draft_ids_W)
+        module, throughput = fit(
+            run, place, device, log, fingerprint, train, validation, cached_teacher, draft_ids_W, spec
+        )
         if place.rank == 0:
             save_heads(run, module, num_layers, manifest["backbone"])
             summary |= {"responses": counts, "draft_vocabulary": vocabulary} | describe(module, throughput)
@@ -125,7 +129,8 @@ def draft_vocabulary(
         )
     ranked_V = ranked(train, whole)
     if asked == "auto":
-        architecture = Architecture.of(config.backbone.name_or_path, "", backbone)
+        spec = head_spec(config.distill, backbone)
+        architecture = Architecture.of(config.backbone.name_or_path, "", backbone, spec)
         covered_by = partial(coverage, ranked_V, validation)
         size = choose_draft_vocabulary(architecture, config.distill.exit_layers, covered_by)
     else:
@@ -171,6 +176,7 @@ def fit(
     validation: packing.Packed,
     cached_teacher: CachedTeacher | None,
     draft_ids_W: torch.Tensor | None,
+    spec: HeadSpec,
 ) -> tuple[Distillation, Throughput]:
     """Train from the newest checkpoint, or from the start, to distill.max_steps or until every head has stopped."""
     d = run.config.distill
@@ -181,7 +187,7 @@ def fit(
     signals = Signals()
     preemption = Preemption(checkpoints, signals)
     recorder = Recorder(Tracker(run, place.rank == 0), throughput, d.validate_every, d.max_steps, place.rank == 0)
-    module = Distillation(run.config, fingerprint, train, validation, cached_teacher, draft_ids_W)
+    module = Distillation(run.config, fingerprint, train, validation, cached_teacher, draft_ids_W, spec)
     try:
         with watched_process_group(place, device, run.config.machine.timeout, log) as watchdog:
             resumed = agree_on_checkpoint(run / "checkpoints", place)
@@ -262,7 +268,8 @@ def stop(preemption: Preemption, place: Place) -> None:
 def save_heads(run: RunDir, module: Distillation, num_layers: int, backbone: dict[str, Any]) -> None:
     for n, name in zip(run.config.distill.exit_layers, module.names, strict=True):
         with atomic_path(run / "heads" / name) as folder:
-            ExitHead(n, num_layers, backbone, module.best[name]["weights"], module.draft_ids_W).save(folder)
+            head = ExitHead(n, num_layers, backbone, module.best[name]["weights"], module.draft_ids_W, module.spec)
+            head.save(folder)
 
 
 def describe(module: Distillation, throughput: Throughput) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from ..backbones.gguf_files import config_without_checkpoint, gguf_of
-from ..backbones.load import check_exit_layers, public_name
+from ..backbones.load import check_exit_layers, head_spec, public_name
 from ..backbones.source import load_config, source_of
 from ..backbones.weight_files import check_weights
-from ..config import Backbone, Config
+from ..config import Backbone, Config, Distill
 from ..errors import UserError
 from ..planning import estimate, tables
 from ..planning.architecture import Architecture, facts
@@ -48,7 +48,7 @@ def show(configs: Sequence[Config], varied: Sequence[str] = (), as_json: bool = 
 
 def make(config: Config) -> Plan:
     """The plan of a config. Raises UserError for a config that the stages would refuse."""
-    a = architecture_of(config.backbone)
+    a = architecture_of(config.backbone, config.distill)
     if not config.distill.exit_layers:  # auto: what the pilot trains and the cache keeps; then distill trains one
         config = with_exit_layers(config, candidates(a.layers))
     check_exit_layers(config.distill.exit_layers, a.layers)
@@ -57,14 +57,15 @@ def make(config: Config) -> Plan:
     return estimate.make(config, a)
 
 
-def architecture_of(backbone: Backbone) -> Architecture:
+def architecture_of(backbone: Backbone, distill: Distill | None = None) -> Architecture:
     """The architecture from the checkpoint's config.json; for a well-known backbone that is not on this machine, the
-    one shipped with exit-heads. Raises UserError if there is neither."""
+    one shipped with exit-heads. Its exit heads are those of distill.head, layers by default.
+
+    Raises UserError if there is neither, and for heads that such a backbone cannot have."""
+    name, distill = backbone.name_or_path, distill or Distill()
     if file := gguf_of(backbone):
-        return Architecture.of(
-            public_name(backbone), "the header of its file", config_without_checkpoint(backbone, file)
-        )
-    name = backbone.name_or_path
+        config = config_without_checkpoint(backbone, file)
+        return Architecture.of(public_name(backbone), "the header of its file", config, head_spec(distill, config))
     known = facts().get(name)
     try:
         config, source = load_config(backbone, local=known is not None), "its config.json"
@@ -74,4 +75,4 @@ def architecture_of(backbone: Backbone) -> Architecture:
         if known is None:
             raise
         config, source = AutoConfig.for_model(**known), "architecture as shipped with exit-heads"
-    return Architecture.of(public_name(backbone), source, config)
+    return Architecture.of(public_name(backbone), source, config, head_spec(distill, config))

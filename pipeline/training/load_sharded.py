@@ -27,8 +27,11 @@ from ..backbones.source import load_config
 from ..backbones.weight_files import WeightFiles, fingerprint_of_files
 from ..config import Backbone
 from ..errors import UserError
-from ..inference.exit_head import persistent_buffers
+from ..inference.dense_mlp import DenseMLP
+from ..inference.exit_head import LAYER, HeadSpec, persistent_buffers
 from ..inference.families import FAMILIES
+from ..inference.generic_configs import is_mixture
+from . import dense_start
 from .sharding import own_rows, shard_backbone, shard_head
 
 PIECE = 2**22
@@ -46,6 +49,7 @@ def load_sharded_backbone(
     exit_layers: list[int],
     init: str = "last",
     seed: int = 0,
+    spec: HeadSpec = LAYER,
     layers: bool = True,
 ) -> tuple[Any, list[nn.Module]]:
     """The frozen backbone in backbone.dtype, and a head for each exit layer N. Collective: all ranks must call it.
@@ -57,8 +61,8 @@ def load_sharded_backbone(
     Raises UserError as `check_checkpoint` does, on all ranks if on one.
     """
     with fail_on_all_ranks():
-        files = check_checkpoint(backbone, expected_fingerprint, exit_layers, init)
-    model, heads = _on_meta(backbone, len(exit_layers))
+        files = check_checkpoint(backbone, expected_fingerprint, exit_layers, init, spec)
+    model, heads = _on_meta(backbone, len(exit_layers), spec)
     if not layers:
         model.model.embed_tokens, model.model.layers = None, nn.ModuleList()
     shard_backbone(model, mesh)
@@ -72,22 +76,30 @@ def load_sharded_backbone(
         if init == "random":
             for n, head in zip(exit_layers, heads, strict=True):
                 _draw(head, model.config.initializer_range, f"{seed} exit-{n}")
+        elif spec.kind == "dense":
+            for n, head in zip(exit_layers, heads, strict=True):
+                _fill_dense(head, files, _begins_as(n, init, model), spec, model)
     return model, heads
 
 
-def check_checkpoint(backbone: Backbone, expected_fingerprint: str, exit_layers: list[int], init: str) -> WeightFiles:
+def check_checkpoint(
+    backbone: Backbone, expected_fingerprint: str, exit_layers: list[int], init: str, spec: HeadSpec = LAYER
+) -> WeightFiles:
     """The backbone's files, checked by their headers and a few rows. Nothing is loaded; it is not collective.
 
     Raises UserError for a checkpoint that is incomplete, damaged, quantised or not in safetensors, and for another
     backbone than `expected_fingerprint` was taken of. Fetches the files of a Hub id.
     """
     where = f"backbone.name_or_path={backbone.name_or_path}"
-    model, heads = _on_meta(backbone, len(exit_layers))
+    model, heads = _on_meta(backbone, len(exit_layers), spec)
     if init == "random" and model.config.model_type not in FAMILIES:
         raise UserError(
             f"distill.init=random: how a {model.config.model_type} is initialised is not known here; set it to last or "
             "layer"
         )
+    for n in exit_layers if (init, spec.kind) == ("layer", "dense") else []:
+        if not is_mixture(model.model.layers[n - 1].parameters()):
+            raise UserError(f"distill.init=layer: layer {n} has no experts to start from; set it to last")
     files = WeightFiles(backbone)
     wanted = _wanted(files, model, heads, exit_layers, init)
     files.check({name: parameters[0].shape for name, parameters in wanted.items()})
@@ -118,7 +130,7 @@ def fail_on_all_ranks() -> Iterator[None]:
             raise failure
 
 
-def _on_meta(backbone: Backbone, num_heads: int) -> tuple[Any, list[nn.Module]]:
+def _on_meta(backbone: Backbone, num_heads: int, spec: HeadSpec = LAYER) -> tuple[Any, list[nn.Module]]:
     """Backbone and heads on the meta device, which takes no memory."""
     config = load_config(backbone)
     with torch.device("meta"):
@@ -128,8 +140,7 @@ def _on_meta(backbone: Backbone, num_heads: int) -> tuple[Any, list[nn.Module]]:
         # Tied embeddings are untied, since two FSDP units cannot share a parameter.
         model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         layer = type(model.model.layers[-1])
-        # Heads get the last layer's index, by which Qwen configs look up the layer's type.
-        heads = [layer(model.config, layer_idx=config.num_hidden_layers - 1).float() for _ in range(num_heads)]
+        heads = [spec.build(layer, model.config).float() for _ in range(num_heads)]
     return model.requires_grad_(False).eval(), heads
 
 
@@ -139,14 +150,32 @@ def _wanted(files: WeightFiles, model: Any, heads: list[nn.Module], exit_layers:
         wanted[files.tensor_of(name, model.config)].append(parameter)
     if init != "random":
         for n, head in zip(exit_layers, heads, strict=True):
-            layer = (n if init == "layer" else model.config.num_hidden_layers) - 1
+            layer, new = _begins_as(n, init, model), _dense_parts(head)
             for name, parameter in head.named_parameters():
+                if name.startswith(new):
+                    continue
                 wanted[files.tensor_of(f"model.layers.{layer}.{name}", model.config)].append(parameter)
     for head in heads:  # buffers are not trained: a head has those of the last layer, whatever it starts from
         for name, buffer in persistent_buffers(head).items():
             tensor = f"model.layers.{model.config.num_hidden_layers - 1}.{name}"
             wanted[files.tensor_of(tensor, model.config)].append(buffer)
     return wanted
+
+
+def _begins_as(exit_layer: int, init: str, model: Any) -> int:
+    """The decoder layer, from 0, that the head of an exit layer is a copy of."""
+    return (exit_layer if init == "layer" else model.config.num_hidden_layers) - 1
+
+
+def _dense_parts(head: nn.Module) -> tuple[str, ...]:
+    """How the names begin of the parameters that no decoder layer has."""
+    return tuple(f"{name}." for name, module in head.named_modules() if isinstance(module, DenseMLP))
+
+
+def _fill_dense(head: nn.Module, files: WeightFiles, layer: int, spec: HeadSpec, model: Any) -> None:
+    (mlp,) = (module for module in head.modules() if isinstance(module, DenseMLP))
+    for name, source in dense_start.sources(files, layer, spec, model.config).items():
+        _fill(mlp.get_parameter(name), source)
 
 
 def _compute_buffers(model: Any, roots: list[nn.Module]) -> None:

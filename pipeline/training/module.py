@@ -9,8 +9,6 @@ W tokens of the draft vocabulary.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -21,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..config import Config
 from ..errors import UserError
+from ..inference.exit_head import LAYER, HeadSpec
 from .acceptance import acceptance_lengths
 from .checkpoints import FORMAT
 from .dataloader import StepBatches, passes, validation_batches
@@ -67,6 +66,7 @@ class Distillation(lightning.LightningModule):
         validation: Packed,
         cached_teacher: CachedTeacher | None = None,
         draft_ids_W: Tensor | None = None,
+        spec: HeadSpec = LAYER,
     ):
         super().__init__()
         self.automatic_optimization = False  # a Lightning batch is an optimizer step, of one pass or several
@@ -76,6 +76,8 @@ class Distillation(lightning.LightningModule):
         """The teacher's hidden states of any sequence; only with distill.teacher=cached."""
         self.draft_ids_W = draft_ids_W
         """The tokens that the heads shall draft; None: all."""
+        self.spec = spec
+        """What kind of layer the heads are."""
         self.names = [f"exit-{n}" for n in config.distill.exit_layers]
         self.step_model: StepModel | None = None
         self.losses: dict[str, float] = {}
@@ -127,6 +129,7 @@ class Distillation(lightning.LightningModule):
             c.distill.exit_layers,
             c.distill.init,
             c.seed,
+            self.spec,
             layers=c.distill.teacher == "online",
         )
         ids_W = None if self.draft_ids_W is None else self.draft_ids_W.to(self.device)
@@ -249,7 +252,7 @@ class Distillation(lightning.LightningModule):
         measured = FIGURES if self.draft_ids_W is None else (*FIGURES, LOST)
         sums = torch.zeros(len(measured), len(names), dtype=torch.float64, device=self.device)
         batches = validation_batches(len(packed), self._sequences_per_pass(), self.global_rank, self.trainer.world_size)
-        with self._evaluating():
+        with resharded(self.step_model):
             for indices in batches:
                 batch = {name: value.to(self.device) for name, value in packed[indices].items()}
                 inputs = (batch["ids_BT"], batch["positions_BT"], batch["mask_BT"])
@@ -284,16 +287,6 @@ class Distillation(lightning.LightningModule):
             return
         weights = whole_weights(self.step_model.heads[name])
         self.best[name] = {"step": step, "figures": figures, "weights": weights, "waited": 0}
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        assert self.step_model is not None
-        self.step_model.eval()
-        try:
-            with resharded(self.step_model):
-                yield
-        finally:
-            self.step_model.train()
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on each of them."""

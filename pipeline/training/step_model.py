@@ -47,6 +47,7 @@ class StepModel(nn.Module):
         """Time of the parts "teacher" (its forward pass and logits) and "rest" since the stopwatch was last started."""
         # A cached teacher has no decoder layers, so there is nothing to run.
         self.teacher = Teacher(backbone, exit_layers) if config.distill.teacher == "online" else None
+        self.eval()
 
     def forward(
         self,
@@ -95,9 +96,9 @@ class StepModel(nn.Module):
             lm_head.reshard()  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> "StepModel":
-        """The heads change mode; the backbone always stays in evaluation mode."""
-        super().train(mode)
-        self.backbone.eval()
+        """Backbone and heads always stay in evaluation mode: dropout (Seed-OSS) or the noise of a router (Phi-3.5-MoE)
+        would make the loss another than that of decoding."""
+        super().train(False)
         return self
 
     def _numbered(self, names: Sequence[str] | None) -> Iterator[tuple[int, nn.Module]]:

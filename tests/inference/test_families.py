@@ -3,12 +3,13 @@
 The models are random and tiny; their texts are several times as long as their windows.
 """
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from family_cases import GENERIC, REFUSED
+from family_cases import DENSE_WHOLE, GENERIC, LAWS, MIXTURES, OWN, PACKED, REFUSED, SHARDED, WHOLE
 from helpers import tiny_backbone
 from oracles import head_for, load
 from torch.utils._pytree import tree_map
@@ -22,6 +23,7 @@ from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.canary import compare, rounding
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
+from pipeline.inference.dense_mlp import FAMILIES as DENSE
 from pipeline.inference.families import FAMILIES, check_config
 from pipeline.inference.fingerprint import fingerprint
 from pipeline.inference.outline import Call, Recorder
@@ -188,3 +190,15 @@ def test_the_readmes_table_is_that_of_these_tests() -> None:
     dense, experts = (part.split(", ") for part in listed.split("; mixtures of experts: "))
     assert dense + experts == sorted(dense) + sorted(experts) and set(dense + experts) == GENERIC.keys()
     assert refused.split(", ") == list(REFUSED)
+    assert "| the text part, one by one too | gemma3 " in readme and list(MIXTURES) == list(DENSE) == sorted(experts)
+
+
+def test_the_table_of_families_is_up_to_date() -> None:
+    path = Path(__file__).parents[2] / "docs" / "update_families.py"
+    spec = importlib.util.spec_from_file_location("update_families", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = module.PAGE.read_text()
+    assert module.page(text) == text, "run python docs/update_families.py"
+    assert {*OWN, *SHARDED, *PACKED, *LAWS, *WHOLE, *DENSE_WHOLE} <= {*FAMILIES, *GENERIC}

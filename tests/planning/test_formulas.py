@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.backbones.load import head_spec
 from pipeline.config import Config, load
 from pipeline.evaluation import losslessness
 from pipeline.inference.backbone import SplitBackbone
@@ -104,7 +105,7 @@ def sharded_bytes(model: Any, config: Config, world: int, rank: int) -> tuple[in
     with processes(world, rank):
         mesh = make_mesh("cpu", world, config.machine.shard_degree)
         with torch.device("meta"):
-            head = new_exit_layer(model)
+            head = head_spec(config.distill, model.config).build(type(model.model.layers[-1]), model.config).float()
         shard_backbone(model, mesh)
         shard_head(head, mesh, model.dtype)
         shard_step_model(model, [head], mesh)
