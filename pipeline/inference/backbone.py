@@ -115,8 +115,8 @@ class SplitBackbone:
             self.draft_vocabulary = DraftVocabulary(ids_W, len(model.lm_head.weight))
             rows = Product(model.lm_head.weight.data.index_select(0, ids_W).t())
             self.draft_lm_head = Kernels([rows], timed=timed_kernels, pack=pack).fit(rows)
-        fixed_shapes = fixed_shapes and self.family.is_fast
-        self._fixed = FixedShapes(self.family.layer, self.shape) if fixed_shapes else None
+        self.has_fixed_shapes = fixed_shapes and self.family.is_fast
+        self._fixed = FixedShapes(self.family.layer, self.shape) if self.has_fixed_shapes else None
         self._fixed_cache: KVCache | None = None
         self.blocks = self._cut([*devices, self.device])
 
@@ -128,11 +128,6 @@ class SplitBackbone:
                 blocks.append(Block(start, stop, devices[start], self.weights[start:stop]))
                 start = stop
         return blocks
-
-    @property
-    def has_fixed_shapes(self) -> bool:
-        """Whether passes are recorded and replayed, so that only one text can be decoded at a time."""
-        return self._fixed is not None
 
     def still_is(self, model: nn.Module) -> bool:
         """Whether the weights in use are still those of `model`, and its layers may still be computed as before.

@@ -200,12 +200,12 @@ def _round(engine, texts, controller, record, parts) -> None:
     """One round of all texts."""
     _draft(engine, texts, controller, record, parts)
     spans = [text.rows for text in texts]
-    record.rows = sum(span.count for span in spans)
+    record.rows = sum(span.rows for span in spans)
     logits_MV = engine.logits(engine.deep(spans))
     parts.mark("verify")
     targets = _targets(texts, logits_MV)
     first = 0
-    for text, logits_RV in zip(texts, logits_MV.split([span.count for span in spans]), strict=True):
+    for text, logits_RV in zip(texts, logits_MV.split([span.rows for span in spans]), strict=True):
         if text.error is None:
             with text.alone():
                 _verify(text, logits_RV, targets[first : first + len(logits_RV)])
@@ -217,7 +217,7 @@ def _draft(engine, texts, controller, record, parts) -> None:
     live, level = texts, 0
     controller.begin(len(texts))
     while True:
-        engine.shallow([t.tree.tokens[-1] for t in live], [Span(*t.last, 1) for t in live])
+        engine.shallow([t.tree.tokens[-1] for t in live], [Span(t.place, t.last[1], 1) for t in live])
         parts.mark(f"shallow {level}")
         record.shallow.append(len(live))
         able = [text for text in live if text.may_draft()]

@@ -102,13 +102,13 @@ class BatchEngine:
             spans.append(Span(place, cache.head_length, slot + 1 - cache.head_length))
             cache.head_length = slot + 1
         hidden_MD = self._run(self._stored(spans).to(backbone.device), layer, layer + 1, spans)
-        ends = torch.tensor([span.count for span in spans], device=backbone.device).cumsum(0) - 1
+        ends = torch.tensor([span.rows for span in spans], device=backbone.device).cumsum(0) - 1
         return backbone.draft_logits_of(hidden_MD.index_select(0, ends))
 
     def _slots(self, spans: list[Span], device: torch.device) -> Tensor:
         """The number [M] of each row among the slots of all places."""
         slots = self.places.room[1]
-        return torch.tensor([s.place * slots + s.base + i for s in spans for i in range(s.count)], device=device)
+        return torch.tensor([s.place * slots + s.base + i for s in spans for i in range(s.rows)], device=device)
 
     def _stored(self, spans: list[Span]) -> Tensor:
         hidden = self.places.hidden_PTD
@@ -117,7 +117,7 @@ class BatchEngine:
     def _run(self, hidden_MD: Tensor, start: int, stop: int, spans: list[Span]) -> Tensor:
         """Run layers start..stop-1 (from 0; L is the exit head) on rows, block by block."""
         backbone, places = self.backbone, self.places
-        texts, end = len(places.caches), max(span.base + span.count for span in spans)
+        texts, end = len(places.caches), max(span.base + span.rows for span in spans)
         device = None
         for i, block in enumerate(backbone.blocks):
             if block.start < start or block.stop > stop:

@@ -24,11 +24,11 @@ class Tables(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Rows of one of several texts in a pass: those in slots base..base+count-1 of a place."""
+    """Rows of one of several texts in a pass: those in slots base..base+rows-1 of a place."""
 
     place: int
     base: int
-    count: int
+    rows: int
 
 
 class Passes:
@@ -101,10 +101,10 @@ class Passes:
     def rows_of_texts(self, spans: list[Span], texts: int, slots: int, device: torch.device) -> list[Rows]:
         """The same for a pass of rows of several texts, which are in places 0..texts-1 of `slots` slots each."""
         tables = self._tables[device]
-        width, end = max(span.count for span in spans), max(span.base + span.count for span in spans)
-        positions = [span.base + i for span in spans for i in range(span.count)]
-        flat = [span.place * slots + span.base + i for span in spans for i in range(span.count)]
-        padded = [span.place * width + i for span in spans for i in range(span.count)]
+        width, end = max(span.rows for span in spans), max(span.base + span.rows for span in spans)
+        positions = [span.base + i for span in spans for i in range(span.rows)]
+        flat = [span.place * slots + span.base + i for span in spans for i in range(span.rows)]
+        padded = [span.place * width + i for span in spans for i in range(span.rows)]
         positions_M, flat_M, at_M = torch.tensor([positions, flat, padded], device=device)
         even = padded == list(range(texts * width))
         several = Several(texts, width, None if even else at_M)

@@ -68,7 +68,7 @@ class TableEngine:
     def shallow(self, ids, spans):
         for token, span in zip(ids, spans, strict=True):
             text = self.caches[span.place].text
-            assert span.count == 1 and span.base == len(text)
+            assert span.rows == 1 and span.base == len(text)
             text.append(token)
 
     def full(self, ids, spans):
@@ -76,7 +76,7 @@ class TableEngine:
         return self.deep(spans)
 
     def deep(self, spans):
-        return [tuple(self.caches[s.place].text[: s.base + i + 1]) for s in spans for i in range(s.count)]
+        return [tuple(self.caches[s.place].text[: s.base + i + 1]) for s in spans for i in range(s.rows)]
 
     def logits(self, prefixes):
         return self.tables.logits(prefixes)
@@ -92,7 +92,7 @@ class TableEngine:
 @pytest.fixture(autouse=True)
 def counting_clock(monkeypatch):
     for module, name in ((batch_decoding, "stopwatch"), (decoding, "_stopwatch")):
-        monkeypatch.setattr(module, name, lambda what: Stopwatch(itertools.count().__next__))
+        monkeypatch.setattr(module, name, lambda what: Stopwatch(itertools.rows().__next__))
 
 
 def alone(tables: Tables, request: Request, sampler: Sampler, k: int = 0) -> list[int]:
@@ -106,7 +106,7 @@ def requests_of(seed: int) -> tuple[Tables, list[Request]]:
     end = frozenset(dice.sample(range(tables.v), dice.randint(0, 1)))
 
     def cancelled(after: int):
-        tokens = itertools.count(1)
+        tokens = itertools.rows(1)
         return lambda token: next(tokens) == after
 
     def request() -> Request:
