@@ -92,7 +92,7 @@ class TableEngine:
 @pytest.fixture(autouse=True)
 def counting_clock(monkeypatch):
     for module, name in ((batch_decoding, "stopwatch"), (decoding, "_stopwatch")):
-        monkeypatch.setattr(module, name, lambda what: Stopwatch(itertools.rows().__next__))
+        monkeypatch.setattr(module, name, lambda what: Stopwatch(itertools.count().__next__))
 
 
 def alone(tables: Tables, request: Request, sampler: Sampler, k: int = 0) -> list[int]:
@@ -106,7 +106,7 @@ def requests_of(seed: int) -> tuple[Tables, list[Request]]:
     end = frozenset(dice.sample(range(tables.v), dice.randint(0, 1)))
 
     def cancelled(after: int):
-        tokens = itertools.rows(1)
+        tokens = itertools.count(1)
         return lambda token: next(tokens) == after
 
     def request() -> Request:
