@@ -53,15 +53,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype, gguf_dir="runs/backbones")
     model, tokenizer = load_model(backbone, torch.device(args.device)), load_tokenizer(backbone)
-    settings = Prompts(
-        path=args.prompt_file, held_out=args.held_out, too_long="drop", chat_template=args.chat_template
-    )
+    settings = Prompts(path=args.prompt_file, held_out=args.held_out, too_long="drop", chat_template=args.chat_template)
     texts = load_prompts(settings, "evaluate")[: args.prompts]
     ids = [row for _, row in encode(texts, tokenizer, settings, model.config.max_position_embeddings, args.tokens)]
     ends = frozenset([tokenizer.eos_token_id])
     engine = BatchEngine(SplitBackbone(model, ExitHead.load(args.run / "heads" / f"exit-{args.exit_layer}")))
-    print(f"{date.today()}  {provenance()['hardware']}  torch {torch.__version__}, {args.threads} threads, {args.dtype}, "
-          f"T = {args.temperature}, {len(ids)} prompts x {args.tokens} tokens of {args.prompt_file}\n")  # fmt: skip
+    print(
+        f"{date.today()}  {provenance()['hardware']}  torch {torch.__version__}, {args.threads} threads, {args.dtype}, "
+        f"T = {args.temperature}, {len(ids)} prompts x {args.tokens} tokens of {args.prompt_file}\n"
+    )
 
     def sampler(seed: int) -> Sampler:
         return Sampler(args.temperature, generator=torch.Generator(args.device).manual_seed(seed))

@@ -2,9 +2,9 @@
 
 Takes a batch engine, prompts and names of controllers; gives one row for every number of texts, method and repeat. In a
 repeat all methods decode the same prompts one after the other, beginning with another one each time, and ratios are
-taken within a repeat, so that slow phases of the machine concern all of them. Counted are the rounds in which all places
-are taken: neither prefills, nor the end of a run, when texts of equal length that do not draft end at once and others do
-not.
+taken within a repeat, so that slow phases of the machine concern all of them. Counted are the rounds in which all
+places are taken: neither prefills, nor the end of a run, when texts of equal length that do not draft end at once and
+others do not.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +23,8 @@ from ..inference.sampling import Sampler
 
 AUTOREGRESSIVE = "autoregressive"
 WAVES = 4
-"""At least so many texts are decoded for each place, prompts repeated if need be: at the end of a run places are empty."""
+"""At least so many texts are decoded for each place, prompts repeated if need be: at the end of a run places are
+empty."""
 COLUMNS = ("batch_size", "method", "repeat", "tokens", "seconds", "latency", "rounds", "drafted", "accepted", "verify")
 
 

@@ -26,8 +26,7 @@ from .family_generic import GENERIC, check_around
 from .fixed_shapes import BRANCHED, Branches, Chain, FixedShapes, Where, rounded
 from .generic_configs import check_fits
 from .kernels import Kernels, Product
-from .kv_cache import KVCache
-from .kv_cache import allocate
+from .kv_cache import KVCache, allocate
 from .law import DraftVocabulary, check_draft_ids
 from .layers import Shape, run_layers
 from .rounds import WIDTHS, Controller, spare_of

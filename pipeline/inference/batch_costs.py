@@ -1,7 +1,7 @@
 """Estimates the seconds that the passes of a batch's rounds take as a function of their rows, from recent rounds.
 
-Takes finished `BatchRound`s; gives tables of seconds by rows. Nothing is assumed of the function but that a pass of more
-rows takes no less in total and no more per row, so the widths at which it jumps are learned.
+Takes finished `BatchRound`s; gives tables of seconds by rows. Nothing is assumed of the function but that a pass of
+more rows takes no less in total and no more per row, so the widths at which it jumps are learned.
 """
 
 from bisect import bisect_left
@@ -13,7 +13,8 @@ FEW = 16
 
 
 def bucket(rows: int) -> int:
-    """The number of rows under which the time of a pass of `rows` is kept: the next of 1..16, 18, 20, ..., 32, 36, ..."""
+    """The number of rows under which the time of a pass of `rows` is kept: the next of 1..16, 18, 20, ..., 32, 36,
+    ..."""
     step = max(1, 1 << max(0, (rows - 1).bit_length() - 4))
     return -(-rows // step) * step
 
@@ -57,8 +58,8 @@ class RowTimes:
 
 
 def _never_less(points: list[tuple[int, float, int]]) -> list[tuple[int, float]]:
-    """(rows, seconds) of the nearest function that never decreases, where `points` are (rows, seconds, weight): pools of
-    neighbours that decrease get their mean (isotonic regression: Barlow et al. 1972)."""
+    """(rows, seconds) of the nearest function that never decreases, where `points` are (rows, seconds, weight): pools
+    of neighbours that decrease get their mean (isotonic regression: Barlow et al. 1972)."""
     pools: list[tuple[float, int, list[int]]] = []
     for rows, seconds, weight in points:
         pools.append((seconds, weight, [rows]))

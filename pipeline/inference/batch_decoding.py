@@ -1,6 +1,6 @@
-"""Decodes several texts at once: every pass is over the rows of all of them, each text has a length, drafts and an end of
-its own, and a waiting text takes the place of a finished one between two rounds (continuous batching: Yu et al., Orca,
-OSDI 2022).
+"""Decodes several texts at once: every pass is over the rows of all of them, each text has a length, drafts and an end
+of its own, and a waiting text takes the place of a finished one between two rounds (continuous batching: Yu et al.,
+Orca, OSDI 2022).
 
 Takes requests with a sampler each and a `BatchController`, or none for autoregressive decoding; gives each text's
 `Generation` when it ends. A text is distributed as when it is decoded alone (decoding.py): the same rule accepts its
@@ -19,24 +19,20 @@ import torch
 from torch import Tensor
 
 from .batch_engine import BatchEngine
-from .batch_rounds import BatchController
-from .batch_rounds import BatchRound
-from .decoding import Generation
-from .decoding import Request
-from .decoding import read_all
+from .batch_rounds import BatchController, BatchRound
+from .decoding import Generation, Request, read_all
 from .kv_cache import KVCache
 from .passes import Span
 from .rounds import Confidence, Round
-from .sampling import Sampler
-from .sampling import followed
+from .sampling import Sampler, followed
 from .stopwatch import Stopwatch, stopwatch
 from .tree import Tree
 
 
 @dataclass
 class Finished:
-    """A text that ended. `error` is what its own processors, criteria or prompt raised; then `generation` has the tokens
-    that were committed before."""
+    """A text that ended. `error` is what its own processors, criteria or prompt raised; then `generation` has the
+    tokens that were committed before."""
 
     number: int
     """The how-manieth of the requests it was, from 0 on."""
@@ -241,8 +237,8 @@ def _draft(engine, texts, controller, record, parts) -> None:
 
 
 def _laws(texts: list[_Text], logits_BW: Tensor, vocabulary) -> dict[int, Confidence]:
-    """Place -> the law of the next draft of each text. Those of texts with equal settings are computed and their figures
-    read together, so that a GPU is waited for once."""
+    """Place -> the law of the next draft of each text. Those of texts with equal settings are computed and their
+    figures read together, so that a GPU is waited for once."""
     alike: dict[Any, list[int]] = {}
     for i, text in enumerate(texts):
         text.round.head_passes += 1

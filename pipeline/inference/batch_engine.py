@@ -41,8 +41,8 @@ class BatchEngine:
         self.places = Places(sizes, shape.kv_heads, shape.head_dim, hidden)
 
     def enter(self, prompt: list[int], length: int) -> tuple[KVCache, Tensor]:
-        """(cache of a new text in the next place, float32 logits [1, V] after its prompt), by a pass of this text alone.
-        Raises ValueError if its whole `length` is beyond the backbone's context."""
+        """(cache of a new text in the next place, float32 logits [1, V] after its prompt), by a pass of this text
+        alone. Raises ValueError if its whole `length` is beyond the backbone's context."""
         backbone, n = self.backbone, len(prompt)
         if length > backbone.max_context:
             raise ValueError(f"{length} positions are needed, the backbone's context is {backbone.max_context}")

@@ -43,7 +43,8 @@ class BatchRound:
         return sum(seconds for _, seconds in passes) + self.verify_seconds + self.rest_seconds
 
     def time(self, parts: Stopwatch) -> None:
-        """Take the times from a stopwatch, whose marks are "shallow 0", "head 0", "shallow 1", ..., "verify", "rest"."""
+        """Take the times from a stopwatch, whose marks are "shallow 0", "head 0", "shallow 1", ..., "verify",
+        "rest"."""
         seconds = parts.read()
         self.shallow_seconds = [(rows, seconds[f"shallow {i}"]) for i, rows in enumerate(self.shallow)]
         self.head_seconds = [(rows, seconds[f"head {i}"]) for i, rows in enumerate(self.head)]
@@ -65,7 +66,8 @@ class BatchController(Protocol):
         ...
 
     def draft(self, level: int, laws: dict[int, Confidence]) -> list[int]:
-        """Given the law of the next draft of each of these texts, but no token drawn from it: which of them draft it."""
+        """Given the law of the next draft of each of these texts, but no token drawn from it: which of them draft
+        it."""
         ...
 
     def observe(self, round: BatchRound) -> None:

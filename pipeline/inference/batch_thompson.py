@@ -8,8 +8,7 @@ the exit head runs and which of them draft. docs/control.md derives the rule of 
 import random
 from typing import Any
 
-from .batch_costs import BatchCosts
-from .batch_costs import between
+from .batch_costs import BatchCosts, between
 from .batch_rounds import BatchRound
 from .rounds import LONGEST, Confidence
 from .thompson import BINS, PRIOR, REFRESH, fade
@@ -25,11 +24,11 @@ AHEAD = (0, 1, 2, 4)
 class BatchThompson:
     """Drafts for the texts whose drafts are worth more than their rows cost; for none where that pays best.
 
-    theta_b ~ Beta(a_b, b_b) is the sampled acceptance of each bin b of confidence. reach_i is the product of the theta of
-    the drafts that text i made in this round; s, h, v are the seconds of a shallow pass, of a head pass, and of a
+    theta_b ~ Beta(a_b, b_b) is the sampled acceptance of each bin b of confidence. reach_i is the product of the theta
+    of the drafts that text i made in this round; s, h, v are the seconds of a shallow pass, of a head pass, and of a
     verification with all else, by their rows; r are the rows to verify so far, abar and chain_j as in thompson.py. With
-    m texts that may go on, a further row of each would cost c = (v(r + m) - v(r) + h(m) + s(m)) / m. The token offered to
-    text i is worth itself and what may follow from it,
+    m texts that may go on, a further row of each would cost c = (v(r + m) - v(r) + h(m) + s(m)) / m. The token offered
+    to text i is worth itself and what may follow from it,
 
       gain_i = reach_i + max over j >= 0 of  reach_i (chain_{j+1} - 1) - rate j c
 
@@ -38,8 +37,8 @@ class BatchThompson:
       worth(n) = sum_i gain_i - rate (s(n) + v(r + n) - v(r))
 
     if it is above 0. Before the laws are known, the exit head runs for those m texts for which the expected worth of
-    drafting where the confidence then falls into the best bins is most above rate h(m). So rows go to texts by what each
-    is expected to yield, until the next would cost more: the greedy solution of a knapsack of equal weights.
+    drafting where the confidence then falls into the best bins is most above rate h(m). So rows go to texts by what
+    each is expected to yield, until the next would cost more: the greedy solution of a knapsack of equal weights.
 
     rate is B / C(0), the tokens per second of B texts without drafts, times the gain over it in recent rounds, at least
     1: a number of texts for which drafting never paid is so judged by its own costs.
@@ -205,6 +204,8 @@ class BatchThompson:
         """Continue with the acceptances of a `thompson.Thompson.state_dict`. Raises ValueError for another state."""
         same = state.get("kind") == "thompson" and state.get("greedy") == self.greedy
         if not same or len(state.get("counts", [])) != BINS or len(state.get("seen", [])) != BINS:
-            raise ValueError(f"controller state of kind={state.get('kind')}, greedy={state.get('greedy')}: not thompson's")
+            raise ValueError(
+                f"controller state of kind={state.get('kind')}, greedy={state.get('greedy')}: not thompson's"
+            )
         self.counts = [list(map(float, c)) for c in state["counts"]]
         self.seen = list(map(float, state["seen"]))

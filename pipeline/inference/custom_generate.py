@@ -19,8 +19,7 @@ from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriter
 from transformers.utils import cached_file
 
 from .backbone import SplitBackbone
-from .batch_controllers import is_of_batches
-from .batch_controllers import learned_batch_controller
+from .batch_controllers import is_of_batches, learned_batch_controller
 from .batch_decoding import decode_batch
 from .batch_engine import BatchEngine
 from .canary import TOLERANCE, compare, distance, rounding
@@ -145,8 +144,8 @@ def generate(
 
 def _batch_of(backbone: SplitBackbone, controller, name: str | None, config: dict[str, Any], greedy: bool, known: dict):
     """The controller of several rows at once; None where rows are decoded one after the other: in families whose layers
-    are called in transformers, with cuda_graphs, and with a controller that is for one text at a time. Of the head's own
-    controller, what is for one text is left out."""
+    are called in transformers, with cuda_graphs, and with a controller that is for one text at a time. Of the head's
+    own controller, what is for one text is left out."""
     if not backbone.family.is_fast or backbone.has_fixed_shapes:
         return None
     if name is None:

@@ -10,8 +10,7 @@ P places, T slots of each, G key/value heads, C channels of a head, D hidden
 import torch
 from torch import Tensor
 
-from .kv_cache import KVCache
-from .kv_cache import allocate
+from .kv_cache import KVCache, allocate
 
 BLOCK = 128
 """Slots by which places grow."""

@@ -177,7 +177,10 @@ def test_what_a_text_raises_ends_that_text_alone(backbone) -> None:
         texts = decoded(BatchEngine(backbone), requests, name, 3, lambda i: samplers.get(i, Sampler()))
         assert [type(text.error) for text in texts] == [type(None), OSError, ValueError, ZeroDivisionError, type(None)]
         assert "260 positions are needed, the backbone's context is 256" in str(texts[2].error)
-        alone = [autoregressive(backbone, Request(r.prompt, 20), Sampler()).tokens if i != 2 else [] for i, r in enumerate(requests)]
+        alone = [
+            autoregressive(backbone, Request(r.prompt, 20), Sampler()).tokens if i != 2 else []
+            for i, r in enumerate(requests)
+        ]
         assert texts[0].generation.tokens == alone[0] and texts[4].generation.tokens == alone[4]
         for i in (1, 3):  # what was committed before
             found = texts[i].generation.tokens
@@ -201,7 +204,9 @@ def test_engines_that_know_of_one_text_only_are_refused(backbone, tmp_path) -> N
     model = load(folder)
     with pytest.raises(ValueError, match="called in transformers: decode one text after the other"):
         BatchEngine(SplitBackbone(model, head_for(model, 2), check=False))
-    recorded = SplitBackbone(load(tiny_backbone(tmp_path, "llama")).eval(), backbone_head(tmp_path), check=False, fixed_shapes=True)
+    recorded = SplitBackbone(
+        load(tiny_backbone(tmp_path, "llama")).eval(), backbone_head(tmp_path), check=False, fixed_shapes=True
+    )
     with pytest.raises(ValueError, match="cuda_graphs"):
         BatchEngine(recorded)
 
@@ -225,7 +230,10 @@ def test_2000_texts_pass_through_16_places(backbone) -> None:
             sizes.append(engine.places.nbytes)
             cancel = dice.randint(1, 12)
             tokens = iter(range(1, 100))
-            yield Request(dice.choice(prompts), dice.randint(1, 6), on_token=lambda _, t=tokens, c=cancel: next(t) == c), Sampler()
+            yield (
+                Request(dice.choice(prompts), dice.randint(1, 6), on_token=lambda _, t=tokens, c=cancel: next(t) == c),
+                Sampler(),
+            )
 
     asked = []
 

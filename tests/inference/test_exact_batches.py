@@ -22,7 +22,16 @@ from pipeline.inference.decoding import Request, self_speculative
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.stopwatch import Stopwatch
 
-CONTROLLERS = ["fixed:0", "fixed:1", "fixed:3", "confidence:0.6", "entropy:0.68", "table:1=3,2=1,3=0", "goodput", "thompson"]
+CONTROLLERS = [
+    "fixed:0",
+    "fixed:1",
+    "fixed:3",
+    "confidence:0.6",
+    "entropy:0.68",
+    "table:1=3,2=1,3=0",
+    "goodput",
+    "thompson",
+]
 
 
 class Cache:
@@ -150,9 +159,10 @@ def test_5000_schedules() -> None:
 
 def in_company(tables: Tables, sampler: Sampler, controller, new: int) -> list[int]:
     """A text among three whose draws are fixed; one enters when another has ended, and leaves before it."""
-    jobs = [(Request([0, 1], 3), Sampler(1.0, generator=torch.Generator().manual_seed(1))), (Request(PROMPT, new), sampler),
-            (Request([1, 1], 2), Sampler(1.0, generator=torch.Generator().manual_seed(2))),
-            (Request([0], 9), Sampler(1.0, generator=torch.Generator().manual_seed(3)))]  # fmt: skip
+    made = [([0, 1], 3), (PROMPT, new), ([1, 1], 2), ([0], 9)]
+    dice = [Sampler(1.0, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    dice[1] = sampler
+    jobs = [(Request(*one), its) for one, its in zip(made, dice, strict=True)]
     texts = {text.number: text for text in decode_batch(TableEngine(tables), jobs, controller, 3)}
     assert texts[1].error is None
     return texts[1].generation.tokens
