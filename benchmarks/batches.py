@@ -10,18 +10,23 @@ machine should do nothing else.
 """
 
 import argparse
+import statistics
 import time
 from datetime import date
 from pathlib import Path
 
+import numpy
 import torch
 
 from pipeline.backbones.load import load_model, load_tokenizer
 from pipeline.config import Backbone, Prompts
-from pipeline.evaluation.batches import measure, speedups
+from pipeline.evaluation.batches import decode, measure, speedups
 from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.batch_controllers import make_batch_controller
+from pipeline.inference.batch_decoding import decode_batch
 from pipeline.inference.batch_engine import BatchEngine
-from pipeline.inference.decoding import Request
+from pipeline.inference.controllers import make_controller
+from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.prompts.ids import encode
@@ -47,6 +52,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--transformers", action="store_true", help="also time transformers' generate")
+    parser.add_argument(
+        "--one", action="store_true", help="also compare a batch of one text with the decoder of one text"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, help="write all repeats to this .csv")
     args = parser.parse_args()
@@ -77,8 +85,33 @@ def main() -> None:
             ours = frame[(frame.batch_size == size) & (frame.method == "autoregressive")]
             print(f"transformers' generate, batch {size}: {rate:.1f} tokens/s; batched autoregressive here is "
                   f"{(ours.tokens / ours.seconds).median() / rate:.2f} times as fast")  # fmt: skip
+    if args.one:
+        one_text(engine, requests, sampler, args)
     if args.out:
         frame.to_csv(args.out, index=False)
+
+
+def one_text(engine: BatchEngine, requests: list[Request], sampler, args: argparse.Namespace) -> None:
+    """Rates of the batch engine with one text over those of the decoder of one text, in turns from prompt to prompt."""
+    for name in ("none", "fixed:2"):
+        ratios = []
+        for i, request in enumerate(requests):
+            seconds = {}
+            for kind in ("alone", "batch") if i % 2 else ("batch", "alone"):
+                began = time.perf_counter()
+                if kind == "batch":
+                    made = None if name == "none" else make_batch_controller(name)
+                    (text,) = decode_batch(engine, [(request, sampler(i))], made, 1)
+                    prefill = text.generation.prefill_seconds
+                elif name == "none":
+                    prefill = autoregressive(engine.backbone, request, sampler(i)).prefill_seconds
+                else:
+                    out = self_speculative(engine.backbone, request, sampler(i), make_controller(name))
+                    prefill = out.prefill_seconds
+                seconds[kind] = time.perf_counter() - began - prefill
+            ratios.append(seconds["alone"] / seconds["batch"])
+        middle, (low, high) = statistics.median(ratios), numpy.quantile(ratios, [0.1, 0.9])
+        print(f"one text, {name}: batch engine / decoder of one text {middle:.3f} ({low:.3f}-{high:.3f} of prompts)")
 
 
 def generate_rate(model, ids: list[list[int]], size: int, args: argparse.Namespace) -> float:
@@ -101,8 +134,6 @@ def generate_rate(model, ids: list[list[int]], size: int, args: argparse.Namespa
 
 
 def profile(engine: BatchEngine, requests: list[Request], sampler, args: argparse.Namespace) -> None:
-    from pipeline.evaluation.batches import decode
-
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         decode(engine, requests[: args.batch_sizes[-1]], sampler, None, args.batch_sizes[-1])
     print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
