@@ -13,6 +13,7 @@ from test_exact import (
     experienced,
     forbids_and_allows,
     joint,
+    remembered,
 )
 
 from pipeline.evaluation import simulation
@@ -72,6 +73,7 @@ TREES = {
     "thompson+tree, calibrating": lambda: make_controller("thompson+tree", 0, greedy=False),
     "2 copied, else tree:2x1": lambda: CopiesOrBranches(2, "tree:2x1"),
     **{f"thompson+tree+lookup, seed {s}": lambda s=s: WithLookup(branching(s), False, s) for s in (0, 1)},
+    "thompson+tree+memory": lambda: WithLookup(branching(0), False, 0, memory=remembered()),
 }
 
 
