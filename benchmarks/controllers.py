@@ -6,12 +6,12 @@ For each exit layer and sampling setting, autoregressive decoding and every cont
 in an order that rotates from prompt to prompt; their rounds give the wall-clock speedups and the costs. Then the
 backbone's answers are recorded as traces, and every controller is replayed over them with those costs and several
 seeds. The K of the rival "fixed, tuned on other prompts" is tuned on one half of the prompts and used on the other,
-both ways, as is the shape of "tree, tuned on other prompts", chains included. Ratios have 95 % bootstrap intervals over prompts. `signals` are printed too: how well several quantities
-predict acceptance.
+both ways, as is the shape of "tree, tuned on other prompts", chains included. Ratios have 95 % bootstrap intervals over
+prompts. `signals` are printed too: how well several quantities predict acceptance.
 
-With `--timings FILE.json`, what was timed is kept, and a later run with the same file only simulates; with `--time-only`
-nothing is simulated. So the timed part can have the machine alone, and the simulation, which is exact beside other
-work, need not.
+With `--timings FILE.json`, what was timed is kept, and a later run with the same file only simulates; with
+`--time-only` nothing is simulated. So the timed part can have the machine alone, and the simulation, which is exact
+beside other work, need not.
 
 The upper bound is the oracle, which knows every outcome beforehand and drafts exactly the tokens that will be accepted.
 """
@@ -59,8 +59,11 @@ TREES = [*SHAPES, "thompson+tree", "thompson+tree+lookup"]
 COPYING = ["none+lookup", *(f"{name}+lookup" for name in (*FIXED[1:], *RIVALS))]
 PAIRS = [("thompson+lookup", "thompson"), ("thompson+lookup", "none+lookup"), ("thompson+tree", "thompson"),
          ("thompson+tree+lookup", "thompson+lookup"), ("thompson+tree+lookup", "thompson")]  # fmt: skip
-TUNED = {"fixed, tuned on other prompts": FIXED, "tree, tuned on other prompts": [*FIXED, *SHAPES],
-         "fixed+lookup, tuned on other prompts": [name for name in COPYING if name.startswith(("fixed", "none"))]}  # fmt: skip
+TUNED = {
+    "fixed, tuned on other prompts": FIXED,
+    "tree, tuned on other prompts": [*FIXED, *SHAPES],
+    "fixed+lookup, tuned on other prompts": ["none+lookup", *(f"{name}+lookup" for name in FIXED[1:])],
+}
 USELESS = 0.01
 """Copies bring nothing in a text of which the oracle with copies takes at least 1 - USELESS of the time without."""
 PARTS = ["source", "drafted", "levels", "head_passes", "seconds", "shallow_seconds", "head_seconds", "verify_seconds"]
@@ -226,8 +229,8 @@ def rated(n, s, m, t) -> list[float]:
 
 
 def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
-    """Simulated speedup of every controller over the traces, and thompson over its rivals; summed over seeds. `useless`:
-    numbers of the prompts whose texts copies bring nothing for."""
+    """Simulated speedup of every controller over the traces, and thompson over its rivals; summed over seeds.
+    `useless`: numbers of the prompts in whose texts copies bring nothing."""
     bounds: dict[str, dict] = {"oracle": {}, "oracle with copies": {"copies": True},
                                "oracle of trees": {"candidates": CANDIDATES},
                                "oracle of trees with copies": {"candidates": CANDIDATES, "copies": True}}  # fmt: skip
@@ -262,7 +265,7 @@ def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
             if "lookup" in a and "lookup" not in b:
                 pair = rated(*sums[a][:, useless], *sums[b][:, useless])
                 result[f"{a} / {b}, where copies bring nothing"] = pair
-    return {"speedup": result, "tuned": chosen, "useless": [int(t.prompt) for t, one in zip(traces, useless, strict=True) if one]}
+    return {"speedup": result, "tuned": chosen, "useless": np.array([int(t.prompt) for t in traces])[useless].tolist()}
 
 
 def tuned_on_others(sums: dict[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:

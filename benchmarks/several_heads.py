@@ -104,8 +104,8 @@ def count(main: int, others: list[int], rank_T: dict[int, np.ndarray]) -> None:
 def cost_model(n: int, a: argparse.Namespace) -> CostModel:
     """A layer that is shallow is not passed again to verify. `--verify` is of N = 2."""
     one, more = a.verify[0] - a.layer * (n - 2), a.verify[1]
-    costs = {"shallow": a.layer * n, "head": a.head, "rest": 0.0, "verify": {1: one, 2: one + more, 17: one + 16 * more}}
-    return CostModel(costs)
+    verify = {1: one, 2: one + more, 17: one + 16 * more}
+    return CostModel({"shallow": a.layer * n, "head": a.head, "rest": 0.0, "verify": verify})
 
 
 def by_rounds(rank_T: dict[int, np.ndarray], heads: list[int], models: dict[int, CostModel], few: int) -> float:

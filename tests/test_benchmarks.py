@@ -1,4 +1,4 @@
-"""Benchmarks: where one cannot measure it says so and waits for nothing; rivals are tuned on other texts than judged."""
+"""Benchmarks: where one cannot measure it says so; rivals are tuned on other texts than those they are judged by."""
 
 import argparse
 import importlib.util

@@ -308,7 +308,8 @@ def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel, candidates: i
     """The least time of any controller that knows every outcome beforehand, by dynamic programming over the text; in
     autoregressive tokens.
 
-    candidates: how many of the head's candidates for a place may be drafted, the right one and those before it. copies: whether drafts may also be copied from the text.
+    candidates: how many of the head's candidates for a place may be drafted, the right one and those before it.
+    copies: whether drafts may also be copied from the text.
     """
     copied = _right_copies(trace) if copies else None
     n, rank_T = len(trace), _ranks(trace, accepted_T)
