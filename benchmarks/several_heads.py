@@ -32,6 +32,7 @@ from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.sampling import Sampler
 from pipeline.prompts.ids import encode
 from pipeline.prompts.sets import evaluation_prompts, evaluation_settings
+from pipeline.runs.files import sha256_of
 
 FEW = 4
 """Candidates for a place."""
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--exit-layers", nargs="+", type=int, default=[2, 1, 3], help="the main head's, then others'")
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--traces", type=Path, help="take the greedy texts that controllers.py recorded instead")
     parser.add_argument("--layer", type=float, default=0.030, help="time of a shallow layer, in autoregressive tokens")
     parser.add_argument("--head", type=float, default=0.055, help="time of a head pass")
     parser.add_argument("--verify", nargs=2, type=float, default=[0.93, 0.015], help="time of a token's verification "
@@ -54,11 +56,17 @@ def main() -> None:
     torch.set_num_threads(config.evaluate.threads or torch.get_num_threads())
     model, tokenizer = load_model(config.backbone, torch.device("cpu")), load_tokenizer(config.backbone)
     engines = {n: SplitBackbone(model, ExitHead.load(a.run / "heads" / f"exit-{n}")) for n in a.exit_layers}
-    chosen = evaluation_prompts(config)[: a.prompts]
-    ids = [row for _, row in encode(chosen, tokenizer, evaluation_settings(config), 4096, a.tokens)]
-    ends = frozenset(end_tokens(config.backbone, tokenizer))
-    ranks = [ranks_of(engines, prompt, a.tokens, ends) for prompt in tqdm(ids, unit="text")]
-    ranks = [found for found in ranks if found]
+    engine = engines[a.exit_layers[0]]
+    if a.traces:
+        sha = sha256_of(a.run / "heads" / f"exit-{engine.exit_layer}" / "model.safetensors")
+        traces = simulation.load(a.traces, sha)
+        texts = [(t.ids.tolist(), t.tokens.tolist()) for t in traces if t.ids is not None and t.tokens is not None]
+    else:
+        chosen, ends = evaluation_prompts(config)[: a.prompts], frozenset(end_tokens(config.backbone, tokenizer))
+        ids = [row for _, row in encode(chosen, tokenizer, evaluation_settings(config), engine.max_context, a.tokens)]
+        written = (autoregressive(engine, Request(row, a.tokens, ends), Sampler()).tokens for row in ids)
+        texts = list(zip(ids, tqdm(written, "texts", len(ids)), strict=True))
+    ranks = [ranks_of(engines, *text) for text in tqdm(texts, "ranks") if len(text[1]) > 1]
     main, *others = a.exit_layers
     count(main, others, {n: np.concatenate([r[n][1:] for r in ranks]) for n in a.exit_layers})
     models = {n: cost_model(n, a) for n in a.exit_layers}
@@ -76,11 +84,8 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def ranks_of(engines: dict, prompt: list[int], most: int, ends: frozenset[int]) -> dict[int, np.ndarray]:
+def ranks_of(engines: dict[int, SplitBackbone], prompt: list[int], text: list[int]) -> dict[int, np.ndarray]:
     """Exit layer -> how many candidates [T] its head finds more likely than each token of the backbone's text."""
-    text = autoregressive(next(iter(engines.values())), Request(prompt, most, ends), Sampler()).tokens
-    if len(text) < 2:
-        return {}
     return {
         n: simulation.ranks(teacher_forced(engine, prompt, text, Sampler())[1], text).numpy()
         for n, engine in engines.items()
