@@ -6,8 +6,12 @@ For each exit layer and sampling setting, autoregressive decoding and every cont
 in an order that rotates from prompt to prompt; their rounds give the wall-clock speedups and the costs. Then the
 backbone's answers are recorded as traces, and every controller is replayed over them with those costs and several
 seeds. The K of the rival "fixed, tuned on other prompts" is tuned on one half of the prompts and used on the other,
-both ways. Ratios have 95 % bootstrap intervals over prompts. `signals` are printed too: how well several quantities
-predict acceptance.
+both ways, as is the shape of "tree, tuned on other prompts", chains included. Ratios have 95 % bootstrap intervals over
+prompts. `signals` are printed too: how well several quantities predict acceptance.
+
+With `--timings FILE.json`, what was timed is kept, and a later run with the same file only simulates; with
+`--time-only` nothing is simulated. So the timed part can have the machine alone, and the simulation, which is exact
+beside other work, need not.
 
 The upper bound is the oracle, which knows every outcome beforehand and drafts exactly the tokens that will be accepted.
 """
@@ -15,6 +19,7 @@ The upper bound is the oracle, which knows every outcome beforehand and drafts e
 import argparse
 import json
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +53,20 @@ FIXED = [f"fixed:{k}" for k in range(7)]
 RIVALS = ["confidence:0.3", "confidence:0.5", "confidence:0.7", "entropy:0.4", "entropy:0.6", "cumulative:0.2",
           "cumulative:0.4", "beta", "calibration", "calibration:shift", "goodput", "logistic", "adaptive_steps",
           "schedule", "ucb", "tapout", "thompson"]  # fmt: skip
-TREES = ["tree:2", "tree:2x2", "tree:3x2x1", "tree:4x2x2x1", "thompson+tree", "thompson+tree+lookup"]
-"""Simulated for greedy texts only."""
+SHAPES = ["tree:2", "tree:3", "tree:2x1", "tree:3x1", "tree:2x2", "tree:2x1x1", "tree:2x2x1", "tree:3x2x1",
+          "tree:4x2x2x1"]  # fmt: skip
+TREES = [*SHAPES, "thompson+tree", "thompson+tree+lookup"]
+COPYING = ["none+lookup", *(f"{name}+lookup" for name in (*FIXED[1:], *RIVALS))]
 PAIRS = [("thompson+lookup", "thompson"), ("thompson+lookup", "none+lookup"), ("thompson+tree", "thompson"),
          ("thompson+tree+lookup", "thompson+lookup"), ("thompson+tree+lookup", "thompson")]  # fmt: skip
-COPYING = ["none+lookup", "fixed:1+lookup", "thompson+lookup"]
-PARTS = ["drafted", "levels", "head_passes", "seconds", "shallow_seconds", "head_seconds", "verify_seconds"]
+TUNED = {
+    "fixed, tuned on other prompts": FIXED,
+    "tree, tuned on other prompts": [*FIXED, *SHAPES],
+    "fixed+lookup, tuned on other prompts": ["none+lookup", *(f"{name}+lookup" for name in FIXED[1:])],
+}
+USELESS = 0.01
+"""Copies bring nothing in a text of which the oracle with copies takes at least 1 - USELESS of the time without."""
+PARTS = ["source", "drafted", "levels", "head_passes", "seconds", "shallow_seconds", "head_seconds", "verify_seconds"]
 TIMED = ["fixed:1", "fixed:2", "fixed:3", "fixed:4", "confidence:0.5", "beta", "calibration:shift", "thompson"]
 
 
@@ -79,6 +92,8 @@ def main() -> None:
         help="simulate also as if a verification took the same time for any number of drafts",
     )
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--timings", type=Path, help="a .json of what was timed: read where it has it, else written")
+    parser.add_argument("--time-only", action="store_true", help="write --timings, and simulate nothing")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -99,9 +114,11 @@ def main() -> None:
         engine = SplitBackbone(model, ExitHead.load(folder))
         sha = sha256_of(folder / "model.safetensors")
         for name in args.settings:
-            entry = compare(engine, ids, ends, name, args, sha)
-            record.append({"exit_layer": n, "setting": name} | entry)
-            show(record[-1])
+            timed = timings(engine, ids, ends, name, args)
+            if not args.time_only:
+                entry = compare(engine, ids, ends, name, timed, args, sha)
+                record.append({"exit_layer": n, "setting": name} | entry)
+                show(record[-1])
     if args.out:
         about = {"date": str(date.today()), "hardware": machine, "torch": torch.__version__, "prompts": len(ids),
                  "timed": args.timed, "tokens": args.tokens, "seeds": args.seeds,
@@ -110,28 +127,38 @@ def main() -> None:
         draw(record, args.out.with_suffix(".png"))
 
 
-def compare(engine, ids, ends, setting: str, args, sha: str) -> dict:
-    def sampler(seed: int) -> Sampler:
-        return Sampler(**SETTINGS[setting], generator=torch.Generator().manual_seed(seed))
+def sampler_of(setting: str, seed: int) -> Sampler:
+    return Sampler(**SETTINGS[setting], generator=torch.Generator().manual_seed(seed))
 
-    wall, rounds, baseline = clock(engine, ids[: args.timed], ends, sampler, args.tokens, args.clock)
-    costs = smooth(cost_table(rounds, baseline), rounds)
-    traces = []
-    for i, prompt in enumerate(tqdm(ids, desc=f"N={engine.exit_layer} {setting}: traces", unit="text")):
-        text = autoregressive(engine, Request(prompt, args.tokens, ends), sampler(i)).tokens
-        if len(text) > 1:
-            traces.append(simulation.record(engine, str(i), prompt, text, sampler(10_000 + i), args.tokens))
+
+def timings(engine, ids, ends, setting: str, args) -> dict:
+    """`wall`: speedups by the clock; `costs`: of a round's parts; `own`: those that differ between controllers."""
+    kept = json.loads(args.timings.read_text()) if args.timings and args.timings.exists() else {}
+    name = f"N = {engine.exit_layer}, {setting}"
+    if name not in kept:
+        sampler = partial(sampler_of, setting)
+        wall, rounds, baseline = clock(engine, ids[: args.timed], ends, sampler, args.tokens, args.clock)
+        own = {one: own_costs(one, rounds, baseline, args.clock) for one in [*FIXED, *RIVALS, *COPYING, *TREES]}
+        kept[name] = {"wall": wall, "costs": smooth(cost_table(rounds, baseline), rounds), "own": own}
+        if args.timings:
+            args.timings.write_text(json.dumps(kept, indent=1) + "\n")
+    return kept[name]
+
+
+def compare(engine, ids, ends, setting: str, timed: dict, args, sha: str) -> dict:
+    costs, traces, greedy = timed["costs"], [], sampler_of(setting, 0).greedy
     path = args.run / "eval" / f"traces-{engine.exit_layer}-{list(SETTINGS).index(setting)}.npz"
+    for i, prompt in enumerate(tqdm(ids, desc=f"N={engine.exit_layer} {setting}: traces", unit="text")):
+        text = autoregressive(engine, Request(prompt, args.tokens, ends), sampler_of(setting, i)).tokens
+        if len(text) > 1:
+            sampler = sampler_of(setting, 10_000 + i)
+            traces.append(simulation.record(engine, str(i), prompt, text, sampler, args.tokens))
     path.parent.mkdir(exist_ok=True)  # a run that was never evaluated
     simulation.save(path, traces, sha)
-    models = {
-        name: simulation.CostModel(costs | own_costs(name, rounds, baseline, args.clock))
-        for name in [*FIXED, *RIVALS, *COPYING, *TREES]
-    }
-    greedy = SETTINGS[setting]["temperature"] == 0
-    found = {"costs": costs, "wall": wall, "simulated": simulate(traces, models, args.seeds, greedy)}
+    models = {name: simulation.CostModel(costs | own) for name, own in timed["own"].items()}
+    found = {"costs": costs, "wall": timed["wall"], "simulated": simulate(traces, models, args.seeds, greedy)}
     if args.free_rows:
-        flat = {"verify": {1: costs["verify"][1]}}
+        flat = {"verify": {1: simulation.CostModel(costs).verify(1)}}
         models = {name: simulation.CostModel(flat | {k: getattr(model, k) for k in ("shallow", "head", "rest")})
                   for name, model in models.items()}  # fmt: skip
         found["free_rows"] = simulate(traces, models, args.seeds, greedy)
@@ -160,8 +187,9 @@ def clock(engine, ids, ends, sampler, new: int, timed: list[str]):
         rows += [{"controller": name} | {part: getattr(r, part) for part in PARTS} for r in out.rounds]
     base = tokens["autoregressive"], seconds["autoregressive"]
     wall = {name: rated(tokens[name], seconds[name], *base) for name in timed}
-    for rival in [name for name in timed if name != "thompson" and "thompson" in timed]:
-        wall[f"thompson / {rival}"] = rated(tokens["thompson"], seconds["thompson"], tokens[rival], seconds[rival])
+    pairs = [("thompson", rival) for rival in timed if kind(rival)[0]] + PAIRS
+    for name, rival in [(name, rival) for name, rival in pairs if name in timed and rival in timed]:
+        wall[f"{name} / {rival}"] = rated(tokens[name], seconds[name], tokens[rival], seconds[rival])
     return wall, pd.DataFrame(rows), pass_seconds(base[1], base[0])
 
 
@@ -180,11 +208,18 @@ def smooth(costs: dict, rounds: pd.DataFrame) -> dict:
 
 def own_costs(name: str, rounds: pd.DataFrame, baseline: float, timed: list[str]) -> dict:
     """The costs `head` and `rest`, which include the controller's own decisions: measured for this controller if it was
-    timed, else over the timed controllers of its kind (fixed or not), if there are any."""
-    like = rounds.controller.str.startswith("fixed") == name.startswith("fixed")
-    mine = rounds[rounds.controller == name] if name in timed else rounds[like] if like.any() else rounds
-    costs = cost_table(mine, baseline)
+    timed, else over the timed controllers of its kind, if there are any."""
+    if name in timed:
+        mine = rounds[rounds.controller == name]
+    else:
+        mine = rounds[[kind(other) == kind(name) for other in rounds.controller]]
+    costs = cost_table(mine if mine.head_passes.sum() else rounds, baseline)
     return {"head": costs["head"], "rest": costs["rest"]}
+
+
+def kind(name: str) -> tuple[bool, bool]:
+    """Whether a controller decides without thinking, and whether it copies."""
+    return name.startswith(("fixed", "tree", "none")), name.endswith("+lookup")
 
 
 def rated(n, s, m, t) -> list[float]:
@@ -194,43 +229,55 @@ def rated(n, s, m, t) -> list[float]:
 
 
 def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
-    """Simulated speedup of every controller over the traces, and thompson over several rivals; summed over seeds."""
-    names = FIXED + RIVALS + COPYING + (TREES if greedy else [])
-    bounds: dict[str, dict] = {"oracle": {}, "oracle with copies": {"copies": True}}
-    if greedy:
-        bounds["oracle of trees"] = {"candidates": CANDIDATES}
-        bounds["oracle of trees with copies"] = {"candidates": CANDIDATES, "copies": True}
-    sums = {name: [np.zeros(len(traces)), np.zeros(len(traces))] for name in [*names, *bounds]}
+    """Simulated speedup of every controller over the traces, and thompson over its rivals; summed over seeds.
+    `useless`: numbers of the prompts in whose texts copies bring nothing."""
+    bounds: dict[str, dict] = {"oracle": {}, "oracle with copies": {"copies": True},
+                               "oracle of trees": {"candidates": CANDIDATES},
+                               "oracle of trees with copies": {"candidates": CANDIDATES, "copies": True}}  # fmt: skip
+    sums: dict[str, np.ndarray] = {}  # name -> tokens and time of each text
     for seed in range(seeds):
         accepted = simulation.outcomes(traces, seed)
-        for name in names:
-            tokens, seconds = simulation.play(
-                lambda name=name, seed=seed: make_controller(name, seed, greedy), traces, accepted, costs[name]
-            )
-            sums[name][0] += tokens
-            sums[name][1] += seconds
+        for name in costs:
+            try:
+                played = simulation.play(partial(make_controller, name, seed, greedy), traces, accepted, costs[name])
+            except ValueError as error:
+                if seed == 0:
+                    print(f"{name} is left out: {error}")
+                continue
+            sums[name] = sums.get(name, 0) + np.array(played)
         for name, drafts in bounds.items():
             pairs = zip(traces, accepted, strict=True)
-            sums[name][0] += [len(t) - 1 for t in traces]
-            sums[name][1] += [simulation.oracle(t, a, costs["fixed:1"], **drafts) for t, a in pairs]
-    halves = np.arange(len(traces)) % 2
-    tuned = [np.zeros(len(traces)), np.zeros(len(traces))]
-    chosen = []
-    for half in (0, 1):
-        rate = {k: sums[k][0][halves != half].sum() / sums[k][1][halves != half].sum() for k in FIXED}
-        best = max(rate, key=rate.__getitem__)
-        chosen.append(best)
-        for column in (0, 1):
-            tuned[column][halves == half] = sums[best][column][halves == half]
+            least = [(len(t) - 1, simulation.oracle(t, a, costs["fixed:1"], **drafts)) for t, a in pairs]
+            sums[name] = sums.get(name, 0) + np.array(least).T
+    chosen = {}
+    for tuned, names in TUNED.items():
+        sums[tuned], chosen[tuned] = tuned_on_others({name: sums[name] for name in names if name in sums})
     ones = sums["fixed:0"][0]
-    result = {name: rated(*sums[name], ones, ones) for name in sums}
-    result["fixed, tuned on other prompts"] = rated(*tuned, ones, ones)
-    result["thompson / fixed tuned"] = rated(*sums["thompson"], *tuned)
-    for name, other in PAIRS if greedy else PAIRS[:2]:
-        result[f"{name} / {other}"] = rated(*sums[name], *sums[other])
-    for name in [name for name in RIVALS if name != "thompson"] + ["oracle"]:
-        result[f"thompson / {name}"] = rated(*sums["thompson"], *sums[name])
-    return {"speedup": result, "tuned": chosen}
+    result = {name: rated(*found, ones, ones) for name, found in sums.items()}
+    over = [("thompson", name) for name in (*TUNED, *RIVALS, "oracle") if "lookup" not in name and name != "thompson"]
+    over += [("thompson+lookup", n) for n in (*COPYING, *TUNED) if "lookup" in n and n != "thompson+lookup"]
+    over += [("thompson+tree", "tree, tuned on other prompts"), ("thompson+tree", "oracle of trees")]
+    over += [("thompson+tree+lookup", "oracle of trees with copies")]
+    result |= {f"{a} / {b}": rated(*sums[a], *sums[b]) for a, b in [*PAIRS, *over]}
+    useless = sums["oracle with copies"][1] > (1 - USELESS) * sums["oracle"][1]
+    if useless.any():
+        for a, b in PAIRS:
+            if "lookup" in a and "lookup" not in b:
+                pair = rated(*sums[a][:, useless], *sums[b][:, useless])
+                result[f"{a} / {b}, where copies bring nothing"] = pair
+    return {"speedup": result, "tuned": chosen, "useless": np.array([int(t.prompt) for t in traces])[useless].tolist()}
+
+
+def tuned_on_others(sums: dict[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
+    """(tokens and time of each text with the controller that is fastest on the other half of the texts, which these
+    are for either half)"""
+    tuned, chosen = np.zeros_like(next(iter(sums.values()))), []
+    halves = np.arange(tuned.shape[1]) % 2
+    for half in (0, 1):
+        rate = {name: found[0, halves != half].sum() / found[1, halves != half].sum() for name, found in sums.items()}
+        chosen.append(max(rate, key=rate.__getitem__))
+        tuned[:, halves == half] = sums[chosen[-1]][:, halves == half]
+    return tuned, chosen
 
 
 def signals(traces) -> dict[str, float]:
@@ -264,14 +311,13 @@ def show(entry: dict) -> None:
     verify = ", ".join(f"{w}: {v:.2f}" for w, v in c["verify"].items())
     print(f"costs in tokens: shallow {c['shallow']:.3f}, head {c['head']:.3f}, verify {verify}, rest {c['rest']:.3f}")
     print(f"log-loss of acceptance removed by: {entry['signals']}")
-    print(f"fixed K tuned on other prompts: {entry['simulated']['tuned']}\n")
-    print("| controller | wall clock | simulated |\n|---|---|---|")
-    simulated = entry["simulated"]["speedup"]
-    for name in [*simulated, *(n for n in entry["wall"] if n not in simulated)]:
-        cells = [
-            f"{x[0]:.3f} ({x[1]:.3f}-{x[2]:.3f})" if x else "" for x in (entry["wall"].get(name), simulated.get(name))
-        ]
-        print(f"| {name} | {cells[0]} | {cells[1]} |")
+    print(f"tuned on other prompts: {entry['simulated']['tuned']}")
+    print(f"copies bring nothing for prompts {entry['simulated']['useless']}\n")
+    columns = [entry["wall"], entry["simulated"]["speedup"], entry.get("free_rows", {}).get("speedup", {})]
+    print("| controller | wall clock | simulated | rows free |\n|---|---|---|---|")
+    for name in dict.fromkeys([*columns[1], *columns[0]]):
+        found = [column.get(name) for column in columns]
+        print(f"| {name} | {' | '.join(f'{x[0]:.3f} ({x[1]:.3f}-{x[2]:.3f})' if x else '' for x in found)} |")
 
 
 def draw(record: list[dict], path: Path) -> None:

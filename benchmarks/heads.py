@@ -5,6 +5,7 @@ exit layer N, followed by what differs from the config, with commas:
 
   2                  a plain head at layer 2, as the config says
   2,init=3           starts from the backbone's layer 3 (counted from 1; `last` is the default)
+  3,init=FOLDER      starts from an exit head, and all heads have its draft vocabulary
   2,rate=1e-3        another peak learning rate
   2,loss=kl+0.5*tvd  other terms of the loss (pipeline/training/losses.py)
   2,W=2048           another draft vocabulary: the W tokens that the answers use most; 0 = all tokens
@@ -23,6 +24,8 @@ which a decoder would not do beyond the first draft, so its figures at j > 1 are
 count, so other work on the machine does not matter.
 
   python benchmarks/heads.py --config configs/smollm2-135m.yaml --heads 2 2,init=3 2,loss=ce
+
+With `--save FOLDER` each layer's last-named plain head is written to FOLDER/heads/exit-N.
 """
 
 import argparse
@@ -37,7 +40,7 @@ from torch import Tensor, nn
 
 from pipeline.backbones.load import load_model
 from pipeline.config import load
-from pipeline.inference.exit_head import new_exit_layer
+from pipeline.inference.exit_head import ExitHead, new_exit_layer
 from pipeline.runs.folder import RunDir
 from pipeline.stages.distill import draft_vocabulary, open_cached_teacher, read
 from pipeline.training import packing
@@ -85,6 +88,10 @@ class Choice:
             deep="deep" in given,
         )
 
+    def given(self) -> ExitHead | None:
+        """The exit head that it starts from, if any."""
+        return None if self.init == "last" or self.init.isdecimal() else ExitHead.load(Path(self.init))
+
 
 class Head(nn.Module):
     """An exit head; with `deep`, one that also sees the final hidden state of the token j places earlier."""
@@ -93,9 +100,12 @@ class Head(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(new_exit_layer(model) for _ in range(choice.layers))
         width = model.config.hidden_size
-        last = model.config.num_hidden_layers if choice.init == "last" else int(choice.init)
-        for layer, of in zip(self.layers, model.model.layers[last - choice.layers : last], strict=True):
-            layer.load_state_dict(of.state_dict())
+        if given := choice.given():
+            self.layers[0].load_state_dict(given.weights)
+        else:
+            last = model.config.num_hidden_layers if choice.init == "last" else int(choice.init)
+            for layer, of in zip(self.layers, model.model.layers[last - choice.layers : last], strict=True):
+                layer.load_state_dict(of.state_dict())
         self.deep = nn.Linear(width, width, bias=False) if choice.deep else None
         if self.deep is not None:
             nn.init.zeros_(self.deep.weight)
@@ -152,6 +162,9 @@ class Sweep:
         self.choices = {text: Choice.of(text, self.d.learning_rate, self.d.loss) for text in a.heads}
         self.heads = {text: Head(self.model, choice) for text, choice in self.choices.items()}
         ranked_V = ranked(self.train, self.model.config.vocab_size)
+        for given in filter(None, (choice.given() for choice in self.choices.values())):
+            usual_W = given.draft_ids_W
+        self.backbone = manifest["backbone"]
         self.ids_W: dict[int | None, Tensor | None] = {None: usual_W, 0: None}
         for choice in self.choices.values():
             size = choice.vocabulary
@@ -196,6 +209,13 @@ class Sweep:
             )
             total = total + losses_H.sum()
         return total
+
+    def save(self, folder: Path) -> None:
+        for text, choice in self.choices.items():
+            if not choice.deep and choice.layers == 1:
+                weights, ids_W = self.heads[text].layers[0].state_dict(), self.ids_W[choice.vocabulary]
+                head = ExitHead(choice.layer, self.model.config.num_hidden_layers, self.backbone, weights, ids_W)
+                head.save(folder / "heads" / f"exit-{choice.layer}")
 
     @torch.no_grad()
     def validate(self) -> dict[str, dict[str, float | list[float]]]:
@@ -244,6 +264,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--validate-every", type=int, default=100)
     parser.add_argument("--out", type=Path, default=None, help="a file for the figures, one JSON line a validation")
+    parser.add_argument("--save", type=Path, default=None, help="a folder for the heads")
     parser.add_argument("words", nargs="*", help="KEY=VALUE, as for exit-heads")
     a = parser.parse_args()
     sweep = Sweep(a)
@@ -271,6 +292,8 @@ def main() -> None:
             if a.out:
                 with a.out.open("a") as file:
                     file.write(json.dumps({"step": step, **found}) + "\n")
+    if a.save:
+        sweep.save(a.save)
 
 
 if __name__ == "__main__":

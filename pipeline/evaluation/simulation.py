@@ -11,6 +11,7 @@ p: the backbone's distribution, q: the exit head's
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from ..inference.law import Law
 from ..inference.lookup import Copying, Lookup
 from ..inference.rounds import LONGEST, Confidence, Controller, Round, look_of, memory_of, reads_of, spare_of
 from ..inference.sampling import Sampler, residual
+from ..inference.tree import WIDEST
 from .losslessness import first_divergence, teacher_forced
 from .metrics import CostModel
 
@@ -44,7 +46,8 @@ class Trace:
     off_TJC: np.ndarray
     """The same for the J drafts that follow a rejected draft for token t."""
     rank_T: np.ndarray | None = None
-    """Greedy: how many of the head's candidates for token t are before the text's, whose drafts may branch then."""
+    """How many candidates for token t are tried before it is accepted, where the first is rejected: of drafts that
+    branch. In sampling it is a draw, which belongs with the rejected draft of `off_TJC`."""
     ids: np.ndarray | None = None
     """Of the prompt; with `tokens`, what drafts may be copied from."""
     tokens: np.ndarray | None = None
@@ -52,19 +55,31 @@ class Trace:
     @classmethod
     def of(cls, prompt: str, max_new_tokens: int, acceptance_T: np.ndarray) -> "Trace":
         """A trace without confidences and tokens, for the oracle and for controllers that read none."""
-        unread = np.zeros((len(acceptance_T), len(Recorded._fields)))
+        unread = np.tile(NOTHING, (len(acceptance_T), 1))
         return cls(prompt, max_new_tokens, acceptance_T, unread, unread[:, None].repeat(RECORDED, 1))
 
     def __len__(self) -> int:
         return len(self.acceptance_T)
 
+    @cached_property
+    def fewest(self) -> float:
+        """The fewest tokens that any recorded q allows."""
+        rows = (*self.said_TC[1:], *self.off_TJC[1:].reshape(-1, self.said_TC.shape[1]))
+        return min((Recorded(*row).support for row in rows), default=NEVER)
+
 
 class Recorded(NamedTuple):
-    """The figures of a `Confidence` as recorded earlier."""
+    """The figures of a `Confidence` as recorded earlier, and how many tokens its q allows."""
 
     top: float
     collision: float
     entropy: float
+    support: float = NEVER
+    """Sampling: the most candidates that can be drawn for a place."""
+
+
+NOTHING = Recorded(0.0, 0.0, 0.0)
+"""Where nothing was recorded."""
 
 
 def acceptance(p_TV: Tensor, q_TV: Tensor, tokens: list[int], sampler: Sampler) -> Tensor:
@@ -84,27 +99,32 @@ def record(
     generator.
 
     In sampling, a rejected draft is distributed as max(q - p, 0). At every position one such draft is drawn, and the
-    confidences along its continuation by the head are recorded; in greedy decoding the draft is determined.
+    confidences along its continuation by the head are recorded, as is how many candidates would be tried after it; in
+    greedy decoding both are determined.
     """
     p_TV, q_TV = teacher_forced(engine, ids, tokens, sampler)
-    said = [_read(Confidence(Law(row.log()))) for row in q_TV]
-    off = np.zeros((len(tokens), RECORDED, len(Recorded._fields)))
+    said = [_read(Confidence(Law(row.log())), sampler) for row in q_TV]
+    rank_T = ranks(q_TV, tokens).cpu().numpy()
+    off = np.tile(NOTHING, (len(tokens), RECORDED, 1))
     cache = engine.new_cache(min(len(ids) + len(tokens) + RECORDED, engine.max_context))
     engine.shallow([*ids, tokens[0]], 0, cache)
     for t in range(1, len(tokens)):
         at = len(ids) + t
-        wrong = int(q_TV[t].argmax()) if sampler.greedy else sampler._draw(residual(q_TV[t], p_TV[t]))
+        if sampler.greedy:
+            wrong = int(q_TV[t].argmax())
+        else:
+            wrong = sampler._draw(residual(q_TV[t], p_TV[t]))
+            rank_T[t] = tried_in_vain(p_TV[t], q_TV[t], tokens[t], wrong, sampler)
         chain = [wrong]
         for j in range(min(RECORDED, cache.max_length - at)):
             engine.shallow(chain[-1:], at + j, cache)
             logits_1W = engine.draft_logits([at + j], cache)
             q = Confidence(sampler.law(logits_1W, engine.draft_vocabulary, ids, tokens[:t] + chain).row(0))
-            off[t, j] = _read(q)
+            off[t, j] = _read(q, sampler)
             chain.append(sampler.draft(q))
         engine.shallow(tokens[t : t + 1], at, cache)  # the committed token again; the head then catches up by itself
         cache.head_length = at
     chance_T = acceptance(p_TV, q_TV, tokens, sampler).cpu().numpy()
-    rank_T = ranks(q_TV, tokens).cpu().numpy() if sampler.greedy else None
     said_TC, texts = np.array(said), (np.array(ids), np.array(tokens))
     return Trace(prompt, max_new_tokens, chance_T, said_TC, off, rank_T, *texts)
 
@@ -115,8 +135,31 @@ def ranks(q_TV: Tensor, tokens: list[int]) -> Tensor:
     return (q_TV > q_TV.gather(1, y_T1)).sum(-1)
 
 
-def _read(confidence: Confidence) -> Recorded:
-    return Recorded(confidence.top, confidence.collision, confidence.entropy)
+def tried_in_vain(p_V: Tensor, q_V: Tensor, token: int, first: int, sampler: Sampler) -> int:
+    """How many candidates for a token of a sampled text are tried before it is accepted, where `first` is the first of
+    them and rejected; NEVER if it is not among the most that a round has.
+
+    It replays `Sampler.verify` given the text. A candidate that is rejected is distributed as max(q - r, 0) and says
+    nothing of the text's token y; that is distributed as the next r then. So the next candidate is y, and accepted,
+    with probability min(1, q(y) / r(y)).
+    """
+    left_V, q_V, wrong = p_V, q_V.clone(), first
+    for rank in range(1, WIDEST):
+        left_V = residual(left_V, q_V)
+        left_V = left_V / left_V.sum()
+        q_V[wrong] = 0.0
+        if not q_V[token] > 0:
+            break
+        q_V = q_V / q_V.sum()
+        if bool(sampler._coins((q_V[token] / left_V[token])[None])):
+            return rank
+        wrong = sampler._draw(residual(q_V, left_V))
+    return NEVER
+
+
+def _read(confidence: Confidence, sampler: Sampler) -> Recorded:
+    support = NEVER if sampler.greedy else int((confidence.law.q_W > 0).sum())
+    return Recorded(confidence.top, confidence.collision, confidence.entropy, support)
 
 
 def known_round(controller: Controller, chances: Sequence[float], coins: Sequence[float]) -> tuple[int, int, int]:
@@ -147,8 +190,8 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
     accepted_T: whether the first candidate for each token is accepted. Where drafts branch, the confidence behind a
     wrong one is known only if the head reads first candidates alone.
 
-    Raises ValueError for a controller that copies drafts if the trace has no tokens, and for one whose drafts branch
-    unless the trace is of greedy decoding.
+    Raises ValueError for a controller that copies drafts if the trace has no tokens, for one whose drafts branch if it
+    has no ranks, and for one that branches behind wrong candidates of which it is not known how many q allows there.
     """
     texts, tokens = None, [] if trace.tokens is None else trace.tokens.tolist()
     if look_of(controller):
@@ -156,7 +199,7 @@ def replay(controller: Controller, trace: Trace, accepted_T: np.ndarray, costs: 
             raise ValueError("a trace without tokens cannot be replayed with a controller that copies")
         texts = Copying(trace.ids.tolist(), memory_of(controller))
     if spare_of(controller) and trace.rank_T is None:
-        raise ValueError("drafts that branch can be replayed over greedy texts only")
+        raise ValueError("a trace without ranks cannot be replayed with a controller whose drafts branch")
     rank_T = _ranks(trace, accepted_T)
     rounds, t = [], 1
     while t < len(trace):
@@ -216,11 +259,16 @@ def _round(controller: Controller, trace: Trace, rank_T: np.ndarray, t: int) -> 
             break
         passes += 1
         rank = NEVER if ended else int(rank_T[t + k])
-        if wrong_at is None:
-            said = Recorded(*trace.said_TC[min(t + k, len(trace) - 1)])
-        else:
-            said = Recorded(*trace.off_TJC[wrong_at, min(t + k - wrong_at, RECORDED) - 1])
-        counts = [int(controller.draft(k, said)) for _ in read]  # type: ignore[arg-type]
+        counts = []
+        for row in read:
+            said = _said(trace, t + k, None if row == right else wrong_at)
+            wanted = int(controller.draft(k, said))  # type: ignore[arg-type]
+            if wanted > 1 and row != right and row != level[0] and wanted > trace.fewest:
+                raise ValueError(
+                    "drafts that branch behind others than first candidates can be replayed only where q allows as "
+                    "many everywhere: without top-k and top-p"
+                )
+            counts.append(min(wanted, int(said.support)))
         following = [(row, i) for i in range(max(counts)) for row, n in zip(read, counts, strict=True) if i < n]
         if not following:
             break
@@ -235,6 +283,13 @@ def _round(controller: Controller, trace: Trace, rank_T: np.ndarray, t: int) -> 
     if parents != list(range(len(parents))):
         made.parents, made.path = parents, path
     return made
+
+
+def _said(trace: Trace, place: int, wrong_at: int | None) -> Recorded:
+    """The confidence in the draft for a place: in the text, or behind the draft for `wrong_at` that was rejected."""
+    if wrong_at is None:
+        return Recorded(*trace.said_TC[min(place, len(trace) - 1)])
+    return Recorded(*trace.off_TJC[wrong_at, min(place - wrong_at, RECORDED) - 1])
 
 
 def play(
@@ -253,8 +308,8 @@ def oracle(trace: Trace, accepted_T: np.ndarray, costs: CostModel, candidates: i
     """The least time of any controller that knows every outcome beforehand, by dynamic programming over the text; in
     autoregressive tokens.
 
-    candidates: how many of the head's candidates for a place may be drafted, the right one and those before it. More
-    than one needs the trace of a greedy text. copies: whether drafts may also be copied from the text.
+    candidates: how many of the head's candidates for a place may be drafted, the right one and those before it.
+    copies: whether drafts may also be copied from the text.
     """
     copied = _right_copies(trace) if copies else None
     n, rank_T = len(trace), _ranks(trace, accepted_T)

@@ -126,11 +126,6 @@ def test_the_replay_of_trees_reaches_other_than_first_candidates(engine) -> None
         assert any(r.path and r.path != list(range(1, r.accepted + 1)) for r in rounds), name
 
 
-def test_sampled_drafts_that_branch_are_not_replayed(sampled_traces) -> None:
-    with pytest.raises(ValueError, match="greedy texts only"):
-        simulation.replay(make_controller("tree:2"), sampled_traces[0], np.ones(NEW, bool), COSTS)
-
-
 def sampler(seed: int) -> Sampler:
     return Sampler(1.0, generator=torch.Generator().manual_seed(seed))
 
@@ -142,19 +137,57 @@ def sampled_traces(engine) -> list[Trace]:
     return [simulation.record(engine, "p", PROMPT24, t, sampler(2000 + i), NEW) for i, t in enumerate(texts)]
 
 
-@pytest.mark.parametrize("name", ["fixed:2", "confidence:0.3", "copies"])
+BRANCHING = ["tree:3", "tree:2x2", "tree:1x3x2", "thompson+tree", "tree:2x1+lookup"]
+
+
+@pytest.mark.parametrize("name", ["fixed:2", "confidence:0.3", "copies", *BRANCHING])
 def test_sampled_rounds_have_the_decoders_law(engine, sampled_traces, name: str) -> None:
-    """Mean drafted and accepted per round of 25 texts each way, within four standard errors."""
-    real, simulated = [], []
-    for seed, trace in enumerate(sampled_traces):
-        out = self_speculative(engine, Request(PROMPT24, NEW), sampler(seed), controller_of(name))
-        real += [(r.drafted, r.accepted) for r in out.rounds]
-        rounds = simulation.replay(controller_of(name), trace, simulation.outcomes([trace], seed)[0], COSTS)
-        simulated += [(r.drafted, r.accepted) for r in rounds]
-    a, b = np.array(real, float), np.array(simulated, float)
-    error = np.sqrt(a.var(0) / len(a) + b.var(0) / len(b)) + 1e-9
-    assert a[:, 1].mean() > 0.1
+    """Means of what 25 texts took each way, within four standard errors. Each text has a controller of its own, so that
+    texts are independent."""
+    found = []
+    for simulated in (False, True):
+        totals = []
+        for seed, trace in enumerate(sampled_traces):
+            controller = Copies() if name == "copies" else Timeless(make_controller(name, seed, greedy=False))
+            if simulated:
+                rounds = simulation.replay(controller, trace, simulation.outcomes([trace], seed)[0], COSTS)
+            else:
+                rounds = self_speculative(engine, Request(PROMPT24, NEW), sampler(seed), controller).rounds
+            beside = sum(bool(r.path) and r.path != [*range(1, r.accepted + 1)] for r in rounds)
+            totals.append([len(rounds), *np.sum([(r.drafted, r.accepted, r.levels) for r in rounds], 0), beside])
+        found.append(np.array(totals, float))
+    a, b = found
+    error = np.sqrt((a.var(0) + b.var(0)) / len(a)) + 1e-9
+    assert a[:, 2].mean() > 2
     assert (abs(a.mean(0) - b.mean(0)) < 4 * error).all(), (a.mean(0), b.mean(0), error)
+    assert name not in BRANCHING or a[:, 4].mean() > 0.2  # other than first candidates are accepted
+
+
+@pytest.fixture(scope="module")
+def narrow_trace(engine) -> Trace:
+    """Sampled where q allows one to three tokens."""
+    text = autoregressive(engine, Request(PROMPT24, NEW), narrow(1)).tokens
+    return simulation.record(engine, "p", PROMPT24, text, narrow(2), NEW)
+
+
+def narrow(seed: int) -> Sampler:
+    return Sampler(1.0, top_k=3, top_p=0.9, generator=torch.Generator().manual_seed(seed))
+
+
+def test_no_more_candidates_are_replayed_than_q_allows(engine, narrow_trace) -> None:
+    outcome = simulation.outcomes([narrow_trace], 0)[0]
+    real = self_speculative(engine, Request(PROMPT24, NEW), narrow(3), make_controller("tree:4")).rounds
+    for rounds in (real, simulation.replay(make_controller("tree:4"), narrow_trace, outcome, COSTS)):
+        drafted = {r.drafted for r in rounds}
+        assert drafted <= {0, 1, 2, 3} and len(drafted & {1, 2, 3}) > 1
+    simulation.replay(make_controller("tree:3x1"), narrow_trace, outcome, COSTS)
+    with pytest.raises(ValueError, match=r"^drafts that branch behind others than first candidates"):
+        simulation.replay(make_controller("tree:2x2"), narrow_trace, outcome, COSTS)
+
+
+def test_a_trace_without_ranks_has_no_trees() -> None:
+    with pytest.raises(ValueError, match=r"^a trace without ranks"):
+        simulation.replay(make_controller("tree:2"), toy_trace([0, 1, 1]), np.ones(3, bool), COSTS)
 
 
 def toy_trace(accepted: list[int]) -> Trace:

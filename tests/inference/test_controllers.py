@@ -57,7 +57,7 @@ def test_beta_has_a_limit() -> None:
 
 UNKNOWN = ["fixed", "fixed:", "fixed:-1", "fixed:x", "thompsom", "", "confidence", "confidence:0", "confidence:1.2",
            "entropy:x", "entropy:nan", "beta:3", "calibration:pul", "thompson:4",
-           "cumulative", "cumulative:2", "ucb:3", "goodput:1"]  # fmt: skip
+           "cumulative", "cumulative:2", "ucb:3", "goodput:1", "thompson+head3", "head2+head3"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

@@ -212,7 +212,8 @@ class Remembers(Copies):
 COPYING = {
     **{f"{k} copied, else {head}": lambda k=k, head=head: Copies(k, head)
        for k, head in ((1, "none"), (3, "none"), (2, "fixed:2"), (3, "confidence:0.6"))},
-    "fixed:1+lookup": lambda: make_controller("fixed:1+lookup", greedy=False),
+    **{f"{n}+lookup": lambda n=n: make_controller(f"{n}+lookup", greedy=False)
+       for n in ("fixed:1", "beta", "goodput", "logistic")},
     **{f"thompson+lookup, seed {s}": lambda s=s: WithLookup(experienced(s), False, s) for s in (0, 1, 2)},
     "3 copied from an earlier text": lambda: Remembers(3, "none"),
     **{f"thompson+memory, seed {s}": lambda s=s: WithLookup(experienced(s), False, s, memory=remembered())

@@ -12,15 +12,19 @@ from test_exact import (
     distance,
     experienced,
     forbids_and_allows,
+    joint,
+    remembered,
 )
 
+from pipeline.evaluation import simulation
 from pipeline.inference.branching import Branching
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, self_speculative
-from pipeline.inference.rounds import reads_of, spare_of
+from pipeline.inference.law import Law
+from pipeline.inference.rounds import Confidence, reads_of, spare_of
 from pipeline.inference.sampling import Sampler, residual
 from pipeline.inference.sources import WithLookup
-from pipeline.inference.tree import Draft
+from pipeline.inference.tree import Draft, Tree
 
 __all__ = ["counting_clock"]  # the fixture of that file is used here too
 
@@ -69,6 +73,7 @@ TREES = {
     "thompson+tree, calibrating": lambda: make_controller("thompson+tree", 0, greedy=False),
     "2 copied, else tree:2x1": lambda: CopiesOrBranches(2, "tree:2x1"),
     **{f"thompson+tree+lookup, seed {s}": lambda s=s: WithLookup(branching(s), False, s) for s in (0, 1)},
+    "thompson+tree+memory": lambda: WithLookup(branching(0), False, 0, memory=remembered()),
 }
 
 
@@ -195,3 +200,35 @@ def test_a_controller_that_drops_a_sibling_by_its_token_is_caught(monkeypatch) -
 
     monkeypatch.setattr(Scripted, "siblings", only_small)
     assert distance(Tables(4, seed=6), Scripted(temperature=1.0), make_controller("tree:2"), new=3, compared=2) > 1e-3
+
+
+@pytest.mark.parametrize("allowed", [[0, 1, 2, 3], [0, 2, 3], [1, 3]])
+@pytest.mark.parametrize("candidates", [2, 3])
+def test_the_simulation_of_candidates_has_the_decoders_law(candidates: int, allowed: list[int]) -> None:
+    """Of the first candidate, how many were tried in vain, and the token: the decoder draws candidates and the token
+    follows, the simulation draws the token and the candidates follow. Some tokens have no q, some no p."""
+    dice = torch.Generator().manual_seed(candidates)
+    p_V, q_V = (1.5 * torch.randn(2, 4, generator=dice, dtype=torch.float64)).softmax(-1)
+    p_V[0], q_V = 0.0, q_V * torch.zeros(4, dtype=torch.float64).index_fill_(0, torch.tensor(allowed), 1.0)
+    p_V, q_V = p_V / p_V.sum(), q_V / q_V.sum()
+    sampler = Scripted(temperature=1.0)
+
+    def decoded() -> list[int]:
+        tree, law = Tree(1), Confidence(Law(q_V.log()))
+        first = sampler.propose(law)
+        for draft in (first, *sampler.siblings(law, first, candidates - 1)):
+            tree.add(0, draft, law)
+        path, bonus = sampler.verify(tree, p_V.log().expand(len(tree), -1), may_branch=True)
+        return [tree.tokens[1], path[0] - 1 if path else candidates, tree.tokens[path[0]] if path else bonus]
+
+    def simulated() -> list[int]:
+        token = sampler.draw(p_V.log())
+        if bool(sampler._coins((q_V[token] / p_V[token])[None])):
+            return [token, 0, token]
+        first = sampler._draw(residual(q_V, p_V))
+        return [first, min(simulation.tried_in_vain(p_V, q_V, token, first, sampler), candidates), token]
+
+    expected, found = joint(decoded, sampler, 3), joint(simulated, sampler, 3)
+    assert len({row[1] for row in expected}) == min(candidates, len(allowed)) + 1
+    assert expected.keys() >= {row for row, chance in found.items() if chance > 1e-12}
+    assert all(abs(chance - found.get(row, 0.0)) < 1e-9 for row, chance in expected.items()), (expected, found)

@@ -11,7 +11,7 @@ from helpers import make_run, plant_heads
 from pipeline.backbones.load import load_model
 from pipeline.evaluation import simulation
 from pipeline.inference.backbone import SplitBackbone
-from pipeline.inference.controllers import learned_controller, make_controller
+from pipeline.inference.controllers import Fixed, learned_controller, make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.exit_head import ExitHead
 from pipeline.inference.lookup import LONGEST_MATCH, NGRAM, Copying, Lookup, Match, Memory
@@ -197,8 +197,19 @@ def test_a_remembered_token_takes_about_a_kilobyte() -> None:
     assert 500 < held / len(tokens) < 1500
 
 
+class Copies(Fixed):
+    """Copies four tokens wherever there is a match, whatever the clock says, and leaves other rounds to a head."""
+
+    def __init__(self):
+        super().__init__(1)
+        self.memory = Memory()
+
+    def look(self, match) -> int:
+        return 4
+
+
 def test_what_was_said_before_is_copied(engine) -> None:
-    controller = make_controller("fixed:1+memory")
+    controller = Copies()
     request = Request([5, 6, 7, 8, 9, 10, 11, 12], 40)
     plain = autoregressive(engine, request, Sampler())
     rounds = []

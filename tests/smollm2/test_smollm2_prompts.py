@@ -131,3 +131,12 @@ def test_the_config_trains_on_one_file_and_measures_on_the_other(root: Path, tmp
     own = tmp_path / "my.jsonl"
     own.write_text('{"prompt": "Mine?"}\n')
     assert [p.text for p in training_prompts(load("configs/smollm2-135m.yaml", [f"prompts.path={own}"]))] == ["Mine?"]
+
+
+def test_the_prompts_to_copy_from_share_nothing_with_the_others() -> None:
+    rows = committed("copying")
+    assert Counter(row["task"] for row in rows) == {"summary with quotes": 6, "code edit": 6}
+    others = {run for role in ROLES for row in committed(role) for run in runs(row["prompt"], 6)}
+    assert not any(runs(row["prompt"], 6) & others for row in rows)
+    assert not nearly_equal([row["prompt"] for row in rows])
+    assert all(row["prompt"].isascii() and 60 < len(row["prompt"].split()) < 200 for row in rows)
