@@ -12,8 +12,9 @@ from .support import check_head, check_version, found_version
 
 
 class ExitHeadConfig(PretrainedConfig):
-    """exit_layer: N. num_layers: L. backbone: name, fingerprint and model_type of the backbone. draft_vocabulary: W, the
-    number of tokens that the head can draft; 0 for all. sha256: of the weights. Raises Refused; see support.py."""
+    """exit_layer: N. num_layers: L. backbone: name, fingerprint and model_type of the backbone. draft_vocabulary: W,
+    the number of tokens that the head can draft; 0 for all. sha256: of the weights. Raises Refused; see
+    support.py."""
 
     model_type = "exit_head"
 

@@ -3,12 +3,12 @@
 Takes the number of requests in a step, the outcome of every verified round and the time of every plain step; gives the
 draft length of the next step, the same for all its requests. It knows nothing of vLLM, and needs no package.
 
-With K drafts for each of b requests a step commits b E(K) tokens, E(K) = 1 + t_1 + t_1 t_2 + ... + t_1 ... t_K, where t_i is the
-chance that draft i is accepted if all before it were, and takes the time T(b, K). The rule drafts the K of the largest
-E(K) / T(b, K), K = 0 among them: where all steps are of one kind, that ratio is the rate which the rule of docs/control.md
-of exit-heads maximises. Every t_i has a Beta posterior and is drawn from it (Thompson sampling), so lengths that are
-little known are tried when luck makes them look good. T comes from measured steps, as a line through all of them
-(`Costs`) where (b, K) itself was not measured.
+With K drafts for each of b requests a step commits b E(K) tokens, E(K) = 1 + t_1 + t_1 t_2 + ... + t_1 ... t_K, where
+t_i is the chance that draft i is accepted if all before it were, and takes the time T(b, K). The rule drafts the K of
+the largest E(K) / T(b, K), K = 0 among them: where all steps are of one kind, that ratio is the rate which the rule
+of docs/control.md of exit-heads maximises. Every t_i has a Beta posterior and is drawn from it (Thompson sampling),
+so lengths that are little known are tried when luck makes them look good. T comes from measured steps, as a line
+through all of them (`Costs`) where (b, K) itself was not measured.
 
 b requests, K drafts
 """
@@ -18,8 +18,8 @@ import random
 from collections import deque
 
 HELD = 8
-"""Steps for which a choice is kept. A step verifies what the one before it drafted, so only two of one length in a row have
-the cost of that length."""
+"""Steps for which a choice is kept. A step verifies what the one before it drafted, so only two of one length in a
+row have the cost of that length."""
 HELD_FIRST = 3
 """The same for the choices before anything is known, some of which may be dear."""
 PROBED = 64
@@ -112,8 +112,8 @@ class Costs:
         self.weights = None
 
     def steps(self, batch: int, longest: int) -> list[float]:
-        """Seconds of a step with 0, 1, ..., `longest` drafts, measured or from the line. Without any measurement all are
-        equal."""
+        """Seconds of a step with 0, 1, ..., `longest` drafts, measured or from the line. Without any measurement all
+        are equal."""
         known = self._known()
         if not known:
             return [1.0] * (longest + 1)
@@ -149,8 +149,8 @@ def robust(times: list[float]) -> float:
 
 
 def fitted(rows: list[list[float]], values: list[float], sweeps: int = 200) -> list[float]:
-    """The weights >= 0 with the smallest relative squared errors of rows * weights against positive values, by coordinate
-    descent."""
+    """The weights >= 0 with the smallest relative squared errors of rows * weights against positive values, by
+    coordinate descent."""
     scaled = [[x / value for x in row] for row, value in zip(rows, values, strict=True)]
     width = len(rows[0])
     squares = [[sum(row[i] * row[j] for row in scaled) for j in range(width)] for i in range(width)]

@@ -24,7 +24,8 @@ SAMPLED = 8
 
 
 def fingerprint(model: str, config: Any, revision: str | None = None, cache: str | None = None) -> str:
-    """sha256 of the architecture and of a sample of the weights in bfloat16. Raises Refused without safetensors files."""
+    """sha256 of the architecture and of a sample of the weights in bfloat16. Raises Refused without safetensors
+    files."""
     files = TensorFiles(model, revision, cache)
     digest = hashlib.sha256(json.dumps([getattr(config, field, None) for field in FIELDS]).encode())
     for name in _samples(config.num_hidden_layers):
@@ -44,8 +45,8 @@ def check_fits(head: Any, model: str, config: Any, revision: str | None = None, 
     found, wanted = fingerprint(model, config, revision, cache), head.backbone["fingerprint"]
     if found != wanted:
         raise Refused(
-            f"this exit head belongs to {head.backbone['name']} (fingerprint {wanted[:12]}), the served model {model} has "
-            f"fingerprint {found[:12]}: serve the model that it was trained for, or a head that was trained for this one"
+            f"this exit head belongs to {head.backbone['name']} (fingerprint {wanted[:12]}), the served model {model} "
+            f"has fingerprint {found[:12]}: serve the model that it was trained for, or a head that was trained for it"
         )
 
 
@@ -58,8 +59,8 @@ def check_weights(head: Any, model: str, revision: str | None = None, cache: str
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != getattr(head, "sha256", found):
         raise Refused(
-            f"{path}: its sha256 is {found[:12]}, config.json says {head.sha256[:12]}: changed or cut short since it was "
-            "published; fetch the head again"
+            f"{path}: its sha256 is {found[:12]}, config.json says {head.sha256[:12]}: changed or cut short since it "
+            "was published; fetch the head again"
         )
 
 
@@ -85,7 +86,8 @@ class TensorFiles:
             self.files = json.loads(index.read_text())["weight_map"]
 
     def sample(self, name: str, tied: bool) -> torch.Tensor:
-        """Rows of a matrix, or a whole vector. tied: the LM head may stand under the embedding's name, or it under that."""
+        """Rows of a matrix, or a whole vector. tied: the LM head may stand under the embedding's name, or it under
+        that."""
         other = {LM_HEAD: EMBEDDING, EMBEDDING: LM_HEAD}.get(name) if tied else None
         for stored in filter(None, (name, other)):
             model, revision, cache = self.where

@@ -48,7 +48,8 @@ LAYERS = {
 
 
 class ExitHeadForCausalLM(nn.Module):
-    """Shallow layers of the served model, the exit layer, and the served model's norm and LM head. `bind` comes first."""
+    """Shallow layers of the served model, the exit layer, and the served model's norm and LM head. `bind` comes
+    first."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -62,8 +63,8 @@ class ExitHeadForCausalLM(nn.Module):
         """The served model, in a list so that its modules do not count as parts of this one."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Fill the exit layer from a decoder layer's tensors under its own names. Returns the names of the parameters that
-        were filled."""
+        """Fill the exit layer from a decoder layer's tensors under its own names. Returns the names of the parameters
+        that were filled."""
         parameters, filled = dict(self.layer.named_parameters()), set()
         for name, tensor in weights:
             if name == DRAFT_IDS:

@@ -1,7 +1,7 @@
 """The entry point `vllm.general_plugins`, which vLLM calls once in each of its processes.
 
-Takes nothing; teaches vLLM to read the config of an exit head, to build its layer, and to draft with it. Draft models of
-other kinds are left as they were.
+Takes nothing; teaches vLLM to read the config of an exit head, to build its layer, and to draft with it. Draft models
+of other kinds are left as they were.
 """
 
 ARCHITECTURE = "ExitHeadForCausalLM"
@@ -24,8 +24,10 @@ def register() -> None:
 
     from vllm.v1.worker import gpu_model_runner
 
+    from .cpu_sampling import repair
     from .proposer import ChosenProposer
     from .support import prefer_first_runner
 
     gpu_model_runner.DraftModelProposer = ChosenProposer
     prefer_first_runner()
+    repair()

@@ -1,8 +1,9 @@
-"""Drafting with an exit head in vLLM's first model runner: a draft-model proposer that shares the served model's layers.
+"""Drafting with an exit head in vLLM's first model runner: a draft-model proposer that shares the served model's
+layers.
 
-Takes what vLLM gives a draft-model proposer; proposes tokens. Three things differ from a draft model: the model's shallow
-part is the served model's own, its attention layers' caches are those of the served model, and of the tokens that were
-just verified only the exit layer's keys and values are written, as the shallow layers' are there already.
+Takes what vLLM gives a draft-model proposer; proposes tokens. Three things differ from a draft model: the model's
+shallow part is the served model's own, its attention layers' caches are those of the served model, and of the tokens
+that were just verified only the exit layer's keys and values are written, as the shallow layers' are there already.
 """
 
 from typing import Any
@@ -25,8 +26,8 @@ class ChosenProposer(DraftModelProposer):
 
 
 class ExitHeadProposer(ChosenProposer):
-    """Drafts with the served model's first N layers and the exit layer. Raises Refused for what was not tried, and for a
-    head of another model."""
+    """Drafts with the served model's first N layers and the exit layer. Raises Refused for what was not tried, and
+    for a head of another model."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None):
         check_served(vllm_config)
@@ -50,8 +51,9 @@ class ExitHeadProposer(ChosenProposer):
         self._draft_up_to_the_end()
 
     def _draft_up_to_the_end(self) -> None:
-        """vLLM leaves a step without drafts, for all requests, when one of them is within K tokens of the longest length,
-        and the exit layer's cache would have a hole there. Only the pending token has to fit: later ones are clamped."""
+        """vLLM leaves a step without drafts, for all requests, when one of them is within K tokens of the longest
+        length, and the exit layer's cache would have a hole there. Only the pending token has to fit: later ones are
+        clamped."""
         longest = self.vllm_config.model_config.max_model_len
         if self.draft_model_config.max_model_len >= longest:
             self.runner.effective_drafter_max_model_len = longest + self.num_speculative_tokens - 1
@@ -62,8 +64,8 @@ class ExitHeadProposer(ChosenProposer):
         return count, rows_B, metadata
 
     def _get_slot_mapping(self, num_tokens: int, slot_mapping: Tensor | None = None) -> dict[str, Tensor]:
-        """Where each row's keys and values go, by layer. In the first pass the shallow layers write those of pending tokens
-        alone: what they hold of verified tokens is left to the last bit as the served model wrote it."""
+        """Where each row's keys and values go, by layer. In the first pass the shallow layers write those of pending
+        tokens alone: what they hold of verified tokens is left to the last bit as the served model wrote it."""
         slots = super()._get_slot_mapping(num_tokens, slot_mapping)
         if slot_mapping is None:
             return slots

@@ -1,7 +1,8 @@
-"""A scheduler of vLLM that chooses the draft length of every step: `--scheduler-cls exit_heads_vllm.scheduler.AdaptiveScheduler`.
+"""A scheduler of vLLM that chooses the draft length of every step: `--scheduler-cls
+exit_heads_vllm.scheduler.AdaptiveScheduler`.
 
-Takes what vLLM gives its scheduler; schedules as vLLM does, and lets draft_length.py say how many tokens the step drafts. It
-works with any method of drafting whose length vLLM can vary, exit heads and draft models among them.
+Takes what vLLM gives its scheduler; schedules as vLLM does, and lets draft_length.py say how many tokens the step
+drafts. It works with any method of drafting whose length vLLM can vary, exit heads and draft models among them.
 """
 
 from time import perf_counter
@@ -35,15 +36,19 @@ class _Adapting:
         if spec is None:
             raise Refused("scheduler-cls: there are no drafts whose length it could choose: give --speculative-config")
         if spec.num_speculative_tokens_per_batch_size:
-            raise Refused("num_speculative_tokens_per_batch_size and this scheduler both choose the length: leave one away")
+            raise Refused(
+                "num_speculative_tokens_per_batch_size and this scheduler both choose the length: leave one away"
+            )
         if vllm_config.parallel_config.data_parallel_size > 1:
-            raise Refused("data_parallel_size: its processes would choose different lengths: serve without scheduler-cls")
+            raise Refused(
+                "data_parallel_size: its processes would choose different lengths: serve without scheduler-cls"
+            )
         self.rule = DraftLength(self.num_spec_tokens)
         self.dynamic_sd_lookup = _Lengths(self.rule)
         self.last_end = 0.0
         self.started: dict[int, tuple[float, int]] = {}
-        """Of each step that is under way, by its output's id: when it began, and the length of the drafts it verifies; -1
-        for a step that does anything else."""
+        """Of each step that is under way, by its output's id: when it began, and the length of the drafts it
+        verifies; -1 for a step that does anything else."""
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         begun = perf_counter()
@@ -70,7 +75,8 @@ class _Adapting:
 
 
 def _verified(output: SchedulerOutput) -> int:
-    """How many drafts each request of this step has verified, if that is all it does and the same for all; -1 otherwise."""
+    """How many drafts each request of this step has verified, if that is all it does and the same for all; -1
+    otherwise."""
     lengths = set()
     for request, tokens in output.num_scheduled_tokens.items():
         drafts = len(output.scheduled_spec_decode_tokens.get(request, ()))

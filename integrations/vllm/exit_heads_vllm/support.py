@@ -1,7 +1,7 @@
 """What this plugin was tried with, and what it refuses by name.
 
-Takes versions, configs of heads and vLLM's config; gives nothing, or raises `Refused` with the setting, its value and the
-remedy. Everything that is not known to work is refused here, in one place, before any weight is read.
+Takes versions, configs of heads and vLLM's config; gives nothing, or raises `Refused` with the setting, its value and
+the remedy. Everything that is not known to work is refused here, in one place, before any weight is read.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,8 @@ class Refused(ValueError):
 
 
 def found_version() -> str:
-    """The installed vLLM's release, without what a build adds to it (`0.32.0+cpu` is 0.32.0); "unknown" if none is found."""
+    """The installed vLLM's release, without what a build adds to it (`0.32.0+cpu` is 0.32.0); "unknown" if none is
+    found."""
     for package in PACKAGES:
         try:
             return version(package).partition("+")[0]
@@ -36,11 +37,12 @@ def is_tried(release: str) -> bool:
 
 
 def check_version(release: str) -> None:
-    """Raises Refused for a vLLM that was not tried: classes are replaced inside it, which another release may have moved."""
+    """Raises Refused for a vLLM that was not tried: classes are replaced inside it, which another release may have
+    moved."""
     if not is_tried(release):
         raise Refused(
-            f"exit-heads-vllm was tried with vLLM {', '.join(VERSIONS)}, and this is {release}: install one of these, or "
-            "serve the head's draft model (docs/serving.md), which needs no plugin"
+            f"exit-heads-vllm was tried with vLLM {', '.join(VERSIONS)}, and this is {release}: install one of these, "
+            "or serve the head's draft model (docs/serving.md), which needs no plugin"
         )
 
 
@@ -77,8 +79,8 @@ def check_served(vllm_config: Any) -> None:
         )
     if served.num_hidden_layers != head.num_layers:
         raise Refused(
-            f"the served model has {served.num_hidden_layers} layers, this exit head was trained for {head.num_layers} of "
-            f"them ({head.backbone['name']}): serve that"
+            f"the served model has {served.num_hidden_layers} layers, this exit head was trained for {head.num_layers} "
+            f"of them ({head.backbone['name']}): serve that"
         )
     if vllm_config.quant_config is not None:
         raise Refused(
@@ -102,8 +104,8 @@ def check_served(vllm_config: Any) -> None:
 
 
 def prefer_first_runner() -> None:
-    """Let vLLM choose its first model runner by itself where a head drafts, as it does for other methods that the second
-    one lacks."""
+    """Let vLLM choose its first model runner by itself where a head drafts, as it does for other methods that the
+    second one lacks."""
     from vllm.config import VllmConfig
 
     lacking = VllmConfig._get_v2_model_runner_unsupported_features

@@ -1,4 +1,5 @@
-"""The rule that chooses draft lengths, without vLLM: against known costs and acceptances, whose best length is computed."""
+"""The rule that chooses draft lengths, without vLLM: against known costs and acceptances, whose best length is
+computed."""
 
 import math
 import random
@@ -84,7 +85,7 @@ def test_best_is_the_largest_ratio_of_all() -> None:
 @pytest.mark.parametrize("chance", [0.2, 0.6, 0.9])
 def test_steady_load_comes_within_three_percent_of_the_best_fixed_length(time: Time, chance: float) -> None:
     for b in (1, 7):
-        found, rule = adaptive(time, chance, [b] * 3000)
+        found, _ = adaptive(time, chance, [b] * 3000)
         assert found.rate > 0.97 * best_fixed(time, chance, [b] * 3000)
         assert max(found.chosen) <= LONGEST
         right = max(range(LONGEST + 1), key=lambda k: expected(chance, k) / time(b, k))
@@ -96,13 +97,13 @@ def test_steady_load_comes_within_three_percent_of_the_best_fixed_length(time: T
 def test_nothing_is_drafted_where_it_does_not_pay() -> None:
     found, _ = adaptive(by_rows, 0.3, [8] * 2000)
     assert found.chosen[200:].count(0) > 0.9 * 1800
-    assert 0 < len(found.chosen) - found.chosen[200:].count(0) - 200, "now and then a draft is tried all the same"
+    assert len(found.chosen) - found.chosen[200:].count(0) - 200 > 0, "now and then a draft is tried all the same"
 
 
 def test_a_load_that_changes_is_served_better_than_by_any_fixed_length() -> None:
     """From 1 to 16 in flight and back: alone drafts are nearly free, together they are not."""
     batches = ([1] * 400 + [4] * 200 + [16] * 300 + [4] * 200) * 3
-    found, rule = adaptive(bound_later, 0.6, batches)
+    found, _ = adaptive(bound_later, 0.6, batches)
     assert found.rate > 1.02 * best_fixed(bound_later, 0.6, batches)
     by_batch = {b: [k for c, k in zip(batches[1100:], found.chosen[1100:], strict=True) if c == b] for b in (1, 16)}
     mean = {b: sum(ks) / len(ks) for b, ks in by_batch.items()}
