@@ -1,10 +1,10 @@
-"""Runs vLLM in its own environment, in one process: a job as JSON on stdin, what was found as JSON on the last line.
+"""Runs vLLM in its own environment, in one process: a line of JSON on stdin, a line of JSON on stdout, and so on.
 
-The job: `llm`, keyword arguments of vllm.LLM; `calls`, each with `prompts` (lists of ids), `params` (one
-SamplingParams for all, or a list), and if wanted `one_by_one`, `lengths` (draft lengths that its steps take in turn)
-and `swap` (the first two shallow layers change places in the drafter from here on). Given back for each call: ids and
-texts, what vLLM's own counters grew by, and the draft length of every step; and once, the memory that was taken. An
-error ends the job with its message.
+The first line holds keyword arguments of vllm.LLM; what comes back is the memory that was taken, or the error that a
+user would see. Each further line is a call: `prompts` (lists of ids), `params` (one SamplingParams for all, or a
+list), and if wanted `one_by_one`, `lengths` (draft lengths that its steps take in turn) and `swap` (the first two
+shallow layers change places in the drafter from here on). What comes back is ids and texts, what vLLM's own counters
+grew by, and the draft length of every step. vLLM writes to stdout too, so answers begin with MARK.
 """
 
 import itertools
@@ -19,6 +19,7 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }  # fmt: skip
 DEFAULTS = {"dtype": "float32", "enforce_eager": True, "disable_log_stats": False, "generation_config": "vllm"}
+MARK = "@answer "
 COUNTERS = {
     "vllm:spec_decode_num_drafts": "rounds",
     "vllm:spec_decode_num_draft_tokens": "drafted",
@@ -28,17 +29,21 @@ COUNTERS = {
 
 
 def main() -> None:
-    job = json.load(sys.stdin)
+    asked = json.loads(sys.stdin.readline())
     from vllm import LLM
 
     try:
-        llm = LLM(**DEFAULTS | job["llm"])
-    except Exception as error:  # what a user would see
-        print("\n" + json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        served = Served(LLM(**DEFAULTS | asked))
+    except Exception as error:
+        answer({"error": f"{type(error).__name__}: {error}"})
         return
-    served = Served(llm)
-    found = {"memory": served.memory(), "scheduler": type(served.scheduler).__mro__[0].__name__}
-    print("\n" + json.dumps(found | {"calls": [served.call(**call) for call in job["calls"]]}))
+    answer({"memory": served.memory(), "scheduler": type(served.scheduler).__name__})
+    for line in sys.stdin:
+        answer(served.call(**json.loads(line)))
+
+
+def answer(found: dict) -> None:
+    print(f"\n{MARK}{json.dumps(found)}", flush=True)
 
 
 class Served:
@@ -87,8 +92,9 @@ class Served:
     def call(self, prompts, params, one_by_one=False, lengths=None, swap=False) -> dict:
         from vllm import SamplingParams
 
+        chosen = self.scheduler.dynamic_sd_lookup, getattr(self.scheduler, "rule", None)
         if lengths:
-            self.scheduler.dynamic_sd_lookup = InTurn(lengths)
+            self.scheduler.dynamic_sd_lookup, self.scheduler.rule = InTurn(lengths), Deaf()
         if swap:
             shallow = self.runner.drafter.model.served[1]
             shallow[0], shallow[1] = shallow[1], shallow[0]
@@ -103,6 +109,7 @@ class Served:
             rounds.append(self.counters()["rounds"] - before["rounds"])
             steps.append(self.lengths[at:])
         seconds, last = perf_counter() - start, self.counters()
+        self.scheduler.dynamic_sd_lookup, self.scheduler.rule = chosen
         grown = {
             key: [b - a for a, b in itertools.zip_longest(first[key], value, fillvalue=0)]
             if isinstance(value, list)
@@ -134,6 +141,14 @@ class InTurn:
 
     def __getitem__(self, batch: int) -> int:
         return next(self.lengths)
+
+
+class Deaf:
+    """In the place of the rule that adapts, while it is not asked: it shall not learn from others' lengths."""
+
+    def outcome(self, *_) -> None: ...
+
+    def took(self, *_) -> None: ...
 
 
 if __name__ == "__main__":

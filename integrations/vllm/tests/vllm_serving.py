@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vllm_child import MARK
 
 from pipeline.evaluation.losslessness import teacher_forced
 from pipeline.evaluation.metrics import CostModel
@@ -42,18 +44,47 @@ def environment() -> dict[str, str]:
     )  # fmt: skip
 
 
-def serve(model: Path | str, calls: list[dict], head: Path | str | None = None, k: int = 3, spec: dict | None = None,
-          **llm: Any) -> dict:  # fmt: skip
-    """What vLLM does with these calls (vllm_child.py). head: of a folder with an exit head or a draft model."""
-    drafting = {"method": "draft_model", "model": str(head), "num_speculative_tokens": k} | (spec or {})
-    job = {"llm": {"model": str(model), "max_model_len": 256, "max_num_seqs": 4} | llm, "calls": calls}
-    if head is not None:
-        job["llm"]["speculative_config"] = drafting
-    done = subprocess.run(
-        [str(PYTHON), "-B", str(CHILD)], input=json.dumps(job), env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+class Engine:
+    """vLLM with a model and, if wanted, a head or a draft model, in a process of its own. `error` is what it says if it
+    does not start; `memory` what it took (vllm_child.py)."""
+
+    def __init__(
+        self, model: Path | str, head: Path | str | None = None, k: int = 3, spec: dict | None = None, **llm: Any
+    ):
+        asked = {"model": str(model), "max_model_len": 256, "max_num_seqs": 4} | llm
+        if head is not None:
+            drafting = {"method": "draft_model", "model": str(head), "num_speculative_tokens": k}
+            asked["speculative_config"] = drafting | (spec or {})
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [str(PYTHON), "-B", str(CHILD)], env=environment(), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+        )  # fmt: skip
+        about = self._ask(asked)
+        self.error, self.memory = about.get("error"), about.get("memory")
+
+    def call(self, **call: Any) -> dict:
+        return self._ask(call)
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def _ask(self, asked: dict) -> dict:
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        self.log.seek(0)
+        raise RuntimeError(self.log.read()[-4000:])
+
+
+def serve(model: Path | str, calls: list[dict], *head: Any, **settings: Any) -> dict:
+    """What an `Engine` does with these calls, one after the other."""
+    engine = Engine(model, *head, **settings)
+    found = {"error": engine.error, "memory": engine.memory, "calls": [engine.call(**call) for call in calls]}
+    engine.close()
+    return found
 
 
 def greedy(new: int) -> dict:
