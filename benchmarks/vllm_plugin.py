@@ -78,9 +78,8 @@ def same(args: argparse.Namespace, prompts: list[list[int]]) -> None:
     }
     for one in engines.values():
         one.call(**calls["8 in flight"])  # warm-up
-    print(
-        f"\nK = {args.drafts}\n\n| in flight | plugin / draft model | plugin / vLLM alone | rounds | ids |\n|---|---|---|---|---|"
-    )
+    print(f"\nK = {args.drafts}\n\n| in flight | plugin / draft model | plugin / vLLM alone | rounds | ids |")
+    print("|---|---|---|---|---|")
     for load_name, call in calls.items():
         times: dict[str, list[float]] = {name: [] for name in engines}
         found = {}

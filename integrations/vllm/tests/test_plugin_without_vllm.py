@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from exit_heads_vllm.config import ExitHeadConfig
+from exit_heads_vllm.cpu_sampling import spread
 from exit_heads_vllm.fingerprint import check_fits, fingerprint
 from exit_heads_vllm.support import Refused, check_served, check_version
 from helpers import tiny_backbone
@@ -159,3 +160,12 @@ def test_another_model_is_refused_and_one_without_safetensors(tmp_path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(Refused, match="no safetensors files"):
         check_fits(head, str(folder), config)
+
+
+def test_temperatures_are_spread_over_the_drafts_of_their_requests() -> None:
+    """Requests of 2, 0, 3 and 1 drafts; a temperature of 0 becomes 1, as greedy requests are verified by the argmax."""
+    ends = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
+    found = spread(torch.tensor([0.7, 0.5, 0.0, 1.3]), ends, 6, replace_from=0, replace_to=1)
+    assert torch.equal(found, torch.tensor([0.7, 0.7, 1.0, 1.0, 1.0, 1.3]))
+    top_k = spread(torch.tensor([5, 9, 0, 2], dtype=torch.int32), ends, 6)
+    assert top_k.tolist() == [5, 5, 0, 0, 0, 2] and top_k.dtype == torch.int32

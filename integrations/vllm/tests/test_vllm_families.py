@@ -29,7 +29,7 @@ class Tiny:
     """A random model of a family and a head for it, as published. The heads' sizes are among those of vLLM on CPUs."""
 
     def __init__(self, folder: Path, family: str, **fields):
-        fields = {"head_dim": 32, "rope_parameters": THETA} | fields
+        fields = {"hidden_size": 128, "head_dim": 32, "rope_parameters": THETA} | fields
         self.folder = tiny_backbone(folder, family, sharpness=3.0, **fields)
         self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         with torch.no_grad():
