@@ -28,6 +28,8 @@ def register() -> None:
     from .proposer import ChosenProposer
     from .support import prefer_first_runner
 
+    if gpu_model_runner.DraftModelProposer is ChosenProposer:
+        return  # vLLM may call this again
     gpu_model_runner.DraftModelProposer = ChosenProposer
     prefer_first_runner()
     repair()

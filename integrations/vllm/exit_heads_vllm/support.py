@@ -13,6 +13,8 @@ VERSIONS = ("0.32.0",)
 """Releases of vLLM that passed `make test-vllm`."""
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """model_type of the backbones that passed it."""
+CACHES = ("auto", "float32", "bfloat16", "float16")
+"""dtypes of keys and values."""
 SCHEMAS = (1, 2)
 """Formats of a head's folder that are understood."""
 
@@ -99,6 +101,15 @@ def check_served(vllm_config: Any) -> None:
                   "disable_padded_drafter_batch"):  # fmt: skip
         if getattr(spec, field):
             raise Refused(f"{field} in --speculative-config: not for exit heads: leave it away")
+    for field in ("attention_backend", "kv_cache_dtype", "moe_backend"):
+        if getattr(spec, field) is not None:
+            raise Refused(
+                f"{field} in --speculative-config: a drafter that shares caches has those of the served model"
+            )
+    if vllm_config.cache_config.cache_dtype not in CACHES:
+        raise Refused(
+            f"kv_cache_dtype={vllm_config.cache_config.cache_dtype}: quantised caches were not tried: use auto"
+        )
     if vllm_config.kv_transfer_config is not None:
         raise Refused("kv_transfer_config: the exit layer's cache was not tried with KV connectors: leave it away")
 

@@ -73,11 +73,13 @@ def served(**changes) -> SimpleNamespace:
         quant_config=None,
         lora_config=None,
         kv_transfer_config=None,
+        cache_config=SimpleNamespace(cache_dtype="auto"),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1),
         model_config=SimpleNamespace(hf_text_config=text, hf_config=text, is_multimodal_model=False, quantization=None),
         speculative_config=SimpleNamespace(
-            draft_model_config=SimpleNamespace(hf_config=head, quantization=None), parallel_drafting=False,
-            use_heterogeneous_vocab=False, use_local_argmax_reduction=False, disable_padded_drafter_batch=False,
+            draft_model_config=SimpleNamespace(hf_config=head, quantization=None), attention_backend=None,
+            kv_cache_dtype=None, moe_backend=None, parallel_drafting=False, use_heterogeneous_vocab=False,
+            use_local_argmax_reduction=False, disable_padded_drafter_batch=False,
         ),
     )  # fmt: skip
     for name, value in changes.items():
@@ -111,6 +113,8 @@ def test_what_was_tried_passes() -> None:
         ({"speculative_config__parallel_drafting": True}, "parallel_drafting"),
         ({"speculative_config__use_heterogeneous_vocab": True}, "use_heterogeneous_vocab"),
         ({"kv_transfer_config": object()}, "kv_transfer_config"),
+        ({"cache_config__cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
+        ({"speculative_config__kv_cache_dtype": "fp8"}, "kv_cache_dtype in --speculative-config"),
     ],
 )
 def test_what_was_not_tried_is_refused_by_name(changes, message) -> None:
