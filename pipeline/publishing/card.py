@@ -304,8 +304,8 @@ def _in_vllm(results: dict[str, Any], name: str, repo: str) -> list[str]:
     served = name if "/" in name else "folder/of/the/backbone"
     config = f'{{"method": "draft_model", "model": "{repo}", "num_speculative_tokens": {k}}}'
     return [
-        "In vLLM, with the plugin exit-heads-vllm, which shares the backbone's layers and cache with the drafter (rounds "
-        "were compared on a CPU; speed there is not that of this card):",
+        "In vLLM, with the plugin exit-heads-vllm, which shares the backbone's layers and cache with the drafter "
+        "(rounds were compared on a CPU; speed there is not that of this card):",
         "",
         *code("bash", f"vllm serve {served} --speculative-config '{config}'"),
     ]
