@@ -244,7 +244,7 @@ def test_the_card_says_how_vllm_drafts_with_it_where_it_can(run) -> None:
     """A published config.json has all that the plugin reads; the best fixed K is that of the evaluation."""
     config = json.loads((run / "hub" / "2" / "config.json").read_text())
     assert config["backbone_config"]["num_hidden_layers"] == 1 and config["backbone"]["fingerprint"]
-    results = json.loads((run / "eval" / "results.json").read_text())
+    results = json.loads((run / "hub" / "2" / "results.json").read_text())
     config = '{"method": "draft_model", "model": "<this folder>", "num_speculative_tokens": 2}'
     assert f"--speculative-config '{config}'" in "\n".join(card.render(run, results))
     other = copy.deepcopy(results)

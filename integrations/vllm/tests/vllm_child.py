@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_HOST_IP": "127.0.0.1",
@@ -102,13 +102,13 @@ class Served:
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         groups = [[i] for i in range(len(asked))] if one_by_one else [list(range(len(asked)))]
         outputs, rounds, steps = [], [], []
-        first, start = self.counters(), perf_counter()
+        first, start, cpu = self.counters(), perf_counter(), process_time()
         for group in groups:
             before, at = self.counters(), len(self.lengths)
             outputs += self.llm.generate([asked[i] for i in group], [each[i] for i in group], use_tqdm=False)
             rounds.append(self.counters()["rounds"] - before["rounds"])
             steps.append(self.lengths[at:])
-        seconds, last = perf_counter() - start, self.counters()
+        seconds, cpu, last = perf_counter() - start, process_time() - cpu, self.counters()
         self.scheduler.dynamic_sd_lookup, self.scheduler.rule = chosen
         grown = {
             key: [b - a for a, b in itertools.zip_longest(first[key], value, fillvalue=0)]
@@ -118,6 +118,7 @@ class Served:
         }
         return grown | {
             "seconds": seconds,
+            "cpu": cpu,
             "ids": [list(o.outputs[0].token_ids) for o in outputs],
             "texts": [o.outputs[0].text for o in outputs],
             "cached": [o.num_cached_tokens for o in outputs],
