@@ -57,7 +57,7 @@ def pocket(tmp_path_factory) -> Pocket:
     if ready := os.environ.get("EXIT_HEADS_VLLM_HUB"):
         return Pocket(Path(ready))
     folder = tmp_path_factory.mktemp("pocket")
-    words = ["--config", "configs/pocket.yaml", "--force", f"run.dir={folder}", "publish.exit_layer=2"]
+    words = ["--config", "configs/pocket.yaml", "publish.force=true", f"run.dir={folder}", "publish.exit_layer=2"]
     for verb in (["run"], ["publish", "--as", "draft"]):
         done = subprocess.run(
             [sys.executable, "-m", "pipeline.cli", *verb, *words], cwd=ROOT, capture_output=True, text=True
