@@ -61,7 +61,7 @@ class Engine:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
         )  # fmt: skip
         about = self._ask(asked)
-        self.error, self.memory = about.get("error"), about.get("memory")
+        self.error, self.memory, self.scheduler = (about.get(key) for key in ("error", "memory", "scheduler"))
 
     def call(self, **call: Any) -> dict:
         return self._ask(call)
