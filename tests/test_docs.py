@@ -9,7 +9,7 @@ from test_architecture import ARROWS, SOURCES
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
-FOLDERS = ("benchmarks", "configs", "docs", "notebooks", "pipeline", "slurm", "tests")
+FOLDERS = ("benchmarks", "configs", "docs", "integrations", "notebooks", "pipeline", "slurm", "tests")
 FILES = [f"/{p.relative_to(ROOT).as_posix()}" for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.is_file()]
 # Files that a user writes, or that lie in a published folder or in another project.
 ELSEWHERE = {"my.yaml", "own.jinja", "config.yaml", "training_config.yaml", "custom_generate/origin.py",

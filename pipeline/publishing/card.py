@@ -88,6 +88,7 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
         "`scores`, declare it by `stateless = True`. The rows of a batch are decoded one after the other.",
         "",
         *_example(run, repo, results["backbone"].get("gguf")),
+        *_in_vllm(results, name, repo),
         *backbone(results, name),
         *_measured(results),
         *acceptance(results),
@@ -300,6 +301,21 @@ def _example(run: RunDir, repo: str, gguf: dict[str, Any] | None) -> list[str]:
         f'inputs = AutoTokenizer.from_pretrained("{name}"{pinned})("...", return_tensors="pt")',
         f'out = model.generate(**inputs, max_new_tokens=128, custom_generate="{repo}", trust_remote_code=True)',
     )
+
+
+def _in_vllm(results: dict[str, Any], name: str, repo: str) -> list[str]:
+    """How vLLM drafts with this folder; nothing for a family that its plugin does not know, or without any fixed K."""
+    k = gate.best_fixed(results)
+    if k is None or not head_folder.has_model(results["backbone"]["model_type"]):
+        return []
+    served = name if "/" in name else "folder/of/the/backbone"
+    config = f'{{"method": "draft_model", "model": "{repo}", "num_speculative_tokens": {k}}}'
+    return [
+        "In vLLM, with the plugin exit-heads-vllm, which shares the backbone's layers and cache with the drafter "
+        "(rounds were compared on a CPU; speed there is not that of this card):",
+        "",
+        *code("bash", f"vllm serve {served} --speculative-config '{config}'"),
+    ]
 
 
 def _measured(results: dict[str, Any]) -> list[str]:

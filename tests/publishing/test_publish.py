@@ -240,6 +240,18 @@ def test_the_card_names_no_file_that_is_not_there(run) -> None:
     assert "speculation_profile.json" not in "\n".join(card.render(run, results))
 
 
+def test_the_card_says_how_vllm_drafts_with_it_where_it_can(run) -> None:
+    """A published config.json has all that the plugin reads; the best fixed K is that of the evaluation."""
+    config = json.loads((run / "hub" / "2" / "config.json").read_text())
+    assert config["backbone_config"]["num_hidden_layers"] == 1 and config["backbone"]["fingerprint"]
+    results = json.loads((run / "hub" / "2" / "results.json").read_text())
+    config = '{"method": "draft_model", "model": "<this folder>", "num_speculative_tokens": 2}'
+    assert f"--speculative-config '{config}'" in "\n".join(card.render(run, results))
+    other = copy.deepcopy(results)
+    other["backbone"]["model_type"] = "gemma3_text"
+    assert "vllm" not in "\n".join(card.render(run, other))
+
+
 def test_the_hub_reads_the_card(run, tmp_path) -> None:
     """Front matter as huggingface_hub checks it without a network; a backbone with a Hub id is the base model."""
     data = ModelCard.load(run / "hub" / "2" / "README.md").data
