@@ -77,7 +77,7 @@ def main() -> None:
     requests = [Request(prompt, args.tokens, ends) for prompt in ids]
     if args.profile:
         profile(engine, requests, sampler, args)
-    frame = measure(engine, requests, sampler, args.controllers, args.batch_sizes, args.repeats)
+    frame, _ = measure(engine, requests, sampler, args.controllers, args.batch_sizes, args.repeats)
     print(speedups(frame).round(3).to_string(index=False))
     if args.transformers:
         for size in args.batch_sizes:
@@ -88,7 +88,7 @@ def main() -> None:
     if args.one:
         one_text(engine, requests, sampler, args)
     if args.out:
-        frame.to_csv(args.out, index=False)
+        frame.drop(columns="texts").to_csv(args.out, index=False)
 
 
 def one_text(engine: BatchEngine, requests: list[Request], sampler, args: argparse.Namespace) -> None:
