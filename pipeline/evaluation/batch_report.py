@@ -125,12 +125,15 @@ def _rows(entry: dict[str, Any]) -> list[list[str]]:
                       f"{1000 * plain['seconds_per_token']:.3g}", "", "", "", ""])  # fmt: skip
         for name, c in entry["controllers"].items():
             at = c["sizes"][i]
-            rate, expected = at["draft_acceptance_rate"], at["predicted"]
+            rate = at["draft_acceptance_rate"]
             table.append(
-                [n, b, name, f"{at['speedup']:.2f}", f"{at['low']:.2f}-{at['high']:.2f}",
-                 "-" if expected is None else f"{expected:.2f}", f"{at['tokens_per_second']:.0f}",
-                 f"{1000 * at['seconds_per_token']:.3g}", f"{at['drafted_per_token']:.2f}",
-                 "-" if rate is None else f"{rate:.0%}", f"{at['rows_per_text']:.2f}",
-                 f"{at['target_efficiency']:.2f}"]
+                [n, b, name, f"{at['speedup']:.2f}", f"{at['low']:.2f}-{at['high']:.2f}", _number(at["predicted"]),
+                 f"{at['tokens_per_second']:.0f}", f"{1000 * at['seconds_per_token']:.3g}",
+                 f"{at['drafted_per_token']:.2f}", "-" if rate is None else f"{rate:.0%}",
+                 _number(at["rows_per_text"]), _number(at["target_efficiency"])]
             )  # fmt: skip
     return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -171,13 +171,15 @@ def up_to(points: list[tuple[int, float]]) -> int:
     return most
 
 
-def target_efficiency(rounds: pd.DataFrame, batch_size: int, method: str) -> tuple[float, float]:
+def target_efficiency(rounds: pd.DataFrame, batch_size: int, method: str) -> tuple[float, float] | tuple[None, None]:
     """(rows that the deep layers verify per text, time of verifying one row of each text over the time of verifying
-    these), medians of the rounds of so many texts. MoESD (Huang et al., 2025, arXiv 2505.19645) calls the ratio target
-    efficiency: at 1, drafts are verified for nothing."""
+    these), mean and medians of the rounds of so many texts; (None, None) if texts were too short for such rounds. MoESD
+    (Huang et al., 2025, arXiv 2505.19645) calls the ratio target efficiency: at 1, drafts are verified for nothing."""
     full = rounds[(rounds.batch_size == batch_size) & (rounds["count"] == batch_size)]
     one = full[(full.method == PLAIN) & (full.repeat < 0)].verify_seconds.median()
     mine = full[(full.method == method) & (full.repeat >= 0)]
+    if mine.empty or one != one:
+        return None, None
     return float(mine.rows.mean() / batch_size), float(one / mine.verify_seconds.median())
 
 

@@ -197,6 +197,7 @@ def test_target_efficiency_is_of_full_rounds() -> None:
     rounds = rounds_of(range(1, 9), range(3))
     assert target_efficiency(rounds, 2, "fixed:2") == (3, 1), "6 rows cost what 2 do"
     assert target_efficiency(rounds, 8, "fixed:2") == (3, pytest.approx(4 / (4 + 0.5 * 16)))
+    assert target_efficiency(rounds, 9, "fixed:2") == target_efficiency(rounds, 8, "beta") == (None, None)
     rounds.loc[rounds["count"] < 8, "batch_size"] = 8  # rounds at the end, with some places free
     assert target_efficiency(rounds, 8, "fixed:2") == (3, pytest.approx(4 / (4 + 0.5 * 16)))
 
