@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import Evaluate
 from ..inference.backbone import SplitBackbone
-from ..inference.batch_controllers import BATCH_NAMES, make_batch_controller
+from ..inference.batch_controllers import BATCH_NAMES, is_of_batches
 from ..inference.batch_costs import BatchCosts
 from ..inference.batch_engine import BatchEngine
 from ..inference.batch_rounds import BatchRound
@@ -59,13 +59,8 @@ def engines_of(config: Evaluate, engines: dict[int, SplitBackbone]) -> tuple[dic
     except ValueError as error:
         print(f"evaluate.batch_sizes={config.batch_sizes}: left out: {error}")
         return {}, []
-    left, known = [], []
-    for name in config.controllers:
-        try:
-            make_batch_controller(name)
-            known.append(name)
-        except ValueError:
-            left.append(name)
+    known = [name for name in config.controllers if is_of_batches(name)]
+    left = [name for name in config.controllers if name not in known]
     if left:
         print(f"evaluate.batch_sizes={config.batch_sizes}: {', '.join(left)}: left out; of several texts at once are "
               f"{BATCH_NAMES}")  # fmt: skip

@@ -85,7 +85,8 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
         "drafts) choose another. Sampling, stopping criteria and streamers work as in `generate`, and so do logits "
         "processors that keep nothing between calls; others (`guidance_scale`, SynthID watermarks) are refused. A "
         "processor of your own is called for drafts that may be rejected: if it depends on nothing but `input_ids` and "
-        "`scores`, declare it by `stateless = True`. The rows of a batch are decoded one after the other.",
+        "`scores`, declare it by `stateless = True`. The rows of a batch are decoded together, each with an end "
+        "of its own, where controller and backbone know of several texts at once, else one after the other.",
         "",
         *_example(run, repo, results["backbone"].get("gguf")),
         *backbone(results, name),
