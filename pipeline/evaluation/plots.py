@@ -39,10 +39,7 @@ def draw(file: str, results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     if file.startswith(BATCHES):
-        entry = next(e for e in results["batches"] if f"{BATCHES}{e['exit_layer']}.png" == file)
-        figure = Figure(figsize=(5.2, 3.6), layout="constrained")
-        batches(figure, entry)
-        _save(figure, path)
+        draw_batches(next(e for e in results["batches"] if f"{BATCHES}{e['exit_layer']}.png" == file), path)
         return
     if file == LENGTHS:
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
@@ -186,8 +183,12 @@ def lengths(figure: Any, responses: dict[str, Any]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def batches(figure: Any, entry: dict[str, Any]) -> None:
-    """Speedup over the number of texts at once, measured with intervals and predicted, of every controller."""
+def draw_batches(entry: dict[str, Any], path: Path) -> None:
+    """Draw speedup over the number of texts at once, measured with intervals and predicted, of every controller of an
+    entry of `batches` in results.json, and save it at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes, sizes = figure.add_subplot(), entry["batch_sizes"]
     axes.set_title(f"N = {entry['exit_layer']}, temperature {entry['temperature']:g}", fontsize=11)
     for j, (name, c) in enumerate(entry["controllers"].items()):
@@ -205,6 +206,7 @@ def batches(figure: Any, entry: dict[str, Any]) -> None:
     axes.set_xlabel("texts at once")
     axes.set_ylabel("speedup; autoregressive = 1")
     _legend_below(figure, 3)
+    _save(figure, path)
 
 
 DRAW = {f.__name__: f for f in (speedup, time, acceptance, drafted, learned)}
