@@ -108,8 +108,8 @@ def _paid(results: dict[str, Any], entry: dict[str, Any]) -> str:
     predicted, most = entry["controllers"][named(results, entry)]["predicted_up_to"], entry["batch_sizes"][-1]
     if predicted is None:
         return said
-    texts = f"up to {predicted} texts" if predicted else "at no number of texts"
-    return f"{said} Predicted was that it pays {f'at all numbers up to {most}' if predicted == most else texts}."
+    where = "at no number of texts" if predicted == 0 else f"up to {predicted} text{'s' if predicted > 1 else ''}"
+    return f"{said} Predicted was that it pays {where}{', the most looked at' if predicted == most else ''}."
 
 
 def _pictures(results: dict[str, Any]) -> list[Block]:
