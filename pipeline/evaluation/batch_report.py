@@ -6,6 +6,7 @@ Takes the dict of results.json; gives sentences and the report's section.
 from typing import Any
 
 from . import plots
+from .batches import WAVES
 from .rendering import Block
 
 HEADER = ["exit layer", "texts at once", "controller", "speedup", "95% interval", "predicted", "tokens/s", "ms a token",
@@ -76,11 +77,12 @@ def blocks(results: dict[str, Any]) -> list[Block]:
         ("h2", "Several texts at once"),
         (
             "p",
-            f"Temperature {first['temperature']:g}. {first['texts']} texts pass through as many places as the table "
-            "says, and a waiting text takes the place of a finished one. Speedup is over autoregressive decoding of as "
-            f"many texts at once; median of {first['repeats']} repeats in turns, with Student's interval of the "
-            "repeats, which says how well the time is known and nothing of other prompts. A time per token is that of "
-            "one text among the others.",
+            f"Temperature {first['temperature']:g}. The prompts, {WAVES} texts for each place at least, pass through "
+            "as many places as the table says, and a waiting text takes the place of a finished one; counted are the "
+            "rounds in which all places are taken. Speedup is over autoregressive decoding of as many texts at once; "
+            f"median of {first['repeats']} repeats in turns, with Student's interval of the repeats, which says how "
+            "well the time is known and nothing of other prompts. A time per token is that of one text among the "
+            "others.",
         ),
         *(("p", _paid(results, entry)) for entry in entries),
         *_pictures(results),

@@ -71,14 +71,9 @@ def measured(
     folder: Path, engines: dict[int, BatchEngine], controllers: list[str], prompts: pd.DataFrame, config: Evaluate,
     ends: frozenset[int], seed: int,
 ) -> Tables:  # fmt: skip
-    """The tables in the folder; measured and saved there if there are none.
-
-    Every number of texts decodes the same requests: the prompts, again and again until they are twice the largest
-    number, so that the places are full most of the time.
-    """
+    """The tables in the folder; measured and saved there if there are none."""
     if not (folder / RUNS).exists():
-        ids, most = list(prompts.ids), config.batch_sizes[-1]
-        requests = [Request(row, config.max_new_tokens, ends) for row in ids * max(1, -(-2 * most // len(ids)))]
+        requests = [Request(row, config.max_new_tokens, ends) for row in prompts.ids]
         device, repeats = next(iter(engines.values())).backbone.device, max(REPEATS, config.repeats)
         runs, rounds = [], []
 
@@ -129,7 +124,6 @@ def figures(tables: Tables, heads: list[dict[str, Any]], temperature: float) -> 
                 "temperature": temperature,
                 "batch_sizes": sizes,
                 "repeats": int(mine.repeat.nunique()),
-                "texts": len(mine.texts.iloc[0]),
                 "autoregressive": plain[["batch_size", "tokens_per_second", "seconds_per_token"]].to_dict("records"),
                 "controllers": controllers,
             }
@@ -189,9 +183,9 @@ def rates_of(entry: dict[str, Any]) -> list[float] | None:
 
 
 def costs_of(rounds: pd.DataFrame) -> BatchCosts:
-    """Seconds of the passes by their rows."""
+    """Seconds of the passes by their rows, of the rounds that a controller was asked in."""
     costs = BatchCosts()
-    for row in rounds.to_dict("records"):
+    for row in rounds[rounds.method != AUTOREGRESSIVE].to_dict("records"):
         round = BatchRound(row["count"], rows=row["rows"])
         round.shallow_seconds = list(zip(row["shallow"], row["shallow_seconds"], strict=True))
         round.head_seconds = list(zip(row["head"], row["head_seconds"], strict=True))
@@ -203,17 +197,16 @@ def costs_of(rounds: pd.DataFrame) -> BatchCosts:
 def predicted(costs: BatchCosts, rates: list[float] | None, most: int) -> np.ndarray | None:
     """Speedups [B, K] of 1..most texts that draft K = 0..8 tokens each in every round; None without rates.
 
-    A round of B texts takes C(B, K) = (K+1) shallow(B) + K head(B) + verify(B (K+1)) + rest(B), and gives each of them
-    E(K) = 1 + a_1 + a_1 a_2 + ... tokens: E does not depend on B, as the texts do not. The speedup is
+    A round of B texts takes C(B, K) = (K+1) shallow(B) + K head(B) + verify(B (K+1)), the last with all else, and gives
+    each of them E(K) = 1 + a_1 + a_1 a_2 + ... tokens: E does not depend on B, as the texts do not. The speedup is
     E(K) C(B, 0) / C(B, K). Behind the last rate it is assumed to last.
     """
     if not rates:
         return None
     shallow, head, verify = (np.array(part.table(most * (LONGEST + 1)))
                              for part in (costs.shallow, costs.head, costs.verify))  # fmt: skip
-    rest = np.array(costs.rest.table(most))
     b, k = np.arange(1, most + 1)[:, None], np.arange(LONGEST + 1)
-    seconds_BK = (k + 1) * shallow[b] + k * head[b] + verify[b * (k + 1)] + rest[b]
+    seconds_BK = (k + 1) * shallow[b] + k * head[b] + verify[b * (k + 1)]
     lasting = [*rates, *[rates[-1]] * LONGEST][:LONGEST]
     tokens_K = np.cumsum([1.0, *np.cumprod(lasting)])
     return tokens_K * seconds_BK[:, :1] / seconds_BK

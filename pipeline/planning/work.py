@@ -11,6 +11,7 @@ import numpy as np
 
 from ..config import Config
 from ..evaluation.batch_sizes import REPEATS as BATCH_REPEATS
+from ..evaluation.batches import WAVES
 from ..evaluation.rivals import rivals_of
 from .architecture import Architecture
 from .hardware import BANDWIDTH_SHARE, Gpu, Layout
@@ -216,9 +217,9 @@ def evaluate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | No
     how = f"{texts} texts x {e.max_new_tokens} tokens x {one * 1000:.3g} ms"
     seconds = texts * e.max_new_tokens * one
     if e.batch_sizes:
-        decoded = max(e.num_prompts, 2 * e.batch_sizes[-1]) * heads
-        decoded *= 1 + (1 + len(e.controllers)) * max(BATCH_REPEATS, e.repeats)
-        each = sum(token_seconds(a, config, gpu, b, positions) / b for b in e.batch_sizes)
-        seconds += decoded * e.max_new_tokens * each
-        how += f" + {decoded} texts at each of {len(e.batch_sizes)} batch sizes"
+        runs = heads * (1 + (1 + len(e.controllers)) * max(BATCH_REPEATS, e.repeats))  # one warms up
+        decoded = {b: runs * max(e.num_prompts, WAVES * b) for b in e.batch_sizes}
+        each = {b: e.max_new_tokens * token_seconds(a, config, gpu, b, positions) / b for b in e.batch_sizes}
+        seconds += sum(decoded[b] * each[b] for b in e.batch_sizes)
+        how += f" + {sum(decoded.values())} texts several at once"
     return Stage("evaluate", gpus, seconds, how)

@@ -125,5 +125,5 @@ def test_batch_sizes_take_time_and_memory_of_evaluate() -> None:
     sizes = {row.what: row.size for row in asked.evaluate}
     assert sizes["keys and values"] == 16 * next(row.size for row in plain.evaluate if row.what == "keys and values")
     (stage,) = [s for s in asked.stages if s.name == "evaluate"]
-    # 32 texts of 2 heads: once to warm up, then 2 methods 3 times
-    assert stage.how.endswith(" + 448 texts at each of 2 batch sizes")
+    # 24 prompts one at a time, 64 texts through 16 places; of 2 heads once to warm up, then 2 methods 3 times
+    assert stage.how.endswith(f" + {2 * 7 * (24 + 64)} texts several at once")
