@@ -20,7 +20,8 @@ import torch
 
 from pipeline.backbones.load import load_model, load_tokenizer
 from pipeline.config import Backbone, Prompts
-from pipeline.evaluation.batches import decode, measure, speedups
+from pipeline.evaluation import plots
+from pipeline.evaluation.batches import AUTOREGRESSIVE, decode, measure, speedups
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.batch_controllers import make_batch_controller
 from pipeline.inference.batch_decoding import decode_batch
@@ -57,6 +58,7 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, help="write all repeats to this .csv")
+    parser.add_argument("--picture", type=Path, help="draw speedup over the number of texts into this .png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype, gguf_dir="runs/backbones")
@@ -77,8 +79,14 @@ def main() -> None:
     requests = [Request(prompt, args.tokens, ends) for prompt in ids]
     if args.profile:
         profile(engine, requests, sampler, args)
-    frame = measure(engine, requests, sampler, args.controllers, args.batch_sizes, args.repeats)
-    print(speedups(frame).round(3).to_string(index=False))
+    frame, _ = measure(engine, requests, sampler, args.controllers, args.batch_sizes, args.repeats)
+    found = speedups(frame)
+    print(found.round(3).to_string(index=False))
+    if args.picture:
+        curves = found[found.method != AUTOREGRESSIVE].assign(predicted=None).groupby("method", sort=False)
+        controllers = {name: {"sizes": rows.to_dict("records")} for name, rows in curves}
+        entry = {"exit_layer": args.exit_layer, "temperature": args.temperature, "batch_sizes": args.batch_sizes}
+        plots.draw_batches(entry | {"controllers": controllers}, args.picture)
     if args.transformers:
         for size in args.batch_sizes:
             rate = generate_rate(model, sorted(ids, key=len), size, args)
@@ -88,7 +96,7 @@ def main() -> None:
     if args.one:
         one_text(engine, requests, sampler, args)
     if args.out:
-        frame.to_csv(args.out, index=False)
+        frame.drop(columns="texts").to_csv(args.out, index=False)
 
 
 def one_text(engine: BatchEngine, requests: list[Request], sampler, args: argparse.Namespace) -> None:

@@ -164,6 +164,10 @@ _RULES: dict[str, tuple[Any, str]] = {
         "one or more different controllers, such as [fixed:3]",
     ),
     "evaluate.repeats": _POSITIVE,
+    "evaluate.batch_sizes": (
+        (lambda sizes: all(n >= 1 for n in sizes) and sizes == sorted(set(sizes))),
+        "different numbers of texts from 1 on, ascending, such as [1, 4, 16]; [] for none",
+    ),
     "evaluate.threads": _NOT_NEGATIVE,
     "plan.mfu": ((lambda value: 0 < value <= 1), "a share above 0, at most 1"),
     "plan.node_bandwidth": ((lambda value: value is None or 0 < value < math.inf), "null or a number above 0"),

@@ -284,6 +284,11 @@ class Evaluate:
         is_path=True,
     )
     repeats: int = option(1, "number of interleaved passes over the prompts")
+    batch_sizes: list[int] = option(
+        [],
+        "numbers of texts that are decoded together, such as [1, 4, 16]: speedup over autoregressive decoding of as "
+        "many, at the first of the temperatures; [] = not measured",
+    )
     threads: int = option(0, "CPU threads of decoding; 0 = the fastest number, found by timing a pass of one token")
 
 

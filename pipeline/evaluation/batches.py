@@ -1,10 +1,11 @@
 """Measures decoding of several texts at once: tokens per second by the number of texts, with drafts and without.
 
-Takes a batch engine, prompts and names of controllers; gives one row for every number of texts, method and repeat. In a
-repeat all methods decode the same prompts one after the other, beginning with another one each time, and ratios are
-taken within a repeat, so that slow phases of the machine concern all of them. Counted are the rounds in which all
-places are taken: neither prefills, nor the end of a run, when texts of equal length that do not draft end at once and
-others do not.
+Takes a batch engine, prompts and names of controllers; gives one row for every number of texts, method and repeat, and
+one for every round. In a repeat all methods decode the same prompts one after the other, beginning with another one
+each time, and ratios are taken within a repeat, so that slow phases of the machine concern all of them. Counted are the
+rounds in which all places are taken: neither prefills, nor the end of a run, when texts of equal length that do not
+draft end at once and others do not. Before the first repeat of a number of texts, rounds without drafts warm up, and
+time what they verify.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,9 +24,15 @@ from ..inference.sampling import Sampler
 
 AUTOREGRESSIVE = "autoregressive"
 WAVES = 4
-"""At least so many texts are decoded for each place, prompts repeated if need be: at the end of a run places are
-empty."""
-COLUMNS = ("batch_size", "method", "repeat", "tokens", "seconds", "latency", "rounds", "drafted", "accepted", "verify")
+"""At least so many texts are decoded for each place, prompts repeated if need be: at a run's end places are empty."""
+PLAIN = "none"
+"""The controller of the rounds without drafts that warm up."""
+COLUMNS = ("batch_size", "method", "repeat", "tokens", "seconds", "latency", "rounds", "drafted", "accepted", "verify",
+           "texts")  # fmt: skip
+ROUND_COLUMNS = ("batch_size", "method", "repeat", "count", "rows", "tokens", "shallow", "shallow_seconds", "head",
+                 "head_seconds", "verify_seconds", "rest_seconds")  # fmt: skip
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
 
 
 class Decoded(NamedTuple):
@@ -58,31 +65,48 @@ def decode(
 def measure(
     engine: BatchEngine, requests: list[Request], sampler: Callable[[int], Sampler], controllers: list[str],
     batch_sizes: list[int], repeats: int,
-) -> pd.DataFrame:  # fmt: skip
-    """One row of `COLUMNS` for each number of texts, method and repeat: sums over the rounds in which all places were
-    taken, seconds of wall time. `latency` is the mean seconds per token of a text, `verify` those of a verification or
-    of an autoregressive pass."""
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # fmt: skip
+    """(one row of `COLUMNS` for each number of texts, method and repeat, one of `ROUND_COLUMNS` for each of their
+    rounds and of those of the warm-up, whose repeat is -1); seconds of wall time.
+
+    Of the first are tokens, drafts and times sums over the rounds in which all places were taken; `latency` is the mean
+    seconds per token of a text, `verify` those of a verification or of an autoregressive pass. `texts` are the new ids
+    of each text; text i is of request i, counted round and round.
+    """
     greedy = sampler(0).greedy
-    rows = []
+    rows, kept = [], []
     for batch_size, repeat, method, made in _in_turns(controllers, batch_sizes, repeats, greedy):
         some = [requests[i % len(requests)] for i in range(max(len(requests), WAVES * batch_size))]
-        rounds = decode(engine, some, sampler, made, batch_size).full(batch_size)
+        out = decode(engine, some, sampler, made, batch_size)
+        kept += [_round_row(batch_size, method, repeat, round) for round in out.rounds]
+        if repeat < 0:
+            continue
+        rounds = out.full(batch_size)
         texts = [text for round in rounds for text in round.texts]
         tokens, seconds = sum(round.tokens for round in rounds), sum(round.seconds for round in rounds)
         rows.append(
             (batch_size, method, repeat, tokens, seconds, seconds * batch_size / max(1, tokens), len(rounds),
              sum(t.drafted for t in texts), sum(t.accepted for t in texts),
-             float(np.mean([round.verify_seconds for round in rounds])))
+             float(np.mean([round.verify_seconds for round in rounds])), out.texts)
         )  # fmt: skip
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(kept, columns=ROUND_COLUMNS)
+
+
+def _round_row(batch_size: int, method: str, repeat: int, round: BatchRound) -> tuple[Any, ...]:
+    passes = [[*zip(*of, strict=True)] or [(), ()] for of in (round.shallow_seconds, round.head_seconds)]
+    (shallow, shallow_seconds), (head, head_seconds) = passes
+    return (batch_size, method, repeat, round.count, round.rows, round.tokens, list(shallow), list(shallow_seconds),
+            list(head), list(head_seconds), round.verify_seconds, round.rest_seconds)  # fmt: skip
 
 
 def _in_turns(
     controllers: list[str], batch_sizes: list[int], repeats: int, greedy: bool
 ) -> Iterator[tuple[int, int, str, Any]]:
     methods = [AUTOREGRESSIVE, *controllers]
-    with tqdm(total=len(batch_sizes) * repeats * len(methods), desc="several texts at once", unit="run") as bar:
+    with tqdm(total=len(batch_sizes) * (1 + repeats * len(methods)), desc="several texts at once", unit="run") as bar:
         for batch_size in batch_sizes:
+            yield batch_size, -1, PLAIN, make_batch_controller(PLAIN)
+            bar.update()
             made = {name: make_batch_controller(name, greedy=greedy) for name in controllers}
             for repeat in range(repeats):
                 first = repeat % len(methods)
@@ -93,7 +117,12 @@ def _in_turns(
 
 def speedups(frame: pd.DataFrame) -> pd.DataFrame:
     """Of each number of texts and method: tokens per second, the ratio to autoregressive decoding of as many texts
-    (median, least and most of the repeats), seconds per token of a text, drafts accepted per text and round."""
+    (median, least and most of the repeats, and a 95 % interval), seconds per token of a text, drafts per token, and how
+    many of them were accepted.
+
+    The interval is Student's, of the mean log ratio over the repeats; nan for a single one. It says how well the ratio
+    is known on these prompts, not how it would be on others.
+    """
     frame = frame.assign(rate=frame.tokens / frame.seconds)
     base = frame[frame.method == AUTOREGRESSIVE].set_index(["batch_size", "repeat"])
     frame = frame.assign(ratio=frame.rate / frame.set_index(["batch_size", "repeat"]).index.map(base.rate))
@@ -101,9 +130,21 @@ def speedups(frame: pd.DataFrame) -> pd.DataFrame:
     for (batch_size, method), some in frame.groupby(["batch_size", "method"], sort=False):
         ratios = some.ratio
         rows.append(
-            (batch_size, method, some.rate.median(), ratios.median(), ratios.min(), ratios.max(), some.latency.median(),
-             some.drafted.sum() / max(1, some.tokens.sum()), some.accepted.sum() / max(1, some.drafted.sum()))
+            (batch_size, method, some.rate.median(), ratios.median(), ratios.min(), ratios.max(),
+             *interval(ratios.to_numpy()), some.latency.median(), some.drafted.sum() / max(1, some.tokens.sum()),
+             some.accepted.sum() / max(1, some.drafted.sum()))
         )  # fmt: skip
-    columns = ["batch_size", "method", "tokens_per_second", "speedup", "least", "most", "seconds_per_token",
-               "drafted_per_token", "draft_acceptance_rate"]  # fmt: skip
+    columns = ["batch_size", "method", "tokens_per_second", "speedup", "least", "most", "low", "high",
+               "seconds_per_token", "drafted_per_token", "draft_acceptance_rate"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
+
+
+def interval(ratios: np.ndarray) -> tuple[float, float]:
+    """95 % interval of paired ratios, from Student's t of their logs; nan for a single one."""
+    freedom = len(ratios) - 1
+    if freedom < 1:
+        return float("nan"), float("nan")
+    logs = np.log(ratios)
+    t = T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else 1.96 + 2.72 / freedom
+    width = t * logs.std(ddof=1) / (freedom + 1) ** 0.5
+    return float(np.exp(logs.mean() - width)), float(np.exp(logs.mean() + width))

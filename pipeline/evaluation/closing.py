@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..runs.folder import RunDir
-from . import overview, plots, report
+from . import batch_report, overview, plots, report
 from . import results as evaluated
 
 
@@ -43,6 +43,8 @@ def closing_table(run: RunDir, published: bool | None = True) -> None:
         f"best: exit layer {best['exit_layer']}, controller {best['controller']}, temperature {best['temperature']:g}: "
         f"{evaluated.headline(best)}, acceptance length {best['acceptance_length']:.2f}; {evaluated.basis(best)}"
     )
+    if told := batch_report.sentence(results, best["exit_layer"]):
+        console.print(told)
     paths = f"run folder: {run.path}   report: {run / 'report' / 'index.html'}"
     if not published:
         console.print(paths if published is None else f"{paths}   published: nothing")

@@ -14,7 +14,9 @@ STYLES = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D")
 """Colours that are safe for colour-blind readers (Okabe and Ito), and markers that need no colour at all."""
 
 LENGTHS = "lengths.png"
-"""The only picture that does not belong to a temperature."""
+BATCHES = "batches-"
+"""These pictures do not belong to a temperature: of the answers' lengths, and one of several texts at once for each
+exit layer."""
 FEWEST = 10  # an acceptance rate is drawn only if at least so many rounds reached its position
 
 
@@ -27,10 +29,18 @@ def files(kind: str, results: dict[str, Any]) -> list[str]:
     return [f"{kind}-{t:g}.png" for t in temperatures(results)]
 
 
+def batch_files(results: dict[str, Any]) -> dict[int, str]:
+    """Exit layer -> the file of its picture of several texts at once; empty if none was measured."""
+    return {entry["exit_layer"]: f"{BATCHES}{entry['exit_layer']}.png" for entry in results.get("batches") or ()}
+
+
 def draw(file: str, results: dict[str, Any], path: Path) -> None:
     """Draw the picture named `file` and save it at `path`."""
     from matplotlib.figure import Figure
 
+    if file.startswith(BATCHES):
+        draw_batches(next(e for e in results["batches"] if f"{BATCHES}{e['exit_layer']}.png" == file), path)
+        return
     if file == LENGTHS:
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         lengths(figure, results["responses"])
@@ -171,6 +181,32 @@ def lengths(figure: Any, responses: dict[str, Any]) -> None:
         axes.set_title(name, fontsize=11)
         axes.set_xlabel("tokens")
         axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_batches(entry: dict[str, Any], path: Path) -> None:
+    """Draw speedup over the number of texts at once, measured with intervals and predicted, of every controller of an
+    entry of `batches` in results.json, and save it at `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes, sizes = figure.add_subplot(), entry["batch_sizes"]
+    axes.set_title(f"N = {entry['exit_layer']}, temperature {entry['temperature']:g}", fontsize=11)
+    for j, (name, c) in enumerate(entry["controllers"].items()):
+        colour, marker = STYLES[j % len(STYLES)]
+        places = [b * 1.02 ** (j - (len(entry["controllers"]) - 1) / 2) for b in sizes]  # side by side
+        speedup = [at["speedup"] for at in c["sizes"]]
+        errors = [[max(0, at["speedup"] - at["low"]) for at in c["sizes"]],
+                  [max(0, at["high"] - at["speedup"]) for at in c["sizes"]]]  # fmt: skip
+        axes.errorbar(places, speedup, yerr=errors, marker=marker, color=colour, capsize=3, markersize=5, label=name)
+        if all(at["predicted"] is not None for at in c["sizes"]):
+            axes.plot(sizes, [at["predicted"] for at in c["sizes"]], ":", color=colour, linewidth=1.2)
+    axes.axhline(1, color="black", linewidth=1, linestyle="--")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(b) for b in sizes])
+    axes.set_xlabel("texts at once")
+    axes.set_ylabel("speedup; autoregressive = 1")
+    _legend_below(figure, 3)
+    _save(figure, path)
 
 
 DRAW = {f.__name__: f for f in (speedup, time, acceptance, drafted, learned)}

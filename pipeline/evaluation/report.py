@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.files import atomic_path
-from . import plots, texts
+from . import batch_report, plots, texts
 from .losslessness import ALARM
 from .metrics import best as fastest
 from .rendering import Block, html_page, markdown
@@ -66,6 +66,7 @@ def lossless_line(results: dict[str, Any]) -> str:
             if sampling["passed"]
             else f"sampled tokens do NOT follow the backbone's distribution (p-value {sampling['p_value']:.2g})"
         )
+    parts += filter(None, [batch_report.lossless_part(results)])
     return f"{'yes' if is_lossless(results) else 'no'}: " + "; ".join(parts)
 
 
@@ -96,7 +97,7 @@ def blocks(results: dict[str, Any]) -> list[Block]:
     ]
     for t in plots.temperatures(results):
         page += _temperature(results, t) + _by_task(results, t)
-    page += _rivals(results)
+    page += _rivals(results) + batch_report.blocks(results)
     page += [
         ("h2", "Acceptance"),
         *_images(results, "acceptance", "how often draft i is accepted, by the controller that drafted furthest: of "
@@ -155,7 +156,9 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     """The verdict as figures for tracking; without an interval if too few conversations were measured."""
     names = ("speedup", "acceptance_length", "exit_layer", "controller", "temperature", "methods", "conversations")
     ends = dict(zip(("low", "high"), results["best"]["speedup_ci95"] or (), strict=False))
+    together = batch_report.entry_of(results, results["best"]["exit_layer"])
     return {
+        **({} if together is None else batch_report.summary(results, together)),
         **{f"evaluate/{name}": results["best"][name] for name in names},
         **{f"evaluate/speedup_ci95_{end}": value for end, value in ends.items()},
         "evaluate/lossless": is_lossless(results),

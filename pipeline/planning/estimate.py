@@ -11,8 +11,9 @@ from math import ceil
 from typing import Any
 
 from ..config import Config, to_dict
-from . import gain, memory, storage, work
+from . import batches, gain, memory, storage, work
 from .architecture import Architecture
+from .batches import Crossover
 from .gain import Prediction
 from .hardware import Gpu, Layout, gpu_of
 from .memory import GIB, Memory, Row
@@ -37,6 +38,8 @@ class Plan:
     step: Step | None
     stages: list[Stage]
     predictions: list[Prediction]
+    batches: list[Crossover]
+    """Empty without a GPU, or without an expected acceptance."""
 
     @property
     def fits(self) -> bool | None:
@@ -66,6 +69,7 @@ class Plan:
             "step": None if self.step is None else asdict(self.step) | {"seconds": self.step.seconds},
             "stages": [asdict(stage) | {"gpu_hours": stage.gpu_hours} for stage in self.stages],
             "predictions": [asdict(p) for p in self.predictions],
+            "batches": [asdict(crossover) for crossover in self.batches],
             "verdicts": verdicts(self),
         }
 
@@ -87,6 +91,7 @@ def make(config: Config, a: Architecture) -> Plan:
         step=None if gpu is None else work.step(a, config, layout, gpu),
         stages=[],
         predictions=gain.predict(a, config),
+        batches=[],
     )
     if gpu is not None:
         stages = [
@@ -96,6 +101,7 @@ def make(config: Config, a: Architecture) -> Plan:
             work.evaluate(a, config, gpu, plan.gpus_of(plan.evaluate)),
         ]
         plan.stages.extend(stage for stage in stages if stage is not None)
+        plan.batches.extend(batches.crossovers(a, config, gpu, plan.gpus_of(plan.evaluate), plan.predictions))
     return plan
 
 

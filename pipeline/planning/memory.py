@@ -187,15 +187,16 @@ def generate(a: Architecture, config: Config) -> list[Row]:
 def evaluate(a: Architecture, config: Config) -> list[Row]:
     """Memory of all GPUs together that hold one copy, with all heads.
 
-    One text is decoded at a time. The proofs of losslessness pass a whole text through the layers at once, and compute
-    the distributions of CHUNK rows at once.
+    One text is decoded at a time, or the largest of evaluate.batch_sizes. The proofs of losslessness pass a whole text
+    through the layers at once, and compute the distributions of CHUNK rows at once.
     """
     new, heads, w = config.evaluate.max_new_tokens, len(config.distill.exit_layers), weight_bytes(config)
     prompt, rows, each = prompt_tokens(config), min(CHUNK, new), proof_bytes(config)
+    texts = max([1, *config.evaluate.batch_sizes])
     return [
         _weights(a, w),
         Row("exit heads", heads * a.head * w, f"{heads} x {giga(a.head)} x {w} B"),
-        _cache(a, 1, prompt + new, w, extra_layers=1),
+        _cache(a, texts, prompt + new, w, extra_layers=1),
         Row("distributions, to prove losslessness", rows * a.vocabulary * each, f"{rows} x {a.vocabulary} x {each} B"),
         _prefill(a, prompt + new, w),
     ]

@@ -11,7 +11,7 @@ from rich.table import Table as RichTable
 
 from ..config import to_dict
 from ..evaluation.rendering import markdown_table
-from . import gain, memory
+from . import batches, gain, memory
 from .estimate import Plan
 from .gain import DRAFTS, TARGETS, Prediction
 from .hardware import BANDWIDTH_SHARE, LINK_SHARE, MARGIN
@@ -65,7 +65,7 @@ def full(p: Plan) -> list[Table]:
     tables += [_sizes("Disk", p.disk)]
     if p.step is not None:
         tables += [_step(p), _stages(p)]
-    return [table for table in [*tables, _experts(p), _speedups(p)] if table.rows]
+    return [table for table in [*tables, _experts(p), _speedups(p), _batches(p)] if table.rows]
 
 
 def _sizes(title: str, rows: list[Row]) -> Table:
@@ -133,6 +133,28 @@ def _speedup(p: Prediction) -> list[str]:
     if p.expected.temperature is not None:
         acceptance += f" at temperature {p.expected.temperature:g}"
     return [acceptance, *(f"{s:.2f}{'*' if k == p.best else ''}" for k, s in p.speedups.items())]
+
+
+def _batches(p: Plan) -> Table:
+    """Speedups by the number of texts at once, and up to how many drafting pays; no rows without a GPU or an
+    acceptance."""
+    rows = []
+    for c in p.batches:
+        shown = [f"{speedup:.2f}" for speedup in c.speedups.values()]
+        where = str(c.exit_layer) + ("" if c.temperature is None else f" at temperature {c.temperature:g}")
+        rows.append([where, str(c.k), *shown, _ranges(c.pays), _ranges(c.pays_of_one), str(c.fit)])
+    header = ["N", "K", *(f"{b} text{'s' if b > 1 else ''}" for b in batches.SHOWN), "pays at", "with K=1 at"]
+    header += ["memory holds"]
+    title = (
+        "Predicted speedup of several texts at once; a pass reads its weights once and each text's keys and values, "
+        f"{batches.positions(p.config):.0f} positions, or takes the time of its arithmetic"
+    )
+    return Table(title, header, rows)
+
+
+def _ranges(found: list[tuple[int, int]]) -> str:
+    ends = {batches.MOST: " and more"}
+    return ", ".join(f"{a}" + ends.get(b, f"-{b}" if b > a else "") for a, b in found) or "none"
 
 
 # ---- several plans, one row each

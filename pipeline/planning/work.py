@@ -7,7 +7,11 @@ docs/planning.md. Letters as in this package's docstring.
 from dataclasses import dataclass
 from math import ceil, prod
 
+import numpy as np
+
 from ..config import Config
+from ..evaluation.batch_sizes import REPEATS as BATCH_REPEATS
+from ..evaluation.batches import WAVES
 from ..evaluation.rivals import rivals_of
 from .architecture import Architecture
 from .hardware import BANDWIDTH_SHARE, Gpu, Layout
@@ -157,10 +161,23 @@ def token_seconds(a: Architecture, config: Config, gpu: Gpu, texts: int, positio
 
     GPUs that share the layers work one after the other, so their number does not matter.
     """
-    w = weight_bytes(config)
-    read = (a.layers * a.read(texts) + a.embedding) * w + texts * positions * 2 * a.layers * a.key * w
-    flops = 2 * texts * (a.layers * a.read() + a.embedding)
-    return max(read / (gpu.bandwidth * 1e9 * BANDWIDTH_SHARE), flops / rate(config, gpu))
+    return float(pass_seconds(a, config, gpu, a.layers, a.vocabulary, np.array(texts), 1, positions))
+
+
+def pass_seconds(
+    a: Architecture, config: Config, gpu: Gpu, layers: int, vocabulary: int, texts: np.ndarray, rows: int,
+    positions: float, is_head: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """Seconds of a pass through some layers and the logits of a vocabulary, of `rows` rows of each of `texts` texts.
+
+    The time to read the weights once and every text's keys and values once, or the time of the arithmetic, if longer.
+    is_head: the layer is the exit head, which may have a dense MLP where layers have experts.
+    """
+    w, every = weight_bytes(config), texts * rows
+    weights, matrices = (a.head, a.head_matrices) if is_head and a.dense_head else (a.read(every), _matrices(a))
+    read = (layers * weights + vocabulary * a.hidden) * w + texts * positions * 2 * layers * a.key * w
+    flops = every * (layers * (2 * matrices + 4 * positions * a.query) + logits_flops(a, vocabulary))
+    return np.maximum(read / (gpu.bandwidth * 1e9 * BANDWIDTH_SHARE), flops / rate(config, gpu))
 
 
 def generate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:
@@ -186,7 +203,8 @@ def generate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | No
 def evaluate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | None:
     """The stage if all decoding were as slow as autoregressive decoding; None without a number of prompts.
 
-    Each rival counts like a controller; some rivals run once for each head.
+    Each rival counts like a controller; some rivals run once for each head. Several texts at once
+    (evaluate.batch_sizes) are counted by their own token's time.
     """
     e, heads = config.evaluate, len(config.distill.exit_layers)
     if not e.num_prompts:
@@ -194,6 +212,14 @@ def evaluate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | No
     texts = len(e.temperatures) * (1 + heads * len(e.controllers))
     texts += len(rivals_of(e.rivals, config.distill.exit_layers)) * (0 in e.temperatures)
     texts *= e.num_prompts * e.repeats
-    one = token_seconds(a, config, gpu, 1, prompt_tokens(config) + e.max_new_tokens / 2)
+    positions = prompt_tokens(config) + e.max_new_tokens / 2
+    one = token_seconds(a, config, gpu, 1, positions)
     how = f"{texts} texts x {e.max_new_tokens} tokens x {one * 1000:.3g} ms"
-    return Stage("evaluate", gpus, texts * e.max_new_tokens * one, how)
+    seconds = texts * e.max_new_tokens * one
+    if e.batch_sizes:
+        runs = heads * (1 + (1 + len(e.controllers)) * max(BATCH_REPEATS, e.repeats))  # one warms up
+        decoded = {b: runs * max(e.num_prompts, WAVES * b) for b in e.batch_sizes}
+        each = {b: e.max_new_tokens * token_seconds(a, config, gpu, b, positions) / b for b in e.batch_sizes}
+        seconds += sum(decoded[b] * each[b] for b in e.batch_sizes)
+        how += f" + {sum(decoded.values())} texts several at once"
+    return Stage("evaluate", gpus, seconds, how)

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..backbones.load import public_name
-from ..evaluation import plots, report
+from ..evaluation import batch_report, plots, report
 from ..evaluation import results as evaluated
 from ..evaluation.rendering import markdown_table
 from ..runs.folder import RunDir
@@ -24,7 +24,7 @@ HERE = "<this folder>"
 """Used in place of a Hub id if none is configured."""
 
 LIMITS = """\
-- Measured for one text at a time. Other hardware, dtypes, batches and kinds of text were not measured.
+- Other hardware, dtypes, kinds of text and numbers of texts at once than those named here were not measured.
 - No beams, no `return_dict_in_generate`. The attention is the decoder's own.
 - In bfloat16, passes over one and over several tokens round differently, so near ties may be decided otherwise;
   in float32 greedy text is identical.
@@ -85,12 +85,14 @@ def render(run: RunDir, results: dict[str, Any]) -> list[str]:
         "drafts) choose another. Sampling, stopping criteria and streamers work as in `generate`, and so do logits "
         "processors that keep nothing between calls; others (`guidance_scale`, SynthID watermarks) are refused. A "
         "processor of your own is called for drafts that may be rejected: if it depends on nothing but `input_ids` and "
-        "`scores`, declare it by `stateless = True`. The rows of a batch are decoded one after the other.",
+        "`scores`, declare it by `stateless = True`. The rows of a batch are decoded together, each with an end "
+        "of its own, where controller and backbone know of several texts at once, else one after the other.",
         "",
         *_example(run, repo, results["backbone"].get("gguf")),
         *_in_vllm(results, name, repo),
         *backbone(results, name),
         *_measured(results),
+        *_together(results),
         *acceptance(results),
         *how_measured(run, results),
         *trained(run, results),
@@ -330,6 +332,12 @@ def _measured(results: dict[str, Any]) -> list[str]:
         if len(results["prompts"]["tasks"]) > 1:
             lines += _by_task(entry)
     return lines
+
+
+def _together(results: dict[str, Any]) -> list[str]:
+    """Up to how many texts at once the head pays, if that was measured."""
+    told = batch_report.sentence(results, results["best"]["exit_layer"])
+    return [told, ""] if told else []
 
 
 def _by_task(entry: dict[str, Any]) -> list[str]:

@@ -28,7 +28,10 @@ def results_of_one(results: dict[str, Any], exit_layer: int | None) -> dict[str,
         raise UserError(f"publish.exit_layer={exit_layer}: not evaluated; these were: {', '.join(map(str, measured))}")
     n = exit_layer or results["best"]["exit_layer"]
     kept = [entry for entry in results["heads"] if entry["exit_layer"] == n]
-    return results | {"heads": kept, "best": metrics.best(kept, results["best"]["temperature"])}
+    reduced = results | {"heads": kept, "best": metrics.best(kept, results["best"]["temperature"])}
+    if "batches" in results:
+        reduced["batches"] = [entry for entry in results["batches"] if entry["exit_layer"] == n]
+    return reduced
 
 
 def failures(results: dict[str, Any], min_speedup: float, head_sha256: str) -> list[str]:
@@ -48,6 +51,9 @@ def failures(results: dict[str, Any], min_speedup: float, head_sha256: str) -> l
         )
     if sampling is not None and not sampling["passed"]:
         failed.append(f"lossless: sampled tokens are not distributed as the backbone's, p = {sampling['p_value']:.2g}")
+    together = results["lossless"].get("batches")
+    if together is not None and not together["passed"]:
+        failed.append("lossless: texts decoded several at once are not the backbone's; report/report.md has which")
     if best["speedup_ci95"] is None:
         if min_speedup > 0:  # min_speedup=0 is met by any speedup
             failed.append(

@@ -2,7 +2,8 @@
 decoding.
 
 Takes heads/exit-*/, or one published head, and held-out prompts. First everything is timed, and the measurements are
-saved: eval/prompts.parquet, generations.parquet, rounds.parquet, rivals.parquet and measured.json. Then tests and
+saved: eval/prompts.parquet, generations.parquet, rounds.parquet, rivals.parquet and measured.json, and with
+evaluate.batch_sizes batches.parquet and batch_rounds.parquet. Then tests and
 figures are computed from these files: eval/results.json and report/. A run that is interrupted in between resumes from
 the files, on a machine with the same hardware and the same versions.
 """
@@ -21,7 +22,7 @@ from ..backbones.load import device_of, engine_options, load_model, load_tokeniz
 from ..backbones.source import load_config
 from ..config import Config
 from ..errors import UserError, warn
-from ..evaluation import against_transformers, bound, corpus, losslessness, report, rivals, texts, threads
+from ..evaluation import against_transformers, batch_sizes, bound, corpus, losslessness, report, rivals, texts, threads
 from ..evaluation.intervals import FEWEST
 from ..evaluation.measuring import Measured, Method, measure
 from ..evaluation.metrics import beside, best, summarise
@@ -90,6 +91,7 @@ def run(run: RunDir) -> None:
     drafts, others = _drafts(heads, model, config.rivals)
     hashes = {n: sha256_of(folder / "model.safetensors") for n, folder in zip(engines, folders, strict=True)}
     states = _states(config.states, hashes)
+    together, knowing = batch_sizes.engines_of(config, engines)
     engine = next(iter(engines.values()))
     measured = _already_measured(run)
     encoded, compared = [], {}
@@ -106,7 +108,16 @@ def run(run: RunDir) -> None:
                 Measured.of(found, encoded, _about(engine, encoded, compared)).save(folder)
             measured = Measured.load(run / "eval")
             assert measured is not None  # read from the files, as in a resumed run
+        if together:
+            tables = batch_sizes.measured(
+                run / "eval", together, knowing, measured.prompts, config, ends, run.config.seed
+            )
         results = _results(run, model, engines, source, measured)
+        if together:
+            results["batches"] = batch_sizes.figures(tables, results["heads"], config.temperatures[0])
+            results["lossless"]["batches"] = batch_sizes.losslessness(
+                together, tables[0], measured, config, run.config.seed
+            )
         results |= _identity(run.config, folders[0], heads[0])
         if published and published[1]:
             results["trained_for"] = published[1]

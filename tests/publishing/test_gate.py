@@ -67,6 +67,19 @@ def a_result(**changes) -> dict:
     } | changes  # fmt: skip
 
 
+def test_texts_of_a_batch_that_are_not_the_backbones_are_refused() -> None:
+    proofs = a_result()["lossless"]
+    assert gate.failures(a_result(lossless=proofs | {"batches": {"passed": True}}), 1.0, "aa") == []
+    (reason,) = gate.failures(a_result(lossless=proofs | {"batches": {"passed": False}}), 1.0, "aa")
+    assert reason.startswith("lossless: texts decoded several at once are not the backbone's")
+
+
+def test_only_the_batches_of_the_head_are_published() -> None:
+    assert "batches" not in gate.results_of_one(a_result(), None)
+    both = a_result(batches=[{"exit_layer": 1}, {"exit_layer": 2}])
+    assert gate.results_of_one(both, None)["batches"] == [{"exit_layer": 2}]
+
+
 def test_the_gate_names_every_reason() -> None:
     good = a_result()
     assert gate.failures(good, 1.0, "aa") == []

@@ -229,6 +229,19 @@ def test_the_card_says_what_and_how_much(run) -> None:
         assert (run / "hub" / "2" / file).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_card_says_up_to_how_many_texts_at_once_it_pays(run) -> None:
+    results = json.loads((run / "hub" / "2" / "results.json").read_text())
+    assert "Several texts at once" not in "\n".join(card.render(run, results)), "it was not measured"
+    at = [{"batch_size": b, "speedup": s, "low": s - 0.1, "high": s + 0.1} for b, s in ((1, 1.5), (4, 1.2), (16, 0.9))]
+    results["batches"] = [
+        {"exit_layer": 2, "temperature": 0, "controllers": {"thompson": {"sizes": at, "pays_up_to": 4}}}
+    ]
+    assert (
+        "Several texts at once, `thompson` at temperature 0: drafting pays up to 4 texts (speedup 1.20, 95 % interval "
+        "1.10-1.30), and not surely at 16 texts (speedup 0.90, 95 % interval 0.80-1.00)."
+    ) in card.render(run, results)
+
+
 def test_the_card_names_no_file_that_is_not_there(run) -> None:
     """Without any fixed:K there is no profile."""
     results = json.loads((run / "hub" / "2" / "results.json").read_text())
