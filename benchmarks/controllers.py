@@ -96,6 +96,8 @@ def main() -> None:
     parser.add_argument("--time-only", action="store_true", help="write --timings, and simulate nothing")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     args = parser.parse_args()
+    if args.time_only and (args.timings is None or args.out):
+        parser.error("--time-only: needs --timings, where it goes, and gives nothing for --out")
     torch.set_num_threads(args.threads)
 
     backbone = Backbone(name_or_path=args.backbone, dtype=args.dtype, gguf_dir="runs/backbones")
@@ -131,9 +133,19 @@ def sampler_of(setting: str, seed: int) -> Sampler:
     return Sampler(**SETTINGS[setting], generator=torch.Generator().manual_seed(seed))
 
 
+CIRCUMSTANCES = ("run", "backbone", "dtype", "device", "prompt_file", "chat_template", "held_out", "timed", "tokens",
+                 "clock", "threads")  # fmt: skip
+"""Arguments on which what is timed depends."""
+
+
 def timings(engine, ids, ends, setting: str, args) -> dict:
     """`wall`: speedups by the clock; `costs`: of a round's parts; `own`: those that differ between controllers."""
     kept = json.loads(args.timings.read_text()) if args.timings and args.timings.exists() else {}
+    asked = {key: str(value) for key, value in vars(args).items() if key in CIRCUMSTANCES}
+    if kept.setdefault("circumstances", asked) != asked:
+        raise SystemExit(
+            f"{args.timings}: was timed with {kept['circumstances']}, asked for is {asked}: give another file"
+        )
     name = f"N = {engine.exit_layer}, {setting}"
     if name not in kept:
         sampler = partial(sampler_of, setting)
@@ -235,14 +247,16 @@ def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
                                "oracle of trees": {"candidates": CANDIDATES},
                                "oracle of trees with copies": {"candidates": CANDIDATES, "copies": True}}  # fmt: skip
     sums: dict[str, np.ndarray] = {}  # name -> tokens and time of each text
+    names = list(costs)
     for seed in range(seeds):
         accepted = simulation.outcomes(traces, seed)
-        for name in costs:
+        for name in list(names):
             try:
                 played = simulation.play(partial(make_controller, name, seed, greedy), traces, accepted, costs[name])
-            except ValueError as error:
-                if seed == 0:
-                    print(f"{name} is left out: {error}")
+            except ValueError as error:  # it depends on what is drawn whether the traces hold all that it asks for
+                print(f"{name} is left out: {error}")
+                names.remove(name)
+                sums.pop(name, None)
                 continue
             sums[name] = sums.get(name, 0) + np.array(played)
         for name, drafts in bounds.items():
@@ -258,10 +272,11 @@ def simulate(traces, costs: dict, seeds: int, greedy: bool) -> dict:
     over += [("thompson+lookup", n) for n in (*COPYING, *TUNED) if "lookup" in n and n != "thompson+lookup"]
     over += [("thompson+tree", "tree, tuned on other prompts"), ("thompson+tree", "oracle of trees")]
     over += [("thompson+tree+lookup", "oracle of trees with copies")]
-    result |= {f"{a} / {b}": rated(*sums[a], *sums[b]) for a, b in [*PAIRS, *over]}
+    pairs_of = [(a, b) for a, b in [*PAIRS, *over] if a in sums and b in sums]
+    result |= {f"{a} / {b}": rated(*sums[a], *sums[b]) for a, b in pairs_of}
     useless = sums["oracle with copies"][1] > (1 - USELESS) * sums["oracle"][1]
     if useless.any():
-        for a, b in PAIRS:
+        for a, b in [pair for pair in PAIRS if pair in pairs_of]:
             if "lookup" in a and "lookup" not in b:
                 pair = rated(*sums[a][:, useless], *sums[b][:, useless])
                 result[f"{a} / {b}, where copies bring nothing"] = pair

@@ -61,3 +61,6 @@ def test_what_was_timed_is_read_again(tmp_path, monkeypatch) -> None:
     again = module.timings(engine, [PROMPT], frozenset(), "greedy", args)
     assert again["wall"].keys() == first["wall"].keys() and again["own"] == first["own"]
     assert CostModel(again["costs"]).round(3, 3) == CostModel(first["costs"]).round(3, 3)
+    args.tokens = 41
+    with pytest.raises(SystemExit, match=r"was timed with .*'tokens': '40'"):
+        module.timings(engine, [PROMPT], frozenset(), "greedy", args)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..config import Evaluate
+from ..errors import UserError
 from ..inference.backbone import SplitBackbone
 from ..inference.batch_controllers import BATCH_NAMES, is_of_batches
 from ..inference.batch_costs import BatchCosts
@@ -74,6 +75,13 @@ def measured(
     """The tables in the folder; measured and saved there if there are none."""
     if not (folder / RUNS).exists():
         requests = [Request(row, config.max_new_tokens, ends) for row in prompts.ids]
+        longest = max(len(request.prompt) for request in requests) + config.max_new_tokens
+        fitting = min(engine.fitting(longest) for engine in engines.values())
+        if max(config.batch_sizes) > fitting:
+            raise UserError(
+                f"evaluate.batch_sizes={config.batch_sizes}: the free memory holds {fitting} texts of {longest} tokens "
+                "at once: leave larger numbers out"
+            )
         device, repeats = next(iter(engines.values())).backbone.device, max(REPEATS, config.repeats)
         runs, rounds = [], []
 

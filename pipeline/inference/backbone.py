@@ -254,12 +254,17 @@ class SplitBackbone:
         The head's keys and values of tokens that it has not processed yet (the prompt, bonus tokens, drafts beside
         those it read) are computed first.
         """
-        base, end, slot = cache.head_length, slots[-1] + 1, self.num_layers
-        hidden_MD = cache.hidden_TD[base:end].to(self.device)
-        cache.head_length = end
-        alone = len(slots) == 1
-        out_MD = self._run(hidden_MD, slot, slot + 1, base, cache, tree, last_row=alone)
-        return self.draft_logits_of(out_MD[-1:] if alone else out_MD[[at - base for at in slots]])
+        base, alone = cache.head_length, len(slots) == 1
+        out_MD = self.draft_hidden(slots[-1], cache, tree, last_row=alone)
+        return self.draft_logits_of(out_MD if alone else out_MD[[at - base for at in slots]])
+
+    def draft_hidden(self, last: int, cache: KVCache, tree: Tree | None = None, last_row: bool = True) -> Tensor:
+        """The exit head's output [M, D] in the slots that it has not processed yet, up to `last`; or of that alone."""
+        base, slot = cache.head_length, self.num_layers
+        cache.head_length = last + 1
+        hidden_MD = cache.hidden_TD[base : last + 1].to(self.device)
+        out_MD = self._run(hidden_MD, slot, slot + 1, base, cache, tree, last_row=last_row)
+        return out_MD[-1:] if last_row else out_MD
 
     def draft_logits_of(self, hidden_MD: Tensor) -> Tensor:
         """Apply the final norm and the rows of the LM head of the tokens that the head can draft; [M, W] in float32."""

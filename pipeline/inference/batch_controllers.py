@@ -10,7 +10,7 @@ from typing import Any
 from .batch_costs import BatchCosts
 from .batch_rounds import BatchController, BatchRound
 from .batch_thompson import BatchThompson
-from .controllers import fixed_length, make_controller
+from .controllers import COPYING, fixed_length, make_controller
 from .costs import first_probes
 from .rounds import LONGEST, Confidence, Controller
 
@@ -68,8 +68,8 @@ class Table(Uniform):
         super().__init__()
         if not steps or steps[0][0] != 1 or sorted(dict(steps)) != [texts for texts, _ in steps]:
             raise ValueError("the numbers of texts must ascend from 1, as in table:1=4,8=2,16=0")
-        if any(k > LONGEST for _, k in steps):
-            raise ValueError(f"at most {LONGEST} drafts in a round")
+        if any(not 0 <= k <= LONGEST for _, k in steps):
+            raise ValueError(f"0 to {LONGEST} drafts in a round")
         self.steps = steps
 
     def choose(self, count: int) -> int:
@@ -130,7 +130,7 @@ def make_batch_controller(name: str, seed: int = 0, greedy: bool = True) -> Batc
         return plain[name]()
     if (k := fixed_length(name)) is not None:
         return Each(make_controller(name), k)
-    if kind in EACH:
+    if kind in EACH and not name.endswith(tuple(COPYING)):
         return Each(make_controller(name), LONGEST)
     if kind == "table":
         try:

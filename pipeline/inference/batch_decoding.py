@@ -10,7 +10,7 @@ M rows of a pass, R rows of one text, V vocabulary, W tokens that the head can d
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +48,7 @@ class _Text:
     request: Request
     sampler: Sampler
     cache: KVCache
-    entered: float
+    entered: float = 0.0
     out: Generation = field(default_factory=Generation)
     error: Exception | None = None
     place: int = 0
@@ -97,8 +97,13 @@ def decode_batch(
     """Decode texts, at most `places` at once, and give each when it ends. `jobs` is read as places become free.
 
     controller: None decodes autoregressively, one token per pass through all layers: the baseline of every speedup.
-    observe: called with every round, also with those without a controller.
+    observe: called with every round, also with those without a controller. Raises ValueError for places < 1, and while
+    other texts are decoded by this engine.
     """
+    if places < 1:
+        raise ValueError(f"places={places}: at least 1")
+    if engine.places.caches:
+        raise ValueError("this engine is decoding other texts: end them first, or make another BatchEngine")
     waiting, texts = enumerate(jobs), list[_Text]()
     parts = stopwatch(block.device for block in engine.backbone.blocks)
     engine.places.most = places
@@ -142,9 +147,10 @@ def _enter(engine: BatchEngine, number: int, job: Job) -> _Text | Finished:
         cache, logits_1V = engine.enter(request.prompt, len(request.prompt) + request.max_new_tokens)
     except ValueError as error:
         return Finished(number, Generation(), error)
-    text = _Text(number, request, sampler, cache, time.perf_counter())
+    text = _Text(number, request, sampler, cache)
+    _commit_drawn(text, logits_1V)  # reads the token, so a GPU has ended the prefill
+    text.entered = time.perf_counter()
     text.out.prefill_seconds = text.entered - began
-    _commit_drawn(text, logits_1V)
     return text
 
 
@@ -217,8 +223,11 @@ def _draft(engine, texts, controller, record, parts) -> None:
         parts.mark(f"shallow {level}")
         record.shallow.append(len(live))
         able = [text for text in live if text.may_draft()]
-        asked = set(controller.peek(level, [text.place for text in able])) if able else ()
-        able = [text for text in able if text.place in asked]
+        if able and level < controller.limit:  # there are slots for so many drafts
+            places = [text.place for text in able]
+            able = [texts[place] for place in _within(controller.peek(level, places), places)]
+        else:
+            able = []
         if not able:
             return
         engine.catch_up([text.last for text in able])
@@ -226,7 +235,9 @@ def _draft(engine, texts, controller, record, parts) -> None:
         laws = _laws(able, engine.draft_logits([text.last for text in able]), engine.backbone.draft_vocabulary)
         record.head.append(len(able))
         drafts = {place: texts[place].sampler.propose(law) for place, law in laws.items()}
-        live = [texts[place] for place in controller.draft(level, laws)]
+        if not laws:  # each of these texts' own processors raised
+            return
+        live = [texts[place] for place in _within(controller.draft(level, laws), laws)]
         read_all([drafts[text.place] for text in live])
         for text in live:  # a token that is read must be verified: discarding it would change the distribution
             text.tree.add(len(text.tree) - 1, drafts[text.place], laws[text.place])
@@ -234,6 +245,15 @@ def _draft(engine, texts, controller, record, parts) -> None:
         level += 1
         if not live:
             return
+
+
+def _within(chosen: list[int], offered: Collection[int]) -> list[int]:
+    """The chosen places. Raises ValueError for others than the controller was asked about, and for one twice."""
+    if len(set(chosen)) != len(chosen) or not set(chosen) <= set(offered):
+        raise ValueError(
+            f"the controller chose the places {chosen} of {list(offered)}: each at most once, and no other"
+        )
+    return chosen
 
 
 def _laws(texts: list[_Text], logits_BW: Tensor, vocabulary) -> dict[int, Confidence]:

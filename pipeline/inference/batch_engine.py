@@ -42,21 +42,33 @@ class BatchEngine:
 
     def enter(self, prompt: list[int], length: int) -> tuple[KVCache, Tensor]:
         """(cache of a new text in the next place, float32 logits [1, V] after its prompt), by a pass of this text
-        alone. Raises ValueError if its whole `length` is beyond the backbone's context."""
+        alone. Raises ValueError if its whole `length` is beyond the backbone's context, or an id beyond its
+        vocabulary."""
         backbone, n = self.backbone, len(prompt)
         if length > backbone.max_context:
             raise ValueError(f"{length} positions are needed, the backbone's context is {backbone.max_context}")
+        last = len(backbone.embedding_VD) - 1
+        if min(prompt) < 0 or max(prompt) > last:
+            raise ValueError(
+                f"the prompt has ids from {min(prompt)} to {max(prompt)}, the vocabulary ends at {last}: it was "
+                "encoded for another model"
+            )
         self.reserve(n)
         cache = self.places.enter(n)
-        backbone.shallow(prompt, 0, cache)
-        logits_1V = backbone.logits(backbone.deep(0, n, cache)[-1:])
+        try:
+            backbone.shallow(prompt, 0, cache)
+            logits_1V = backbone.logits(backbone.deep(0, n, cache)[-1:])
+        except BaseException:
+            self.places.leave(len(self.places.caches) - 1)
+            raise
         cache.commit(n)
         return cache, logits_1V
 
     def fitting(self, length: int) -> int:
         """How many texts of `length` slots fit into the free memory, of which half is left for copies that are made
         when places grow; at least 1."""
-        return max(1, _free_bytes(self.backbone.device) // 2 // self.places.bytes_of(length))
+        needed = self.places.bytes_of(length)
+        return max(1, min(_free_bytes(device) // 2 // size for device, size in needed.items()))
 
     def leave(self, place: int) -> None:
         """Free a place; the text in the last one moves there."""
@@ -91,7 +103,7 @@ class BatchEngine:
         for place, slot in slots:
             cache = self.places.caches[place]
             if slot - cache.head_length >= CATCH_UP:
-                self.backbone.draft_logits([slot - 1], cache)
+                self.backbone.draft_hidden(slot - 1, cache)
 
     def draft_logits(self, slots: list[tuple[int, int]]) -> Tensor:
         """The exit head's logits [texts, W] for the tokens that follow those in these (place, slot). Its keys and
@@ -139,4 +151,7 @@ class BatchEngine:
 
 
 def _free_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
+    if device.type != "cuda":
+        return available_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it for new tensors
+    return torch.cuda.mem_get_info(device)[0] + kept

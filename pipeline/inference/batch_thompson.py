@@ -26,9 +26,9 @@ class BatchThompson:
 
     theta_b ~ Beta(a_b, b_b) is the sampled acceptance of each bin b of confidence. reach_i is the product of the theta
     of the drafts that text i made in this round; s, h, v are the seconds of a shallow pass, of a head pass, and of a
-    verification with all else, by their rows; r are the rows to verify so far, abar and chain_j as in thompson.py. With
-    m texts that may go on, a further row of each would cost c = (v(r + m) - v(r) + h(m) + s(m)) / m. The token offered
-    to text i is worth itself and what may follow from it,
+    verification with all else, by their rows; r are the rows to verify so far, abar is as in thompson.py, and chain_j =
+    1 + abar + ... + abar^(j-1). With m texts that may go on, a further row of each would cost c = (v(r + m) - v(r) +
+    h(m) + s(m)) / m. The token offered to text i is worth itself and what may follow from it,
 
       gain_i = reach_i + max over j >= 0 of  reach_i (chain_{j+1} - 1) - rate j c
 
@@ -43,9 +43,9 @@ class BatchThompson:
     rate is B / C(0), the tokens per second of B texts without drafts, times the gain over it in recent rounds, at least
     1: a number of texts for which drafting never paid is so judged by its own costs.
 
-    A round without drafts teaches nothing about drafting, so with probability 1 / sqrt(1000 + n) after n rounds a few
-    texts, 1 to all of them in proportion to 1 / their number, draft one token nevertheless: that also finds the widths
-    up to which rows are free.
+    A round without drafts teaches nothing about drafting, so with probability 1 / sqrt(1000 + n) after n rounds some
+    texts, a number drawn log-uniformly from 1 to all, draft one token nevertheless: that also finds the widths up to
+    which rows are free.
     """
 
     limit = LONGEST
@@ -205,7 +205,8 @@ class BatchThompson:
         same = state.get("kind") == "thompson" and state.get("greedy") == self.greedy
         if not same or len(state.get("counts", [])) != BINS or len(state.get("seen", [])) != BINS:
             raise ValueError(
-                f"controller state of kind={state.get('kind')}, greedy={state.get('greedy')}: not thompson's"
+                f"controller state of kind={state.get('kind')}, greedy={state.get('greedy')}: thompson with "
+                f"greedy={self.greedy} and {BINS} bins is needed"
             )
         self.counts = [list(map(float, c)) for c in state["counts"]]
         self.seen = list(map(float, state["seen"]))

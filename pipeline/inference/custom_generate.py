@@ -121,8 +121,14 @@ def generate(
             jobs.append((request, sampler))
         greedy = not generation_config.do_sample  # acceptance differs between greedy and sampled texts
         together = None
-        if streamer is None and (len(jobs) > 1 or hasattr(controller, "begin")):  # streamers take one row
+        only_together = hasattr(controller, "begin") or (name or "").startswith("table:")
+        if streamer is None and (len(jobs) > 1 or only_together):  # streamers take one row
             together = _batch_of(backbone, controller, name, config, greedy, controllers)
+        if together is None and only_together:
+            raise ValueError(
+                "this controller is one of several texts at once, which cannot be decoded with a streamer, with "
+                "cuda_graphs, or through transformers' layers: give one of a single text, such as thompson"
+            )
         if together is not None:
             rows = _decode_together(backbone, jobs, together)
         else:
@@ -163,8 +169,9 @@ def _batch_of(backbone: SplitBackbone, controller, name: str | None, config: dic
 def _decode_together(backbone: SplitBackbone, jobs: list[tuple[Request, Sampler]], controller) -> list[list[int]]:
     """The new tokens of each row. A row's error ends the call, as it does in `generate`."""
     for _, sampler in jobs:  # a stream of its own for each row
-        seed = int(torch.randint(1 << 62, ()))
-        sampler.generator = torch.Generator(backbone.device).manual_seed(seed)
+        if not sampler.greedy:
+            seed = int(torch.randint(1 << 62, ()))
+            sampler.generator = torch.Generator(backbone.device).manual_seed(seed)
     engine = BatchEngine(backbone)
     longest = max(len(request.prompt) + request.max_new_tokens for request, _ in jobs)
     places = min(len(jobs), engine.fitting(longest))

@@ -160,7 +160,8 @@ def _spec_of(fields: Any, folder: Path) -> HeadSpec:
         spec = HeadSpec(**fields)
     except TypeError:  # no object, or one with other fields
         spec = None
-    if spec is None or spec.kind not in KINDS:
+    fits = spec is not None and isinstance(spec.width, int) and (spec.width > 0) == (spec.kind == "dense")
+    if spec is None or spec.kind not in KINDS or not fits:
         raise ValueError(
             f"{folder}/config.json: head={fields}: the kinds {' and '.join(KINDS)} are known here; install a newer "
             "version of exit-heads"

@@ -46,12 +46,13 @@ class Places:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (*self.keys, *self.values, self.hidden_PTD))
 
-    def bytes_of(self, length: int) -> int:
-        """Memory of one place of `length` slots."""
-        size, _, dtype = self._hidden
-        layers = sum(count for count, _ in self._blocks)
-        numbers = size + 2 * layers * self._kv_heads * self._head_dim
-        return -(-length // BLOCK) * BLOCK * numbers * dtype.itemsize
+    def bytes_of(self, length: int) -> dict[torch.device, int]:
+        """Memory of one place of `length` slots, by device."""
+        size, device, dtype = self._hidden
+        slot_bytes = {device: size * dtype.itemsize}
+        for layers, at in self._blocks:
+            slot_bytes[at] = slot_bytes.get(at, 0) + 2 * layers * self._kv_heads * self._head_dim * dtype.itemsize
+        return {at: -(-length // BLOCK) * BLOCK * one for at, one in slot_bytes.items()}
 
     def enter(self, length: int) -> KVCache:
         """The empty cache of a text that takes the next place and needs `length` slots now."""
@@ -59,6 +60,8 @@ class Places:
         if len(self.caches) == places:  # doubled, as making room takes time
             self._resize(max(places + 1, min(2 * places, self.most)), length)
         self.reserve(length)
+        for part_PT in self._parts():  # an overflow of the text before must not reach this one through 0 * inf
+            part_PT[len(self.caches)].zero_()
         cache = KVCache(*self._views(len(self.caches)))
         self.caches.append(cache)
         return cache

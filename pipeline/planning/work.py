@@ -13,6 +13,7 @@ from ..config import Config
 from ..evaluation.batch_sizes import REPEATS as BATCH_REPEATS
 from ..evaluation.batches import WAVES
 from ..evaluation.rivals import rivals_of
+from ..inference.batch_controllers import is_of_batches
 from .architecture import Architecture
 from .hardware import BANDWIDTH_SHARE, Gpu, Layout
 from .memory import giga, prompt_tokens, sequences_of_pass, weight_bytes
@@ -217,7 +218,9 @@ def evaluate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | No
     how = f"{texts} texts x {e.max_new_tokens} tokens x {one * 1000:.3g} ms"
     seconds = texts * e.max_new_tokens * one
     if e.batch_sizes:
-        runs = heads * (1 + (1 + len(e.controllers)) * max(BATCH_REPEATS, e.repeats))  # one warms up
+        runs = heads * (
+            1 + (1 + sum(map(is_of_batches, e.controllers))) * max(BATCH_REPEATS, e.repeats)
+        )  # one warms up
         decoded = {b: runs * max(e.num_prompts, WAVES * b) for b in e.batch_sizes}
         each = {b: e.max_new_tokens * token_seconds(a, config, gpu, b, positions) / b for b in e.batch_sizes}
         seconds += sum(decoded[b] * each[b] for b in e.batch_sizes)

@@ -187,6 +187,61 @@ def test_what_a_text_raises_ends_that_text_alone(backbone) -> None:
             assert 0 < len(found) < 20 and found == alone[i][: len(found)]
 
 
+@pytest.mark.parametrize("name", ["fixed:2", "thompson", "goodput", "confidence:0.2"])
+def test_the_only_text_that_could_draft_fails(backbone, name) -> None:
+    """Its processors raise where the head is asked; the other text has room for no draft at all."""
+
+    def fails(ids, logits):
+        if ids.shape[1] > 4:
+            raise ZeroDivisionError("in a processor")
+        return logits
+
+    samplers = [Sampler(), Sampler(processors=fails)]
+    texts = decoded(BatchEngine(backbone), [Request([1, 2], 2), Request([1, 2, 3], 9)], name, 2, samplers.__getitem__)
+    assert isinstance(texts[1].error, ZeroDivisionError)
+    assert texts[0].error is None and len(texts[0].generation.tokens) == 2
+
+
+def test_ids_beyond_the_vocabulary_end_their_text_alone(backbone) -> None:
+    requests = [Request([1, 2], 5), Request([1, 99_999], 5), Request([3, -1], 5), Request([4], 5)]
+    texts = decoded(BatchEngine(backbone), requests, "fixed:2", 2)
+    assert [text.error is None for text in texts] == [True, False, False, True]
+    assert "ids from 1 to 99999, the vocabulary ends at" in str(texts[1].error)
+
+
+def test_a_prefill_that_fails_frees_its_place(backbone, monkeypatch) -> None:
+    engine = BatchEngine(backbone)
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitBackbone, "deep", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(decode_batch(engine, [(Request([1], 5), Sampler())], None, 2))
+    assert engine.places.caches == []
+    first = decode_batch(engine, [(Request([i], 5 + i), Sampler()) for i in range(3)], None, 3)
+    next(first)
+    with pytest.raises(ValueError, match="decoding other texts"):
+        next(decode_batch(engine, [(Request([1], 5), Sampler())], None, 2))
+    with pytest.raises(ValueError, match="places=0: at least 1"):
+        next(decode_batch(engine, [], None, 0))
+
+
+def test_a_controller_that_chooses_what_it_was_not_asked_about_is_refused(backbone) -> None:
+    class Wrong:
+        limit = 2
+
+        def begin(self, count):
+            pass
+
+        def peek(self, level, places):
+            assert level < 2
+            return places
+
+        def draft(self, level, laws):
+            return [*laws, 7] if level else list(laws)
+
+    with pytest.raises(ValueError, match="each at most once"):
+        list(decode_batch(BatchEngine(backbone), [(Request([1], 9), Sampler())], Wrong(), 1))
+
+
 def test_a_caller_that_wants_no_more_leaves_no_text_behind(backbone) -> None:
     engine = BatchEngine(backbone)
     texts = decode_batch(engine, [(Request([i + 1], 5 + i), Sampler()) for i in range(6)], None, 3)

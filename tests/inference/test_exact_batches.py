@@ -56,7 +56,7 @@ class TableEngine:
     def __init__(self, tables: Tables):
         self.tables, self.caches = tables, []
         self.backbone = SimpleNamespace(blocks=[], draft_vocabulary=tables.draft_vocabulary)
-        self.places = SimpleNamespace(most=0)
+        self.places = SimpleNamespace(most=0, caches=self.caches)
 
     def enter(self, prompt, length):
         if length > 200:

@@ -1,6 +1,7 @@
 """Batches of rows through custom_generate: every row is that of transformers' own `generate`."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,8 +51,17 @@ def test_the_rows_are_decoded_together_where_that_is_known(tiny, monkeypatch) ->
         assert bool(passes) == together and (not passes or max(passes) == 5)
     one = {name: value[:1] for name, value in tiny[2].items() if name != "pad_token_id"}
     ours(tiny, controller=make_batch_controller("fixed:1"), max_new_tokens=8, do_sample=False, **one)
-    with pytest.raises(ValueError, match="controller=table:1=3: must be"):
-        ours(tiny, controller="table:1=3", max_new_tokens=8, do_sample=False, **one)
+    ours(tiny, controller="table:1=3", max_new_tokens=8, do_sample=False, **one)
+    for controller in ("table:1=3", make_batch_controller("fixed:1")):
+        with pytest.raises(ValueError, match="cannot be decoded with a streamer"):
+            ours(
+                tiny,
+                controller=controller,
+                streamer=SimpleNamespace(put=id, end=id),
+                max_new_tokens=8,
+                do_sample=False,
+                **one,
+            )
 
 
 def test_a_criterion_stops_its_own_row(tiny) -> None:

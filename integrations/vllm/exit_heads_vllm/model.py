@@ -66,9 +66,13 @@ class ExitHeadForCausalLM(nn.Module):
         """Fill the exit layer from a decoder layer's tensors under its own names. Returns the names of the parameters
         that were filled."""
         parameters, filled = dict(self.layer.named_parameters()), set()
+        wanted = self.config.draft_vocabulary or 0
         for name, tensor in weights:
             if name == DRAFT_IDS:
+                if len(tensor) != wanted:
+                    raise Refused(f"model.safetensors: {len(tensor)} draft tokens, config.json says {wanted}")
                 self.get_buffer(DRAFT_IDS).copy_(tensor)
+                wanted = 0
                 continue
             module, _, kind = name.rpartition(".")
             above, _, last = module.rpartition(".")
@@ -79,6 +83,8 @@ class ExitHeadForCausalLM(nn.Module):
             loader = getattr(parameters[target], "weight_loader", default_weight_loader)
             loader(parameters[target], tensor, *([] if part is None else [part]))
             filled.add(f"layer.{target}")
+        if wanted:
+            raise Refused(f"model.safetensors lacks the {wanted} draft tokens of config.json: get the head anew")
         return filled
 
     def bind(self, served: nn.Module) -> list[str]:

@@ -1,7 +1,7 @@
 """The entry point `vllm.general_plugins`, which vLLM calls once in each of its processes.
 
 Takes nothing; teaches vLLM to read the config of an exit head, to build its layer, and to draft with it. Draft models
-of other kinds are left as they were.
+of other kinds are left as they were, but for sampling on CPUs, which is repaired for all (cpu_sampling.py).
 """
 
 ARCHITECTURE = "ExitHeadForCausalLM"

@@ -91,7 +91,7 @@ class _Waiting(_Adapting, Scheduler):
 class AdaptiveScheduler(_Adapting, AsyncScheduler):
     """For overlapping steps, vLLM's default; gives a `_Waiting` where vLLM's steps wait for each other."""
 
-    def __new__(cls, vllm_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         if vllm_config.scheduler_config.async_scheduling:
             return super().__new__(cls)
         return _Waiting(vllm_config, *args, **kwargs)

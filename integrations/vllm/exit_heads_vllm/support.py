@@ -1,7 +1,7 @@
 """What this plugin was tried with, and what it refuses by name.
 
 Takes versions, configs of heads and vLLM's config; gives nothing, or raises `Refused` with the setting, its value and
-the remedy. Everything that is not known to work is refused here, in one place, before any weight is read.
+the remedy, before any weight is read. What only weights tell is refused by fingerprint.py and model.py.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +15,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """model_type of the backbones that passed it."""
 CACHES = ("auto", "float32", "bfloat16", "float16")
 """dtypes of keys and values."""
-SCHEMAS = (1, 2)
+SCHEMAS = (1, 2, 3)
 """Formats of a head's folder that are understood."""
 
 
@@ -50,9 +50,17 @@ def check_version(release: str) -> None:
 
 def check_head(config: dict[str, Any]) -> None:
     """Raises Refused for the config.json of something that is no exit head, or one of a backbone that was not tried."""
-    schema, family = config.get("schema"), config.get("backbone", {}).get("model_type")
+    schema, backbone = config.get("schema"), config.get("backbone")
     if schema not in SCHEMAS:
-        raise Refused(f"schema={schema}: this plugin reads exit heads of schema {' and '.join(map(str, SCHEMAS))}")
+        raise Refused(f"schema={schema}: this plugin reads exit heads of schema {', '.join(map(str, SCHEMAS))}")
+    lacking = [name for name in ("exit_layer", "num_layers") if name not in config]
+    if not isinstance(backbone, dict) or "fingerprint" not in backbone:
+        lacking.append("backbone.fingerprint")
+    if lacking:
+        raise Refused(f"config.json lacks {', '.join(lacking)}: publish the head anew and serve that folder")
+    kind, family = (config.get("head") or {}).get("kind", "layer"), backbone.get("model_type")
+    if kind != "layer":
+        raise Refused(f"a head of kind={kind}: this plugin drafts with a layer of the served model's own class only")
     if family not in FAMILIES:
         raise Refused(
             f"this exit head belongs to a backbone of model_type={family}; tried with this plugin are "

@@ -7,16 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from exit_heads_vllm import support
 from exit_heads_vllm.config import ExitHeadConfig
 from exit_heads_vllm.cpu_sampling import spread
 from exit_heads_vllm.fingerprint import check_fits, fingerprint
 from exit_heads_vllm.support import Refused, check_served, check_version
 from helpers import tiny_backbone
+from oracles import head_for, load
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from pipeline.backbones.weight_files import fingerprint_of_files
 from pipeline.config import Backbone
+from pipeline.inference.exit_head import READABLE, SCHEMA
 from pipeline.pocket.paths import BACKBONE
 
 HEAD = {
@@ -51,11 +54,25 @@ def test_a_published_config_shows_one_layer_of_the_backbone(tried) -> None:
     ExitHeadConfig()  # as transformers makes one to compare with
 
 
+def test_the_heads_that_are_published_now_are_read(tried, tmp_path) -> None:
+    model = load(tiny_backbone(tmp_path))
+    head_for(model, 2).save(tmp_path / "head")
+    made = json.loads((tmp_path / "head" / "config.json").read_text())
+    made["backbone"]["model_type"] = "llama"
+    assert ExitHeadConfig(**made | {"backbone_config": HEAD["backbone_config"]}).exit_layer == 2
+    assert support.SCHEMAS == READABLE
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schema": 3}, "schema=3: this plugin reads exit heads of schema 1 and 2"),
-        ({"backbone": {"model_type": "gemma3_text"}}, "gemma3_text; tried with this plugin are llama, mistral"),
+        ({"schema": SCHEMA + 1}, "schema=4: this plugin reads exit heads of schema 1, 2, 3"),
+        ({"head": {"kind": "dense", "width": 8}}, "a head of kind=dense"),
+        ({"backbone": None}, "config.json lacks backbone.fingerprint"),
+        (
+            {"backbone": {"model_type": "gemma3_text", "fingerprint": "f"}},
+            "gemma3_text; tried with this plugin are",
+        ),
         ({"backbone_config": None}, "config.json lacks backbone_config: publish the head"),
     ],
 )

@@ -68,8 +68,13 @@ class Speculative:
             return
         order = sorted(range(len(jobs)), key=lambda i: -len(questions[i].ids))  # long ones first: they take longest
         longest = max((len(r.prompt) + r.max_new_tokens for r, _ in jobs), default=1)
-        places = max(1, min(sampling.batch_size, self.engine.fitting(longest)))
-        for text in decode_batch(self.engine, (jobs[i] for i in order), self.together, places):
+        fitting = self.engine.fitting(longest)
+        if fitting < min(sampling.batch_size, len(jobs)):  # answers must not depend on the free memory
+            raise UserError(
+                f"generate.batch_size={sampling.batch_size}: the free memory holds {fitting} texts of {longest} "
+                "tokens at once: set it to that or less"
+            )
+        for text in decode_batch(self.engine, (jobs[i] for i in order), self.together, sampling.batch_size):
             if text.error is not None:
                 raise text.error
             yield order[text.number], text.generation.tokens
