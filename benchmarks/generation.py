@@ -119,7 +119,7 @@ def answerers(
 
         found["one by one, our decoder without the head"] = lambda p, s: one_by_one(p[: args.sequential], s)
         found[f"`speculative` ({config.generate.controller}, N = {head.exit_layer})"] = lambda p, s: ours(
-            speculative, p[: args.sequential], s
+            speculative, p, s
         )
     return found
 

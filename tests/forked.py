@@ -16,6 +16,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -104,6 +105,13 @@ def apart(test: Callable[..., None]) -> Callable[..., None]:
     return in_a_fresh_process
 
 
+def own_progress_bars() -> None:
+    """Gives a forked process a lock of its own for tqdm's bars. The lock that tqdm makes is shared by all processes that
+    are forked off one, and one that is killed while it holds it would let the others wait for ever."""
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
+
+
 def _call(module: str, name: str, fixtures: Mapping[str, Any]) -> None:
     os.setsid()
     getattr(importlib.import_module(module), name).__wrapped__(**fixtures)
@@ -112,6 +120,7 @@ def _call(module: str, name: str, fixtures: Mapping[str, Any]) -> None:
 def _main(path: tuple[str, ...], argv: list[str], env: dict[str, str], cwd: str, files: list[str]) -> None:
     """In the forked process: becomes what the command line says."""
     os.setsid()
+    own_progress_bars()
     sys.path[:] = path
     os.environ.clear()
     os.environ.update(env)

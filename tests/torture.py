@@ -15,6 +15,8 @@ import threading
 import traceback
 from pathlib import Path
 
+import forked
+
 FOLDERS = ("responses", "cache")
 CALLS = ("link", "replace", "rename", "unlink", "fsync")
 
@@ -91,6 +93,7 @@ def start(manner: str, words: list[str], log: Log) -> int:
     if pid:
         return pid
     gc.freeze()  # collecting the parent's objects, such as a process group, would wait for threads of the parent
+    forked.own_progress_bars()
     code = 1
     try:
         os.dup2(log.write_end, 1), os.dup2(log.write_end, 2)
