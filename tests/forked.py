@@ -106,8 +106,11 @@ def apart(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def own_progress_bars() -> None:
-    """Give a forked process a lock of its own for tqdm's bars. tqdm's own is shared by all processes that are forked off
-    one, and one that is killed while it holds it would let the others wait for ever."""
+    """Give a forked process a lock of its own for tqdm's bars.
+
+    tqdm's own is shared by all processes that are forked off one, and one that is killed while it holds it would let
+    the others wait for ever.
+    """
     if "tqdm" in sys.modules:
         sys.modules["tqdm"].tqdm.set_lock(threading.RLock())
 
