@@ -1,7 +1,5 @@
 """Lets `python -m pipeline` be the same as `exit-heads`."""
 
-import sys
+from .cli import process
 
-from .cli import main
-
-sys.exit(main())
+process()

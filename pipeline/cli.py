@@ -9,6 +9,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from .config import Config, load
 from .config_help import help_text
@@ -375,5 +376,17 @@ def _stage(name: str):
     return importlib.import_module(f"pipeline.stages.{'publish' if name == 'draft' else name}")
 
 
+def process() -> NoReturn:
+    """What the process `exit-heads` does: `main`. One that still has a process group, as workers do, then ends at once:
+    while an interpreter is taken down, gloo's threads may abort it, and its exit code would say that it failed."""
+    code = main()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    process()
