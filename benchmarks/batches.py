@@ -5,7 +5,8 @@
 Takes a head and prompts that it has not seen; gives tokens per second of the batch engine without drafts and with each
 controller, in turns in one run, and of transformers' `generate` on the same prompts sorted by length, in left-padded
 batches of the same size. All count without prefills, transformers' as the difference to a text of one token. Ratios are
-medians of the repeats with their least and most. With --profile it also prints where the time of a pass goes. The
+medians of the repeats with their least and most. Where a round's time goes is printed too, with --profile by operators
+of torch. The
 machine should do nothing else.
 """
 
@@ -16,6 +17,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy
+import pandas as pd
 import torch
 
 from pipeline.backbones.load import load_model, load_tokenizer
@@ -79,9 +81,10 @@ def main() -> None:
     requests = [Request(prompt, args.tokens, ends) for prompt in ids]
     if args.profile:
         profile(engine, requests, sampler, args)
-    frame, _ = measure(engine, requests, sampler, args.controllers, args.batch_sizes, args.repeats)
+    frame, rounds = measure(engine, requests, sampler, args.controllers, args.batch_sizes, args.repeats)
     found = speedups(frame)
     print(found.round(3).to_string(index=False))
+    print(f"\nMilliseconds of a round in which all places were taken, means:\n{parts(rounds)}")
     if args.picture:
         curves = found[found.method != AUTOREGRESSIVE].assign(predicted=None).groupby("method", sort=False)
         controllers = {name: {"sizes": rows.to_dict("records")} for name, rows in curves}
@@ -90,13 +93,21 @@ def main() -> None:
     if args.transformers:
         for size in args.batch_sizes:
             rate = generate_rate(model, sorted(ids, key=len), size, args)
-            ours = frame[(frame.batch_size == size) & (frame.method == "autoregressive")]
+            ours = frame[(frame.batch_size == size) & (frame.method == AUTOREGRESSIVE)]
             print(f"transformers' generate, batch {size}: {rate:.1f} tokens/s; batched autoregressive here is "
                   f"{(ours.tokens / ours.seconds).median() / rate:.2f} times as fast")  # fmt: skip
     if args.one:
         one_text(engine, requests, sampler, args)
     if args.out:
         frame.drop(columns="texts").to_csv(args.out, index=False)
+
+
+def parts(rounds: pd.DataFrame) -> str:
+    full = rounds[(rounds["count"] == rounds.batch_size) & (rounds.repeat >= 0)]
+    seconds = {"shallow": full.shallow_seconds.map(sum), "head": full.head_seconds.map(sum),
+               "verify": full.verify_seconds, "rest": full.rest_seconds}  # fmt: skip
+    table = full[["batch_size", "method", "rows"]].assign(**{name: 1000 * part for name, part in seconds.items()})
+    return table.groupby(["batch_size", "method"], sort=False).mean().round(2).reset_index().to_string(index=False)
 
 
 def one_text(engine: BatchEngine, requests: list[Request], sampler, args: argparse.Namespace) -> None:

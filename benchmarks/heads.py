@@ -160,10 +160,12 @@ class Sweep:
         self.model = load_model(self.config.backbone, "cpu")
         self.model.requires_grad_(False)
         self.choices = {text: Choice.of(text, self.d.learning_rate, self.d.loss) for text in a.heads}
+        given = [head for choice in self.choices.values() if (head := choice.given())]
+        self.check(given)
         self.heads = {text: Head(self.model, choice) for text, choice in self.choices.items()}
         ranked_V = ranked(self.train, self.model.config.vocab_size)
-        for given in filter(None, (choice.given() for choice in self.choices.values())):
-            usual_W = given.draft_ids_W
+        if given:
+            usual_W = given[0].draft_ids_W
         self.backbone = manifest["backbone"]
         self.ids_W: dict[int | None, Tensor | None] = {None: usual_W, 0: None}
         for choice in self.choices.values():
@@ -177,6 +179,18 @@ class Sweep:
             size: self.model.lm_head.weight if ids_W is None else self.model.lm_head.weight[ids_W]
             for size, ids_W in self.ids_W.items()
         }
+
+    def check(self, given: list[ExitHead]) -> None:
+        """Ends the script for heads to start from that would be measured as something else than they are."""
+        for head in given:
+            head.check_fits(self.model)
+        vocabularies = {None if h.draft_ids_W is None else tuple(h.draft_ids_W.tolist()) for h in given}
+        if len(vocabularies) > 1:
+            raise SystemExit("init=FOLDER: the heads have different draft vocabularies: measure them one by one")
+        if any(head.spec.kind != "layer" for head in given) or any(
+            choice.layers > 1 and choice.given() for choice in self.choices.values()
+        ):
+            raise SystemExit("init=FOLDER: only heads of one unchanged layer can be gone on with")
 
     def forward(self, batch: dict[str, Tensor], j: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Final hidden states of the teacher and of every head, before the norm, [B * T, D]."""

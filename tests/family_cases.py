@@ -51,12 +51,18 @@ GENERIC = {
 """model_type -> fields of its config besides those of `helpers.tiny_backbone`."""
 OWN = list(FAMILIES)
 """Families that are computed here."""
-SHARDED = [*OWN, *GENERIC]
-"""Loaded shard by shard as transformers loads them."""
-PACKED = [*OWN, *GENERIC]
-"""Losses and gradients of packed texts are those of each text alone."""
-LAWS = [*OWN, *GENERIC]
-"""The loss is the KL divergence of the distributions that decoding drafts and verifies with."""
+ALL = [*OWN, *GENERIC]
+"""Of each of these, texts and logits are transformers' own, weights are loaded shard by shard as transformers loads
+them, losses and gradients of packed texts are those of each text alone, and the loss is the KL divergence of the
+distributions that decoding drafts and verifies with."""
+BRANCHING = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "qwen3": {"head_dim": 16},
+}
+"""Families that are computed here, with windows and head sizes in which passes of trees or of several texts could
+err."""
 WHOLE = ["gemma3_text", "granite", "smollm3", "qwen3_moe", "gpt_oss"]
 """The whole road, from generate to a process with only torch and transformers."""
 MIXTURES = ["glm4_moe", "gpt_oss", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe"]

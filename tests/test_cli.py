@@ -251,3 +251,20 @@ def test_as_a_process(command: list[str], tmp_path: Path) -> None:
     assert done.returncode == 2 and not done.stdout
     assert "exit-heads generate: distill.max_step=3" in done.stderr and "Traceback" not in done.stderr
     assert not [line for line in done.stderr.splitlines() if line.endswith((" torch", " transformers"))]
+
+
+@pytest.mark.parametrize("has_group", [True, False])
+def test_a_process_that_still_has_its_group_ends_at_once(has_group, tmp_path) -> None:
+    """With the code of `main`; what Python does at its end is left out, which may abort a process with such a group."""
+    code = (
+        "import atexit, sys, torch.distributed as dist\n"
+        "from pipeline import cli\n"
+        f"{has_group} and dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())\n"
+        "cli.main = lambda: print('done') or 3\n"
+        "atexit.register(print, 'taken down')\n"
+        "cli.process()\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 3 and found.stdout.split("\n")[:-1] == (
+        ["done"] if has_group else ["done", "taken down"]
+    )

@@ -26,6 +26,7 @@ from ..inference.batch_engine import BatchEngine
 from ..inference.batch_rounds import BatchRound
 from ..inference.controllers import fixed_length
 from ..inference.decoding import Request
+from ..inference.literature import expected_tokens
 from ..inference.passes import Span
 from ..inference.rounds import LONGEST
 from ..inference.sampling import Sampler
@@ -205,18 +206,14 @@ def costs_of(rounds: pd.DataFrame) -> BatchCosts:
 def predicted(costs: BatchCosts, rates: list[float] | None, most: int) -> np.ndarray | None:
     """Speedups [B, K] of 1..most texts that draft K = 0..8 tokens each in every round; None without rates.
 
-    A round of B texts takes C(B, K) = (K+1) shallow(B) + K head(B) + verify(B (K+1)), the last with all else, and gives
-    each of them E(K) = 1 + a_1 + a_1 a_2 + ... tokens: E does not depend on B, as the texts do not. The speedup is
-    E(K) C(B, 0) / C(B, K). Behind the last rate it is assumed to last.
+    A round of B texts takes C(B, K) (`BatchCosts.rounds`) and gives each of them E(K) tokens (`expected_tokens`), which
+    do not depend on B, as the texts do not. The speedup is E(K) C(B, 0) / C(B, K). The last rate is taken for all
+    positions behind it.
     """
     if not rates:
         return None
-    shallow, head, verify = (np.array(part.table(most * (LONGEST + 1)))
-                             for part in (costs.shallow, costs.head, costs.verify))  # fmt: skip
-    b, k = np.arange(1, most + 1)[:, None], np.arange(LONGEST + 1)
-    seconds_BK = (k + 1) * shallow[b] + k * head[b] + verify[b * (k + 1)]
-    lasting = [*rates, *[rates[-1]] * LONGEST][:LONGEST]
-    tokens_K = np.cumsum([1.0, *np.cumprod(lasting)])
+    seconds_BK = np.array([costs.rounds(b, LONGEST) for b in range(1, most + 1)])
+    tokens_K = np.array(expected_tokens([*rates, *[rates[-1]] * LONGEST][:LONGEST]))
     return tokens_K * seconds_BK[:, :1] / seconds_BK
 
 

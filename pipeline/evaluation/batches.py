@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
 from ..inference.batch_controllers import make_batch_controller
 from ..inference.batch_decoding import decode_batch
@@ -21,6 +20,8 @@ from ..inference.batch_engine import BatchEngine
 from ..inference.batch_rounds import BatchRound
 from ..inference.decoding import Request
 from ..inference.sampling import Sampler
+from .intervals import interval_of_repeats
+from .measuring import in_turns
 
 AUTOREGRESSIVE = "autoregressive"
 WAVES = 4
@@ -31,8 +32,6 @@ COLUMNS = ("batch_size", "method", "repeat", "tokens", "seconds", "latency", "ro
            "texts")  # fmt: skip
 ROUND_COLUMNS = ("batch_size", "method", "repeat", "count", "rows", "tokens", "shallow", "shallow_seconds", "head",
                  "head_seconds", "verify_seconds", "rest_seconds")  # fmt: skip
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
 
 
 class Decoded(NamedTuple):
@@ -75,7 +74,7 @@ def measure(
     """
     greedy = sampler(0).greedy
     rows, kept = [], []
-    for batch_size, repeat, method, made in _in_turns(controllers, batch_sizes, repeats, greedy):
+    for batch_size, repeat, method, made in _runs(controllers, batch_sizes, repeats, greedy):
         some = [requests[i % len(requests)] for i in range(max(len(requests), WAVES * batch_size))]
         out = decode(engine, some, sampler, made, batch_size)
         kept += [_round_row(batch_size, method, repeat, round) for round in out.rounds]
@@ -99,20 +98,16 @@ def _round_row(batch_size: int, method: str, repeat: int, round: BatchRound) -> 
             list(head), list(head_seconds), round.verify_seconds, round.rest_seconds)  # fmt: skip
 
 
-def _in_turns(
+def _runs(
     controllers: list[str], batch_sizes: list[int], repeats: int, greedy: bool
 ) -> Iterator[tuple[int, int, str, Any]]:
-    methods = [AUTOREGRESSIVE, *controllers]
-    with tqdm(total=len(batch_sizes) * (1 + repeats * len(methods)), desc="several texts at once", unit="run") as bar:
-        for batch_size in batch_sizes:
-            yield batch_size, -1, PLAIN, make_batch_controller(PLAIN)
-            bar.update()
-            made = {name: make_batch_controller(name, greedy=greedy) for name in controllers}
-            for repeat in range(repeats):
-                first = repeat % len(methods)
-                for method in methods[first:] + methods[:first]:
-                    yield batch_size, repeat, method, made.get(method)
-                    bar.update()
+    """(number of texts, repeat, method, its controller) of every run, of repeat -1 to warm up."""
+    for batch_size in batch_sizes:
+        yield batch_size, -1, PLAIN, make_batch_controller(PLAIN)
+        made = {name: make_batch_controller(name, greedy=greedy) for name in controllers}
+        methods = [AUTOREGRESSIVE, *controllers]
+        for repeat, _, method in in_turns(1, methods, repeats, f"{batch_size} texts at once", "run"):
+            yield batch_size, repeat, method, made.get(method)
 
 
 def speedups(frame: pd.DataFrame) -> pd.DataFrame:
@@ -131,20 +126,9 @@ def speedups(frame: pd.DataFrame) -> pd.DataFrame:
         ratios = some.ratio
         rows.append(
             (batch_size, method, some.rate.median(), ratios.median(), ratios.min(), ratios.max(),
-             *interval(ratios.to_numpy()), some.latency.median(), some.drafted.sum() / max(1, some.tokens.sum()),
-             some.accepted.sum() / max(1, some.drafted.sum()))
+             *interval_of_repeats(ratios.to_numpy()), some.latency.median(),
+             some.drafted.sum() / max(1, some.tokens.sum()), some.accepted.sum() / max(1, some.drafted.sum()))
         )  # fmt: skip
     columns = ["batch_size", "method", "tokens_per_second", "speedup", "least", "most", "low", "high",
                "seconds_per_token", "drafted_per_token", "draft_acceptance_rate"]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)
-
-
-def interval(ratios: np.ndarray) -> tuple[float, float]:
-    """95 % interval of paired ratios, from Student's t of their logs; nan for a single one."""
-    freedom = len(ratios) - 1
-    if freedom < 1:
-        return float("nan"), float("nan")
-    logs = np.log(ratios)
-    t = T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else 1.96 + 2.72 / freedom
-    width = t * logs.std(ddof=1) / (freedom + 1) ** 0.5
-    return float(np.exp(logs.mean() - width)), float(np.exp(logs.mean() + width))

@@ -1,4 +1,5 @@
-"""95 % intervals by bootstrap over conversations, for a single figure and for many speedups simultaneously.
+"""95 % intervals by bootstrap over conversations, for a single figure and for many speedups simultaneously; and of a
+ratio that was measured several times, where a run is of many conversations at once.
 
 Takes sums per conversation (arrays with one entry for each), gives values and intervals. The caller sums all turns and
 repeats of a conversation first, because they are not independent of each other.
@@ -15,6 +16,8 @@ LEVEL = 0.95
 FEWEST = 8
 """The fewest conversations for which a speedup is judged: resamples of fewer say little about other conversations."""
 
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
 SMALLEST_ERROR = 0.1
 """Lower bound of the standard error of a resample's log speedup, as a share of the error over all conversations."""
 
@@ -74,3 +77,14 @@ def _log_speedup(picks_RC: np.ndarray, columns: Columns) -> tuple[np.ndarray, np
     influence_RC = columns[0] / n[:, None] - columns[1] / s[:, None] - columns[2] / m[:, None] + columns[3] / t[:, None]
     errors_R = np.sqrt((picks_RC * influence_RC**2).sum(1))
     return np.log(ratio_of_rates(n, s, m, t)), np.where(errors_R < 1e-12, 0.0, errors_R)  # below it is only rounding
+
+
+def interval_of_repeats(ratios: np.ndarray) -> tuple[float, float]:
+    """The interval of paired ratios, one of each repeat, from Student's t of their logs; nan for a single one."""
+    freedom = len(ratios) - 1
+    if freedom < 1:
+        return float("nan"), float("nan")
+    logs = np.log(ratios)
+    t = T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else 1.96 + 2.72 / freedom
+    width = t * logs.std(ddof=1) / (freedom + 1) ** 0.5
+    return float(np.exp(logs.mean() - width)), float(np.exp(logs.mean() + width))

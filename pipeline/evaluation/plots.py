@@ -15,8 +15,8 @@ STYLES = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D")
 
 LENGTHS = "lengths.png"
 BATCHES = "batches-"
-"""These pictures do not belong to a temperature: of the answers' lengths, and one of several texts at once for each
-exit layer."""
+"""There is not one of these for each temperature: the picture of the answers' lengths, and for each exit layer one of
+several texts at once, at the first temperature."""
 FEWEST = 10  # an acceptance rate is drawn only if at least so many rounds reached its position
 
 

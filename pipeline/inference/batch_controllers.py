@@ -12,6 +12,7 @@ from .batch_rounds import BatchController, BatchRound
 from .batch_thompson import BatchThompson
 from .controllers import COPYING, fixed_length, make_controller
 from .costs import first_probes
+from .literature import expected_tokens
 from .rounds import LONGEST, Confidence, Controller
 
 
@@ -93,15 +94,8 @@ class Goodput(Uniform):
     def choose(self, count: int) -> int:
         if self.plan:
             return self.plan.pop(0)
-        most = count * (self.limit + 1)
-        shallow, head, verify = (t.table(most) for t in (self.costs.shallow, self.costs.head, self.costs.verify))
-        step, best, tokens, reach = shallow[count] + head[count], (0.0, 0), 0.0, 1.0
-        for k in range(self.limit + 1):
-            tokens += count * reach
-            seconds = shallow[count] + k * step + verify[count * (k + 1)]
-            best = max(best, (tokens / seconds if seconds > 0 else 0.0, -k))
-            reach *= self.accepted[min(k, self.limit - 1)]
-        return -best[1]
+        tokens, seconds = expected_tokens(self.accepted), self.costs.rounds(count, self.limit)
+        return max(range(self.limit + 1), key=lambda k: tokens[k] / seconds[k] if seconds[k] > 0 else 0.0)
 
     def observe(self, round: BatchRound) -> None:
         self.costs.observe(round)
@@ -159,7 +153,7 @@ def learned_batch_controller(name: str, config: dict[str, Any], greedy: bool = T
     controller = make_batch_controller(name, greedy=greedy)
     state = config.get("states", {}).get("greedy" if greedy else "sampled")
     if isinstance(controller, BatchThompson) and state is not None:
-        controller.load_state_dict(state)
+        controller.load_beliefs(state)
     return controller
 
 

@@ -94,6 +94,13 @@ class BatchCosts:
                 times.add(rows, seconds, self.now)
         self.verify.add(round.rows, round.verify_seconds + round.rest_seconds, self.now)
 
+    def rounds(self, count: int, limit: int) -> list[float]:
+        """C(B, K) for K = 0..limit: the seconds of a round in which B = `count` texts draft K tokens each, which takes
+        (K+1) shallow(B) + K head(B) + verify(B (K+1))."""
+        shallow, head, verify = (t.table(count * (limit + 1)) for t in (self.shallow, self.head, self.verify))
+        step = shallow[count] + head[count]
+        return [shallow[count] + k * step + verify[count * (k + 1)] for k in range(limit + 1)]
+
     def forget(self) -> None:
         for times in (self.shallow, self.head, self.verify):
             times.forget(self.now)

@@ -35,7 +35,7 @@ class Finished:
     tokens that were committed before."""
 
     number: int
-    """The how-manieth of the requests it was, from 0 on."""
+    """Its index among the requests."""
     generation: Generation
     error: Exception | None = None
 

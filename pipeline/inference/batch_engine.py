@@ -13,7 +13,7 @@ from torch import Tensor
 from .backbone import SplitBackbone
 from .kernels import available_bytes
 from .kv_cache import KVCache
-from .passes import Span
+from .passes import Span, flat_slots
 from .places import Places
 
 CATCH_UP = 32
@@ -119,8 +119,7 @@ class BatchEngine:
 
     def _slots(self, spans: list[Span], device: torch.device) -> Tensor:
         """The number [M] of each row among the slots of all places."""
-        slots = self.places.room[1]
-        return torch.tensor([s.place * slots + s.base + i for s in spans for i in range(s.rows)], device=device)
+        return torch.tensor(flat_slots(spans, self.places.room[1]), device=device)
 
     def _stored(self, spans: list[Span]) -> Tensor:
         hidden = self.places.hidden_PTD

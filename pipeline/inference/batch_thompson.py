@@ -6,12 +6,11 @@ the exit head runs and which of them draft. docs/control.md derives the rule of 
 """
 
 import random
-from typing import Any
 
 from .batch_costs import BatchCosts, between
 from .batch_rounds import BatchRound
 from .rounds import LONGEST, Confidence
-from .thompson import BINS, PRIOR, REFRESH, fade
+from .thompson import BINS, REFRESH, Beliefs
 
 MEMORY = 0.98
 """Discount factor of earlier rounds in the gain over autoregressive decoding, per round."""
@@ -21,7 +20,7 @@ AHEAD = (0, 1, 2, 4)
 """Numbers of levels behind the next that are looked ahead."""
 
 
-class BatchThompson:
+class BatchThompson(Beliefs):
     """Drafts for the texts whose drafts are worth more than their rows cost; for none where that pays best.
 
     theta_b ~ Beta(a_b, b_b) is the sampled acceptance of each bin b of confidence. reach_i is the product of the theta
@@ -51,12 +50,8 @@ class BatchThompson:
     limit = LONGEST
 
     def __init__(self, greedy: bool = True, seed: int = 0):
-        self.greedy, self.random = greedy, random.Random(seed)
-        middles = [(b + 0.5) / BINS for b in range(BINS)]
-        self.prior = [(PRIOR * a, PRIOR * (1 - a)) for a in (middles if greedy else [(1 + x) / 2 for x in middles])]
-        self.counts = [list(p) for p in self.prior]
-        self.seen = [1.0] * BINS
-        """How often q fell into each bin, discounted like the counts."""
+        super().__init__(greedy)
+        self.random = random.Random(seed)
         self.costs = BatchCosts()
         self.tokens = self.plain = 0.0
         """Tokens of recent rounds, and what rounds without drafts would have given in the same seconds."""
@@ -120,8 +115,7 @@ class BatchThompson:
     def draft(self, level: int, laws: dict[int, Confidence]) -> list[int]:
         reach = {}
         for place, law in laws.items():
-            b = min(BINS - 1, int((law.top if self.greedy else law.collision) * BINS))
-            self.seen[b] += 1
+            b = self.note(law)
             self.bins[place].append(b)
             reach[place] = self.reach[place] * self.theta[b]
         chosen = order = sorted(laws, key=lambda place: -reach[place])
@@ -157,12 +151,10 @@ class BatchThompson:
 
     def _refresh(self) -> None:
         """Discount counts, draw new acceptances, and recompute costs and the rate."""
-        faded = fade(self.counts, self.prior, self.rounds - self.refreshed)
+        self.discount(self.rounds - self.refreshed)
         self.refreshed = self.rounds
-        self.seen = [max(1e-3, (1 - faded) * n) for n in self.seen]
         self.theta = [self.random.betavariate(*count) for count in self.counts]
-        seen = sum(self.seen)
-        abar = sum(n * a for n, a in zip(self.seen, self.acceptance(), strict=True)) / seen
+        seen, abar = sum(self.seen), self.mean_acceptance()
         self.chains = [0.0, 1.0]
         for _ in range(self.limit - 1):
             self.chains.append(1 + abar * self.chains[-1])
@@ -193,20 +185,3 @@ class BatchThompson:
         if self.forced is None:  # probes are what learning costs, not what drafting gives
             self.tokens = MEMORY * self.tokens + round.tokens
             self.plain = MEMORY * self.plain + round.seconds * self._plain_rate()
-
-    # ---- inspecting and loading
-
-    def acceptance(self) -> list[float]:
-        """Posterior mean acceptance of each bin, from the least confident to the most."""
-        return [a / (a + b) for a, b in self.counts]
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the acceptances of a `thompson.Thompson.state_dict`. Raises ValueError for another state."""
-        same = state.get("kind") == "thompson" and state.get("greedy") == self.greedy
-        if not same or len(state.get("counts", [])) != BINS or len(state.get("seen", [])) != BINS:
-            raise ValueError(
-                f"controller state of kind={state.get('kind')}, greedy={state.get('greedy')}: thompson with "
-                f"greedy={self.greedy} and {BINS} bins is needed"
-            )
-        self.counts = [list(map(float, c)) for c in state["counts"]]
-        self.seen = list(map(float, state["seen"]))

@@ -58,8 +58,8 @@ def generate(
 ):
     """`model.generate` with self-speculative decoding; returns ids [B, T] as plain `generate` does.
 
-    A controller given by name is kept on the model and goes on learning in later calls; one given as an object is used
-    as it is.
+    A controller given by name is kept on the model and goes on learning in later calls; one given as an object, of one
+    text or of several (`BatchController`), is used as it is.
 
     With `allow_other_backbone` another version of the head's backbone is taken too, such as its unquantised or
     quantised weights, or one with an adapter; a changed one is decoded through its own layers, which takes longer. The

@@ -209,6 +209,12 @@ class AdaptiveSteps(ByCount):
             self.at -= 1
 
 
+def expected_tokens(acceptance: list[float]) -> list[float]:
+    """E(K) = 1 + a_1 + a_1 a_2 + ... for K = 0, 1, ..., where a_i is the chance that draft i is accepted if those
+    before it were."""
+    return [1.0, *(1 + total for total in accumulate(accumulate(acceptance, mul)))]
+
+
 class Goodput(ByCount):
     """Drafts the K with the largest E(K) / C(K), expected tokens over the seconds of a round.
 
@@ -233,7 +239,7 @@ class Goodput(ByCount):
         return k < self.k
 
     def best(self) -> int:
-        tokens = [1.0, *(1 + total for total in accumulate(accumulate(self.acceptance, mul)))]
+        tokens = expected_tokens(self.acceptance)
         seconds = self.costs.rounds(self.limit)
         if not min(seconds):  # nothing was timed yet
             return 1

@@ -31,6 +31,11 @@ class Span(NamedTuple):
     rows: int
 
 
+def flat_slots(spans: list[Span], slots: int) -> list[int]:
+    """The number of each row's slot among those of all places, which have `slots` each."""
+    return [span.place * slots + span.base + i for span in spans for i in range(span.rows)]
+
+
 class Passes:
     """Makes the rows of every pass of one engine. kinds: of the layers 1..L; the exit layer is of the last one's."""
 
@@ -103,9 +108,8 @@ class Passes:
         tables = self._tables[device]
         width, end = max(span.rows for span in spans), max(span.base + span.rows for span in spans)
         positions = [span.base + i for span in spans for i in range(span.rows)]
-        flat = [span.place * slots + span.base + i for span in spans for i in range(span.rows)]
         padded = [span.place * width + i for span in spans for i in range(span.rows)]
-        positions_M, flat_M, at_M = torch.tensor([positions, flat, padded], device=device)
+        positions_M, flat_M, at_M = torch.tensor([positions, flat_slots(spans, slots), padded], device=device)
         even = padded == list(range(texts * width))
         several = Several(texts, width, None if even else at_M)
         # Rows that only fill up see position 0: a row that sees nothing would be NaN.

@@ -166,11 +166,10 @@ class Sampler:
         if tree.is_chain and not (may_branch and self.block):
             accepted, bonus = self.accept(tree.drafts, tree.laws[:-1], p_logits_RV)
             return list(range(1, accepted + 1)), bonus
-        path: list[int] = []
-        row = 0
         if self.greedy:
             return followed(tree, p_logits_RV.argmax(-1).tolist())
-        p_RV = p_logits_RV.softmax(-1)
+        path: list[int] = []
+        row, p_RV = 0, p_logits_RV.softmax(-1)
         while True:
             row, left_V = self._accept_one_of(tree, row, p_RV[row])
             if row == 0:

@@ -33,7 +33,57 @@ def fade(counts: list[list[float]], prior: list[tuple[float, float]], rounds: in
     return faded
 
 
-class Thompson:
+class Beliefs:
+    """What is believed of the acceptance of drafts, by bins of the head's confidence: Beta counts, and how often q
+    falls into each bin. greedy: whether the text is decoded greedily."""
+
+    def __init__(self, greedy: bool):
+        self.greedy = greedy
+        middles = [(b + 0.5) / BINS for b in range(BINS)]
+        thought = middles if greedy else [(1 + x) / 2 for x in middles]
+        self.prior = [(PRIOR * a, PRIOR * (1 - a)) for a in thought]
+        self.counts = [list(p) for p in self.prior]
+        self.seen = [1.0] * BINS
+        """How often q fell into each bin, discounted by MEMORY."""
+
+    def signal(self, confidence: Confidence) -> float:
+        """The figure in [0, 1] that predicts acceptance: max q in greedy decoding, sum q^2 in sampling, where it
+        predicts the overlap of q with p better (docs/lab-notes.md has the log-loss of both on held-out prompts)."""
+        return confidence.top if self.greedy else confidence.collision
+
+    def note(self, confidence: Confidence) -> int:
+        """The bin of a confidence, which is counted."""
+        b = min(BINS - 1, int(self.signal(confidence) * BINS))
+        self.seen[b] += 1
+        return b
+
+    def discount(self, rounds: int) -> None:
+        """Let `rounds` rounds pass."""
+        faded = fade(self.counts, self.prior, rounds)
+        self.seen = [max(1e-3, (1 - faded) * n) for n in self.seen]
+
+    def acceptance(self) -> list[float]:
+        """Posterior mean acceptance of each bin, from the least confident to the most."""
+        return [a / (a + b) for a, b in self.counts]
+
+    def mean_acceptance(self) -> float:
+        """The mean over the bins, weighted by how often they occur."""
+        return sum(n * a for n, a in zip(self.seen, self.acceptance(), strict=True)) / sum(self.seen)
+
+    def load_beliefs(self, state: dict[str, Any]) -> None:
+        """Continue from the counts of a `Thompson.state_dict`. Raises ValueError for the state of another kind of
+        controller."""
+        same = state.get("kind") == "thompson" and state.get("greedy") == self.greedy
+        if not same or len(state.get("counts", [])) != BINS or len(state.get("seen", [])) != BINS:
+            raise ValueError(
+                f"controller state of kind={state.get('kind')}, greedy={state.get('greedy')}: thompson with "
+                f"greedy={self.greedy} and {BINS} bins is needed"
+            )
+        self.counts = [list(map(float, c)) for c in state["counts"]]
+        self.seen = list(map(float, state["seen"]))
+
+
+class Thompson(Beliefs):
     """Decides by an acceptance sampled for each confidence bin, measured costs, and look-ahead over several drafts.
 
     theta_b ~ Beta(a_b, b_b) is drawn for every bin b of confidence, in every round at first, later every `REFRESH`
@@ -50,14 +100,8 @@ class Thompson:
     """
 
     def __init__(self, greedy: bool = True, seed: int = 0, limit: int = LONGEST, costs: Costs | None = None):
-        self.greedy, self.limit = greedy, limit
-        self.random = random.Random(seed)
-        middles = [(b + 0.5) / BINS for b in range(BINS)]
-        thought = middles if greedy else [(1 + x) / 2 for x in middles]
-        self.prior = [(PRIOR * a, PRIOR * (1 - a)) for a in thought]
-        self.counts = [list(p) for p in self.prior]
-        self.seen = [1.0] * BINS
-        """How often q fell into each bin, discounted by MEMORY."""
+        super().__init__(greedy)
+        self.limit, self.random = limit, random.Random(seed)
         self.costs = costs or Costs()
         self.tokens = 0.0
         """Number of tokens of all rounds, discounted by RATE_MEMORY."""
@@ -122,18 +166,12 @@ class Thompson:
         return needed < 0
 
     def draft(self, k: int, confidence: Confidence) -> int:
-        b = min(BINS - 1, int(self.signal(confidence) * BINS))
-        self.seen[b] += 1
+        b = self.note(confidence)
         if self.forced is None and self._value(k, b) <= 0:
             return False
         self.product *= self.theta[b]
         self.bins += (b,)
         return True
-
-    def signal(self, confidence: Confidence) -> float:
-        """The figure in [0, 1] that predicts acceptance: max q in greedy decoding, sum q^2 in sampling, where it
-        predicts the overlap of q with p better (docs/lab-notes.md has the log-loss of both on held-out prompts)."""
-        return confidence.top if self.greedy else confidence.collision
 
     def _begin(self) -> None:
         self.bins, self.product = (), 1.0
@@ -144,10 +182,9 @@ class Thompson:
     def _refresh(self) -> None:
         """Discount counts, draw new acceptances, and recompute costs, rate and the tables that decisions use. It is
         done every few rounds only, because its time must be small compared with that of a token."""
-        faded = fade(self.counts, self.prior, self.rounds - self.refreshed)
+        self.discount(self.rounds - self.refreshed)
         self.refreshed = self.rounds
-        self.seen = [max(1e-3, (1 - faded) * n) for n in self.seen]
-        abar = sum(n * a for n, a in zip(self.seen, self.acceptance(), strict=True)) / sum(self.seen)
+        abar = self.mean_acceptance()
         self.chains = [1.0]
         for _ in range(self.limit - 1):
             self.chains.append(1 + abar * self.chains[-1])
@@ -198,11 +235,7 @@ class Thompson:
         self.lengths[round.levels] += 1
         self.idle = RATE_MEMORY * self.idle + round.head_passes - round.levels
 
-    # ---- inspecting and saving
-
-    def acceptance(self) -> list[float]:
-        """Posterior mean acceptance of each bin, from the least confident to the most."""
-        return [a / (a + b) for a, b in self.counts]
+    # ---- saving
 
     def state_dict(self) -> dict[str, Any]:
         """What was learned about the head, ready for JSON. Times are left out because they depend on the machine."""
@@ -211,12 +244,5 @@ class Thompson:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`. Raises ValueError for the state of another kind of controller."""
-        same = state.get("kind") == "thompson" and state.get("greedy") == self.greedy
-        if not same or len(state.get("counts", [])) != BINS or len(state.get("seen", [])) != BINS:
-            raise ValueError(
-                f"controller state of kind={state.get('kind')}, greedy={state.get('greedy')}: thompson with "
-                f"greedy={self.greedy} and {BINS} bins is needed"
-            )
-        self.counts = [list(map(float, c)) for c in state["counts"]]
-        self.seen, self.rounds = list(map(float, state["seen"])), int(state["rounds"])
-        self.refreshed = self.rounds
+        self.load_beliefs(state)
+        self.rounds = self.refreshed = int(state["rounds"])

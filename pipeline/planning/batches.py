@@ -53,11 +53,6 @@ def crossovers(a: Architecture, config: Config, gpu: Gpu, gpus: int, predictions
     return found
 
 
-def positions(config: Config) -> float:
-    """Positions of keys and values that a token attends to, on average: a prompt and half of its answer."""
-    return memory.prompt_tokens(config) + config.evaluate.max_new_tokens / 2
-
-
 def speedups(
     a: Architecture, config: Config, gpu: Gpu, exit_layer: int, k: int, rates: list[float], most: int = MOST
 ) -> np.ndarray:
@@ -70,7 +65,7 @@ def speedups(
     drafted = a.draft_vocabulary(config.distill.draft_vocabulary)
 
     def seconds(layers: int, vocabulary: int, rows: int = 1, is_head: bool = False) -> np.ndarray:
-        return work.pass_seconds(a, config, gpu, layers, vocabulary, b, rows, positions(config), is_head)
+        return work.pass_seconds(a, config, gpu, layers, vocabulary, b, rows, memory.mean_positions(config), is_head)
 
     alone = seconds(a.layers, a.vocabulary)
     round = (k + 1) * seconds(n, 0) + k * seconds(1, drafted, is_head=True) + seconds(a.layers - n, a.vocabulary, k + 1)

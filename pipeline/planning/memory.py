@@ -213,6 +213,11 @@ def proof_bytes(config: Config) -> int:
     return 41 if config.evaluate.top_p < 1 else 22
 
 
+def mean_positions(config: Config) -> float:
+    """Positions of keys and values that a token of evaluate attends to, on average: a prompt and half of its answer."""
+    return prompt_tokens(config) + config.evaluate.max_new_tokens / 2
+
+
 def prompt_tokens(config: Config) -> int:
     """Assumed tokens of a prompt: as no prompt is read here, each fills a packed sequence together with its answer."""
     return max(1, config.distill.sequence_length - config.generate.max_new_tokens)

@@ -147,7 +147,7 @@ def _batches(p: Plan) -> Table:
     header += ["memory holds"]
     title = (
         "Predicted speedup of several texts at once; a pass reads its weights once and each text's keys and values, "
-        f"{batches.positions(p.config):.0f} positions, or takes the time of its arithmetic"
+        f"{memory.mean_positions(p.config):.0f} positions, or takes the time of its arithmetic"
     )
     return Table(title, header, rows)
 

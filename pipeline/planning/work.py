@@ -16,7 +16,7 @@ from ..evaluation.rivals import rivals_of
 from ..inference.batch_controllers import is_of_batches
 from .architecture import Architecture
 from .hardware import BANDWIDTH_SHARE, Gpu, Layout
-from .memory import giga, prompt_tokens, sequences_of_pass, weight_bytes
+from .memory import giga, mean_positions, prompt_tokens, sequences_of_pass, weight_bytes
 from .storage import cached_bytes, set_tokens
 
 
@@ -213,14 +213,13 @@ def evaluate(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> Stage | No
     texts = len(e.temperatures) * (1 + heads * len(e.controllers))
     texts += len(rivals_of(e.rivals, config.distill.exit_layers)) * (0 in e.temperatures)
     texts *= e.num_prompts * e.repeats
-    positions = prompt_tokens(config) + e.max_new_tokens / 2
+    positions = mean_positions(config)
     one = token_seconds(a, config, gpu, 1, positions)
     how = f"{texts} texts x {e.max_new_tokens} tokens x {one * 1000:.3g} ms"
     seconds = texts * e.max_new_tokens * one
     if e.batch_sizes:
-        runs = heads * (
-            1 + (1 + sum(map(is_of_batches, e.controllers))) * max(BATCH_REPEATS, e.repeats)
-        )  # one warms up
+        methods = 1 + sum(map(is_of_batches, e.controllers))
+        runs = heads * (1 + methods * max(BATCH_REPEATS, e.repeats))  # one warms up
         decoded = {b: runs * max(e.num_prompts, WAVES * b) for b in e.batch_sizes}
         each = {b: e.max_new_tokens * token_seconds(a, config, gpu, b, positions) / b for b in e.batch_sizes}
         seconds += sum(decoded[b] * each[b] for b in e.batch_sizes)

@@ -65,7 +65,8 @@ def watched_process_group(place: Place, device: torch.device, timeout: float, lo
         # A later run in this process needs a new group. After a failure NCCL would wait here for the other ranks for
         # ever; there the end of the process aborts the group. Only rank 0 has later runs: of the others the group
         # lasts until their process ends (cli.process), as taking gloo's down has aborted one that had done its work.
-        if place.rank == 0 if not failed else device.type != "cuda":
+        ends_now = device.type != "cuda" if failed else place.rank == 0
+        if ends_now:
             dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from helpers import make_run, plant_heads
 from oracles import PROMPT, head_for, load
 
 from pipeline.errors import UserError
-from pipeline.evaluation import batch_report, batch_sizes, batches, report
+from pipeline.evaluation import batch_report, batch_sizes, batches, intervals, report
 from pipeline.evaluation.batch_sizes import costs_of, in_batches, predicted, rates_of, target_efficiency, up_to
 from pipeline.evaluation.measuring import Measured
 from pipeline.inference.backbone import SplitBackbone
@@ -236,8 +236,8 @@ def test_the_sentence_says_where_it_stops(results) -> None:
 
 
 def test_one_repeat_has_no_interval() -> None:
-    assert all(np.isnan(batches.interval(np.array([1.2]))))
-    low, high = batches.interval(np.array([1.1, 1.2, 1.3, 1.2]))
+    assert all(np.isnan(intervals.interval_of_repeats(np.array([1.2]))))
+    low, high = intervals.interval_of_repeats(np.array([1.1, 1.2, 1.3, 1.2]))
     assert low < 1.2 < high < 1.4
 
 

@@ -125,10 +125,10 @@ def test_what_a_head_was_measured_to_do_is_taken_over() -> None:
     learned = Thompson()
     learned.counts[7], learned.seen[7] = [90.0, 10.0], 40.0
     controller = BatchThompson()
-    controller.load_state_dict(learned.state_dict())
+    controller.load_beliefs(learned.state_dict())
     assert controller.acceptance()[7] == pytest.approx(0.9) and controller.seen[7] == 40
     with pytest.raises(ValueError, match="thompson with greedy=False"):
-        BatchThompson(greedy=False).load_state_dict(learned.state_dict())
+        BatchThompson(greedy=False).load_beliefs(learned.state_dict())
 
 
 @pytest.mark.parametrize("name", ["goodput", "thompson"])

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from family_cases import BRANCHING, GENERIC
 from helpers import tiny_backbone
 from oracles import head_for, load
 
@@ -16,18 +17,11 @@ from pipeline.inference.passes import Span
 from pipeline.inference.places import BLOCK
 from pipeline.inference.sampling import Sampler
 
-BACKBONES = {
-    "llama": {},
-    "mistral": {"sliding_window": 5},
-    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
-    "qwen3": {"head_dim": 16},
-}
 
-
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=BRANCHING)
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return load(tiny_backbone(folder, request.param, sharpness=4.0, **BACKBONES[request.param])).double()
+    return load(tiny_backbone(folder, request.param, sharpness=4.0, **BRANCHING[request.param])).double()
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +247,6 @@ def test_a_caller_that_wants_no_more_leaves_no_text_behind(backbone) -> None:
 
 
 def test_engines_that_know_of_one_text_only_are_refused(backbone, tmp_path) -> None:
-    from family_cases import GENERIC
-
     folder = tiny_backbone(tmp_path, "gemma3_text", **GENERIC["gemma3_text"])
     model = load(folder)
     with pytest.raises(ValueError, match="called in transformers: decode one text after the other"):

@@ -202,6 +202,18 @@ def test_four_tokens_have_the_backbones_joint_law(name: str) -> None:
     assert distance(Tables(2, seed=3), Scripted(temperature=1.0), SAMPLED[name], 4) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["goodput", *(f"thompson, seed {s}" for s in (0, 1, 2))])
+def test_these_controllers_draft_for_the_text_in_some_rounds_and_not_in_others(name: str) -> None:
+    """So the law above is that of choices."""
+    drafted = set()
+    for seed in range(20):
+        dice = Sampler(1.0, generator=torch.Generator().manual_seed(seed))
+        jobs = [(Request([0, 1], 9), Sampler()), (Request(PROMPT, 9), dice), (Request([0], 9), Sampler())]
+        texts = {text.number: text for text in decode_batch(TableEngine(Tables(2, seed=3)), jobs, SAMPLED[name](), 3)}
+        drafted |= {min(1, round.drafted) for round in texts[1].generation.rounds[:3]}
+    assert drafted == {0, 1}
+
+
 @pytest.mark.parametrize("block", [False, True])
 @pytest.mark.parametrize("name", ["fixed:3", "thompson, seed 1"])
 def test_shaped_laws_blocks_and_draft_vocabularies(name: str, block: bool) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from family_cases import BRANCHING
 from helpers import tiny_backbone
 from oracles import PROMPT, head_for, load
 
@@ -23,18 +24,12 @@ TREES = [
     "thompson+tree",
     "thompson+tree+lookup",
 ]
-BACKBONES = {
-    "llama": {},
-    "mistral": {"sliding_window": 5},
-    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
-    "qwen3": {"head_dim": 16},
-}
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=BRANCHING)
 def model(request, tmp_path_factory):
     folder = tiny_backbone(
-        tmp_path_factory.mktemp(request.param), request.param, sharpness=4.0, **BACKBONES[request.param]
+        tmp_path_factory.mktemp(request.param), request.param, sharpness=4.0, **BRANCHING[request.param]
     )
     return load(folder)
 

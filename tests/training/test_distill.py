@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distilling import head_bytes, lines, prepare, unpack, write_responses
-from family_cases import GENERIC, LAWS, OWN, PACKED, slow_but
+from family_cases import ALL, GENERIC, OWN, slow_but
 from helpers import tiny_backbone
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from oracles import head_for
@@ -58,7 +58,7 @@ def stepping(tmp_path: Path, folder: Path, mesh):
 
 
 @pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize("family", slow_but([*OWN, "gemma3_text", "granite", "gpt_oss"], PACKED))
+@pytest.mark.parametrize("family", slow_but([*OWN, "gemma3_text", "granite", "gpt_oss"], ALL))
 def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, mesh, family, turns):
     """Compares every position, the sum over each answer and the gradient, through the StepModel that trains."""
     fields = {"sliding_window": 16} if family == "mistral" else {"tie_word_embeddings": family == "qwen3"}
@@ -107,7 +107,7 @@ def test_packed_losses_and_gradients_equal_those_of_documents_alone(tmp_path, me
     torch.testing.assert_close(sums.sum(0), losses, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", slow_but(["llama", "gemma2", "granite", "cohere2", "gpt_oss", "seed_oss"], LAWS))
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma2", "granite", "cohere2", "gpt_oss", "seed_oss"], ALL))
 def test_the_loss_is_that_of_the_laws_that_decoding_drafts_and_verifies_with(tmp_path, mesh, family):
     """Scales and caps of logits, windows and experts, and no dropout (that of Seed-OSS's config is 0.1): what training
     minimises is the KL divergence of decoding."""

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from family_cases import GENERIC, OWN, SHARDED, slow_but
+from family_cases import ALL, GENERIC, OWN, slow_but
 from helpers import tiny_backbone
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
@@ -132,7 +132,7 @@ def test_one_process_loads_what_transformers_loads(tmp_path, mesh, pieces, famil
 
 @pytest.mark.parametrize(
     "family",
-    slow_but(["gemma3_text", "granitemoe", "mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"], SHARDED[len(OWN) :]),
+    slow_but(["gemma3_text", "granitemoe", "mixtral", "qwen3_moe", "glm4_moe", "gpt_oss"], ALL[len(OWN) :]),
 )
 def test_other_families_too(tmp_path, mesh, pieces, family: str) -> None:
     """Their buffers, and experts that the checkpoint holds one by one; of glm4_moe the last layers only are alike."""
