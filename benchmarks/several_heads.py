@@ -74,7 +74,7 @@ def main() -> None:
     times = {name: np.array([by_rounds(r, heads, models, 1) for r in ranks]) for name, heads in choices.items()}
     times |= {f"{name}, trees of {FEW}": np.array([by_rounds(r, heads, models, FEW) for r in ranks])
               for name, heads in choices.items()}  # fmt: skip
-    times |= {f"{main} or {n} at each level": np.array([by_levels(r, [main, n], models, 1) for r in ranks])
+    times |= {f"{main} or {n} at each level": np.array([by_levels(r, [main, n], models) for r in ranks])
               for n in others}  # fmt: skip
     tokens = np.array([len(r[main]) - 1 for r in ranks], float)
     for name, time in times.items():
@@ -130,12 +130,12 @@ def by_rounds(rank_T: dict[int, np.ndarray], heads: list[int], models: dict[int,
     return float(least[1])
 
 
-def by_levels(rank_T: dict[int, np.ndarray], heads: list[int], models: dict[int, CostModel], few: int) -> float:
+def by_levels(rank_T: dict[int, np.ndarray], heads: list[int], models: dict[int, CostModel]) -> float:
     """The same if each level's right draft may come from either head: at best each level costs one pass of the head
     that is right, and the layers below the shallower one."""
     cheap = models[min(heads)]
     best_T = np.min([rank_T[n] for n in heads], 0)
-    return by_rounds({0: best_T}, [0], {0: cheap}, few)
+    return by_rounds({0: best_T}, [0], {0: cheap}, 1)
 
 
 if __name__ == "__main__":

@@ -196,6 +196,6 @@ def new_exit_layer(model: nn.Module) -> nn.Module:
     the LM head.
     """
     last = model.model.layers[-1]
-    layer = HeadSpec().build(type(last), model.config)
+    layer = LAYER.build(type(last), model.config)
     layer.load_state_dict(last.state_dict())
     return layer.float()

@@ -2,8 +2,8 @@
 
 Takes the files of a mixture of experts; gives tensors that are read row by row, as each process holds some rows. The
 MLP computes the shared experts and the mean of as many others as its width holds, the first ones of the layer; gates
-of shared experts and scales of the routing are left out. Of all
-starts that were tried this gave the best heads that need no pass of the backbone (docs/lab-notes.md, dense heads).
+of shared experts and scales of the routing are left out. Of all starts that were tried this gave the best heads that
+need no pass of the backbone (docs/lab-notes.md, dense heads).
 
 E experts, D hidden, F width of the MLP, I width of an expert
 """
