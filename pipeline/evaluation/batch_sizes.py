@@ -171,14 +171,19 @@ def up_to(points: list[tuple[int, float]]) -> int:
 
 def target_efficiency(rounds: pd.DataFrame, batch_size: int, method: str) -> tuple[float, float] | tuple[None, None]:
     """(rows that the deep layers verify per text, time of verifying one row of each text over the time of verifying
-    these), mean and medians of the rounds of so many texts; (None, None) if texts were too short for such rounds. MoESD
-    (Huang et al., 2025, arXiv 2505.19645) calls the ratio target efficiency: at 1, drafts are verified for nothing."""
+    these), mean and medians of the rounds of so many texts; (None, None) if texts were too short for such rounds. Of a
+    pass through all layers, the time of a pass of the shallow ones is taken off. MoESD (Huang et al., 2025, arXiv
+    2505.19645) calls the ratio target efficiency: at 1, drafts are verified for nothing."""
     full = rounds[(rounds.batch_size == batch_size) & (rounds["count"] == batch_size)]
-    one = full[(full.method == PLAIN) & (full.repeat < 0)].verify_seconds.median()
+    cut = full.shallow.map(len) > 0
+    shallow = full[cut].shallow_seconds.map(lambda seconds: seconds[0]).median() if cut.any() else 0.0
+    one = full[(full.method == PLAIN) & (full.repeat < 0)].verify_seconds.median() - shallow
     mine = full[(full.method == method) & (full.repeat >= 0)]
     if mine.empty or one != one:
         return None, None
-    return float(mine.rows.mean() / batch_size), float(one / mine.verify_seconds.median())
+    # What a controller verifies without drafts is a pass through all layers too.
+    verify = mine.verify_seconds.where(cut[mine.index], mine.verify_seconds - shallow)
+    return float(mine.rows.mean() / batch_size), float(one / verify.median())
 
 
 # ---- the cost model
@@ -194,7 +199,9 @@ def rates_of(entry: dict[str, Any]) -> list[float] | None:
 def costs_of(rounds: pd.DataFrame) -> BatchCosts:
     """Seconds of the passes by their rows, of the rounds that a controller was asked in."""
     costs = BatchCosts()
-    for row in rounds[rounds.method != AUTOREGRESSIVE].to_dict("records"):
+    drafting = rounds.shallow.map(len) > 0  # first, as they say what of a pass through all layers is the shallow ones'
+    asked = rounds.method != AUTOREGRESSIVE
+    for row in pd.concat([rounds[asked & drafting], rounds[asked & ~drafting]]).to_dict("records"):
         round = BatchRound(row["count"], rows=row["rows"])
         round.shallow_seconds = list(zip(row["shallow"], row["shallow_seconds"], strict=True))
         round.head_seconds = list(zip(row["head"], row["head_seconds"], strict=True))

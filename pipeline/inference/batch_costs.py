@@ -79,7 +79,8 @@ def between(table: list[float], rows: float) -> float:
 
 class BatchCosts:
     """Times of the parts of a round of several texts by their rows: passes of the shallow layers and of the exit head,
-    and the verification together with all else, which also takes longer for more rows."""
+    and the verification together with all else, which also takes longer for more rows. A round without drafts is one
+    pass, of which the shallow layers' part is what they take as a pass."""
 
     def __init__(self) -> None:
         self.shallow, self.head, self.verify = (RowTimes() for _ in range(3))
@@ -92,7 +93,10 @@ class BatchCosts:
         for times, passes in ((self.shallow, round.shallow_seconds), (self.head, round.head_seconds)):
             for rows, seconds in passes:
                 times.add(rows, seconds, self.now)
-        self.verify.add(round.rows, round.verify_seconds + round.rest_seconds, self.now)
+        seconds = round.verify_seconds + round.rest_seconds
+        if not round.shallow_seconds:  # one pass through all layers
+            seconds = max(0.0, seconds - self.shallow.table(round.rows)[round.rows])
+        self.verify.add(round.rows, seconds, self.now)
 
     def rounds(self, count: int, limit: int) -> list[float]:
         """C(B, K) for K = 0..limit: the seconds of a round in which B = `count` texts draft K tokens each, which takes

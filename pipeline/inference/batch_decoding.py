@@ -25,7 +25,7 @@ from .kv_cache import KVCache
 from .passes import Span
 from .rounds import Confidence, Round
 from .sampling import Sampler, followed
-from .stopwatch import Stopwatch, stopwatch
+from .stopwatch import stopwatch
 from .tree import Tree
 
 
@@ -123,10 +123,7 @@ def decode_batch(
             engine.reserve(max(text.cache.length for text in texts) + 1 + (controller.limit if controller else 0))
             parts.start()
             record = BatchRound(len(texts))
-            if controller is None:
-                _step(engine, texts, record, parts)
-            else:
-                _round(engine, texts, controller, record, parts)
+            _round(engine, texts, controller, record, parts)
             record.texts = [text.round for text in texts]
             parts.mark("rest")
             record.time(parts)
@@ -172,22 +169,6 @@ def _commit_drawn(text: _Text, logits_1V: Tensor) -> None:
         text.out.commit([text.sampler.draw(shaped_1V[0])], text.request)
 
 
-def _step(engine: BatchEngine, texts: list[_Text], record: BatchRound, parts: Stopwatch) -> None:
-    """One more token of each text, without drafts."""
-    record.rows = len(texts)
-    logits_MV = engine.logits(engine.full([text.tree.tokens[0] for text in texts], [text.rows for text in texts]))
-    parts.mark("verify")
-    targets = _targets(texts, logits_MV)
-    for text, target, logits_V in zip(texts, targets, logits_MV, strict=True):
-        text.cache.commit(text.cache.length + 1)
-        text.round.tokens = 1
-        if _is_plain(text):
-            with text.alone():
-                text.out.commit([target], text.request)
-        else:
-            _commit_drawn(text, logits_V[None])
-
-
 def _is_plain(text: _Text) -> bool:
     """Whether a text's tokens are the largest logits as they are, so that those of all such texts are read at once."""
     return text.sampler.greedy and text.sampler.processors is None
@@ -199,11 +180,18 @@ def _targets(texts: list[_Text], logits_MV: Tensor) -> list[int]:
 
 
 def _round(engine, texts, controller, record, parts) -> None:
-    """One round of all texts."""
-    _draft(engine, texts, controller, record, parts)
+    """One round of all texts: without drafts one pass through all layers, as in autoregressive decoding."""
+    asked = [] if controller is None else _begin(texts, controller)
+    parts.mark("rest")
+    if asked:
+        _draft(engine, texts, asked, controller, record, parts)
     spans = [text.rows for text in texts]
     record.rows = sum(span.rows for span in spans)
-    logits_MV = engine.logits(engine.deep(spans))
+    if asked:
+        hidden_MD = engine.deep(spans)
+    else:
+        hidden_MD = engine.full([text.tree.tokens[0] for text in texts], spans, store=controller is not None)
+    logits_MV = engine.logits(hidden_MD)
     parts.mark("verify")
     targets = _targets(texts, logits_MV)
     first = 0
@@ -211,23 +199,34 @@ def _round(engine, texts, controller, record, parts) -> None:
         if text.error is None:
             with text.alone():
                 _verify(text, logits_RV, targets[first : first + len(logits_RV)])
+        if controller is not None:
+            text.out.rounds.append(text.round)
         first += len(logits_RV)
 
 
-def _draft(engine, texts, controller, record, parts) -> None:
-    """Draft for all texts, level by level. Their hidden states of all rows to verify are stored then."""
-    live, level = texts, 0
+def _begin(texts: list[_Text], controller: BatchController) -> list[_Text]:
     controller.begin(len(texts))
+    return _asked(texts, texts, controller, 0)
+
+
+def _asked(texts: list[_Text], live: list[_Text], controller: BatchController, level: int) -> list[_Text]:
+    """For which of the live texts the exit head runs."""
+    places = [text.place for text in live if text.may_draft()]
+    if not places or level >= controller.limit:  # there are slots for so many drafts
+        return []
+    return [texts[place] for place in _within(controller.peek(level, places), places)]
+
+
+def _draft(engine, texts, able, controller, record, parts) -> None:
+    """Draft for all texts, level by level. Their hidden states of all rows to verify are stored then.
+
+    able: those for which the exit head runs first."""
+    live, level = texts, 0
     while True:
         engine.shallow([t.tree.tokens[-1] for t in live], [Span(t.place, t.last[1], 1) for t in live])
         parts.mark(f"shallow {level}")
         record.shallow.append(len(live))
-        able = [text for text in live if text.may_draft()]
-        if able and level < controller.limit:  # there are slots for so many drafts
-            places = [text.place for text in able]
-            able = [texts[place] for place in _within(controller.peek(level, places), places)]
-        else:
-            able = []
+        able = able if level == 0 else _asked(texts, live, controller, level)
         if not able:
             return
         engine.catch_up([text.last for text in able])
@@ -288,4 +287,3 @@ def _verify(text: _Text, logits_RV: Tensor, targets: list[int]) -> None:
     round.drafted, round.accepted, round.drafts = len(tree) - 1, len(path), tree.tokens[1:]
     text.cache.keep(path)
     round.tokens = out.commit([*(tree.tokens[row] for row in path), bonus], text.request)
-    out.rounds.append(round)

@@ -7,12 +7,16 @@ M rows of a pass, D hidden, G key/value heads, P places, T slots, C channels of 
 head can draft
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from .backbone import SplitBackbone
 from .kernels import available_bytes
 from .kv_cache import KVCache
+from .layers import Rows
 from .passes import Span, flat_slots
 from .places import Places
 
@@ -82,17 +86,21 @@ class BatchEngine:
 
     def shallow(self, ids: list[int], spans: list[Span]) -> None:
         """Run layers 1..N on the tokens of these rows; their hidden states are stored."""
-        hidden_MD = self._run(self.backbone.passes.embed(ids, 0), 0, self.backbone.exit_layer, spans)
-        hidden = self.places.hidden_PTD
-        hidden.view(-1, hidden.shape[-1]).index_copy_(0, self._slots(spans, hidden.device), hidden_MD.to(hidden.device))
+        hidden_MD = self.backbone.passes.embed(ids, 0)
+        self._store(self._run(hidden_MD, 0, self.backbone.exit_layer, self._pass(spans)), spans)
 
     def deep(self, spans: list[Span]) -> Tensor:
         """Run layers N+1..L on the stored hidden states of these rows; [M, D] before the final norm."""
-        return self._run(self._stored(spans), self.backbone.exit_layer, self.backbone.num_layers, spans)
+        return self._run(self._stored(spans), self.backbone.exit_layer, self.backbone.num_layers, self._pass(spans))
 
-    def full(self, ids: list[int], spans: list[Span]) -> Tensor:
-        """Run all L layers on the tokens of these rows, as autoregressive decoding does; [M, D]."""
-        return self._run(self.backbone.passes.embed(ids, 0), 0, self.backbone.num_layers, spans)
+    def full(self, ids: list[int], spans: list[Span], store: bool = False) -> Tensor:
+        """Run all L layers on the tokens of these rows; [M, D]. store: the hidden states after layer N too, which the
+        exit head may read later and autoregressive decoding does not need."""
+        rows, n = self._pass(spans), self.backbone.exit_layer
+        hidden_MD = self._run(self.backbone.passes.embed(ids, 0), 0, n, rows)
+        if store:
+            self._store(hidden_MD, spans)
+        return self._run(hidden_MD, n, self.backbone.num_layers, rows)
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Apply the final norm and the LM head; [M, V] in float32."""
@@ -113,7 +121,7 @@ class BatchEngine:
             cache = self.places.caches[place]
             spans.append(Span(place, cache.head_length, slot + 1 - cache.head_length))
             cache.head_length = slot + 1
-        hidden_MD = self._run(self._stored(spans).to(backbone.device), layer, layer + 1, spans)
+        hidden_MD = self._run(self._stored(spans).to(backbone.device), layer, layer + 1, self._pass(spans))
         ends = torch.tensor([span.rows for span in spans], device=backbone.device).cumsum(0) - 1
         return backbone.draft_logits_of(hidden_MD.index_select(0, ends))
 
@@ -125,18 +133,27 @@ class BatchEngine:
         hidden = self.places.hidden_PTD
         return hidden.view(-1, hidden.shape[-1]).index_select(0, self._slots(spans, hidden.device))
 
-    def _run(self, hidden_MD: Tensor, start: int, stop: int, spans: list[Span]) -> Tensor:
+    def _store(self, hidden_MD: Tensor, spans: list[Span]) -> None:
+        hidden = self.places.hidden_PTD
+        hidden.view(-1, hidden.shape[-1]).index_copy_(0, self._slots(spans, hidden.device), hidden_MD.to(hidden.device))
+
+    def _pass(self, spans: list[Span]) -> Callable[[torch.device], list[Rows]]:
+        """What a pass of these rows is to each layer on a device, made once."""
+        passes, texts, slots = self.backbone.passes, len(self.places.caches), self.places.room[1]
+        return cache(lambda device: passes.rows_of_texts(spans, texts, slots, device))
+
+    def _run(self, hidden_MD: Tensor, start: int, stop: int, rows: Callable[[torch.device], list[Rows]]) -> Tensor:
         """Run layers start..stop-1 (from 0; L is the exit head) on rows, block by block."""
         backbone, places = self.backbone, self.places
-        texts, end = len(places.caches), max(span.base + span.rows for span in spans)
+        texts = len(places.caches)
         device = None
         for i, block in enumerate(backbone.blocks):
             if block.start < start or block.stop > stop:
                 continue
             if block.device != device:
                 device = block.device
-                kinds = backbone.passes.rows_of_texts(spans, texts, places.room[1], device)
-                hidden_MD = hidden_MD.to(device)
+                kinds, hidden_MD = rows(device), hidden_MD.to(device)
+                end = kinds[0].mask.shape[-1]  # type: ignore[union-attr]
             keys, values = places.keys[i], places.values[i]
             to_keys, to_values = keys.flatten(2, 3), values.flatten(2, 3)  # [layers, G, P*T, C]
             seen_keys, seen_values = keys[:, :, :texts, :end], values[:, :, :texts, :end]
@@ -144,8 +161,8 @@ class BatchEngine:
                 block.weights, kinds[block.start : block.stop], seen_keys.unbind(0), seen_values.unbind(0),
                 to_keys.unbind(0), to_values.unbind(0), strict=True,
             )  # fmt: skip
-            for weights, rows, *slots in layers:
-                hidden_MD = backbone.family.layer(hidden_MD, weights, backbone.shape, rows, *slots)
+            for weights, those, *slots in layers:
+                hidden_MD = backbone.family.layer(hidden_MD, weights, backbone.shape, those, *slots)
         return hidden_MD
 
 

@@ -23,13 +23,14 @@ class BatchRound:
     rows: int = 0
     """Rows verified: drafts and pending tokens of all texts."""
     shallow: list[int] = field(default_factory=list)
-    """Rows of each pass of the shallow layers."""
+    """Rows of each pass of the shallow layers; none in a round without drafts, which is one pass through all layers."""
     head: list[int] = field(default_factory=list)
     """Texts in each pass of the exit head."""
     shallow_seconds: list[tuple[int, float]] = field(default_factory=list)
     """(rows, seconds) of these passes."""
     head_seconds: list[tuple[int, float]] = field(default_factory=list)
     verify_seconds: float = 0.0
+    """Of the pass of the deep layers, or of all layers in a round without drafts."""
     rest_seconds: float = 0.0
 
     @property
@@ -62,7 +63,8 @@ class BatchController(Protocol):
         ...
 
     def peek(self, level: int, places: list[int]) -> list[int]:
-        """After `level` drafts of each of these texts, before the exit head runs: for which of them it runs."""
+        """After `level` drafts of each of these texts, before the exit head runs: for which of them it runs. If for
+        none at level 0, the round is one pass through all layers."""
         ...
 
     def draft(self, level: int, laws: dict[int, Confidence]) -> list[int]:

@@ -54,7 +54,7 @@ class TableEngine:
     """Stands for BatchEngine; a row's hidden state is its prefix."""
 
     def __init__(self, tables: Tables):
-        self.tables, self.caches = tables, []
+        self.tables, self.caches, self.unread = tables, [], False
         self.backbone = SimpleNamespace(blocks=[], draft_vocabulary=tables.draft_vocabulary)
         self.places = SimpleNamespace(most=0, caches=self.caches)
 
@@ -80,8 +80,9 @@ class TableEngine:
             assert span.rows == 1 and span.base == len(text)
             text.append(token)
 
-    def full(self, ids, spans):
+    def full(self, ids, spans, store=False):
         self.shallow(ids, spans)
+        self.unread = not store
         return self.deep(spans)
 
     def deep(self, spans):
@@ -94,6 +95,7 @@ class TableEngine:
         pass
 
     def draft_logits(self, slots):
+        assert not self.unread, "the exit head reads what no pass has stored"
         q_MV = torch.stack([self.tables.table(1, tuple(self.caches[place].text[: slot + 1])) for place, slot in slots])
         return q_MV if self.tables.draft_vocabulary is None else q_MV[:, self.tables.draft_vocabulary.ids_W]
 
