@@ -31,3 +31,6 @@ class ExitHeadConfig(PretrainedConfig):
         self.draft_vocabulary = 0
         super().__init__(**shown | fields)
         self.backbone_config = backbone_config or {}
+        if "exit_layer" in fields:
+            # Where vLLM's runner looks for what the served model hands to a drafter; compiled graphs are cached by it too.
+            self.eagle_aux_hidden_state_layer_ids = [fields["exit_layer"]]
