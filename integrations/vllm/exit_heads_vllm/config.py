@@ -32,5 +32,5 @@ class ExitHeadConfig(PretrainedConfig):
         super().__init__(**shown | fields)
         self.backbone_config = backbone_config or {}
         if "exit_layer" in fields:
-            # Where vLLM's runner looks for what the served model hands to a drafter; compiled graphs are cached by it too.
+            # Which hidden states the served model hands to the drafter; vLLM caches compiled graphs by it, too.
             self.eagle_aux_hidden_state_layer_ids = [fields["exit_layer"]]
