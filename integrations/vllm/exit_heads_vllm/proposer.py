@@ -30,11 +30,12 @@ class ChosenProposer(DraftModelProposer):
 
 
 class ExitHeadProposer(ChosenProposer):
-    """Drafts with the served model's first N layers and the exit layer. Raises Refused for what was not tried, and
-    for a head of another model."""
+    """Drafts with the served model's first N layers and the exit layer. Raises Refused for what was not tried and for
+    a head of another model, before the served model is loaded."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None):
         check_served(vllm_config)
+        _check_files(vllm_config)
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         runner.use_aux_hidden_state_outputs = True  # behind which layer, says config.py
@@ -43,10 +44,6 @@ class ExitHeadProposer(ChosenProposer):
 
     def load_model(self, target_model: nn.Module) -> None:
         """Load the exit layer and bind the served model's modules and caches."""
-        served, head = self.vllm_config.model_config, self.draft_model_config
-        cache = self.vllm_config.load_config.download_dir
-        check_fits(head.hf_config, served.model, served.hf_text_config, served.revision, cache)
-        check_weights(head.hf_config, head.model, head.revision, cache)
         super().load_model(target_model)
         self.shallow_names = self.model.bind(target_model)
         self._draft_attn_layer_names = self._draft_attn_layer_names | set(self.shallow_names)
@@ -117,3 +114,11 @@ class ExitHeadProposer(ChosenProposer):
 
     def _greedy_sample(self, hidden_states: Tensor) -> Tensor:
         return self.model.top_tokens(hidden_states)
+
+
+def _check_files(vllm_config: VllmConfig) -> None:
+    """Raises Refused for a head of another model, or with changed weights; vLLM has not loaded any weights yet."""
+    served, head = vllm_config.model_config, vllm_config.speculative_config.draft_model_config
+    cache = vllm_config.load_config.download_dir
+    check_weights(head.hf_config, head.model, head.revision, cache)
+    check_fits(head.hf_config, served.model, served.hf_text_config, served.revision, cache)
