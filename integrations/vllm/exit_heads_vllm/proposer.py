@@ -82,10 +82,9 @@ class ExitHeadProposer(ChosenProposer):
             *args, target_hidden_states=target_hidden_states, cad=cad, num_rejected_tokens_gpu=num_rejected_tokens_gpu,
             **kwargs,
         )  # fmt: skip
-        rows, requests = len(target_hidden_states), len(rows_B)
-        # Each request has got one row more, so a row moves by the number of requests before its own.
-        before_M = self.arange[:requests].repeat_interleave(torch.diff(cad.query_start_loc), output_size=rows)
-        self.hidden_states[self.arange[:rows] + before_M] = target_hidden_states
+        rows_B = rows_B.long()
+        requests = len(rows_B)
+        self._put(target_hidden_states, cad, requests)
         rejected = 0 if num_rejected_tokens_gpu is None else num_rejected_tokens_gpu
         pending = metadata.replace(
             query_start_loc=self.arange[: requests + 1],
@@ -101,6 +100,16 @@ class ExitHeadProposer(ChosenProposer):
             self.hidden_states[rows_B] = self.model.shallow(self.input_ids[rows_B], self.positions[rows_B])
         self.model.known = self.hidden_states, rows_B
         return count, rows_B, metadata
+
+    def _put(self, hidden_MD: Tensor, metadata: Any, requests: int) -> None:
+        """Into the rows of the exit layer's pass: each request has got one row more than in the served model's."""
+        rows, longest = len(hidden_MD), metadata.max_query_len
+        if rows == requests * longest:
+            room = self.hidden_states[: rows + requests].view(requests, longest + 1, -1)
+            room[:, :longest] = hidden_MD.view(requests, longest, -1)
+            return
+        before_M = self.arange[:requests].repeat_interleave(torch.diff(metadata.query_start_loc), output_size=rows)
+        self.hidden_states[self.arange[:rows] + before_M] = hidden_MD
 
     def _alone(self, metadata: Any) -> AbstractContextManager[None]:
         """The context of a pass with this attention metadata, outside vLLM's own."""
