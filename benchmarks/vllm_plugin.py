@@ -5,8 +5,10 @@
 Greedy, through vLLM in an environment of its own (`make test-vllm` makes it). The engines are started once and take
 turns, so that what disturbs the machine disturbs all of them; every figure is a ratio of times of the same texts,
 given as its median over the repeats and their range. Part `same`: plugin and draft model with the same K, one and
-eight in flight. Part `load`: requests of 1, 16 and 1 in flight with fixed lengths and with the scheduler that adapts;
-the fixed length that it is compared with was chosen on other prompts and another load, 2, 8 and 2 in flight.
+eight in flight. Part `load`: phases of 1, 16, 1, 16, ... and 1 in flight, in which the next request follows one that
+ends, with fixed lengths and with the scheduler that adapts: `cold`, when it knows nothing, and `warm`, when it has
+learned from other prompts and another load, 2, 8 and 2 in flight. The fixed length that it is compared with was chosen
+on that load too; `hindsight` has in each phase the fixed length that turned out best there.
 """
 
 import argparse
@@ -35,6 +37,10 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=2, help="K of part same")
     parser.add_argument("--longest", type=int, default=4, help="largest K of part load")
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument(
+        "--cycles", type=int, default=2, help="how often part load goes from 1 to 16 in flight and back"
+    )
+    parser.add_argument("--waves", type=int, default=2, help="requests of a phase of 16 in flight, in sixteens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", default="seconds", choices=["seconds", "cpu"], help="cpu: of the engine's process")
     parser.add_argument("--parts", nargs="+", default=["same", "load"], choices=["same", "load"])
@@ -101,30 +107,43 @@ def same(args: argparse.Namespace, prompts: list[list[int]]) -> None:
 def load(args: argparse.Namespace, prompts: list[list[int]]) -> None:
     """Fixed lengths and the one that adapts, in one engine, under a load that changes."""
     one = engine(args, args.hub, args.longest, scheduler_cls=ADAPTIVE)
-    names = [*range(args.longest + 1), "adaptive"]
+    fixed = [*range(args.longest + 1)]
     tuning = [prompts[-2:], prompts[-10:-2], prompts[-2:]]
-    trace = [prompts[:1], prompts[:IN_FLIGHT], prompts[1:2]]
+    alone = [[row] for row in prompts[IN_FLIGHT : IN_FLIGHT + args.cycles + 1]]
+    trace = [alone[0]]
+    for one_more in alone[1:]:
+        trace += [prompts[:IN_FLIGHT] * args.waves, one_more]
 
-    def seconds(name: int | str, batches: list[list[list[int]]]) -> float:
-        lengths = {} if name == "adaptive" else {"lengths": [name]}
-        found = [one.call(prompts=batch, params=greedy(args.tokens), **lengths) for batch in batches]
-        return sum(f[args.clock] for f in found)
+    def seconds(batches: list[list[list[int]]], **how) -> list[float]:
+        """Of each phase of a load."""
+        return [one.call(prompts=batch, params=greedy(args.tokens), **how)[args.clock] for batch in batches]
 
-    seconds("adaptive", tuning)  # warm-up; it learns from this
-    tuned = {k: [] for k in names[:-1]}
-    for _ in range(args.repeats):
-        for k, times in tuned.items():
-            times.append(seconds(k, tuning))
+    def learned(batches: list[list[list[int]]]) -> list[float]:
+        """Adaptive, from nothing but these."""
+        return seconds(batches[:1], fresh=True) + seconds(batches[1:])
+
+    seconds(tuning, lengths=[1])  # warm-up
+    tuned = {k: [sum(seconds(tuning, lengths=[k])) for _ in range(args.repeats)] for k in fixed}
     best = min(tuned, key=lambda k: statistics.median(tuned[k]))
-    times = {name: [] for name in names}
+    runs: dict[int | str, list[list[float]]] = {name: [] for name in [*fixed, "cold", "warm"]}
     for _ in range(args.repeats):
-        for name in names:
-            times[name].append(seconds(name, trace))
-    print(f"\nLoad 1, {IN_FLIGHT}, 1; best fixed length on the other load: K = {best}\n")
-    print("| | tokens per second over K = 0 |\n|---|---|")
-    for name in names[1:]:
-        print(f"| {name if name == 'adaptive' else f'K = {name}'} | {ratio(times[0], times[name])} |")
-    print(f"| adaptive over K = {best} | {ratio(times[best], times['adaptive'])} |")
+        for k in fixed:
+            runs[k].append(seconds(trace, lengths=[k]))
+        runs["cold"].append(learned(trace))
+        learned(tuning)
+        runs["warm"].append(seconds(trace))
+    # Phase by phase the fixed length that turned out best there: what no rule can know before.
+    medians = {k: [statistics.median(phase) for phase in zip(*runs[k], strict=True)] for k in fixed}
+    chosen = [min(fixed, key=lambda k: medians[k][i]) for i in range(len(trace))]
+    runs["hindsight"] = [[runs[k][r][i] for i, k in enumerate(chosen)] for r in range(args.repeats)]
+    times = {name: [sum(phases) for phases in found] for name, found in runs.items()}
+    in_flight = ", ".join(str(min(len(batch), IN_FLIGHT)) for batch in trace)
+    print(f"\nLoad {in_flight} in flight; best fixed length on the load 2, 8, 2: K = {best}; in hindsight, by phase: "
+          f"{', '.join(map(str, chosen))}\n")  # fmt: skip
+    print(f"| | tokens per second over K = 0 | over K = {best} | over hindsight |\n|---|---|---|---|")
+    for name in runs:
+        over = " | ".join(ratio(times[other], times[name]) for other in (0, best, "hindsight"))
+        print(f"| {f'K = {name}' if name in fixed else name} | {over} |")
     one.close()
 
 

@@ -31,3 +31,6 @@ class ExitHeadConfig(PretrainedConfig):
         self.draft_vocabulary = 0
         super().__init__(**shown | fields)
         self.backbone_config = backbone_config or {}
+        if "exit_layer" in fields:
+            # Which hidden states the served model hands to the drafter; vLLM caches compiled graphs by it, too.
+            self.eagle_aux_hidden_state_layer_ids = [fields["exit_layer"]]

@@ -17,7 +17,7 @@ import math
 import random
 from collections import deque
 
-HELD = 8
+HELD = 4
 """Steps for which a choice is kept. A step verifies what the one before it drafted, so only two of one length in a
 row have the cost of that length."""
 HELD_FIRST = 3
@@ -45,8 +45,7 @@ class DraftLength:
         self.dice = random.Random(seed)
         self.chosen, self.left, self.batch = 0, 0, 0
         self.choices = 0
-        first = dict.fromkeys((longest, 0, 1))
-        self.first = [*first, *first]
+        self.first = list(dict.fromkeys((longest, 0, 1)))
         """Lengths that are tried first, so that the line through the times has ends."""
 
     def choose(self, batch: int) -> int:

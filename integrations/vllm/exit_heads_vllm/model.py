@@ -61,6 +61,8 @@ class ExitHeadForCausalLM(nn.Module):
         """The LM head's rows of the draft vocabulary; None if every token can be drafted."""
         self.served: list[Any] = []
         """The served model, in a list so that its modules do not count as parts of this one."""
+        self.known: tuple[Tensor, Tensor] | None = None
+        """For the next pass alone: hidden states behind layer N [>= M, D], and the rows [B] of pending tokens."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Fill the exit layer from a decoder layer's tensors under its own names. Returns the names of the parameters
@@ -113,17 +115,35 @@ class ExitHeadForCausalLM(nn.Module):
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.served[0].model.embed_tokens(input_ids)
 
+    def shallow(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states [M, D] behind layer N, of token ids [M] at positions [M]."""
+        hidden_MD, residual_MD = self.embed_input_ids(input_ids), None
+        for layer in self.served[1]:
+            hidden_MD, residual_MD = layer(positions, hidden_MD, residual_MD)
+        return hidden_MD + residual_MD
+
+    def attend(self, positions: Tensor, hidden_MD: Tensor) -> Tensor:
+        """The exit layer's attention [M, D] to hidden states behind layer N; its cache gets these rows."""
+        return self.layer.self_attn(positions=positions, hidden_states=self.layer.input_layernorm(hidden_MD))
+
     def forward(
         self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None = None, **_: Any
     ) -> Tensor:
-        """Hidden states [M, D] after exit layer and final norm, of token ids [M] at positions [M]."""
-        served, shallow = self.served
-        hidden_MD = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
-        residual_MD: Tensor | None = None
-        for layer in (*shallow, self.layer):
-            hidden_MD, residual_MD = layer(positions, hidden_MD, residual_MD)
-        hidden_MD, _ = served.model.norm(hidden_MD, residual_MD)
+        """Hidden states [M, D] after exit layer and final norm, of token ids [M] at positions [M]. Where `known` has
+        been set the tokens are not read, and only its rows are right: of others nothing but keys and values is
+        needed."""
+        known, self.known = self.known, None
+        if known is None:
+            return self._behind(self.shallow(input_ids, positions), positions, slice(None))
+        hidden_MD, rows_B = known[0][: len(positions)], known[1]
+        hidden_MD[rows_B] = self._behind(hidden_MD, positions, rows_B)
         return hidden_MD
+
+    def _behind(self, hidden_MD: Tensor, positions: Tensor, rows: Tensor | slice) -> Tensor:
+        """Hidden states after exit layer and final norm, of these rows alone."""
+        attended, residual = self.attend(positions, hidden_MD)[rows], hidden_MD[rows]
+        out, residual = self.layer.post_attention_layernorm(attended, residual)
+        return self.served[0].model.norm(self.layer.mlp(out), residual)[0]
 
     def top_tokens(self, hidden_MD: Tensor) -> Tensor:
         """The most probable token [M] of each row."""

@@ -26,10 +26,10 @@ def register() -> None:
 
     from .cpu_sampling import repair
     from .proposer import ChosenProposer
-    from .support import prefer_first_runner
+    from .support import adapt_config
 
     if gpu_model_runner.DraftModelProposer is ChosenProposer:
         return  # vLLM may call this again
     gpu_model_runner.DraftModelProposer = ChosenProposer
-    prefer_first_runner()
+    adapt_config()
     repair()

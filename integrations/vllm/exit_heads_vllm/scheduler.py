@@ -13,7 +13,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from .draft_length import DraftLength
-from .support import Refused, check_version, found_version
+from .support import Refused, check_varying, check_version, found_version
 
 
 class _Lengths:
@@ -43,9 +43,11 @@ class _Adapting:
             raise Refused(
                 "data_parallel_size: its processes would choose different lengths: serve without scheduler-cls"
             )
+        check_varying(vllm_config)
         self.rule = DraftLength(self.num_spec_tokens)
         self.dynamic_sd_lookup = _Lengths(self.rule)
-        self.last_end = 0.0
+        self.last_end: float | None = None
+        """Of the step before, if requests were left to go on with."""
         self.started: dict[int, tuple[float, int]] = {}
         """Of each step that is under way, by its output's id: when it began, and the length of the drafts it
         verifies; -1 for a step that does anything else."""
@@ -61,10 +63,11 @@ class _Adapting:
         found = super().update_from_output(scheduler_output, *args, **kwargs)
         now = perf_counter()
         if verified == scheduler_output.num_spec_tokens_to_schedule:
-            # Where steps overlap, a step took the time since the end of the one before it.
-            seconds = now - max(begun, self.last_end)
+            # A step takes the time from the end of the one before it, also where steps overlap. What vLLM does between
+            # them counts: it is shared by the tokens of a step, so leaving it out would make drafting look dearer.
+            seconds = now - (begun if self.last_end is None else self.last_end)
             self.rule.took(len(scheduler_output.num_scheduled_tokens), verified, seconds)
-        self.last_end = now
+        self.last_end = now if self.has_unfinished_requests() else None
         return found
 
     def make_spec_decoding_stats(self, stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any,

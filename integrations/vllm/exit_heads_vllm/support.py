@@ -17,6 +17,10 @@ CACHES = ("auto", "float32", "bfloat16", "float16")
 """dtypes of keys and values."""
 SCHEMAS = (1, 2, 3)
 """Formats of a head's folder that are understood."""
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+"""Of the served model, which must be those of the head's backbone."""
+ADAPTIVE = "exit_heads_vllm.scheduler.AdaptiveScheduler"
+"""What --scheduler-cls says for draft lengths that adapt."""
 
 
 class Refused(ValueError):
@@ -92,6 +96,13 @@ def check_served(vllm_config: Any) -> None:
             f"the served model has {served.num_hidden_layers} layers, this exit head was trained for {head.num_layers} "
             f"of them ({head.backbone['name']}): serve that"
         )
+    for size in SIZES:
+        found, wanted = getattr(served, size, None), head.backbone_config.get(size)
+        if wanted is not None and found != wanted:
+            raise Refused(
+                f"the served model has {size}={found}, this exit head was trained for {wanted} "
+                f"({head.backbone['name']}): serve that"
+            )
     if vllm_config.quant_config is not None:
         raise Refused(
             f"quantization={target.quantization}: exit heads draft for unquantised models only: leave it away"
@@ -122,17 +133,53 @@ def check_served(vllm_config: Any) -> None:
         raise Refused("kv_transfer_config: the exit layer's cache was not tried with KV connectors: leave it away")
 
 
-def prefer_first_runner() -> None:
-    """Let vLLM choose its first model runner by itself where a head drafts, as it does for other methods that the
-    second one lacks."""
+def check_varying(vllm_config: Any) -> None:
+    """Raises Refused where steps of different draft lengths are not safe. vllm_config: vLLM's own, complete."""
+    if vllm_config.use_v2_model_runner:
+        raise Refused(
+            "VLLM_USE_V2_MODEL_RUNNER=1: that runner makes itself ready for the lengths of "
+            "num_speculative_tokens_per_batch_size only: unset it, or serve without scheduler-cls"
+        )
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode.has_full_cudagraphs():
+        raise Refused(
+            f"cudagraph_mode={mode.name}: a full CUDA graph is of one draft length, and this scheduler varies it: give "
+            """--compilation-config '{"cudagraph_mode": "PIECEWISE"}'"""
+        )
+
+
+def piecewise_for_adapting(vllm_config: Any) -> None:
+    """Change a mode of full CUDA graphs to piecewise ones where draft lengths adapt, as vLLM does where they vary by
+    its own table."""
+    compilation = vllm_config.compilation_config
+    if adapts(vllm_config) and compilation.cudagraph_mode.has_full_cudagraphs():
+        compilation.cudagraph_mode = type(compilation.cudagraph_mode)["PIECEWISE"]
+
+
+def adapt_config() -> None:
+    """Let vLLM's config, wherever it is made, suit exit heads and lengths that adapt: its first model runner, which it
+    also takes by itself for other things that the second one lacks, and piecewise CUDA graphs."""
     from vllm.config import VllmConfig
 
     lacking = VllmConfig._get_v2_model_runner_unsupported_features
+    override = VllmConfig._maybe_override_dynamic_sd_cudagraph_mode
 
-    def with_exit_heads(self: VllmConfig) -> list[str]:
-        return lacking(self) + (["exit heads"] if is_exit_head(self.speculative_config) else [])
+    def lacking_these(self: VllmConfig) -> list[str]:
+        heads = ["exit heads"] if is_exit_head(self.speculative_config) else []
+        return lacking(self) + heads + (["draft lengths that adapt"] if adapts(self) else [])
 
-    VllmConfig._get_v2_model_runner_unsupported_features = with_exit_heads
+    def override_and_adapt(self: VllmConfig) -> None:
+        override(self)
+        piecewise_for_adapting(self)
+
+    VllmConfig._get_v2_model_runner_unsupported_features = lacking_these
+    VllmConfig._maybe_override_dynamic_sd_cudagraph_mode = override_and_adapt
+
+
+def adapts(vllm_config: Any) -> bool:
+    """Whether this plugin's scheduler is asked for, by name or as a class."""
+    asked = vllm_config.scheduler_config.scheduler_cls
+    return asked == ADAPTIVE or f"{getattr(asked, '__module__', '')}.{getattr(asked, '__name__', '')}" == ADAPTIVE
 
 
 def is_exit_head(spec: Any) -> bool:

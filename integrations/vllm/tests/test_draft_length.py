@@ -132,9 +132,9 @@ def test_another_acceptance_is_noticed() -> None:
 
 def test_the_first_lengths_are_the_ends_and_each_is_held() -> None:
     rule = DraftLength(3)
-    assert [rule.choose(2) for _ in range(18)] == ([3] * 3 + [0] * 3 + [1] * 3) * 2
+    assert [rule.choose(2) for _ in range(9)] == [3] * 3 + [0] * 3 + [1] * 3
     one = DraftLength(1)
-    assert [one.choose(2) for _ in range(12)] == ([1] * 3 + [0] * 3) * 2
+    assert [one.choose(2) for _ in range(6)] == [1] * 3 + [0] * 3
     with pytest.raises(ValueError, match="longest=0"):
         DraftLength(0)
 

@@ -2,6 +2,7 @@
 pipeline's."""
 
 import json
+from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from exit_heads_vllm import support
 from exit_heads_vllm.config import ExitHeadConfig
 from exit_heads_vllm.cpu_sampling import spread
 from exit_heads_vllm.fingerprint import check_fits, fingerprint
-from exit_heads_vllm.support import Refused, check_served, check_version
+from exit_heads_vllm.support import Refused, check_served, check_varying, check_version, piecewise_for_adapting
 from helpers import tiny_backbone
 from oracles import head_for, load
 from safetensors.torch import load_file, save_file
@@ -83,8 +84,10 @@ def test_another_head_is_refused(tried, fields, message) -> None:
 
 def served(**changes) -> SimpleNamespace:
     """A vLLM config that passes, with dotted names changed."""
-    head = SimpleNamespace(backbone=HEAD["backbone"], num_layers=4)
-    text = SimpleNamespace(model_type="llama", num_hidden_layers=4, layer_types=None, sliding_window=None)
+    head = SimpleNamespace(backbone=HEAD["backbone"], num_layers=4, backbone_config=HEAD["backbone_config"])
+    text = SimpleNamespace(
+        model_type="llama", num_hidden_layers=4, layer_types=None, sliding_window=None, hidden_size=32, vocab_size=258
+    )
     config = SimpleNamespace(
         use_v2_model_runner=False,
         quant_config=None,
@@ -123,6 +126,10 @@ def test_what_was_tried_passes() -> None:
         ({"model_config__hf_text_config__model_type": "qwen3"}, "trained for a llama, tiny: serve that"),
         ({"model_config__is_multimodal_model": True}, "trained for a llama"),
         ({"model_config__hf_text_config__num_hidden_layers": 6}, "has 6 layers, this exit head was trained for 4"),
+        (
+            {"model_config__hf_text_config__hidden_size": 64},
+            "has hidden_size=64, this exit head was trained for 32 .tiny",
+        ),
         ({"quant_config": object(), "model_config__quantization": "fp8"}, "quantization=fp8"),
         ({"speculative_config__draft_model_config__quantization": "fp8"}, "quantization in --speculative-config"),
         ({"lora_config": object()}, "LoRA"),
@@ -137,6 +144,44 @@ def test_what_was_tried_passes() -> None:
 def test_what_was_not_tried_is_refused_by_name(changes, message) -> None:
     with pytest.raises(Refused, match=message):
         check_served(served(**changes))
+
+
+class Graphs(Enum):
+    """vLLM's modes of CUDA graphs, as far as they matter here."""
+
+    PIECEWISE = 1
+    FULL = 2
+    FULL_AND_PIECEWISE = (2, 1)
+
+    def has_full_cudagraphs(self) -> bool:
+        return self is not Graphs.PIECEWISE
+
+
+@pytest.mark.parametrize("mode", [Graphs.FULL, Graphs.FULL_AND_PIECEWISE])
+def test_lengths_that_adapt_get_piecewise_graphs_or_are_refused(mode) -> None:
+    """vLLM's config is changed where it is made; where that did not happen, the scheduler refuses."""
+
+    def config(scheduler: object) -> SimpleNamespace:
+        return SimpleNamespace(
+            scheduler_config=SimpleNamespace(scheduler_cls=scheduler), use_v2_model_runner=False,
+            compilation_config=SimpleNamespace(cudagraph_mode=mode),
+        )  # fmt: skip
+
+    as_class = type("AdaptiveScheduler", (), {"__module__": "exit_heads_vllm.scheduler"})
+    for scheduler in (support.ADAPTIVE, as_class):
+        adapting = config(scheduler)
+        with pytest.raises(Refused, match=f"cudagraph_mode={mode.name}: .*PIECEWISE"):
+            check_varying(adapting)
+        piecewise_for_adapting(adapting)
+        check_varying(adapting)
+        assert adapting.compilation_config.cudagraph_mode is Graphs.PIECEWISE
+        adapting.use_v2_model_runner = True
+        with pytest.raises(Refused, match="VLLM_USE_V2_MODEL_RUNNER=1"):
+            check_varying(adapting)
+    for scheduler in (None, "vllm.v1.core.sched.scheduler.Scheduler", dict):
+        other = config(scheduler)
+        piecewise_for_adapting(other)
+        assert other.compilation_config.cudagraph_mode is mode
 
 
 def of_pipeline(folder: Path) -> str:

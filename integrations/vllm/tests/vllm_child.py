@@ -2,9 +2,12 @@
 
 The first line holds keyword arguments of vllm.LLM; what comes back is the memory that was taken, or the error that a
 user would see. Each further line is a call: `prompts` (lists of ids), `params` (one SamplingParams for all, or a
-list), and if wanted `one_by_one`, `lengths` (draft lengths that its steps take in turn) and `swap` (the first two
-shallow layers change places in the drafter from here on). What comes back is ids and texts, what vLLM's own counters
-grew by, and the draft length of every step. vLLM writes to stdout too, so answers begin with MARK.
+list), and if wanted `one_by_one`, `lengths` (draft lengths that its steps take in turn), `swap` (the first two
+shallow layers change places in the drafter from here on), `fresh` (the scheduler's rule forgets all) and `by_batch`
+(draft lengths by number of requests). What comes back is ids and texts, what vLLM's own counters grew by, the draft
+length of every step, and of each step a row: requests, drafts of each that it verified (-1: they differ, or prompts
+are read), drafts that it made, tokens, seconds and the process's seconds since the end of the step before. vLLM
+writes to stdout too, so answers begin with MARK.
 """
 
 import itertools
@@ -54,15 +57,29 @@ class Served:
         core = llm.llm_engine.engine_core.engine_core
         self.scheduler, self.lengths = core.scheduler, []
         self.runner = core.model_executor.driver_worker.worker.model_runner
-        inner = self.scheduler.schedule
+        self.log, self.mark, self.verified = [], (perf_counter(), process_time()), -1
+        schedule, update = self.scheduler.schedule, self.scheduler.update_from_output
 
-        def schedule(*args, **kwargs):
-            output = inner(*args, **kwargs)
+        def scheduling(*args, **kwargs):
+            output = schedule(*args, **kwargs)
             if output.num_scheduled_tokens:
                 self.lengths.append(output.num_spec_tokens_to_schedule)
             return output
 
-        self.scheduler.schedule = schedule
+        def updating(output, *args, **kwargs):
+            found, now = update(output, *args, **kwargs), (perf_counter(), process_time())
+            counts = output.num_scheduled_tokens
+            drafts = {n: len(output.scheduled_spec_decode_tokens.get(r, ())) for r, n in counts.items()}
+            verified = set(drafts.values()) if all(n == 1 + k for n, k in drafts.items()) else {-1}
+            tokens = sum(len(one.new_token_ids) for group in found.values() for one in group.outputs)
+            if counts:
+                self.log.append([len(counts), verified.pop() if len(verified) == 1 else -1,
+                                 output.num_spec_tokens_to_schedule, tokens,
+                                 *(round(b - a, 6) for a, b in zip(self.mark, now, strict=True))])  # fmt: skip
+            self.mark = now
+            return found
+
+        self.scheduler.schedule, self.scheduler.update_from_output = scheduling, updating
 
     def memory(self) -> dict:
         """Bytes of weights, each counted once; blocks and bytes of the KV cache; bytes that the process holds now."""
@@ -89,19 +106,23 @@ class Served:
             "resident": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE"),
         }
 
-    def call(self, prompts, params, one_by_one=False, lengths=None, swap=False) -> dict:
+    def call(self, prompts, params, one_by_one=False, lengths=None, swap=False, fresh=False, by_batch=None) -> dict:
         from vllm import SamplingParams
 
         chosen = self.scheduler.dynamic_sd_lookup, getattr(self.scheduler, "rule", None)
-        if lengths:
-            self.scheduler.dynamic_sd_lookup, self.scheduler.rule = InTurn(lengths), Deaf()
+        if fresh:
+            self.scheduler.rule.__init__(self.scheduler.num_spec_tokens)
+        if lengths or by_batch:
+            fixed = InTurn(lengths) if lengths else {int(batch): k for batch, k in by_batch.items()}
+            self.scheduler.dynamic_sd_lookup, self.scheduler.rule = fixed, Deaf()
         if swap:
             shallow = self.runner.drafter.model.served[1]
             shallow[0], shallow[1] = shallow[1], shallow[0]
         each = [SamplingParams(**p) for p in (params if isinstance(params, list) else [params] * len(prompts))]
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         groups = [[i] for i in range(len(asked))] if one_by_one else [list(range(len(asked)))]
-        outputs, rounds, steps = [], [], []
+        outputs, rounds, steps, logged = [], [], [], len(self.log)
+        self.mark = perf_counter(), process_time()
         first, start, cpu = self.counters(), perf_counter(), process_time()
         for group in groups:
             before, at = self.counters(), len(self.lengths)
@@ -124,6 +145,7 @@ class Served:
             "cached": [o.num_cached_tokens for o in outputs],
             "rounds_of_each": rounds,
             "lengths": steps,
+            "log": self.log[logged:],
         }
 
     def counters(self) -> dict:
