@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .law import Law
+from .tree import Tree
 
 LONGEST = 8
 """The most drafts in a round for every controller without a length of its own, so that they can be compared."""
@@ -45,6 +46,12 @@ class Round:
     """Where drafts branch: the numbers of the accepted ones."""
     source: str = "head"
     """Where the drafts came from: head, lookup or memory (lookup.Match)."""
+
+    def note(self, tree: Tree, path: list[int]) -> None:
+        """Record the drafts and which rows of them were accepted."""
+        self.drafted, self.accepted, self.drafts = len(tree) - 1, len(path), tree.tokens[1:]
+        if not tree.is_chain:
+            self.parents, self.path = tree.parents[1:], path
 
     @property
     def levels(self) -> int:
