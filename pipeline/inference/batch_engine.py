@@ -19,6 +19,7 @@ from .kv_cache import KVCache
 from .layers import Rows
 from .passes import Span, flat_slots
 from .places import Places
+from .tree import Tree
 
 CATCH_UP = 32
 """Rows of a text that the exit head has not read yet, above which it reads them in a pass of that text alone, so that
@@ -106,24 +107,29 @@ class BatchEngine:
         """Apply the final norm and the LM head; [M, V] in float32."""
         return self.backbone.logits(hidden_MD)
 
-    def catch_up(self, slots: list[tuple[int, int]]) -> None:
-        """Let the exit head read what it has not read yet before these (place, slot), where that is much."""
-        for place, slot in slots:
+    def catch_up(self, places: list[int]) -> None:
+        """Let the exit head read what it has not read yet of the committed tokens of these texts, where that is
+        much."""
+        for place in places:
             cache = self.places.caches[place]
-            if slot - cache.head_length >= CATCH_UP:
-                self.backbone.draft_hidden(slot - 1, cache)
+            if cache.length - cache.head_length >= CATCH_UP:
+                self.backbone.draft_hidden(cache.length - 1, cache)
 
-    def draft_logits(self, slots: list[tuple[int, int]]) -> Tensor:
-        """The exit head's logits [texts, W] for the tokens that follow those in these (place, slot). Its keys and
-        values of tokens that it has not processed yet are computed first."""
-        spans, backbone, layer = [], self.backbone, self.backbone.num_layers
-        for place, slot in slots:
+    def draft_logits(self, asked: list[tuple[int, Tree, list[int]]]) -> Tensor:
+        """The exit head's logits [M, W] for the tokens that follow rows of trees: (place, the tree of its text, rows in
+        ascending order) of each text. Its keys and values of tokens that it has not processed yet are computed
+        first. After drafts that branch it is asked only in rounds in which it was after their pending token."""
+        spans, at, count = [], list[int](), 0
+        backbone, layer = self.backbone, self.backbone.num_layers
+        for place, tree, rows in asked:
             cache = self.places.caches[place]
-            spans.append(Span(place, cache.head_length, slot + 1 - cache.head_length))
-            cache.head_length = slot + 1
+            base, root = cache.head_length, cache.length
+            cache.head_length = root + rows[-1] + 1
+            spans.append(Span.of(place, base, cache.head_length - base, tree, root))
+            at += [count + root + row - base for row in rows]
+            count += spans[-1].rows
         hidden_MD = self._run(self._stored(spans).to(backbone.device), layer, layer + 1, self._pass(spans))
-        ends = torch.tensor([span.rows for span in spans], device=backbone.device).cumsum(0) - 1
-        return backbone.draft_logits_of(hidden_MD.index_select(0, ends))
+        return backbone.draft_logits_of(hidden_MD.index_select(0, torch.tensor(at, device=backbone.device)))
 
     def _slots(self, spans: list[Span], device: torch.device) -> Tensor:
         """The number [M] of each row among the slots of all places."""

@@ -4,8 +4,10 @@ Takes token ids, or the positions of rows; gives hidden states before the first 
 This is for the families whose layers are computed here; family_generic.py has the same for all others.
 
 M rows of this pass, D hidden, C channels of a head, T positions, L layers; slot L is the exit layer
+Of several texts: P places, W the most rows of one of them
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +31,52 @@ class Span(NamedTuple):
     place: int
     base: int
     rows: int
+    tree: Tree | None = None
+    """The drafts of a round, if these rows are of them and they branch. Without, a slot is a position."""
+    root: int = 0
+    """The slot of their pending token."""
+
+    @classmethod
+    def of(cls, place: int, base: int, rows: int, tree: Tree | None, root: int) -> "Span":
+        """Without a tree that makes no difference."""
+        branches = tree is not None and not tree.is_chain and base >= root
+        return cls(place, base, rows, tree, root) if branches else cls(place, base, rows)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        if self.tree is None:
+            return range(self.base, self.base + self.rows)
+        first = self.base - self.root
+        return [self.root + depth for depth in self.tree.depths[first : first + self.rows]]
 
 
 def flat_slots(spans: list[Span], slots: int) -> list[int]:
     """The number of each row's slot among those of all places, which have `slots` each."""
     return [span.place * slots + span.base + i for span in spans for i in range(span.rows)]
+
+
+def mask_of_texts(
+    spans: list[Span], positions_P: Tensor, width: int, end: int, repeats: int, dtype: torch.dtype, window: int | None
+) -> Tensor:
+    """Additive mask [P*W*repeats, end] of a pass over texts in P places of `width` rows each, whose positions [P*W] are
+    given: `layers.causal_mask`, but a row of a tree sees, behind the pending token, the drafts of its own path only."""
+    if all(span.tree is None for span in spans):
+        return causal_mask(positions_P, end, repeats, dtype, window)
+    last, seen = [0] * len(positions_P), list[int]()
+    for span in spans:
+        for i, position in enumerate(span.positions):
+            row = span.place * width + i
+            last[row] = position if span.tree is None else span.root
+            if span.tree is not None:
+                path = span.tree.path(span.base - span.root + i)[-(window or end) :]
+                seen += [row * end + span.root + draft for draft in path]
+    device = positions_P.device
+    mask_PT = causal_mask(torch.tensor(last, device=device), end, 1, dtype)
+    if window is not None:
+        too_early = torch.arange(end, device=device) <= positions_P[:, None] - window
+        mask_PT.masked_fill_(too_early, float("-inf"))
+    mask_PT.view(-1).index_fill_(0, torch.tensor(seen, dtype=torch.long, device=device), 0.0)
+    return mask_PT.repeat_interleave(repeats, 0)
 
 
 class Passes:
@@ -107,7 +150,7 @@ class Passes:
         """The same for a pass of rows of several texts, which are in places 0..texts-1 of `slots` slots each."""
         tables = self._tables[device]
         width, end = max(span.rows for span in spans), max(span.base + span.rows for span in spans)
-        positions = [span.base + i for span in spans for i in range(span.rows)]
+        positions = [position for span in spans for position in span.positions]
         padded = [span.place * width + i for span in spans for i in range(span.rows)]
         positions_M, flat_M, at_M = torch.tensor([positions, flat_slots(spans, slots), padded], device=device)
         even = padded == list(range(texts * width))
@@ -117,6 +160,6 @@ class Passes:
         cos_M1C, sin_M1C = tables.cos_T1C[positions_M], tables.sin_T1C[positions_M]
         made = {}
         for kind in set(self.kinds):
-            mask = causal_mask(filled_P, end, self.shape.repeats, cos_M1C.dtype, kind.window)
+            mask = mask_of_texts(spans, filled_P, width, end, self.shape.repeats, cos_M1C.dtype, kind.window)
             made[kind] = Rows(flat_M, cos_M1C, sin_M1C, mask.view(1, texts, -1, end), several=several)
         return [made[kind] for kind in self.kinds]

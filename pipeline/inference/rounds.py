@@ -138,11 +138,11 @@ def memory_of(controller: Controller) -> Any:
     return getattr(controller, "memory", None)
 
 
-def spare_of(controller: Controller) -> int:
+def spare_of(controller: object) -> int:
     """The attribute `spare` of a controller whose drafts branch; 0 of any other."""
     return getattr(controller, "spare", 0)
 
 
-def reads_of(controller: Controller) -> Callable[[int], int]:
+def reads_of(controller: object) -> Callable[[int], int]:
     """The method `reads` of a controller whose drafts branch; of any other, one that follows its only draft."""
     return getattr(controller, "reads", lambda k: 1)
