@@ -73,8 +73,8 @@ def mask_of_texts(
     device = positions_P.device
     mask_PT = causal_mask(torch.tensor(last, device=device), end, 1, dtype)
     if window is not None:
-        too_early = torch.arange(end, device=device) <= positions_P[:, None] - window
-        mask_PT.masked_fill_(too_early, float("-inf"))
+        early_PT = torch.arange(end, device=device) <= positions_P[:, None] - window
+        mask_PT.masked_fill_(early_PT, float("-inf"))
     mask_PT.view(-1).index_fill_(0, torch.tensor(seen, dtype=torch.long, device=device), 0.0)
     return mask_PT.repeat_interleave(repeats, 0)
 
