@@ -141,10 +141,18 @@ def test_a_pass_without_branches_has_the_mask_of_chains(backbone, monkeypatch) -
 
 
 @pytest.mark.parametrize("name", ["tree:2", "tree:2x1", "tree:3x2x1"])
-def test_trees_of_several_texts_are_those_of_one(model, name) -> None:
-    """Greedy and sampled texts with the same drafts and accepted paths, which moves keys, values and hidden states."""
-    one, branched = SplitBackbone(model, head_for(model, 2), check=False), 0
-    requests = requests_of(5, count=6, longest=30, new=24)
+def test_trees_of_several_texts_are_those_of_one(model, name, monkeypatch) -> None:
+    """Greedy and sampled texts, with the same drafts and accepted paths. The head is right but for its two best tokens,
+    which are exchanged: so most accepted paths move keys, values and hidden states."""
+    one, branched = SplitBackbone(model, head_for(model, 3), check=False), 0
+    requests, honest = requests_of(5, count=6, longest=30, new=24), one.draft_logits_of
+
+    def exchanged(hidden_MD):
+        logits_MW = honest(hidden_MD)
+        values, at = logits_MW.topk(2)
+        return logits_MW.scatter(1, at, values.flip(1))
+
+    monkeypatch.setattr(one, "draft_logits_of", exchanged)
     for temperature in (0.0, 1.0):
 
         def sampler(i: int, temperature=temperature) -> Sampler:
@@ -156,7 +164,7 @@ def test_trees_of_several_texts_are_those_of_one(model, name) -> None:
             for mine, its in zip(text.generation.rounds, alone.rounds, strict=True):
                 assert (mine.drafts, mine.parents, mine.path) == (its.drafts, its.parents, its.path)
                 branched += bool(mine.path) and mine.path[-1] != mine.accepted
-    assert branched, "no path but the first one was ever accepted"
+    assert branched > 10
 
 
 def test_random_schedules_through_the_real_passes(backbone) -> None:
