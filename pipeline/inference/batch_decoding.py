@@ -3,8 +3,8 @@ of its own, and a waiting text takes the place of a finished one between two rou
 Orca, OSDI 2022).
 
 Takes requests with a sampler each and a `BatchController`, or none for autoregressive decoding; gives each text's
-`Generation` when it ends. A text is distributed as when it is decoded alone (decoding.py): the same rule accepts its
-drafts, with draws of its own sampler. An error in a text's own processors, criteria or prompt ends that text only.
+`Generation` when it ends. A text is distributed as when it is decoded alone (decoding.py): its drafts branch in the
+same way, and the same rule accepts them, with draws of its own sampler. An error in a text's own processors, criteria or prompt ends that text only.
 
 M rows of a pass, R rows of one text, V vocabulary, W tokens that the head can draft
 """

@@ -82,10 +82,10 @@ def test_rows_of_trees_are_computed_as_the_ends_of_their_paths(model) -> None:
     """Texts of different lengths with a tree each, one with a chain, and one with its pending token only; level by
     level as in decoding, or all rows at once. Every path is run alone as a text, the exit head's logits too."""
     one = SplitBackbone(model, head_for(model, 2), check=False)
-    engine, known = BatchEngine(one), [3, 9, 14, 6, 11]
+    engine, known = BatchEngine(one), [3, 9, 14, 6, 11, 12]
     engine.places.most = len(known)
     texts = [torch.randint(0, 256, (n + 1,), generator=torch.Generator().manual_seed(n)).tolist() for n in known]
-    shapes = [*SHAPES.values(), [0, 1], []]
+    shapes = [*SHAPES.values(), [0, 1], [], [0, *range(11)]]  # the last is of paths longer than the windows
     trees = [grown(text[-1], shape, seed) for seed, (text, shape) in enumerate(zip(texts, shapes, strict=True))]
     for text in texts:
         engine.enter(text[:-1], len(text))
