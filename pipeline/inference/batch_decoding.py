@@ -4,7 +4,8 @@ Orca, OSDI 2022).
 
 Takes requests with a sampler each and a `BatchController`, or none for autoregressive decoding; gives each text's
 `Generation` when it ends. A text is distributed as when it is decoded alone (decoding.py): its drafts branch in the
-same way, and the same rule accepts them, with draws of its own sampler. An error in a text's own processors, criteria or prompt ends that text only.
+same way, and the same rule accepts them, with draws of its own sampler. An error in a text's own processors, criteria
+or prompt ends that text only.
 
 M rows of a pass, R rows of one text, V vocabulary, W tokens that the head can draft
 """
