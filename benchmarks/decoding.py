@@ -83,7 +83,12 @@ def main() -> None:
     n = args.exit_layer or max(1, model.config.num_hidden_layers // 8)
     head = ExitHead(n, model.config.num_hidden_layers, {}, new_exit_layer(model).state_dict())
     engine = SplitBackbone(
-        model, head, check=False, fixed_shapes=args.cuda_graphs, timed_kernels=not args.plain, pack=not args.unpacked
+        model,
+        head,
+        check=False,
+        fixed_shapes=args.cuda_graphs,
+        products="plain" if args.plain else "timed",
+        pack=not args.unpacked,
     )
     print_header(args, model, engine, n)
     tokens, seconds, rounds = decode_all(args, model, engine)

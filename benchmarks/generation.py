@@ -109,7 +109,7 @@ def answerers(
     }
     if config.generate.exit_head is not None:
         head = ExitHead.load(Path(config.generate.exit_head))
-        plain = SplitBackbone(model, head, timed_kernels=False)
+        plain = SplitBackbone(model, head, products="repeatable")
         speculative = Speculative(model, head, config.generate.controller, ends)
 
         def one_by_one(prompts: Ids, seed: int) -> Ids:
@@ -133,6 +133,8 @@ def measure_answerers(config: Config, args: argparse.Namespace) -> None:
     for temperature in args.temperature or [0.0, 1.0]:
         speeds: dict[str, list[float]] = {}
         chosen = answerers(model, config, temperature, args)
+        if args.only:
+            chosen = {n: c for n, c in chosen.items() if n == BASELINE or any(part in n for part in args.only)}
         for repeat in range(-1, args.repeats):  # the round before the first warms up
             for name, answer in chosen.items():
                 started = time.perf_counter()
@@ -351,6 +353,7 @@ def main() -> None:
     parser.add_argument("--old-batch-size", type=int, default=64, help="part padded: batches of the other version")
     parser.add_argument("--prompts", type=int, default=128, help="prompts answered by each batched answerer")
     parser.add_argument("--sequential", type=int, default=6, help="prompts answered one by one")
+    parser.add_argument("--only", nargs="+", help="part answerers: only those whose names contain one of these")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--temperature", type=float, action="append", help="default: 0 and 1")

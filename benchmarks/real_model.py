@@ -58,7 +58,7 @@ def main() -> None:
     cut = {w: dataclasses.replace(head, draft_ids_W=torch.arange(w)) for w in sizes}
     with threads(args.threads), torch.inference_mode():
         engines = {
-            "torch's own": SplitBackbone(model, head, check=False, timed_kernels=False),
+            "torch's own": SplitBackbone(model, head, check=False, products="plain"),
             "chosen": SplitBackbone(model, head, check=False, pack=False),
             "chosen, packed too": SplitBackbone(model, head, check=False),
         }

@@ -41,7 +41,7 @@ def rounds_by(device: torch.device) -> dict[str, Any]:
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def engine_options(machine: Machine, device: torch.device) -> dict[str, bool]:
+def engine_options(machine: Machine, device: torch.device) -> dict[str, Any]:
     """What the `machine` section says of a SplitBackbone: its options fixed_shapes and pack."""
     return {"fixed_shapes": machine.cuda_graphs and device.type == "cuda", "pack": machine.pack == "auto"}
 

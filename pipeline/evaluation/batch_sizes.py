@@ -295,12 +295,11 @@ def in_batches(engine: BatchEngine, prompt: int, ids: list[int], count: int) -> 
     """Logits [V] of the token after `ids`, when so many copies of the text are decoded together in passes of several
     widths. The first `prompt` ids are prefilled alone, as in decoding."""
     for width in WIDTHS:
-        engine.places.most = count
         caches = []
         for _ in range(count):
             cache, logits_1V = engine.enter(ids[:prompt], len(ids))
             caches.append(cache)
-        engine.reserve(len(ids))
+        engine.reserve(len(ids) - prompt)
         for base in range(prompt, len(ids), width):
             row = ids[base : base + width]
             hidden_RD = engine.full(row * count, [Span(place, base, len(row)) for place in range(count)])

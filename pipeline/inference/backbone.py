@@ -51,8 +51,7 @@ class SplitBackbone:
     one. Whoever does so must compare logits (`canary.compare`), as nothing else tells.
     fixed_shapes: on a GPU, replay passes of fixed widths as CUDA graphs instead of launching every kernel. Then all
     texts share one cache, so only one text can be decoded at a time. It has no effect where transformers' layers run.
-    timed_kernels: choose matrix products by timing (kernels.py). False always uses torch's own, which another process
-    needs in order to compute bit-identical results.
+    products: how matrix products are chosen, by timing or otherwise (`kernels.CHOICES`).
     pack: allow copies of the weights in another order where kernels that read them are faster. They take as much memory
     as the weights, and are made only if twice as much is available.
     beyond_context: allow texts longer than max_position_embeddings, as transformers' generate does.
@@ -68,7 +67,7 @@ class SplitBackbone:
         *,
         check: bool = True,
         fixed_shapes: bool = False,
-        timed_kernels: bool = True,
+        products: str = "timed",
         pack: bool = True,
         beyond_context: bool = False,
     ):
@@ -98,7 +97,7 @@ class SplitBackbone:
             exit_layer.load_state_dict(kept | head.weights, assign=True)
         except RuntimeError as error:  # a name or a shape
             raise ValueError(f"the exit head's weights are not those of a layer of this backbone: {error}") from None
-        self._shared = _products_of(model, self.family, timed_kernels, pack)
+        self._shared = _products_of(model, self.family, products, pack)
         self.kernels, self.lm_head = self._shared.kernels, self._shared.lm_head
         for part in exit_layer.parameters():  # buffers keep their dtype, as in the backbone
             part.data = part.data.to(self.dtype)
@@ -113,7 +112,7 @@ class SplitBackbone:
             ids_W = head.draft_ids_W.to(self.device)
             self.draft_vocabulary = DraftVocabulary(ids_W, len(model.lm_head.weight))
             rows = Product(model.lm_head.weight.data.index_select(0, ids_W).t())
-            self.draft_lm_head = Kernels([rows], timed=timed_kernels, pack=pack).fit(rows)
+            self.draft_lm_head = Kernels([rows], products, pack=pack).fit(rows)
         self.has_fixed_shapes = fixed_shapes and self.family.is_fast
         self._fixed = FixedShapes(self.family.layer, self.shape) if self.has_fixed_shapes else None
         self._fixed_cache: KVCache | None = None
@@ -363,16 +362,16 @@ def _device_of(part: nn.Module, name: str) -> torch.device:
     return found.pop()
 
 
-def _products_of(model: nn.Module, family: Family, timed: bool, pack: bool) -> "_Products":
+def _products_of(model: nn.Module, family: Family, choice: str, pack: bool) -> "_Products":
     """Kernels, weights of the layers, and the LM head. They are kept on the model for its other heads, so that all of
     them and their baseline use the same; chosen anew for another number of threads, and for weights that were replaced.
     """
     layers = [family.gather(layer) for layer in model.model.layers]
     lm_head = Product(model.lm_head.weight.data.t())
-    key = torch.get_num_threads(), timed, pack, family.is_fast
+    key = torch.get_num_threads(), choice, pack, family.is_fast
     known = model.__dict__.setdefault("_products", {})
     if key not in known or not known[key].are_of(model):
-        kernels = Kernels([*_of(layers), lm_head], timed=timed, pack=pack)
+        kernels = Kernels([*_of(layers), lm_head], choice, pack=pack)
         fitted = [w.fitted(kernels) for w in layers], kernels.fit(lm_head)
         known[key] = _Products(addresses(model), changes(model), kernels, *fitted)
     return known[key]

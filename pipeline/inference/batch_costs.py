@@ -24,9 +24,15 @@ class RowTimes:
 
     def __init__(self) -> None:
         self.times: dict[int, Recent] = {}
+        self.first: dict[int, float] = {}
+        """Seconds of the first pass of a number of rows. It compiles and allocates what later ones use, so it is only a
+        bound: a width that seems to cost more than it does would not be tried again."""
 
     def add(self, rows: int, seconds: float, now: int) -> None:
-        self.times.setdefault(bucket(rows), Recent()).add(seconds, now)
+        if rows in self.first:
+            self.times.setdefault(bucket(rows), Recent()).add(seconds, now)
+        else:
+            self.first[rows] = seconds
 
     def forget(self, now: int) -> None:
         """Drop old times but the last of each number of rows: to find again that a width costs much would cost much."""
@@ -34,8 +40,9 @@ class RowTimes:
             recent.forget(now, keep=1)
 
     def table(self, most: int) -> list[float]:
-        """Seconds of passes of 0..most rows; all 0 before the first time. Between timed numbers of rows it is a line.
-        Fewer rows than any timed ones count as those, and more as the line through the last two."""
+        """Seconds of passes of 0..most rows; all 0 before any number of rows came twice. Between timed numbers of rows
+        it is a line. Fewer rows than any timed ones count as those, and more as the line through the last two. A pass
+        that was the first of its width is a bound for all that are not wider."""
         points = _never_less([(rows, r.value(), len(r)) for rows, r in sorted(self.times.items()) if len(r)])
         if not points:
             return [0.0] * (most + 1)
@@ -54,6 +61,11 @@ class RowTimes:
             else:
                 (x0, y0), (x1, y1) = points[at - 1], points[at]
                 table.append(y0 + (y1 - y0) * (rows - x0) / (x1 - x0))
+        bound = float("inf")
+        for rows in range(most, 0, -1):
+            if rows in self.first and bucket(rows) not in self.times:
+                bound = min(bound, self.first[rows])
+            table[rows] = min(table[rows], bound)
         return table
 
 

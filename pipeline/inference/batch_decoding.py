@@ -105,7 +105,6 @@ def decode_batch(
         raise ValueError("this engine is decoding other texts: end them first, or make another BatchEngine")
     waiting, texts = enumerate(jobs), list[_Text]()
     parts = stopwatch(block.device for block in engine.backbone.blocks)
-    engine.places.most = places
     try:
         while True:
             while len(texts) < places and (job := next(waiting, None)) is not None:
@@ -119,7 +118,7 @@ def decode_batch(
                 return
             for place, text in enumerate(texts):
                 text.place, text.tree, text.round = place, Tree(text.out.tokens[-1]), Round()
-            engine.reserve(max(text.cache.length for text in texts) + 1 + drafts)
+            engine.reserve(1 + drafts)
             parts.start()
             record = BatchRound(len(texts))
             _round(engine, texts, controller, record, parts)

@@ -7,8 +7,9 @@ M rows of a pass, D hidden, G key/value heads, P places, T slots, C channels of 
 head can draft
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from torch import Tensor
 from .backbone import SplitBackbone
 from .kernels import available_bytes
 from .kv_cache import KVCache
-from .layers import Rows
-from .passes import Span, flat_slots
-from .places import Places
+from .layers import Rows, joined
+from .passes import Group, Span
+from .places import Layout, Places, Store
 from .tree import Tree
 
 CATCH_UP = 32
@@ -43,7 +44,7 @@ class BatchEngine:
         sizes = [(len(b.weights), b.device) for b in backbone.blocks]
         shape = backbone.shape
         hidden = backbone.hidden, deep.device, backbone.dtype
-        self.places = Places(sizes, shape.kv_heads, shape.head_dim, hidden)
+        self.places = Places(Layout(sizes, shape.kv_heads, shape.head_dim, hidden))
 
     def enter(self, prompt: list[int], length: int) -> tuple[KVCache, Tensor]:
         """(cache of a new text in the next place, float32 logits [1, V] after its prompt), by a pass of this text
@@ -58,8 +59,8 @@ class BatchEngine:
                 f"the prompt has ids from {min(prompt)} to {max(prompt)}, the vocabulary ends at {last}: it was "
                 "encoded for another model"
             )
-        self.reserve(n)
         cache = self.places.enter(n)
+        self._allocate()
         try:
             backbone.shallow(prompt, 0, cache)
             logits_1V = backbone.logits(backbone.deep(0, n, cache)[-1:])
@@ -72,36 +73,37 @@ class BatchEngine:
     def fitting(self, length: int) -> int:
         """How many texts of `length` slots fit into the free memory, of which half is left for copies that are made
         when places grow; at least 1."""
-        needed = self.places.bytes_of(length)
+        needed = self.places.layout.bytes_of(length)
         return max(1, min(_free_bytes(device) // 2 // size for device, size in needed.items()))
 
     def leave(self, place: int) -> None:
-        """Free a place; the text in the last one moves there."""
+        """Free a place; the last text takes its number."""
         self.places.leave(place)
 
-    def reserve(self, slots: int) -> None:
-        """Make room for so many slots of each text. What is beyond the committed ones is lost, so it is called between
-        rounds."""
-        self.places.reserve(slots)
-        self.backbone.passes.allocate(self.places.room[1], {block.device for block in self.backbone.blocks})
+    def reserve(self, more: int) -> None:
+        """Make room for so many more tokens of each text. What is beyond the committed ones is lost, so it is called
+        between rounds."""
+        self.places.reserve(more)
+        self._allocate()
 
     def shallow(self, ids: list[int], spans: list[Span]) -> None:
         """Run layers 1..N on the tokens of these rows; their hidden states are stored."""
-        hidden_MD = self.backbone.passes.embed(ids, 0)
-        self._store(self._run(hidden_MD, 0, self.backbone.exit_layer, self._pass(spans)), spans)
+        rows = self._pass(spans)
+        rows.store(self._run(self._embedded(ids, rows), 0, self.backbone.exit_layer, rows))
 
     def deep(self, spans: list[Span]) -> Tensor:
         """Run layers N+1..L on the stored hidden states of these rows; [M, D] before the final norm."""
-        return self._run(self._stored(spans), self.backbone.exit_layer, self.backbone.num_layers, self._pass(spans))
+        rows = self._pass(spans)
+        return rows.as_given(self._run(rows.stored(), self.backbone.exit_layer, self.backbone.num_layers, rows))
 
     def full(self, ids: list[int], spans: list[Span], store: bool = False) -> Tensor:
         """Run all L layers on the tokens of these rows; [M, D]. store: the hidden states after layer N too, which the
         exit head may read later and autoregressive decoding does not need."""
         rows, n = self._pass(spans), self.backbone.exit_layer
-        hidden_MD = self._run(self.backbone.passes.embed(ids, 0), 0, n, rows)
+        hidden_MD = self._run(self._embedded(ids, rows), 0, n, rows)
         if store:
-            self._store(hidden_MD, spans)
-        return self._run(hidden_MD, n, self.backbone.num_layers, rows)
+            rows.store(hidden_MD)
+        return rows.as_given(self._run(hidden_MD, n, self.backbone.num_layers, rows))
 
     def logits(self, hidden_MD: Tensor) -> Tensor:
         """Apply the final norm and the LM head; [M, V] in float32."""
@@ -111,7 +113,7 @@ class BatchEngine:
         """Let the exit head read what it has not read yet of the committed tokens of these texts, where that is
         much."""
         for place in places:
-            cache = self.places.caches[place]
+            cache = self.places.texts[place].cache
             if cache.length - cache.head_length >= CATCH_UP:
                 self.backbone.draft_hidden(cache.length - 1, cache)
 
@@ -119,57 +121,106 @@ class BatchEngine:
         """The exit head's logits [M, W] for the tokens that follow rows of trees: (place, the tree of its text, rows in
         ascending order) of each text. Its keys and values of tokens that it has not processed yet are computed
         first. After drafts that branch it is asked only in rounds in which it was after their pending token."""
-        spans, at, count = [], list[int](), 0
-        backbone, layer = self.backbone, self.backbone.num_layers
+        spans, backbone, layer = [], self.backbone, self.backbone.num_layers
         for place, tree, rows in asked:
-            cache = self.places.caches[place]
+            cache = self.places.texts[place].cache
             base, root = cache.head_length, cache.length
             cache.head_length = root + rows[-1] + 1
             spans.append(Span.of(place, base, cache.head_length - base, tree, root))
-            at += [count + root + row - base for row in rows]
-            count += spans[-1].rows
-        hidden_MD = self._run(self._stored(spans).to(backbone.device), layer, layer + 1, self._pass(spans))
+        ahead = self._pass(spans)
+        hidden_MD = self._run(ahead.stored().to(backbone.device), layer, layer + 1, ahead)
+        # The last row of a span is the last of those asked for.
+        those = zip(asked, ahead.numbers, strict=True)
+        at = [numbers[row - rows[-1] - 1] for (_, _, rows), numbers in those for row in rows]
         return backbone.draft_logits_of(hidden_MD.index_select(0, torch.tensor(at, device=backbone.device)))
 
-    def _slots(self, spans: list[Span], device: torch.device) -> Tensor:
-        """The number [M] of each row among the slots of all places."""
-        return torch.tensor(flat_slots(spans, self.places.room[1]), device=device)
+    def _allocate(self) -> None:
+        self.backbone.passes.allocate(self.places.longest, {block.device for block in self.backbone.blocks})
 
-    def _stored(self, spans: list[Span]) -> Tensor:
-        hidden = self.places.hidden_PTD
-        return hidden.view(-1, hidden.shape[-1]).index_select(0, self._slots(spans, hidden.device))
+    def _pass(self, spans: list[Span]) -> "_Pass":
+        return _Pass(self.places, spans, self.backbone.passes.rows_of_texts)
 
-    def _store(self, hidden_MD: Tensor, spans: list[Span]) -> None:
-        hidden = self.places.hidden_PTD
-        hidden.view(-1, hidden.shape[-1]).index_copy_(0, self._slots(spans, hidden.device), hidden_MD.to(hidden.device))
+    def _embedded(self, ids: list[int], rows: "_Pass") -> Tensor:
+        return self.backbone.passes.embed(rows.grouped(ids), 0)
 
-    def _pass(self, spans: list[Span]) -> Callable[[torch.device], list[Rows]]:
-        """What a pass of these rows is to each layer on a device, made once."""
-        passes, texts, slots = self.backbone.passes, len(self.places.caches), self.places.room[1]
-        return cache(lambda device: passes.rows_of_texts(spans, texts, slots, device))
-
-    def _run(self, hidden_MD: Tensor, start: int, stop: int, rows: Callable[[torch.device], list[Rows]]) -> Tensor:
+    def _run(self, hidden_MD: Tensor, start: int, stop: int, rows: "_Pass") -> Tensor:
         """Run layers start..stop-1 (from 0; L is the exit head) on rows, block by block."""
-        backbone, places = self.backbone, self.places
-        texts = len(places.caches)
-        device = None
+        backbone, device = self.backbone, None
         for i, block in enumerate(backbone.blocks):
             if block.start < start or block.stop > stop:
                 continue
             if block.device != device:
                 device = block.device
-                kinds, hidden_MD = rows(device), hidden_MD.to(device)
-                end = kinds[0].mask.shape[-1]  # type: ignore[union-attr]
-            keys, values = places.keys[i], places.values[i]
-            to_keys, to_values = keys.flatten(2, 3), values.flatten(2, 3)  # [layers, G, P*T, C]
-            seen_keys, seen_values = keys[:, :, :texts, :end], values[:, :, :texts, :end]
-            layers = zip(
-                block.weights, kinds[block.start : block.stop], seen_keys.unbind(0), seen_values.unbind(0),
-                to_keys.unbind(0), to_values.unbind(0), strict=True,
-            )  # fmt: skip
+                kinds, hidden_MD = rows.kinds(device), hidden_MD.to(device)
+            layers = zip(block.weights, kinds[block.start : block.stop], *rows.keys_and_values(i), strict=True)
             for weights, those, *slots in layers:
                 hidden_MD = backbone.family.layer(hidden_MD, weights, backbone.shape, those, *slots)
         return hidden_MD
+
+
+class _Pass:
+    """The rows of a pass: those of texts in one store follow each other, whatever order they are given in."""
+
+    def __init__(self, places: Places, spans: list[Span], rows_of_texts: Callable[..., list[Rows]]):
+        where = [places.texts[span.place] for span in spans]
+        order = sorted(range(len(spans)), key=lambda i: (where[i].store.slots, where[i].number))
+        self.stores: list[Store] = []
+        self.groups: list[Group] = []
+        for i in order:
+            place = where[i]
+            if not self.stores or self.stores[-1] is not place.store:
+                self.stores.append(place.store)
+                self.groups.append(Group(place.store.slots, len(place.store.taken), []))
+            self.groups[-1].spans.append(spans[i]._replace(place=place.number))
+        starts = dict(zip(order, accumulate((spans[i].rows for i in order), initial=0), strict=False))
+        self.numbers = [range(starts[i], starts[i] + span.rows) for i, span in enumerate(spans)]
+        """Of each span as given: the numbers of its rows in the pass."""
+        self.is_as_given = order == list(range(len(spans)))
+        self.kinds = cache(lambda device: rows_of_texts(self.groups, device))
+        """What the pass is to each layer on a device."""
+
+    def grouped(self, ids: list[int]) -> list[int]:
+        """The tokens of rows, in the order of the pass."""
+        found = dict(zip(chain.from_iterable(self.numbers), ids, strict=True))
+        return [found[number] for number in range(len(ids))]
+
+    def as_given(self, hidden_MD: Tensor) -> Tensor:
+        """Rows in the order of the spans as they were given."""
+        if self.is_as_given:
+            return hidden_MD
+        return hidden_MD.index_select(0, torch.tensor([*chain.from_iterable(self.numbers)], device=hidden_MD.device))
+
+    def stored(self) -> Tensor:
+        """The hidden states [M, D] after layer N."""
+        return joined([hidden.index_select(0, slots_M) for hidden, slots_M in self._hidden()])
+
+    def store(self, hidden_MD: Tensor) -> None:
+        """Keep these as the hidden states after layer N."""
+        first = 0
+        for hidden, slots_M in self._hidden():
+            part_MD = hidden_MD.narrow(0, first, len(slots_M))
+            hidden.index_copy_(0, slots_M, part_MD.to(hidden.device))
+            first += len(slots_M)
+
+    def keys_and_values(self, block: int) -> list[Iterator[tuple[Tensor, ...]]]:
+        """Of each layer of a block, one tensor for each store: keys [G, P, T, C] up to the last slot that is attended
+        to, values too, and all slots [G, P*T, C] of both, to which those of the rows are written."""
+        seen, all_slots = [], []
+        for part in ("keys", "values"):
+            stores = [getattr(store, part)[block] for store in self.stores]
+            ends = [some[:, :, : g.texts, : g.end] for some, g in zip(stores, self.groups, strict=True)]
+            seen.append(zip(*(some.unbind(0) for some in ends), strict=True))
+            all_slots.append(zip(*(some.flatten(2, 3).unbind(0) for some in stores), strict=True))
+        return [*seen, *all_slots]
+
+    def _hidden(self) -> list[tuple[Tensor, Tensor]]:
+        """Of each store: hidden states of all slots, and which of them are those of the rows."""
+        found = []
+        for store, group in zip(self.stores, self.groups, strict=True):
+            hidden_PTD = store.hidden_PTD
+            slots_M = torch.tensor(group.slots_of_rows(), device=hidden_PTD.device)
+            found.append((hidden_PTD.view(-1, hidden_PTD.shape[-1]), slots_M))
+        return found
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -14,8 +14,9 @@ from .thompson import BINS, REFRESH, Beliefs
 
 MEMORY = 0.98
 """Discount factor of earlier rounds in the gain over autoregressive decoding, per round."""
-PROBES = (1, 0)
-"""Numbers of drafts of all texts in the first rounds of each doubling of their number: they measure the costs there."""
+PROBES = (1, 0, 1, 0)
+"""Numbers of drafts of all texts in the first rounds of each doubling of their number: they measure the costs there, at
+the second time of each."""
 AHEAD = (0, 1, 2, 4)
 """Numbers of levels behind the next that are looked ahead."""
 

@@ -85,9 +85,10 @@ def _join(linears: list[nn.Linear]) -> Product:
 
 def decoder_layer(
     hidden_MD: Tensor, w: LayerWeights, shape: Shape, rows: Rows,
-    keys: Tensor, values: Tensor, to_keys: Tensor, to_values: Tensor, last_row: bool = False,
+    keys: Any, values: Any, to_keys: Any, to_values: Any, last_row: bool = False,
 ) -> Tensor:  # fmt: skip
-    """One layer, [M, D] -> [M, D]: attention over keys and values [1, G, T, C], then the MLP.
+    """One layer, [M, D] -> [M, D]: attention over keys and values [1, G, T, C] (of several texts: see
+    `layers.attend`), then the MLP.
 
     The rows' own keys and values are first written to to_keys and to_values (see `layers.write`), which are views of
     them. last_row: compute the output of the last row only, [1, D]; the other rows only leave their keys and values.
@@ -100,8 +101,8 @@ def decoder_layer(
         q_MHC, k_MGC = qk.split((heads, groups), 1)
         qk = torch.cat([rms_norm(q_MHC, w.q_norm_C, shape.eps), rms_norm(k_MGC, w.k_norm_C, shape.eps)], 1)
     q_MHC, k_MGC = rotate(qk, rows).split((heads, groups), 1)
-    write(to_keys, rows.positions_M, k_MGC)
-    write(to_values, rows.positions_M, v_MGC)
+    write(to_keys, rows, k_MGC)
+    write(to_values, rows, v_MGC)
     if last_row:
         hidden_MD, q_MHC, rows = hidden_MD[-1:], q_MHC[-1:], rows.last(shape.repeats)
     attended = attend(q_MHC, keys, values, rows, groups)

@@ -1,8 +1,8 @@
 """Matrix products with a model's weights, each by the kernel that is fastest on this machine for its number of rows.
 
 Takes the weights of linear layers, gives `Product`s that the layers call. Kernels are chosen for every shape of weights
-and number of rows, by timing them on the weights themselves when a model is first used. Three of them are known, and
-they differ in float32 on a CPU only; everywhere else all products are torch's own.
+and number of rows, as a rule by timing them on the weights themselves when a model is first used. Three of them are
+known, and they differ in float32 on a CPU only; everywhere else all products are torch's own.
 
 plain    torch's own product: a matrix-vector routine for one row, and one made for large matrices from two rows on, so
          that a pass of 3 tokens takes longer than two passes of one token
@@ -23,6 +23,15 @@ from torch import Tensor
 
 from .rounds import WIDTHS
 
+CHOICES = {
+    "timed": "by timing, the fastest on this machine",
+    "repeatable": "torch's own for one row, and oneDNN's from two rows on, packed where there is memory for it, which "
+    "gives the same numbers; so equal passes give equal results in every process and whatever memory is free",
+    "plain": "torch's own for all",
+}
+FEWEST_WEIGHTS = 1 << 17
+"""Smaller products stay torch's own where nothing is timed: a call of oneDNN costs 30 us more than one of torch, and
+the first call with another number of rows a millisecond, which is more than they save."""
 MANY = 64
 """Rows for which the kernel of a prefill is chosen."""
 TIMED = (*WIDTHS, MANY)
@@ -102,21 +111,27 @@ def _onednn(x_MI: Tensor, weight: Tensor | None, bias_O: Tensor | None, residual
 class Kernels:
     """The kernels chosen for one model, and the packed copies of its weights.
 
-    products: all products of the model. timed: choose by timing; otherwise every kernel is `plain`, which another
-    process needs in order to compute bit-identical results. pack: allow packed copies, where the memory that is
+    products: all products of the model. choice: see `CHOICES`. pack: allow packed copies, where the memory that is
     available is at least twice their size.
     """
 
-    def __init__(self, products: Iterable[Product], *, timed: bool, pack: bool):
+    def __init__(self, products: Iterable[Product], choice: str, *, pack: bool):
         self.chosen: dict[tuple[int, int], list[Kernel]] = {}
         """Shape (I, O) -> kernel of every number of rows."""
         shapes: dict[tuple[int, int], list[Product]] = {}
         for product in products:
             shapes.setdefault(_shape(product), []).append(product)
-        if not timed or not all(map(_differs, (some[0] for some in shapes.values()))):
+        if choice not in CHOICES:
+            raise ValueError(f"products={choice}: must be one of {', '.join(CHOICES)}")
+        if choice == "plain" or not all(map(_differs, (some[0] for some in shapes.values()))):
             return
         every = sum(p.weight_IO.nbytes for some in shapes.values() for p in some)
         pack = pack and _can_pack() and available_bytes() >= 2 * every
+        if choice == "repeatable":
+            many = packed if pack else onednn
+            large = [shape for shape in shapes if shape[0] * shape[1] >= FEWEST_WEIGHTS]
+            self.chosen = {shape: [plain, plain, *[many] * WIDTHS[-1]] for shape in large}
+            return
         with torch.inference_mode():
             for shape, some in shapes.items():
                 self.chosen[shape] = _choose(some[: -(-SAMPLE // some[0].nbytes)], pack)

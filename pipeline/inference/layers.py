@@ -70,14 +70,20 @@ class LayerKind(NamedTuple):
 
 
 class Several(NamedTuple):
-    """How the rows of a pass belong to several texts, each of which attends to keys and values of its own."""
+    """Rows of texts whose keys and values are in one store, each text attending to its own."""
 
+    rows: int
+    """M of them, which follow each other in the pass."""
     texts: int
-    """P: the texts are those in places 0..P-1."""
+    """P: the texts are those in places 0..P-1 of the store."""
     width: int
     """W: the most rows of a text."""
     at_M: Tensor | None
     """place * W + number of each row in its text; None where every text has W rows."""
+    slots_M: Tensor
+    """The number of each row's slot among those of all places of the store."""
+    mask: Tensor
+    """Additive, [1, P, W*R, T]."""
 
 
 class Rows(NamedTuple):
@@ -96,8 +102,9 @@ class Rows(NamedTuple):
     """The number of positions that a row attends to, where there are more."""
     branched: bool = False
     """Whether the rows are of a tree that branches (tree.py): then the mask says what a row attends to."""
-    several: Several | None = None
-    """Of rows of several texts, whose `positions_M` count the slots of all texts and whose mask is [1, P, W*R, T]."""
+    several: tuple[Several, ...] | None = None
+    """Of rows of several texts: those of each store. Positions and mask are in these, and keys and values are given as
+    one tensor for each store."""
 
     def last(self, repeats: int) -> "Rows":
         """What the pass is to its last row alone."""
@@ -127,12 +134,22 @@ def run_layers(
     return hidden_MD
 
 
-def write(to: Tensor, positions_M: Tensor | None, rows_MGC: Tensor) -> None:
-    """Write rows to their positions in `to` [G, T, C], or without positions to all of `to` [G, M, C]."""
-    if positions_M is None:
-        to.copy_(rows_MGC.transpose(0, 1))
+def write(to: Any, rows: Rows, x_MGC: Tensor) -> None:
+    """Write keys or values of rows to their positions in `to` [G, T, C], or without positions to all of `to`
+    [G, M, C]; of several texts to the slots of each store's [G, P*T, C]."""
+    if rows.several is not None:
+        parts = x_MGC.transpose(0, 1).split([some.rows for some in rows.several], 1)
+        for store, some, part_GMC in zip(to, rows.several, parts, strict=True):
+            store.index_copy_(1, some.slots_M, part_GMC)
+    elif rows.positions_M is None:
+        to.copy_(x_MGC.transpose(0, 1))
     else:
-        to.index_copy_(1, positions_M, rows_MGC.transpose(0, 1))
+        to.index_copy_(1, rows.positions_M, x_MGC.transpose(0, 1))
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Rows of several stores, one after the other; a single one's are not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rotate(x_MHC: Tensor, rows: Rows) -> Tensor:
@@ -140,13 +157,14 @@ def rotate(x_MHC: Tensor, rows: Rows) -> Tensor:
     return torch.addcmul(x_MHC * rows.cos_M1C, x_MHC.roll(x_MHC.shape[-1] // 2, -1), rows.sin_M1C)
 
 
-def attend(q_MHC: Tensor, keys: Tensor, values: Tensor, rows: Rows, groups: int) -> Tensor:
-    """Attention output [M, H*C] over keys and values [1, G, T, C].
+def attend(q_MHC: Tensor, keys: Any, values: Any, rows: Rows, groups: int) -> Tensor:
+    """Attention output [M, H*C] over keys and values [1, G, T, C], of several texts over [G, P, T, C] of each store.
 
     The R query heads that share a key/value head are treated as rows of one head, so keys are never repeated.
     """
     if rows.several is not None:
-        return _attend_each(q_MHC, keys, values, rows, groups)
+        parts = zip(q_MHC.split([some.rows for some in rows.several]), keys, values, rows.several, strict=True)
+        return joined([_attend_each(*part, groups) for part in parts])
     m, heads, _ = q_MHC.shape
     alone = m == 1 and rows.mask is None and rows.window is not None
     start = keys.shape[2] - rows.window if alone else rows.start  # type: ignore[operator]
@@ -162,15 +180,15 @@ def attend(q_MHC: Tensor, keys: Tensor, values: Tensor, rows: Rows, groups: int)
     return _attend_masked(q_MHC, keys, values, rows.mask, groups)
 
 
-def _attend_each(q_MHC: Tensor, keys: Tensor, values: Tensor, rows: Rows, groups: int) -> Tensor:
-    """The same for the rows of several texts, over keys and values [G, P, T, C]. Texts with fewer rows than others are
-    filled up with rows of zeros, in this function only."""
-    texts, width, at_M = rows.several  # type: ignore[misc]
+def _attend_each(q_MHC: Tensor, keys: Tensor, values: Tensor, some: Several, groups: int) -> Tensor:
+    """The same for the rows of several texts, over the keys and values [G, P, T, C] of one store. Texts with fewer rows
+    than others are filled up with rows of zeros, in this function only."""
+    _, texts, width, at_M, _, mask = some
     _, heads, channels = q_MHC.shape
     if at_M is not None:
         q_MHC = q_MHC.new_zeros(texts * width, heads, channels).index_copy_(0, at_M, q_MHC)
     q = q_MHC.view(texts, width, groups, -1, channels).permute(2, 0, 1, 3, 4).reshape(groups, texts, -1, channels)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=rows.mask)
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
     out = out.view(groups, texts, width, -1, channels).permute(1, 2, 0, 3, 4).reshape(texts * width, -1)
     return out if at_M is None else out.index_select(0, at_M)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import LayerKind, Rows, Several, Shape, causal_mask
+from .layers import LayerKind, Rows, Several, Shape, causal_mask, joined
 from .tree import Tree, branched_mask
 
 
@@ -26,7 +26,7 @@ class Tables(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Rows of one of several texts in a pass: those in slots base..base+rows-1 of a place."""
+    """Rows of one of several texts in a pass: those in slots base..base+rows-1 of its place."""
 
     place: int
     base: int
@@ -50,9 +50,23 @@ class Span(NamedTuple):
         return [self.root + depth for depth in self.tree.depths[first : first + self.rows]]
 
 
-def flat_slots(spans: list[Span], slots: int) -> list[int]:
-    """The number of each row's slot among those of all places, which have `slots` each."""
-    return [span.place * slots + span.base + i for span in spans for i in range(span.rows)]
+class Group(NamedTuple):
+    """Spans of texts whose places are in one store."""
+
+    slots: int
+    """T: of each place."""
+    texts: int
+    """P: the places 0..P-1 are in use."""
+    spans: list[Span]
+
+    @property
+    def end(self) -> int:
+        """The number of slots up to the last that any of the rows attends to."""
+        return max(span.base + span.rows for span in self.spans)
+
+    def slots_of_rows(self) -> list[int]:
+        """The number of each row's slot among those of all places."""
+        return [span.place * self.slots + span.base + i for span in self.spans for i in range(span.rows)]
 
 
 def mask_of_texts(
@@ -146,20 +160,33 @@ class Passes:
         mask = mask_MT.repeat_interleave(self.shape.repeats, 0)
         return Rows(None, cos_M1C, sin_M1C, mask, start, window, branched=True)
 
-    def rows_of_texts(self, spans: list[Span], texts: int, slots: int, device: torch.device) -> list[Rows]:
-        """The same for a pass of rows of several texts, which are in places 0..texts-1 of `slots` slots each."""
+    def rows_of_texts(self, groups: list[Group], device: torch.device) -> list[Rows]:
+        """The same for a pass of rows of several texts, one group after the other."""
         tables = self._tables[device]
-        width, end = max(span.rows for span in spans), max(span.base + span.rows for span in spans)
-        positions = [position for span in spans for position in span.positions]
-        padded = [span.place * width + i for span in spans for i in range(span.rows)]
-        positions_M, flat_M, at_M = torch.tensor([positions, flat_slots(spans, slots), padded], device=device)
-        even = padded == list(range(texts * width))
-        several = Several(texts, width, None if even else at_M)
-        # Rows that only fill up see position 0: a row that sees nothing would be NaN.
-        filled_P = torch.zeros(texts * width, dtype=torch.long, device=device).index_copy_(0, at_M, positions_M)
+        indices = [_indices(group, device) for group in groups]
+        positions_M = joined([positions_M for _, _, positions_M, _, _ in indices])
         cos_M1C, sin_M1C = tables.cos_T1C[positions_M], tables.sin_T1C[positions_M]
         made = {}
         for kind in set(self.kinds):
-            mask = mask_of_texts(spans, filled_P, width, end, self.shape.repeats, cos_M1C.dtype, kind.window)
-            made[kind] = Rows(flat_M, cos_M1C, sin_M1C, mask.view(1, texts, -1, end), several=several)
+            several = [self._of_group(kind, *some, cos_M1C) for some in zip(groups, indices, strict=True)]
+            made[kind] = Rows(None, cos_M1C, sin_M1C, None, several=tuple(several))
         return [made[kind] for kind in self.kinds]
+
+    def _of_group(self, kind: LayerKind, group: Group, indices: tuple[Any, ...], like: Tensor) -> Several:
+        width, is_even, positions_M, slots_M, at_M = indices
+        # Rows that only fill up see position 0: a row that sees nothing would be NaN.
+        filled_P = torch.zeros(group.texts * width, dtype=torch.long, device=like.device)
+        filled_P.index_copy_(0, at_M, positions_M)
+        mask = mask_of_texts(group.spans, filled_P, width, group.end, self.shape.repeats, like.dtype, kind.window)
+        mask = mask.view(1, group.texts, -1, group.end)
+        return Several(len(positions_M), group.texts, width, None if is_even else at_M, slots_M, mask)
+
+
+def _indices(group: Group, device: torch.device) -> tuple[int, bool, Tensor, Tensor, Tensor]:
+    """Of the rows of a group: the most of a text, W; whether all texts have as many; and [M] each positions, slots, and
+    place * W + number in the text."""
+    spans, width = group.spans, max(span.rows for span in group.spans)
+    positions = [position for span in spans for position in span.positions]
+    at = [span.place * width + i for span in spans for i in range(span.rows)]
+    is_even = at == list(range(group.texts * width))
+    return width, is_even, *torch.tensor([positions, group.slots_of_rows(), at], device=device).unbind(0)

@@ -1,111 +1,187 @@
-"""The caches of several texts that are decoded together, in one store, so that one call attends over all of them.
+"""The caches of several texts that are decoded together. Texts of about the same length lie in one store, so that one
+call attends over all of them.
 
-A place is where one text's keys, values and hidden states are. Places 0, 1, ... are taken without gaps: when a text
-leaves, the last one moves to its place. The store grows and shrinks by blocks with the number of texts and the longest
-of them, so its memory is that of places x longest text.
+A place is where one text's keys, values and hidden states are. A store has places of one length, 256 slots or a power
+of two times as many, and of its places 0, 1, ... are taken without gaps: when a text leaves, the last one moves to its
+place. A text that outgrows its place moves to the store of the next length. So there are at most twice the slots of a
+text's tokens, beyond the first 256, and at most twice the places of a store's texts: memory follows the tokens that
+there are, and no text attends over the length of a much longer one.
 
 P places, T slots of each, G key/value heads, C channels of a head, D hidden
 """
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kv_cache import KVCache, allocate
 
-BLOCK = 128
-"""Slots by which places grow."""
+SHORTEST = 256
+"""Slots of the shortest places."""
 
 
-class Places:
-    """The store. blocks: (number of layers, device) in the order of the layers (`KVCache`). hidden: D, device and dtype
-    of the hidden states after layer N, which is the dtype of keys and values too."""
+def slots_for(length: int) -> int:
+    """Slots of a place of the shortest kind that holds so many tokens."""
+    slots = SHORTEST
+    while slots < length:
+        slots *= 2
+    return slots
 
-    def __init__(
-        self,
-        blocks: list[tuple[int, torch.device]],
-        kv_heads: int,
-        head_dim: int,
-        hidden: tuple[int, torch.device, torch.dtype],
-    ):
-        self._blocks, self._kv_heads, self._head_dim, self._hidden = blocks, kv_heads, head_dim, hidden
-        self.most = 1
-        """The most texts that will be in it at once."""
-        self.caches: list[KVCache] = []
-        """Of the text in each place; its tensors are views of the store."""
+
+class Layout(NamedTuple):
+    """What a slot consists of."""
+
+    blocks: list[tuple[int, torch.device]]
+    """(number of layers, device) in the order of the layers (`KVCache`)."""
+    kv_heads: int
+    head_dim: int
+    hidden: tuple[int, torch.device, torch.dtype]
+    """D, device and dtype of the hidden states after layer N, which is the dtype of keys and values too."""
+
+    def bytes_of(self, length: int) -> dict[torch.device, int]:
+        """Memory of the place of a text of `length` tokens, by device."""
+        size, device, dtype = self.hidden
+        slot_bytes = {device: size * dtype.itemsize}
+        for layers, at in self.blocks:
+            slot_bytes[at] = slot_bytes.get(at, 0) + 2 * layers * self.kv_heads * self.head_dim * dtype.itemsize
+        return {at: slots_for(length) * one for at, one in slot_bytes.items()}
+
+
+@dataclass(eq=False)
+class Place:
+    """Where a text is: its cache, whose tensors are views of a store, and the number of its place there."""
+
+    cache: KVCache
+    store: "Store"
+    number: int
+
+
+class Store:
+    """Places of one length. `taken` are those in use, by their numbers."""
+
+    def __init__(self, layout: Layout, slots: int):
+        self.layout, self.slots, self.taken = layout, slots, list[Place]()
         self.keys: list[Tensor] = []
         """One tensor for each block, [layers, G, P, T, C]: a row of keys is copied to one index of [G, P*T, C]."""
         self.values: list[Tensor] = []
-        self._make(0, 0)
+        self._make(0)
 
     @property
-    def room(self) -> tuple[int, int]:
-        """P and T."""
-        return self.hidden_PTD.shape[0], self.hidden_PTD.shape[1]
+    def places(self) -> int:
+        """P."""
+        return self.hidden_PTD.shape[0]
 
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (*self.keys, *self.values, self.hidden_PTD))
 
-    def bytes_of(self, length: int) -> dict[torch.device, int]:
-        """Memory of one place of `length` slots, by device."""
-        size, device, dtype = self._hidden
-        slot_bytes = {device: size * dtype.itemsize}
-        for layers, at in self._blocks:
-            slot_bytes[at] = slot_bytes.get(at, 0) + 2 * layers * self._kv_heads * self._head_dim * dtype.itemsize
-        return {at: -(-length // BLOCK) * BLOCK * one for at, one in slot_bytes.items()}
-
-    def enter(self, length: int) -> KVCache:
-        """The empty cache of a text that takes the next place and needs `length` slots now."""
-        places = self.room[0]
-        if len(self.caches) == places:  # doubled, as making room takes time
-            self._resize(max(places + 1, min(2 * places, self.most)), length)
-        self.reserve(length)
+    def take(self) -> Place:
+        """The next place, empty."""
+        number = len(self.taken)
+        if number == self.places:  # half as many more, as making room takes time
+            self._resize(number + max(1, number // 2))
         for part_PT in self._parts():  # an overflow of the text before must not reach this one through 0 * inf
-            part_PT[len(self.caches)].zero_()
-        cache = KVCache(*self._views(len(self.caches)))
-        self.caches.append(cache)
-        return cache
+            part_PT[number].zero_()
+        place = Place(KVCache(*self._views(number)), self, number)
+        self.taken.append(place)
+        return place
 
-    def leave(self, place: int) -> None:
+    def free(self, place: Place) -> None:
         """Free a place; the text of the last one moves there."""
-        last = self.caches.pop()
-        if place < len(self.caches):
-            self.caches[place] = last
+        last = self.taken.pop()
+        if last is not place:
             for part_PT in self._parts():
-                part_PT[place, : last.length] = part_PT[len(self.caches), : last.length]
-            last.store(*self._views(place))
-        places, slots = self.room
-        needed = max((cache.length for cache in self.caches), default=0)
-        if len(self.caches) <= places // 2 or needed + BLOCK <= slots // 2:
-            self._resize(len(self.caches), needed)
+                part_PT[place.number, : last.cache.length] = part_PT[last.number, : last.cache.length]
+            last.number = place.number
+            last.cache.store(*self._views(last.number))
+            self.taken[last.number] = last
+        if len(self.taken) <= self.places // 2:
+            self._resize(len(self.taken))
 
-    def reserve(self, length: int) -> None:
-        """Make room for texts of `length` slots. What the caches have committed is kept."""
-        if length > self.room[1]:
-            self._resize(self.room[0], length)
+    def copy(self, to: Place, of: Place) -> None:
+        """Copy what is committed of a place of another store."""
+        for new_PT, old_PT in zip(self._parts(), of.store._parts(), strict=True):
+            new_PT[to.number, : of.cache.length] = old_PT[of.number, : of.cache.length]
 
     def _parts(self) -> list[Tensor]:
         """Views [P, T, ...] of every part of the store."""
         return [self.hidden_PTD, *(part.permute(2, 3, 0, 1, 4) for part in (*self.keys, *self.values))]
 
-    def _resize(self, places: int, length: int) -> None:
+    def _resize(self, places: int) -> None:
         before = self._parts()
-        length = max([length, *(cache.length for cache in self.caches)])
-        self._make(places, -(-length // BLOCK) * BLOCK)
+        self._make(places)
         for old_PT, new_PT in zip(before, self._parts(), strict=True):
-            for place, cache in enumerate(self.caches):
-                new_PT[place, : cache.length] = old_PT[place, : cache.length]
-        for place, cache in enumerate(self.caches):
-            cache.store(*self._views(place))
+            for place in self.taken:
+                new_PT[place.number, : place.cache.length] = old_PT[place.number, : place.cache.length]
+        for place in self.taken:
+            place.cache.store(*self._views(place.number))
 
-    def _make(self, places: int, slots: int) -> None:
-        size, device, dtype = self._hidden
-        shape = self._kv_heads, places, slots, self._head_dim
-        made = [allocate(layers, at, dtype, *shape) for layers, at in self._blocks]
+    def _make(self, places: int) -> None:
+        blocks, kv_heads, head_dim, (size, device, dtype) = self.layout
+        made = [allocate(layers, at, dtype, kv_heads, places, self.slots, head_dim) for layers, at in blocks]
         self.keys, self.values = [keys for keys, _ in made], [values for _, values in made]
-        self.hidden_PTD = torch.zeros(places, slots, size, dtype=dtype, device=device)
+        self.hidden_PTD = torch.zeros(places, self.slots, size, dtype=dtype, device=device)
 
-    def _views(self, place: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def _views(self, number: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """What a `KVCache` of the text in this place is made of."""
-        keys, values = ([part[:, :, place].unsqueeze(1) for part in parts] for parts in (self.keys, self.values))
-        return keys, values, self.hidden_PTD[place]
+        keys, values = ([part[:, :, number].unsqueeze(1) for part in parts] for parts in (self.keys, self.values))
+        return keys, values, self.hidden_PTD[number]
+
+
+class Places:
+    """The places of all texts, which are numbered 0, 1, ...: when one leaves, the last one takes its number."""
+
+    def __init__(self, layout: Layout):
+        self.layout = layout
+        self.stores: dict[int, Store] = {}
+        """By the slots of their places."""
+        self.texts: list[Place] = []
+
+    @property
+    def caches(self) -> list[KVCache]:
+        return [place.cache for place in self.texts]
+
+    @property
+    def longest(self) -> int:
+        """Slots of the longest places."""
+        return max(self.stores, default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(store.nbytes for store in self.stores.values())
+
+    def enter(self, length: int) -> KVCache:
+        """The empty cache of a text that needs `length` slots now."""
+        self.texts.append(self._take(length))
+        return self.texts[-1].cache
+
+    def leave(self, text: int) -> None:
+        """Free the place of a text, whose number the last one takes."""
+        place, last = self.texts[text], self.texts.pop()
+        if last is not place:
+            self.texts[text] = last
+        self._free(place)
+
+    def reserve(self, more: int) -> None:
+        """Make room for so many more tokens of each text. What the caches have committed is kept."""
+        for i, place in enumerate(self.texts):
+            if (length := place.cache.length + more) > place.store.slots:
+                to = self._take(length)
+                to.store.copy(to, place)
+                self._free(place)
+                place.cache.store(to.cache.keys, to.cache.values, to.cache.hidden_TD)
+                to.cache = place.cache  # others hold it
+                self.texts[i] = to
+
+    def _take(self, length: int) -> Place:
+        slots = slots_for(length)
+        if slots not in self.stores:
+            self.stores[slots] = Store(self.layout, slots)
+        return self.stores[slots].take()
+
+    def _free(self, place: Place) -> None:
+        place.store.free(place)
+        if not place.store.taken:
+            del self.stores[place.store.slots]

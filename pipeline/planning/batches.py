@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import Config
+from ..inference.places import slots_for
 from . import memory, work
 from .architecture import Architecture
 from .gain import ROUND, Prediction
@@ -80,8 +81,10 @@ def ranges(speedups: np.ndarray) -> list[tuple[int, int]]:
 
 
 def texts_that_fit(a: Architecture, config: Config, gpu: Gpu, gpus: int) -> int:
-    """Texts whose keys and values fit beside the backbone and one head, at their full length; 1 at least."""
+    """Texts whose places (inference/places.py) fit beside the backbone and one head at their full length, half of the
+    memory being left for copies that are made when places grow; 1 at least."""
     w = memory.weight_bytes(config)
-    text = (memory.prompt_tokens(config) + config.evaluate.max_new_tokens) * 2 * (a.layers + 1) * a.key * w
+    slots = slots_for(memory.prompt_tokens(config) + config.evaluate.max_new_tokens)
+    text = slots * (2 * (a.layers + 1) * a.key + a.hidden) * w
     room = gpus * memory.usable(gpu) - (a.parameters + a.head) * w
-    return max(1, int(room // text))
+    return max(1, int(room // 2 // text))

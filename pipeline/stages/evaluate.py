@@ -80,7 +80,7 @@ def run(run: RunDir) -> None:
         check_prompts(chosen, tokenizer, settings, vocab_size)
     model = load_model(run.config.backbone, device, run.config.machine.device_map)
     heads = [_head(folder) for folder in folders] if published is None else [published[0]]
-    count = config.threads or threads.fastest(_engine(model, heads[0], folders[0], timed_kernels=False))
+    count = config.threads or threads.fastest(_engine(model, heads[0], folders[0], products="plain"))
     with threads.threads(count):  # kernels are timed with the threads that they will run with
         options = engine_options(run.config.machine, model.device)
         engines = {

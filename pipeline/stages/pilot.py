@@ -112,7 +112,7 @@ def run(run: RunDir) -> None:
         rivals=[], repeats=1, top_k=0, top_p=config.generate.top_p, block_verification=False,
     )  # fmt: skip
     with run.stage("pilot", inputs) as summary:
-        with threads.threads(e.threads or threads.fastest(SplitBackbone(model, heads[0], timed_kernels=False))):
+        with threads.threads(e.threads or threads.fastest(SplitBackbone(model, heads[0], products="plain"))):
             options = engine_options(config.machine, model.device)
             try:
                 engines = {head.exit_layer: SplitBackbone(model, head, **options) for head in heads}

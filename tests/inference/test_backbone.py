@@ -275,7 +275,13 @@ def test_weights_are_packed_only_where_it_is_allowed_and_there_is_memory(llama, 
 
     assert kernels_of() == [plain] + [packed] * 10
     assert kernels_of(pack=False) == [plain, plain] + [onednn] * 9
-    assert kernels_of(timed_kernels=False) == [plain] * 11
+    assert kernels_of(products="plain") == [plain] * 11
+    assert kernels_of(products="repeatable") == [plain] * 11, "these are small"
+    monkeypatch.setattr(kernels, "FEWEST_WEIGHTS", 1)
+    assert kernels_of(products="repeatable") == [plain, plain] + [packed] * 9
+    assert kernels_of(products="repeatable", pack=False) == [plain, plain] + [onednn] * 9
+    with pytest.raises(ValueError, match="products=fast: must be one of timed, repeatable, plain"):
+        kernels_of(products="fast")
     size = sum(p.numel() for p in llama.parameters()) * 4
     monkeypatch.setattr(kernels, "available_bytes", lambda: size)
     assert packed not in kernels_of(), "as much again must be left"
@@ -317,14 +323,14 @@ def test_blocks_follow_the_devices(llama) -> None:
     head = head_for(mapped, 1)
     for part in (*mapped.model.layers[2:], mapped.model.norm, mapped.lm_head):
         part.to("meta")
-    engine = SplitBackbone(mapped, head, check=False, timed_kernels=False)
+    engine = SplitBackbone(mapped, head, check=False, products="plain")
     assert [(b.start, b.stop, b.device.type) for b in engine.blocks] == [
         (0, 1, "cpu"), (1, 2, "cpu"), (2, 4, "meta"), (4, 5, "meta")
     ]  # fmt: skip
     cache = engine.new_cache(32)
     assert [keys.device.type for keys in cache.keys] == ["cpu", "cpu", "meta", "meta"]
     engine.shallow(PROMPT, 0, cache)
-    whole = SplitBackbone(llama, head_for(llama, 1), timed_kernels=False)
+    whole = SplitBackbone(llama, head_for(llama, 1), products="plain")
     same = whole.new_cache(32)
     whole.shallow(PROMPT, 0, same)
     assert torch.equal(cache.hidden_TD, same.hidden_TD), "what stays on the first device is computed as ever"

@@ -114,6 +114,21 @@ def test_thompson_fills_a_pass_up_to_the_width_at_which_it_jumps() -> None:
     assert accepted / sum(drafts) > 0.8
 
 
+@pytest.mark.parametrize("count", [4, 16])
+def test_what_the_first_pass_of_a_width_takes_is_not_believed(count: int) -> None:
+    """Each width is compiled when it is first used. Drafting pays all the same."""
+    begun: set[int] = set()
+
+    def compiled(rows: int) -> float:
+        first = rows not in begun
+        begun.add(rows)
+        return flat(rows) + 2.0 * first
+
+    world, controller = World(compiled), BatchThompson()
+    world.decode(controller, count, 100)
+    assert world.decode(controller, count, 200) > 1.15 * count / (1.1 * flat(count) + 0.01 * count)
+
+
 def test_rows_go_to_the_texts_whose_drafts_are_likelier() -> None:
     world, controller = World(jumping), BatchThompson()
     world.decode(controller, 12, 600)
@@ -200,6 +215,7 @@ def test_times_of_rows_never_fall_and_are_a_line_between_timed_ones() -> None:
     times = RowTimes()
     assert times.table(2) == [0, 0, 0]
     for rows, seconds in ((4, 2.0), (8, 4.0), (12, 3.0), (16, 8.0)):
+        times.add(rows, 99.0, 1)  # the first time of a width counts for nothing
         times.add(rows, seconds, 1)
     table = times.table(20)
     assert table[0] == 0 and table[1] == table[4] == 2
@@ -211,7 +227,8 @@ def test_times_of_rows_never_fall_and_are_a_line_between_timed_ones() -> None:
 
 def test_a_single_timed_number_of_rows_is_a_line_through_nothing() -> None:
     times = RowTimes()
-    times.add(4, 2.0, 1)
+    for _ in range(2):
+        times.add(4, 2.0, 1)
     assert times.table(8) == [0, 2, 2, 2, 2, 2.5, 3, 3.5, 4]
 
 
@@ -234,7 +251,7 @@ def test_more_rows_share_their_times_in_steps_of_an_eighth() -> None:
 
 def test_old_times_are_forgotten_but_the_last() -> None:
     costs = BatchCosts()
-    for seconds in (9.0, 9.0, 3.0):
+    for seconds in (50.0, 9.0, 9.0, 3.0):
         costs.observe(BatchRound(2, rows=2, verify_seconds=seconds))
     costs.now = 1000
     costs.forget()

@@ -9,6 +9,7 @@ from helpers import tiny_backbone
 from oracles import head_for, load
 from test_trees import SHAPES, grown
 
+from pipeline.inference import places as places_module
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.batch_controllers import Each, make_batch_controller
 from pipeline.inference.batch_decoding import decode_batch
@@ -16,7 +17,7 @@ from pipeline.inference.batch_engine import CATCH_UP, BatchEngine
 from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.passes import Span
-from pipeline.inference.places import BLOCK
+from pipeline.inference.places import Layout, Places, slots_for
 from pipeline.inference.sampling import Sampler
 
 
@@ -31,6 +32,13 @@ def backbone(tmp_path_factory) -> SplitBackbone:
     """Of float64, whose rounding cannot decide a near tie."""
     model = load(tiny_backbone(tmp_path_factory.mktemp("llama"), sharpness=4.0)).double()
     return SplitBackbone(model, head_for(model, 2), check=False)
+
+
+@pytest.fixture(autouse=True)
+def short_places(monkeypatch) -> int:
+    """Short texts are in several stores too, and move between them."""
+    monkeypatch.setattr(places_module, "SHORTEST", 16)
+    return 16
 
 
 def requests_of(seed: int, count: int, longest: int = 60, new: int = 40) -> list[Request]:
@@ -63,12 +71,11 @@ def test_every_family_gives_the_texts_of_transformers(model, name) -> None:
 def test_passes_of_many_rows_give_transformers_logits(model) -> None:
     """Texts of different lengths with 1, 3 and 4 new rows, in another order than their places."""
     engine = BatchEngine(SplitBackbone(model, head_for(model, 2), check=False))
-    engine.places.most = 3
     texts = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (4, 17, 9)]
     known = [3, 13, 8]
     for text, n in zip(texts, known, strict=True):
         engine.enter(text[:n], len(text))
-    engine.reserve(20)
+    engine.reserve(7)
     order = [2, 0, 1]
     spans = [Span(i, known[i], len(texts[i]) - known[i]) for i in order]
     with torch.inference_mode():
@@ -83,13 +90,12 @@ def test_rows_of_trees_are_computed_as_the_ends_of_their_paths(model) -> None:
     level as in decoding, or all rows at once. Every path is run alone as a text, the exit head's logits too."""
     one = SplitBackbone(model, head_for(model, 2), check=False)
     engine, known = BatchEngine(one), [3, 9, 14, 6, 11, 12]
-    engine.places.most = len(known)
     texts = [torch.randint(0, 256, (n + 1,), generator=torch.Generator().manual_seed(n)).tolist() for n in known]
     shapes = [*SHAPES.values(), [0, 1], [], [0, *range(11)]]  # the last is of paths longer than the windows
     trees = [grown(text[-1], shape, seed) for seed, (text, shape) in enumerate(zip(texts, shapes, strict=True))]
     for text in texts:
         engine.enter(text[:-1], len(text))
-    engine.reserve(max(known) + 20)
+    engine.reserve(20)
 
     def spans(first: list[int], stop: list[int]) -> list[Span]:
         rows = zip(known, trees, first, stop, strict=True)
@@ -129,7 +135,6 @@ def test_rows_of_trees_are_computed_as_the_ends_of_their_paths(model) -> None:
 def test_a_pass_without_branches_has_the_mask_of_chains(backbone, monkeypatch) -> None:
     """Also where a text's tree is a chain: nothing is computed for trees then."""
     engine, known = BatchEngine(backbone), [3, 7]
-    engine.places.most = 2
     for n in known:
         engine.enter([5] * n, n + 9)
     engine.reserve(20)
@@ -402,18 +407,65 @@ def test_2000_texts_pass_through_16_places(backbone) -> None:
     assert max(sizes[100:]) == max(sizes[:100]) and engine.places.nbytes == 0
 
 
-def test_places_keep_what_is_in_them_when_they_grow_and_move(backbone) -> None:
+def test_places_keep_what_is_in_them_when_they_grow_and_move(backbone, short_places) -> None:
     engine = BatchEngine(backbone)
-    engine.places.most = 4
-    for n in (3, 5, 7):
-        cache, _ = engine.enter(list(range(n)), n + 1)
-    before = [(c.keys[0].clone()[..., : c.length, :], c.hidden_TD[: c.length].clone()) for c in engine.places.caches]
-    engine.reserve(BLOCK + 1)
-    assert engine.places.room == (4, 2 * BLOCK)
+    places = engine.places
+    for n in (3, 5, 7, 9):
+        engine.enter(list(range(n)), n + 1)
+    before = {c: (c.keys[0].clone()[..., : c.length, :], c.hidden_TD[: c.length].clone()) for c in places.caches}
+    first, second, third, fourth = places.caches
+
+    def stores() -> dict[int, tuple[int, int]]:
+        return {slots: (len(store.taken), store.places) for slots, store in places.stores.items()}
+
+    def check(*texts) -> None:
+        assert places.caches == list(texts)
+        for c in texts:
+            keys, hidden_TD = before[c]
+            assert torch.equal(c.keys[0][..., : c.length, :], keys) and torch.equal(c.hidden_TD[: c.length], hidden_TD)
+
+    assert stores() == {short_places: (4, 4)}
+    engine.reserve(short_places - 6)  # two of them outgrow their places
+    assert stores() == {short_places: (2, 2), 2 * short_places: (2, 2)}
+    check(first, second, third, fourth)
+    assert second.max_length == short_places and third.max_length == 2 * short_places
     engine.leave(0)
-    left = engine.places.caches
-    assert [c.length for c in left] == [7, 5] and left[0] is cache
-    for c, (keys, hidden_TD) in zip(left, (before[2], before[1]), strict=True):
-        assert torch.equal(c.keys[0][..., : c.length, :], keys) and torch.equal(c.hidden_TD[: c.length], hidden_TD)
+    check(fourth, second, third)
+    engine.leave(0)
+    check(third, second)
+    assert stores() == {short_places: (1, 1), 2 * short_places: (1, 1)}, "half of the places are no longer needed"
     engine.leave(1)
-    assert engine.places.room == (1, BLOCK)  # half of the places or of the slots are no longer needed
+    engine.leave(0)
+    assert stores() == {} and places.nbytes == 0
+
+
+def test_memory_follows_the_tokens_that_there_are(short_places) -> None:
+    """Texts of 1 to 4,000 tokens, most of them short: not all of them take what the longest takes."""
+    places = Places(Layout([(2, torch.device("cpu"))], 1, 4, (8, torch.device("cpu"), torch.float32)))
+    dice, slot = random.Random(0), 2 * 2 * 4 * 4 + 8 * 4
+    for step in range(400):
+        if places.texts and (step % 3 == 0 or len(places.texts) == 24):
+            places.leave(dice.randrange(len(places.texts)))
+        else:
+            places.enter(length := dice.choice([40] * 6 + [300] * 6 + [700] * 2 + [4000])).commit(length)
+        places.reserve(1)
+        for place in places.texts:  # every text writes and grows a little
+            place.cache.commit(place.cache.length + 1)
+        tokens = sum(max(cache.length, short_places) for cache in places.caches)
+        assert places.nbytes <= 2 * 2 * tokens * slot
+    assert 3 * places.nbytes < len(places.texts) * slots_for(4000) * slot
+
+
+def test_texts_of_very_different_lengths_decode_as_alone(backbone) -> None:
+    """In several stores at once, and from one to the next while they are decoded."""
+    engine, dice = BatchEngine(backbone), random.Random(1)
+    lengths = [14, 3, 60, 30, 120, 13, 9]
+    requests = [Request([dice.randrange(256) for _ in range(n)], 16) for n in lengths]
+    expected = [autoregressive(backbone, request, Sampler()).tokens for request in requests]
+    for name in (None, "fixed:3", "thompson"):
+        seen = set()
+        controller = None if name is None else make_batch_controller(name)
+        jobs = [(request, Sampler()) for request in requests]
+        for text in decode_batch(engine, jobs, controller, 5, lambda _, s=seen: s.update(engine.places.stores)):
+            assert text.generation.tokens == expected[text.number], name
+        assert seen == {16, 32, 64, 128, 256}

@@ -21,7 +21,7 @@ def model(request, tmp_path_factory):
 
 
 def engine_of(model, **kwargs) -> SplitBackbone:
-    return SplitBackbone(model, head_for(model, 2), check=False, timed_kernels=False, **kwargs)
+    return SplitBackbone(model, head_for(model, 2), check=False, products="plain", **kwargs)
 
 
 @pytest.mark.parametrize("fixed_shapes", [False, True])

@@ -10,11 +10,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ...inference.kernels import Kernel, Product, available_bytes, of_many_rows, plain
-
-FEWEST_WEIGHTS = 1 << 17
-"""A layer with fewer computes as before: a call of oneDNN costs 30 us more than one of torch, and the first call with
-another number of rows a millisecond, which is more than these layers save."""
+from ...inference.kernels import FEWEST_WEIGHTS, Kernel, Product, available_bytes, of_many_rows, plain
 
 
 @contextmanager

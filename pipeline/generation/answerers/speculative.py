@@ -37,7 +37,7 @@ class Speculative:
         self.controller = steady_controller(controller)
         self.ends = frozenset(ends)
         # kernels chosen by timing could differ between processes, and their rounding can decide a near tie
-        self.backbone = SplitBackbone(model, head, timed_kernels=False)
+        self.backbone = SplitBackbone(model, head, products="repeatable")
         try:
             self.backbone.check_controller(self.controller)
         except ValueError as error:
