@@ -10,18 +10,20 @@ from typing import Any
 from .batch_costs import BatchCosts
 from .batch_rounds import BatchController, BatchRound
 from .batch_thompson import BatchThompson
+from .branching import FixedTree
 from .controllers import COPYING, fixed_length, make_controller
 from .costs import first_probes
 from .literature import expected_tokens
-from .rounds import LONGEST, Confidence, Controller
+from .rounds import LONGEST, Confidence, Controller, reads_of, spare_of
 
 
 class Each:
     """Asks a controller of one text for every text; for rules without memory or state, whose answers for a text depend
-    on its law alone."""
+    on its law alone. Its drafts may branch."""
 
     def __init__(self, rule: Controller, limit: int):
         self.rule, self.limit = rule, limit
+        self.reads, self.spare = reads_of(rule), spare_of(rule)
 
     def begin(self, count: int) -> None:
         pass
@@ -30,7 +32,7 @@ class Each:
         return places if level < self.limit and self.rule.peek(level) else []
 
     def draft(self, level: int, laws: dict[int, Confidence]) -> list[int]:
-        return [place for place, law in laws.items() if self.rule.draft(level, law)]
+        return [place for place, law in laws.items() for _ in range(int(self.rule.draft(level, law)))]
 
     def observe(self, round: BatchRound) -> None:
         pass
@@ -107,13 +109,12 @@ class Goodput(Uniform):
                 self.accepted[position] += (1 - self.MEMORY) * (share - self.accepted[position])
 
 
-EACH = ("confidence", "entropy")
+EACH = ("confidence", "entropy", "tree")
 
 
 def make_batch_controller(name: str, seed: int = 0, greedy: bool = True) -> BatchController:
-    """The controller of several texts of a name: `thompson`, `fixed:K`, `confidence:T`, `entropy:T`,
-    `table:1=4,8=2,16=0`,
-    `goodput` or `none`. Raises ValueError for any other."""
+    """The controller of several texts of a name: `thompson`, `fixed:K`, `tree:AxBxC`, `confidence:T`, `entropy:T`,
+    `table:1=4,8=2,16=0`, `goodput` or `none`. Raises ValueError for any other."""
     kind, _, argument = name.partition(":")
     plain: dict[str, Callable[[], BatchController]] = {
         "thompson": lambda: BatchThompson(greedy, seed),
@@ -125,7 +126,8 @@ def make_batch_controller(name: str, seed: int = 0, greedy: bool = True) -> Batc
     if (k := fixed_length(name)) is not None:
         return Each(make_controller(name), k)
     if kind in EACH and not name.endswith(tuple(COPYING)):
-        return Each(make_controller(name), LONGEST)
+        rule = make_controller(name)
+        return Each(rule, len(rule.widths) if isinstance(rule, FixedTree) else LONGEST)
     if kind == "table":
         try:
             steps = [(int(texts), int(k)) for texts, k in (step.split("=") for step in argument.split(","))]
@@ -133,8 +135,8 @@ def make_batch_controller(name: str, seed: int = 0, greedy: bool = True) -> Batc
         except ValueError as error:
             raise ValueError(f"controller={name}: {error}") from None
     raise ValueError(
-        f"controller={name}: of several texts at once must be {BATCH_NAMES}; trees, copies and other rules are for "
-        "one text at a time"
+        f"controller={name}: of several texts at once must be {BATCH_NAMES}; thompson+tree, copies and other rules "
+        "are for one text at a time"
     )
 
 
@@ -157,4 +159,4 @@ def learned_batch_controller(name: str, config: dict[str, Any], greedy: bool = T
     return controller
 
 
-BATCH_NAMES = "thompson, fixed:K, confidence:T, entropy:T, table:1=4,8=2,16=0, goodput or none"
+BATCH_NAMES = "thompson, fixed:K, tree:AxBxC, confidence:T, entropy:T, table:1=4,8=2,16=0, goodput or none"

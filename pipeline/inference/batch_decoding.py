@@ -3,14 +3,16 @@ of its own, and a waiting text takes the place of a finished one between two rou
 Orca, OSDI 2022).
 
 Takes requests with a sampler each and a `BatchController`, or none for autoregressive decoding; gives each text's
-`Generation` when it ends. A text is distributed as when it is decoded alone (decoding.py): the same rule accepts its
-drafts, with draws of its own sampler. An error in a text's own processors, criteria or prompt ends that text only.
+`Generation` when it ends. A text is distributed as when it is decoded alone (decoding.py): its drafts branch in the
+same way, and the same rule accepts them, with draws of its own sampler. An error in a text's own processors, criteria
+or prompt ends that text only.
 
 M rows of a pass, R rows of one text, V vocabulary, W tokens that the head can draft
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +25,10 @@ from .batch_rounds import BatchController, BatchRound
 from .decoding import Generation, Request, read_all
 from .kv_cache import KVCache
 from .passes import Span
-from .rounds import Confidence, Round
+from .rounds import Confidence, Round, reads_of, spare_of
 from .sampling import Sampler, followed
 from .stopwatch import stopwatch
-from .tree import Tree
+from .tree import Draft, Tree
 
 
 @dataclass
@@ -67,22 +69,18 @@ class _Text:
     def goes_on(self) -> bool:
         return self.error is None and self.out.goes_on(self.request)
 
-    @property
-    def rows(self) -> Span:
-        """All rows of the round."""
-        return Span(self.place, self.cache.length, len(self.tree))
+    def span(self, first: int = 0) -> Span:
+        """The rows of the round from this one on."""
+        root = self.cache.length
+        return Span.of(self.place, root + first, len(self.tree) - first, self.tree, root)
 
-    @property
-    def last(self) -> tuple[int, int]:
-        """Place and slot of the token drafted last."""
-        return self.place, self.cache.length + len(self.tree) - 1
-
-    def may_draft(self) -> bool:
-        """Whether a draft after the last one could be of use: a bonus token follows the drafts, and nothing follows a
-        drafted end token."""
+    def read(self, count: int) -> list[int]:
+        """After which of the first `count` rows of the last level a draft could be of use (a bonus token follows the
+        drafts)."""
         room = self.request.max_new_tokens - len(self.out.tokens) - 1
-        ended = len(self.tree) > 1 and self.tree.tokens[-1] in self.request.end_tokens
-        return self.error is None and len(self.tree) - 1 < room and not ended
+        if self.error is not None or self.tree.depths[-1] >= room:
+            return []
+        return self.tree.read(count, self.request.end_tokens)
 
 
 Job = tuple[Request, Sampler]
@@ -100,6 +98,7 @@ def decode_batch(
     observe: called with every round, also with those without a controller. Raises ValueError for places < 1, and while
     other texts are decoded by this engine.
     """
+    drafts = 0 if controller is None else controller.limit + spare_of(controller)  # the most of a text in a round
     if places < 1:
         raise ValueError(f"places={places}: at least 1")
     if engine.places.caches:
@@ -119,7 +118,7 @@ def decode_batch(
                 return
             for place, text in enumerate(texts):
                 text.place, text.tree, text.round = place, Tree(text.out.tokens[-1]), Round()
-            engine.reserve(1 + (controller.limit if controller else 0))
+            engine.reserve(1 + drafts)
             parts.start()
             record = BatchRound(len(texts))
             _round(engine, texts, controller, record, parts)
@@ -184,7 +183,7 @@ def _round(engine, texts, controller, record, parts) -> None:
     parts.mark("rest")
     if asked:
         _draft(engine, texts, asked, controller, record, parts)
-    spans = [text.rows for text in texts]
+    spans = [text.span() for text in texts]
     record.rows = sum(span.rows for span in spans)
     if asked:
         hidden_MD = engine.deep(spans)
@@ -197,7 +196,7 @@ def _round(engine, texts, controller, record, parts) -> None:
     for text, logits_RV in zip(texts, logits_MV.split([span.rows for span in spans]), strict=True):
         if text.error is None:
             with text.alone():
-                _verify(text, logits_RV, targets[first : first + len(logits_RV)])
+                _verify(text, logits_RV, targets[first : first + len(logits_RV)], spare_of(controller) > 0)
         if controller is not None:
             text.out.rounds.append(text.round)
         first += len(logits_RV)
@@ -210,79 +209,114 @@ def _begin(texts: list[_Text], controller: BatchController) -> list[_Text]:
 
 def _asked(texts: list[_Text], live: list[_Text], controller: BatchController, level: int) -> list[_Text]:
     """For which of the live texts the exit head runs."""
-    places = [text.place for text in live if text.may_draft()]
+    places = [text.place for text in live if text.read(reads_of(controller)(level))]
     if not places or level >= controller.limit:  # there are slots for so many drafts
         return []
-    return [texts[place] for place in _within(controller.peek(level, places), places)]
+    chosen = controller.peek(level, places)
+    _check(chosen, dict.fromkeys(places, 1))
+    return [texts[place] for place in chosen]
 
 
 def _draft(engine, texts, able, controller, record, parts) -> None:
-    """Draft for all texts, level by level. Their hidden states of all rows to verify are stored then.
+    """Draft for all texts, level by level, as `decoding._draft` for one. Their hidden states of all rows to verify are
+    stored then.
 
     able: those for which the exit head runs first."""
     live, level = texts, 0
-    while True:
-        engine.shallow([t.tree.tokens[-1] for t in live], [Span(t.place, t.last[1], 1) for t in live])
+    while live:
+        ids = [text.tree.tokens[row] for text in live for row in text.tree.level]
+        engine.shallow(ids, [text.span(text.tree.level[0]) for text in live])
         parts.mark(f"shallow {level}")
-        record.shallow.append(len(live))
+        record.shallow.append(len(ids))
         able = able if level == 0 else _asked(texts, live, controller, level)
         if not able:
             return
-        engine.catch_up([text.last for text in able])
+        engine.catch_up([text.place for text in able])
         parts.mark("rest")
-        laws = _laws(able, engine.draft_logits([text.last for text in able]), engine.backbone.draft_vocabulary)
-        record.head.append(len(able))
-        drafts = {place: texts[place].sampler.propose(law) for place, law in laws.items()}
-        if not laws:  # each of these texts' own processors raised
+        read = [(text, text.read(reads_of(controller)(level))) for text in able]
+        logits_MW = engine.draft_logits([(text.place, text.tree, rows) for text, rows in read])
+        record.head.append(len(logits_MW))
+        for text in able:
+            text.round.head_passes += 1
+        laws = _laws([(text, row) for text, rows in read for row in rows], logits_MW, engine.backbone.draft_vocabulary)
+        read = [(text, rows) for text, rows in read if text.error is None]
+        if not read:  # the processors of each of them raised
             return
-        live = [texts[place] for place in _within(controller.draft(level, laws), laws)]
-        read_all([drafts[text.place] for text in live])
-        for text in live:  # a token that is read must be verified: discarding it would change the distribution
-            text.tree.add(len(text.tree) - 1, drafts[text.place], laws[text.place])
+        wanted = _wanted(texts, read, laws, controller, level)
+        read_all([draft for of_rows in wanted.values() for drafts in of_rows for _, draft, _ in drafts])
+        for place, of_rows in wanted.items():
+            texts[place].tree.grow(of_rows)  # a token that is read must be verified: as in decoding.py
+        live = [texts[place] for place, of_rows in wanted.items()]
         parts.mark(f"head {level}")
         level += 1
-        if not live:
-            return
 
 
-def _within(chosen: list[int], offered: Collection[int]) -> list[int]:
-    """The chosen places. Raises ValueError for others than the controller was asked about, and for one twice."""
-    if len(set(chosen)) != len(chosen) or not set(chosen) <= set(offered):
+Wanted = list[tuple[int, Draft, Confidence]]
+"""The candidates after a row, in the order in which they were drawn."""
+
+
+def _wanted(
+    texts: list[_Text], read: list[tuple[_Text, list[int]]], laws: dict[tuple[int, int], Confidence],
+    controller: BatchController, level: int,
+) -> dict[int, list[Wanted]]:  # fmt: skip
+    """Place -> of each row that is followed, what is drafted after it; places with drafts only. Of each text, one row
+    after the other, so that it draws in the order of a text alone."""
+    wanted: dict[int, list[Wanted]] = {}
+    for rank in range(max(len(rows) for _, rows in read)):
+        asked = {text.place: rows[rank] for text, rows in read if rank < len(rows)}
+        offered = {place: laws[place, row] for place, row in asked.items()}
+        # drawn before the controller decides, as one text does; no token is read before that
+        drafts = {place: texts[place].sampler.propose(law) for place, law in offered.items()}
+        chosen = controller.draft(level, offered)
+        most = level + 2 + spare_of(controller)  # by now: rows for which there are slots
+        taken = {place: len(texts[place].tree) + sum(map(len, wanted.get(place, []))) for place in offered}
+        _check(chosen, {place: most - rows for place, rows in taken.items()})
+        for place, count in Counter(chosen).items():
+            law = offered[place]
+            found = texts[place].sampler.candidates(law, drafts[place], count)
+            wanted.setdefault(place, []).append([(asked[place], draft, law) for draft in found])
+    return wanted
+
+
+def _check(chosen: list[int], offered: dict[int, int]) -> None:
+    """Raises ValueError for places that the controller was not asked about, and for one more often than is offered."""
+    if any(count > offered.get(place, 0) for place, count in Counter(chosen).items()):
         raise ValueError(
-            f"the controller chose the places {chosen} of {list(offered)}: each at most once, and no other"
+            f"the controller chose the places {chosen} of {list(offered)}: no other, each at most once, and "
+            "where drafts branch as often as its `spare` allows"
         )
-    return chosen
 
 
-def _laws(texts: list[_Text], logits_BW: Tensor, vocabulary) -> dict[int, Confidence]:
-    """Place -> the law of the next draft of each text. Those of texts with equal settings are computed and their
-    figures read together, so that a GPU is waited for once."""
+def _laws(rows: list[tuple[_Text, int]], logits_MW: Tensor, vocabulary) -> dict[tuple[int, int], Confidence]:
+    """(place, row) -> the law of the drafts after each of these rows of the texts' trees. Those of texts with equal
+    settings are computed and their figures read together, so that a GPU is waited for once."""
     alike: dict[Any, list[int]] = {}
-    for i, text in enumerate(texts):
-        text.round.head_passes += 1
-        alike.setdefault(text.sampler.settings or text.place, []).append(i)
+    for i, (text, row) in enumerate(rows):
+        alike.setdefault(text.sampler.settings or (text.place, row), []).append(i)
     laws = {}
-    for rows in alike.values():
-        first = texts[rows[0]]
+    for some in alike.values():
+        first, row = rows[some[0]]
         with first.alone():
-            before = first.tree.tokens[1:]
-            logits_RW = logits_BW if len(rows) == len(texts) else logits_BW[rows]
+            logits_RW = logits_MW if len(some) == len(rows) else logits_MW[some]
+            before = first.tree.drafted(row)
             law = first.sampler.law(logits_RW, vocabulary, first.request.prompt, first.out.tokens, before)
             figures_R = law.q_W.amax(-1) if first.sampler.greedy else law.q_W.square().sum(-1)
-            for n, (row, figure) in enumerate(zip(rows, figures_R.tolist(), strict=True)):
-                confidence = laws[texts[row].place] = Confidence(law.row(n))
+            for n, (i, figure) in enumerate(zip(some, figures_R.tolist(), strict=True)):
+                text, row = rows[i]
+                confidence = laws[text.place, row] = Confidence(law.row(n))
                 setattr(confidence, "top" if first.sampler.greedy else "collision", figure)
     return laws
 
 
-def _verify(text: _Text, logits_RV: Tensor, targets: list[int]) -> None:
-    """Accept drafts of one text, commit them and the bonus token. targets: the largest logits' tokens."""
+def _verify(text: _Text, logits_RV: Tensor, targets: list[int], may_branch: bool) -> None:
+    """Accept drafts of one text, commit them and the bonus token. targets: the largest logits' tokens. may_branch: as
+    in `Sampler.verify`."""
     sampler, tree, round, out = text.sampler, text.tree, text.round, text.out
     if _is_plain(text):
         path, bonus = followed(tree, targets)
     else:
         p_logits_RV = sampler.shape_tree(logits_RV, text.request.prompt, out.tokens, tree)
-        path, bonus = sampler.verify(tree, p_logits_RV)
-    round.drafted, round.accepted, round.drafts = len(tree) - 1, len(path), tree.tokens[1:]
+        path, bonus = sampler.verify(tree, p_logits_RV, may_branch)
+    round.note(tree, path)
     text.cache.keep(path)
     round.tokens = out.commit([*(tree.tokens[row] for row in path), bonus], text.request)

@@ -20,6 +20,7 @@ from .kv_cache import KVCache
 from .layers import Rows, joined
 from .passes import Group, Span
 from .places import Layout, Places, Store
+from .tree import Tree
 
 CATCH_UP = 32
 """Rows of a text that the exit head has not read yet, above which it reads them in a pass of that text alone, so that
@@ -108,25 +109,30 @@ class BatchEngine:
         """Apply the final norm and the LM head; [M, V] in float32."""
         return self.backbone.logits(hidden_MD)
 
-    def catch_up(self, slots: list[tuple[int, int]]) -> None:
-        """Let the exit head read what it has not read yet before these (place, slot), where that is much."""
-        for place, slot in slots:
+    def catch_up(self, places: list[int]) -> None:
+        """Let the exit head read what it has not read yet of the committed tokens of these texts, where that is
+        much."""
+        for place in places:
             cache = self.places.texts[place].cache
-            if slot - cache.head_length >= CATCH_UP:
-                self.backbone.draft_hidden(slot - 1, cache)
+            if cache.length - cache.head_length >= CATCH_UP:
+                self.backbone.draft_hidden(cache.length - 1, cache)
 
-    def draft_logits(self, slots: list[tuple[int, int]]) -> Tensor:
-        """The exit head's logits [texts, W] for the tokens that follow those in these (place, slot). Its keys and
-        values of tokens that it has not processed yet are computed first."""
+    def draft_logits(self, asked: list[tuple[int, Tree, list[int]]]) -> Tensor:
+        """The exit head's logits [M, W] for the tokens that follow rows of trees: (place, the tree of its text, rows in
+        ascending order) of each text. Its keys and values of tokens that it has not processed yet are computed
+        first. After drafts that branch it is asked only in rounds in which it was after their pending token."""
         spans, backbone, layer = [], self.backbone, self.backbone.num_layers
-        for place, slot in slots:
+        for place, tree, rows in asked:
             cache = self.places.texts[place].cache
-            spans.append(Span(place, cache.head_length, slot + 1 - cache.head_length))
-            cache.head_length = slot + 1
-        rows = self._pass(spans)
-        hidden_MD = self._run(rows.stored().to(backbone.device), layer, layer + 1, rows)
-        ends = torch.tensor([last for *_, last in rows.numbers], device=backbone.device)
-        return backbone.draft_logits_of(hidden_MD.index_select(0, ends))
+            base, root = cache.head_length, cache.length
+            cache.head_length = root + rows[-1] + 1
+            spans.append(Span.of(place, base, cache.head_length - base, tree, root))
+        ahead = self._pass(spans)
+        hidden_MD = self._run(ahead.stored().to(backbone.device), layer, layer + 1, ahead)
+        # The last row of a span is the last of those asked for.
+        those = zip(asked, ahead.numbers, strict=True)
+        at = [numbers[row - rows[-1] - 1] for (_, _, rows), numbers in those for row in rows]
+        return backbone.draft_logits_of(hidden_MD.index_select(0, torch.tensor(at, device=backbone.device)))
 
     def _allocate(self) -> None:
         self.backbone.passes.allocate(self.places.longest, {block.device for block in self.backbone.blocks})

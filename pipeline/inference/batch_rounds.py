@@ -25,7 +25,7 @@ class BatchRound:
     shallow: list[int] = field(default_factory=list)
     """Rows of each pass of the shallow layers; none in a round without drafts, which is one pass through all layers."""
     head: list[int] = field(default_factory=list)
-    """Texts in each pass of the exit head."""
+    """Tokens after which each pass of the exit head was asked for the next."""
     shallow_seconds: list[tuple[int, float]] = field(default_factory=list)
     """(rows, seconds) of these passes."""
     head_seconds: list[tuple[int, float]] = field(default_factory=list)
@@ -53,10 +53,15 @@ class BatchRound:
 
 
 class BatchController(Protocol):
-    """Decides for all texts of a batch, which are named by their places."""
+    """Decides for all texts of a batch, which are named by their places.
+
+    One whose drafts branch has the attribute `spare` and the method `reads` of `rounds.Controller`, which hold for each
+    text. Where the head is asked after several drafts of a text, `draft` is called several times for a level: with the
+    laws of the texts' first ones, of their second ones, ...
+    """
 
     limit: int
-    """The most drafts of a text in a round."""
+    """The most drafts of a text in a round; where they branch, of one path."""
 
     def begin(self, count: int) -> None:
         """A round of `count` texts, in places 0..count-1, begins."""
@@ -69,7 +74,7 @@ class BatchController(Protocol):
 
     def draft(self, level: int, laws: dict[int, Confidence]) -> list[int]:
         """Given the law of the next draft of each of these texts, but no token drawn from it: which of them draft
-        it."""
+        it. Where drafts branch, a place as often as it gets candidates."""
         ...
 
     def observe(self, round: BatchRound) -> None:

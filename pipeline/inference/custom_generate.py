@@ -151,7 +151,7 @@ def generate(
 def _batch_of(backbone: SplitBackbone, controller, name: str | None, config: dict[str, Any], greedy: bool, known: dict):
     """The controller of several rows at once; None where rows are decoded one after the other: in families whose layers
     are called in transformers, with cuda_graphs, and with a controller that is for one text at a time. Of the head's
-    own controller, what is for one text is left out."""
+    own controller, copies are left out, and trees, which were measured with one text: rows of several cost more."""
     if not backbone.family.is_fast or backbone.has_fixed_shapes:
         return None
     if name is None:

@@ -118,10 +118,7 @@ def self_speculative(backbone: SplitBackbone, request: Request, sampler: Sampler
             tree.laws[:-1] = [Confidence(Point(draft.token_1, p_logits_RV[0])) for draft in tree.drafts]
         path, bonus = sampler.verify(tree, p_logits_RV, may_branch=round.source == "head" and spare_of(controller) > 0)
         parts.mark("verify")
-        round.drafted, round.accepted = len(tree) - 1, len(path)
-        round.drafts = tree.tokens[1:]
-        if not tree.is_chain:
-            round.parents, round.path = tree.parents[1:], path
+        round.note(tree, path)
         round.tokens = out.commit([*(tree.tokens[row] for row in path), bonus], request)
         cache.keep(path)
         parts.mark("rest")
@@ -157,13 +154,11 @@ def _copy(backbone, request, controller, texts, out, cache, room, round, parts) 
 def _draft(backbone, request, sampler, controller, out, cache, room, round, parts) -> Tree:
     """Draft one round with the exit head, level by level. The hidden states of all rows to verify are in the cache."""
     tree, reads, vocabulary = Tree(out.tokens[-1]), reads_of(controller), backbone.draft_vocabulary
-    level = [0]
-    while True:
+    while tree.level:
         k = tree.depths[-1]
-        backbone.shallow([tree.tokens[row] for row in level], cache.length + level[0], cache, tree)
+        backbone.shallow([tree.tokens[row] for row in tree.level], cache.length + tree.level[0], cache, tree)
         parts.mark("shallow")
-        # Nothing follows a drafted end token, which is verified like any other draft.
-        read = [row for row in level[: reads(k)] if not (row and tree.tokens[row] in request.end_tokens)]
+        read = tree.read(reads(k), request.end_tokens)
         if k >= room or not read or not controller.peek(k):
             return tree
         parts.mark("rest")
@@ -171,25 +166,15 @@ def _draft(backbone, request, sampler, controller, out, cache, room, round, part
         round.head_passes += 1
         wanted: list[list[tuple[int, Draft, Confidence]]] = []  # of each row, its candidates in the order drawn
         for row, logits_W in zip(read, logits_MW, strict=True):
-            before = [tree.tokens[i] for i in tree.path(row)]
-            law = sampler.law(logits_W[None], vocabulary, request.prompt, out.tokens, before)
+            law = sampler.law(logits_W[None], vocabulary, request.prompt, out.tokens, tree.drafted(row))
             confidence = Confidence(law.row(0))
             draft = sampler.propose(confidence)  # no token must be read before the controller has decided
             count = controller.draft(k, confidence)
-            more = sampler.siblings(confidence, draft, count - 1) if count > 1 else []
-            wanted.append([(row, one, confidence) for one in [draft, *more][:count]])
+            wanted.append([(row, one, confidence) for one in sampler.candidates(confidence, draft, count)])
         read_all([draft for candidates in wanted for _, draft, _ in candidates])
-        # Once its token is read, a draft must be verified: discarding it would change the distribution. First choices
-        # come first, so that those that are read next have neighbouring rows.
-        first = len(tree)
-        for rank in range(max(map(len, wanted))):
-            for candidates in wanted:
-                if rank < len(candidates):
-                    tree.add(*candidates[rank])
-        level = list(range(first, len(tree)))
+        tree.grow(wanted)  # once its token is read, a draft must be verified: discarding it would change the law
         parts.mark("head")
-        if not level:
-            return tree
+    return tree
 
 
 def read_all(drafts: list[Draft]) -> None:

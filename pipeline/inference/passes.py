@@ -4,8 +4,10 @@ Takes token ids, or the positions of rows; gives hidden states before the first 
 This is for the families whose layers are computed here; family_generic.py has the same for all others.
 
 M rows of this pass, D hidden, C channels of a head, T positions, L layers; slot L is the exit layer
+Of several texts: P places, W the most rows of one of them
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,23 @@ class Span(NamedTuple):
     place: int
     base: int
     rows: int
+    tree: Tree | None = None
+    """The drafts of a round, if these rows are of them and they branch. Without, a slot is a position."""
+    root: int = 0
+    """The slot of their pending token."""
+
+    @classmethod
+    def of(cls, place: int, base: int, rows: int, tree: Tree | None, root: int) -> "Span":
+        """Without a tree that makes no difference."""
+        branches = tree is not None and not tree.is_chain and base >= root
+        return cls(place, base, rows, tree, root) if branches else cls(place, base, rows)
+
+    @property
+    def positions(self) -> Sequence[int]:
+        if self.tree is None:
+            return range(self.base, self.base + self.rows)
+        first = self.base - self.root
+        return [self.root + depth for depth in self.tree.depths[first : first + self.rows]]
 
 
 class Group(NamedTuple):
@@ -48,6 +67,30 @@ class Group(NamedTuple):
     def slots_of_rows(self) -> list[int]:
         """The number of each row's slot among those of all places."""
         return [span.place * self.slots + span.base + i for span in self.spans for i in range(span.rows)]
+
+
+def mask_of_texts(
+    spans: list[Span], positions_P: Tensor, width: int, end: int, repeats: int, dtype: torch.dtype, window: int | None
+) -> Tensor:
+    """Additive mask [P*W*repeats, end] of a pass over texts in P places of `width` rows each, whose positions [P*W] are
+    given: `layers.causal_mask`, but a row of a tree sees, behind the pending token, the drafts of its own path only."""
+    if all(span.tree is None for span in spans):
+        return causal_mask(positions_P, end, repeats, dtype, window)
+    last, seen = [0] * len(positions_P), list[int]()
+    for span in spans:
+        for i, position in enumerate(span.positions):
+            row = span.place * width + i
+            last[row] = position if span.tree is None else span.root
+            if span.tree is not None:
+                path = span.tree.path(span.base - span.root + i)[-(window or end) :]
+                seen += [row * end + span.root + draft for draft in path]
+    device = positions_P.device
+    mask_PT = causal_mask(torch.tensor(last, device=device), end, 1, dtype)
+    if window is not None:
+        early_PT = torch.arange(end, device=device) <= positions_P[:, None] - window
+        mask_PT.masked_fill_(early_PT, float("-inf"))
+    mask_PT.view(-1).index_fill_(0, torch.tensor(seen, dtype=torch.long, device=device), 0.0)
+    return mask_PT.repeat_interleave(repeats, 0)
 
 
 class Passes:
@@ -134,7 +177,7 @@ class Passes:
         # Rows that only fill up see position 0: a row that sees nothing would be NaN.
         filled_P = torch.zeros(group.texts * width, dtype=torch.long, device=like.device)
         filled_P.index_copy_(0, at_M, positions_M)
-        mask = causal_mask(filled_P, group.end, self.shape.repeats, like.dtype, kind.window)
+        mask = mask_of_texts(group.spans, filled_P, width, group.end, self.shape.repeats, like.dtype, kind.window)
         mask = mask.view(1, group.texts, -1, group.end)
         return Several(len(positions_M), group.texts, width, None if is_even else at_M, slots_M, mask)
 
@@ -143,7 +186,7 @@ def _indices(group: Group, device: torch.device) -> tuple[int, bool, Tensor, Ten
     """Of the rows of a group: the most of a text, W; whether all texts have as many; and [M] each positions, slots, and
     place * W + number in the text."""
     spans, width = group.spans, max(span.rows for span in group.spans)
-    positions = [span.base + i for span in spans for i in range(span.rows)]
+    positions = [position for span in spans for position in span.positions]
     at = [span.place * width + i for span in spans for i in range(span.rows)]
     is_even = at == list(range(group.texts * width))
     return width, is_even, *torch.tensor([positions, group.slots_of_rows(), at], device=device).unbind(0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .law import Law
+from .tree import Tree
 
 LONGEST = 8
 """The most drafts in a round for every controller without a length of its own, so that they can be compared."""
@@ -45,6 +46,12 @@ class Round:
     """Where drafts branch: the numbers of the accepted ones."""
     source: str = "head"
     """Where the drafts came from: head, lookup or memory (lookup.Match)."""
+
+    def note(self, tree: Tree, path: list[int]) -> None:
+        """Record the drafts and which rows of them were accepted."""
+        self.drafted, self.accepted, self.drafts = len(tree) - 1, len(path), tree.tokens[1:]
+        if not tree.is_chain:
+            self.parents, self.path = tree.parents[1:], path
 
     @property
     def levels(self) -> int:
@@ -131,11 +138,11 @@ def memory_of(controller: Controller) -> Any:
     return getattr(controller, "memory", None)
 
 
-def spare_of(controller: Controller) -> int:
+def spare_of(controller: object) -> int:
     """The attribute `spare` of a controller whose drafts branch; 0 of any other."""
     return getattr(controller, "spare", 0)
 
 
-def reads_of(controller: Controller) -> Callable[[int], int]:
+def reads_of(controller: object) -> Callable[[int], int]:
     """The method `reads` of a controller whose drafts branch; of any other, one that follows its only draft."""
     return getattr(controller, "reads", lambda k: 1)

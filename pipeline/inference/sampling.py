@@ -116,12 +116,16 @@ class Sampler:
                 found.append(Draft(law.token(index_1), index_1))
         return found[1:]
 
+    def candidates(self, q: Confidence, first: Draft, count: int) -> list[Draft]:
+        """Up to `count` candidates for a place, of which `first` was proposed: none, it alone, or also siblings."""
+        return [first, *self.siblings(q, first, count - 1)] if count > 1 else [first][:count]
+
     def shape_tree(self, logits_RV: Tensor, prompt: list[int], tokens: list[int], tree: Tree) -> Tensor:
         """Processed logits [R, V] of the tokens after every row of a tree; the root is the last of `tokens`."""
         if tree.is_chain or self.processors is None:
             return self.shape(logits_RV, prompt, tokens, tree.tokens[1:])
-        paths = [[tree.tokens[i] for i in tree.path(row)] for row in range(len(tree))]
-        return torch.cat([self.shape(row[None], prompt, tokens, p) for row, p in zip(logits_RV, paths, strict=True)])
+        rows = [self.shape(row[None], prompt, tokens, tree.drafted(i)) for i, row in enumerate(logits_RV)]
+        return torch.cat(rows)
 
     def draft(self, q: Confidence) -> int:
         """A token drawn from the head's distribution, read at once."""

@@ -8,6 +8,7 @@ ASPLOS 2024, arXiv 2305.09781).
 R rows: row 0 is the pending token, every other a draft; parents come before their children. M of them, T cache slots
 """
 
+from collections.abc import Collection
 from functools import cached_property
 from typing import Any
 
@@ -54,6 +55,8 @@ class Tree:
         self.drafts: list[Draft] = []
         """Of rows 1, 2, ..."""
         self.is_chain = True
+        self.level = [0]
+        """The rows that were drafted last, or that of the pending token."""
         self._ancestors = [1]
         """Of each row: a bit for itself and for each row on its path."""
 
@@ -75,6 +78,21 @@ class Tree:
         self._ancestors.append(self._ancestors[parent] | 1 << row)
         return row
 
+    def grow(self, wanted: list[list[tuple[int, Draft, Any]]]) -> None:
+        """Append a level. wanted: of each row that has drafts after it, these in the order in which they were drawn, as
+        `add` takes them. First choices come first, so that those that the head reads next have neighbouring rows."""
+        first = len(self)
+        for rank in range(max(map(len, wanted), default=0)):
+            for candidates in wanted:
+                if rank < len(candidates):
+                    self.add(*candidates[rank])
+        self.level = list(range(first, len(self)))
+
+    def read(self, count: int, end_tokens: Collection[int]) -> list[int]:
+        """Those of the first `count` rows of the last level that may have drafts after them: nothing follows a drafted
+        end token, which is verified like any other draft."""
+        return [row for row in self.level[:count] if not (row and self.tokens[row] in end_tokens)]
+
     def path(self, row: int) -> list[int]:
         """The rows of the drafts from the root to this row, itself included."""
         found: list[int] = []
@@ -82,6 +100,10 @@ class Tree:
             found.append(row)
             row = self.parents[row]
         return found[::-1]
+
+    def drafted(self, row: int) -> list[int]:
+        """The tokens of this path."""
+        return [self.tokens[i] for i in self.path(row)]
 
     def hidden(self, first: int, stop: int) -> list[list[bool]]:
         """[M][stop - 1]: for rows first..stop-1, which of the rows 1..stop-1 they must not attend to."""

@@ -114,7 +114,7 @@ def test_what_was_measured_is_not_measured_again(run, tmp_path, monkeypatch) -> 
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys) -> None:
-    run = make_run(tmp_path, "evaluate.batch_sizes=[2]", "evaluate.controllers=[fixed:1,beta,thompson+tree]")
+    run = make_run(tmp_path, "evaluate.batch_sizes=[2]", "evaluate.controllers=[fixed:1,tree:2,beta,thompson+tree]")
     plant_heads(run, 2)
     engines = {2: object()}
     assert batch_sizes.engines_of(make_run(tmp_path).config.evaluate, engines) == ({}, [])
@@ -122,7 +122,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys) -> None:
     model = load(tmp_path / "tiny-llama")
     engine = SplitBackbone(model, head_for(model, 2))
     found, names = batch_sizes.engines_of(run.config.evaluate, {2: engine})
-    assert names == ["fixed:1"] and found[2].backbone is engine
+    assert names == ["fixed:1", "tree:2"] and found[2].backbone is engine
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(
         "evaluate.batch_sizes=[2]: beta, thompson+tree: left out; of several texts at once are thomp"

@@ -177,9 +177,10 @@ def test_a_table_is_looked_up_by_the_number_of_texts() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "tree:2x2",
-        "thompson+lookup",
         "thompson+tree",
+        "tree:2x2+lookup",
+        "tree:0x1",
+        "thompson+lookup",
         "confidence:0.5+lookup",
         "entropy:0.5+memory",
         "table:1=-1",
@@ -198,6 +199,13 @@ def test_each_text_follows_a_rule_by_its_own_law() -> None:
     controller = make_batch_controller("confidence:0.5")
     assert controller.peek(0, [0, 3]) == [0, 3]
     assert controller.draft(0, {0: Seen(0.4), 3: Seen(0.6)}) == [3]
+
+
+def test_a_tree_is_asked_of_each_text() -> None:
+    controller = make_batch_controller("tree:3x2x1")
+    assert (controller.limit, controller.spare, [controller.reads(k) for k in range(3)]) == (3, 15 - 3, [1, 3, 6])
+    assert controller.peek(2, [0, 3]) == [0, 3] and controller.peek(3, [0, 3]) == []
+    assert controller.draft(1, {0: Seen(0.4), 3: Seen(0.6)}) == [0, 0, 3, 3]
 
 
 # ---- costs

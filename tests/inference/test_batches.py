@@ -7,12 +7,14 @@ import torch
 from family_cases import BRANCHING, GENERIC
 from helpers import tiny_backbone
 from oracles import head_for, load
+from test_trees import SHAPES, grown
 
 from pipeline.inference import places as places_module
 from pipeline.inference.backbone import SplitBackbone
-from pipeline.inference.batch_controllers import make_batch_controller
+from pipeline.inference.batch_controllers import Each, make_batch_controller
 from pipeline.inference.batch_decoding import decode_batch
 from pipeline.inference.batch_engine import CATCH_UP, BatchEngine
+from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.passes import Span
 from pipeline.inference.places import Layout, Places, slots_for
@@ -54,7 +56,7 @@ def decoded(engine, requests, name: str | None, places: int, sampler=lambda i: S
     return sorted(decode_batch(engine, jobs, controller, places), key=lambda text: text.number)
 
 
-@pytest.mark.parametrize("name", [None, "fixed:2", "fixed:8", "confidence:0.2", "thompson"])
+@pytest.mark.parametrize("name", [None, "fixed:2", "fixed:8", "confidence:0.2", "thompson", "tree:2x1", "tree:3x2x1"])
 def test_every_family_gives_the_texts_of_transformers(model, name) -> None:
     """Prompts shorter and longer than the windows, places that are taken again, drafts accepted and not."""
     engine, ids = BatchEngine(SplitBackbone(model, head_for(model, 2), check=False)), torch.arange(3, 60, 3)
@@ -82,12 +84,101 @@ def test_passes_of_many_rows_give_transformers_logits(model) -> None:
     torch.testing.assert_close(logits_MV, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_rows_of_trees_are_computed_as_the_ends_of_their_paths(model) -> None:
+    """Texts of different lengths with a tree each, one with a chain, and one with its pending token only; level by
+    level as in decoding, or all rows at once. Every path is run alone as a text, the exit head's logits too."""
+    one = SplitBackbone(model, head_for(model, 2), check=False)
+    engine, known = BatchEngine(one), [3, 9, 14, 6, 11, 12]
+    texts = [torch.randint(0, 256, (n + 1,), generator=torch.Generator().manual_seed(n)).tolist() for n in known]
+    shapes = [*SHAPES.values(), [0, 1], [], [0, *range(11)]]  # the last is of paths longer than the windows
+    trees = [grown(text[-1], shape, seed) for seed, (text, shape) in enumerate(zip(texts, shapes, strict=True))]
+    for text in texts:
+        engine.enter(text[:-1], len(text))
+    engine.reserve(20)
+
+    def spans(first: list[int], stop: list[int]) -> list[Span]:
+        rows = zip(known, trees, first, stop, strict=True)
+        return [Span.of(i, n + a, b - a, tree, n) for i, (n, tree, a, b) in enumerate(rows) if a < b]
+
+    starts, ends = [0] * len(known), list(map(len, trees))
+    head = {}
+    for depth in range(max(max(tree.depths) for tree in trees) + 1):
+        first = [sum(d < depth for d in tree.depths) for tree in trees]
+        stop = [sum(d <= depth for d in tree.depths) for tree in trees]
+        rows = {i: list(range(a, b)) for i, (a, b) in enumerate(zip(first, stop, strict=True)) if a < b}
+        engine.shallow([trees[i].tokens[row] for i in rows for row in rows[i]], spans(first, stop))
+        # not all rows of a level are asked about, and not all texts; the head reads the others later
+        asked = {i: some for i in rows if (some := [row for row in rows[i] if row == 0 or (row + i) % 3])}
+        if asked:
+            found = engine.draft_logits([(i, trees[i], asked[i]) for i in asked])
+            head |= dict(zip([(i, row) for i in asked for row in asked[i]], found, strict=True))
+    deep = engine.logits(engine.deep(spans(starts, ends)))
+    full = engine.logits(engine.full([token for tree in trees for token in tree.tokens], spans(starts, ends)))
+    expected, compared = [], 0
+    for i, (text, tree) in enumerate(zip(texts, trees, strict=True)):
+        for row in range(len(tree)):
+            path = [*text, *tree.drafted(row)]
+            cache = one.new_cache(40)
+            one.shallow(path, 0, cache)
+            expected.append(one.logits(one.deep(0, len(path), cache)[-1:]))
+            if (i, row) in head:
+                own_W = one.draft_logits([len(path) - 1], cache)[0]
+                torch.testing.assert_close(head[i, row], own_W, rtol=1e-5, atol=1e-5)
+                compared += 1
+    assert compared > 10
+    for found in (deep, full):
+        torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_pass_without_branches_has_the_mask_of_chains(backbone, monkeypatch) -> None:
+    """Also where a text's tree is a chain: nothing is computed for trees then."""
+    engine, known = BatchEngine(backbone), [3, 7]
+    for n in known:
+        engine.enter([5] * n, n + 9)
+    engine.reserve(20)
+    chains = [grown(1, [0, 1, 2], seed=n) for n in known]
+    spans = [Span.of(i, n, 4, tree, n) for i, (n, tree) in enumerate(zip(known, chains, strict=True))]
+    assert spans == [Span(0, 3, 4), Span(1, 7, 4)]
+    monkeypatch.setattr(type(chains[0]), "path", None)
+    engine.full([token for tree in chains for token in tree.tokens], spans)
+
+
+@pytest.mark.parametrize("name", ["tree:2", "tree:2x1", "tree:3x2x1"])
+def test_trees_of_several_texts_are_those_of_one(model, name, monkeypatch) -> None:
+    """Greedy and sampled texts, with the same drafts and accepted paths. The head is right but for its two best tokens,
+    which are exchanged: so most accepted paths move keys, values and hidden states."""
+    one, branched = SplitBackbone(model, head_for(model, 3), check=False), 0
+    requests, honest = requests_of(5, count=6, longest=30, new=24), one.draft_logits_of
+
+    def exchanged(hidden_MD):
+        logits_MW = honest(hidden_MD)
+        values, at = logits_MW.topk(2)
+        return logits_MW.scatter(1, at, values.flip(1))
+
+    monkeypatch.setattr(one, "draft_logits_of", exchanged)
+    for temperature in (0.0, 1.0):
+
+        def sampler(i: int, temperature=temperature) -> Sampler:
+            return Sampler(temperature, generator=torch.Generator().manual_seed(i))
+
+        for text in decoded(BatchEngine(one), requests, name, 4, sampler):
+            alone = self_speculative(one, requests[text.number], sampler(text.number), make_controller(name))
+            assert text.error is None and text.generation.tokens == alone.tokens
+            for mine, its in zip(text.generation.rounds, alone.rounds, strict=True):
+                assert (mine.drafts, mine.parents, mine.path) == (its.drafts, its.parents, its.path)
+                branched += bool(mine.path) and mine.path[-1] != mine.accepted
+    assert branched > 10
+
+
 def test_random_schedules_through_the_real_passes(backbone) -> None:
     engine = BatchEngine(backbone)
-    for seed in range(8):
+    for seed in range(10):
         requests = requests_of(seed, count=12)
         expected = [autoregressive(backbone, request, Sampler()) for request in requests]
-        name = [None, "fixed:1", "fixed:4", "thompson", "goodput", "confidence:0.3", "table:1=4,3=1", "fixed:0"][seed]
+        name = [None, "fixed:1", "fixed:4", "thompson", "goodput", "confidence:0.3", "table:1=4,3=1", "fixed:0",
+                "tree:2x1", "tree:3x2x1"][seed]  # fmt: skip
         for text, one in zip(decoded(engine, requests, name, 1 + seed), expected, strict=True):
             assert text.generation.tokens == one.tokens and text.generation.finish_reason == one.finish_reason
 
@@ -97,7 +188,7 @@ def test_300_schedules_through_the_real_passes(backbone) -> None:
     engine = BatchEngine(backbone)
     for seed in range(100, 400):
         requests, dice = requests_of(seed, count=8), random.Random(seed)
-        name = dice.choice([None, "fixed:1", "fixed:3", "thompson", "goodput", "confidence:0.3"])
+        name = dice.choice([None, "fixed:1", "fixed:3", "thompson", "goodput", "confidence:0.3", "tree:2", "tree:3x2"])
         for text, request in zip(decoded(engine, requests, name, dice.randint(2, 8)), requests, strict=True):
             assert text.generation.tokens == autoregressive(backbone, request, Sampler()).tokens
 
@@ -241,6 +332,15 @@ def test_a_controller_that_chooses_what_it_was_not_asked_about_is_refused(backbo
 
     with pytest.raises(ValueError, match="each at most once"):
         list(decode_batch(BatchEngine(backbone), [(Request([1], 9), Sampler())], Wrong(), 1))
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+def test_more_candidates_than_there_are_slots_for_are_refused(backbone, spare) -> None:
+    """They would be written into the next text's place."""
+    rule = make_controller("tree:4x1")
+    rule.spare = spare
+    with pytest.raises(ValueError, match="as often as its `spare` allows"):
+        list(decode_batch(BatchEngine(backbone), [(Request([1], 9), Sampler())] * 2, Each(rule, 2), 2))
 
 
 def test_a_caller_that_wants_no_more_leaves_no_text_behind(backbone) -> None:

@@ -12,12 +12,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_exact import PROMPT, Scripted, Tables, backbones_own, joint
+from test_exact import PROMPT, Scripted, Tables, backbones_own, forbids_and_allows, joint
+from test_exact_trees import (
+    Doubtful,
+    ForgetsTheResidual,
+    ForgetsWhatWasDrawn,
+    OnceMore,
+    RanksBySibling,
+    TakesTheBest,
+)
 
 from pipeline.inference import batch_decoding, decoding
-from pipeline.inference.batch_controllers import make_batch_controller
+from pipeline.inference.batch_controllers import Each, make_batch_controller
 from pipeline.inference.batch_decoding import decode_batch
 from pipeline.inference.batch_thompson import BatchThompson
+from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, self_speculative
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.stopwatch import Stopwatch
@@ -32,6 +41,18 @@ CONTROLLERS = [
     "goodput",
     "thompson",
 ]
+TREES = ["tree:2", "tree:3", "tree:2x1", "tree:1x2", "tree:2x2", "tree:3x2x1"]
+RULES = {
+    **{name: lambda name=name: make_controller(name) for name in TREES},
+    "doubtful": Doubtful,  # of some levels not all rows are followed, and which branch follows from q
+    "once more": OnceMore,  # whether a round branches follows from q
+}
+"""Rules of one text without memory, whose drafts branch."""
+
+
+def branching(name: str) -> Each:
+    """The rule of this name, asked for every text."""
+    return make_batch_controller(name) if name in TREES else Each(RULES[name](), limit=3)
 
 
 class Cache:
@@ -74,10 +95,19 @@ class TableEngine:
         assert more >= 1
 
     def shallow(self, ids, spans):
-        for token, span in zip(ids, spans, strict=True):
+        tokens = iter(ids)
+        for span in spans:
             text = self.caches[span.place].text
-            assert span.rows == 1 and span.base == len(text)
-            text.append(token)
+            assert span.base == len(text)
+            text += itertools.islice(tokens, span.rows)
+        assert next(tokens, None) is None
+
+    def prefix(self, place, slot, tree, root):
+        """The tokens up to that in a slot, along its path."""
+        text = self.caches[place].text
+        if tree is None:
+            return tuple(text[: slot + 1])
+        return (*text[: root + 1], *(text[root + row] for row in tree.path(slot - root)))
 
     def full(self, ids, spans, store=False):
         self.shallow(ids, spans)
@@ -85,17 +115,23 @@ class TableEngine:
         return self.deep(spans)
 
     def deep(self, spans):
-        return [tuple(self.caches[s.place].text[: s.base + i + 1]) for s in spans for i in range(s.rows)]
+        return [self.prefix(s.place, s.base + i, s.tree, s.root) for s in spans for i in range(s.rows)]
 
     def logits(self, prefixes):
         return self.tables.logits(prefixes)
 
-    def catch_up(self, slots):
+    def catch_up(self, places):
         pass
 
-    def draft_logits(self, slots):
+    def draft_logits(self, asked):
         assert not self.unread, "the exit head reads what no pass has stored"
-        q_MV = torch.stack([self.tables.table(1, tuple(self.caches[place].text[: slot + 1])) for place, slot in slots])
+        roots = [self.caches[place].length for place, _, _ in asked]
+        found = [
+            self.prefix(place, root + row, tree, root)
+            for (place, tree, rows), root in zip(asked, roots, strict=True)
+            for row in rows
+        ]
+        q_MV = torch.stack([self.tables.table(1, prefix) for prefix in found])
         return q_MV if self.tables.draft_vocabulary is None else q_MV[:, self.tables.draft_vocabulary.ids_W]
 
 
@@ -130,8 +166,8 @@ def requests_of(seed: int) -> tuple[Tables, list[Request]]:
 def schedule(seed: int) -> None:
     """Every text of a random schedule gives what it gives alone."""
     dice = random.Random(-seed)
-    name, places = dice.choice([None, *CONTROLLERS]), dice.randint(1, 5)
-    controller = None if name is None else make_batch_controller(name, seed)
+    name, places = dice.choice([None, *CONTROLLERS, *RULES]), dice.randint(1, 5)
+    controller = branching(name) if name in RULES else None if name is None else make_batch_controller(name, seed)
     (tables, requests), (_, again) = requests_of(seed), requests_of(seed)
     found = {}
     for text in decode_batch(TableEngine(tables), ((r, Sampler()) for r in requests), controller, places):
@@ -181,9 +217,11 @@ def learned(seed: int) -> BatchThompson:
     return controller
 
 
-SAMPLED = {name: lambda name=name: make_batch_controller(name, 0, greedy=False) for name in CONTROLLERS} | {
-    f"thompson, seed {s}": lambda s=s: learned(s) for s in (0, 1, 2)
-}
+SAMPLED = (
+    {name: lambda name=name: make_batch_controller(name, 0, greedy=False) for name in CONTROLLERS}
+    | {f"thompson, seed {s}": lambda s=s: learned(s) for s in (0, 1, 2)}
+    | {name: lambda name=name: branching(name) for name in ("tree:2", "tree:2x1", "doubtful", "once more")}
+)
 
 
 def distance(tables: Tables, sampler: Sampler, make, new: int) -> float:
@@ -216,10 +254,46 @@ def test_these_controllers_draft_for_the_text_in_some_rounds_and_not_in_others(n
 
 
 @pytest.mark.parametrize("block", [False, True])
-@pytest.mark.parametrize("name", ["fixed:3", "thompson, seed 1"])
+@pytest.mark.parametrize("name", ["fixed:3", "thompson, seed 1", "tree:2x1", "doubtful"])
 def test_shaped_laws_blocks_and_draft_vocabularies(name: str, block: bool) -> None:
     sampler = Scripted(temperature=0.7, top_p=0.8, block=block)
     assert distance(Tables(3, seed=5, can_draft=[0, 2]), sampler, SAMPLED[name], 3) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["tree:2", "doubtful"])
+def test_processors_are_given_the_path_of_each_row(name: str) -> None:
+    sampler = Scripted(temperature=1.0, processors=forbids_and_allows)
+    assert distance(Tables(3, seed=5), sampler, SAMPLED[name], 3) < 1e-6
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+@pytest.mark.parametrize("name", ["tree:2x1", "doubtful", "once more"])
+def test_rounds_that_may_branch_are_verified_one_by_one(name: str, seed: int) -> None:
+    sampler = Scripted(temperature=1.0, block=True)
+    assert distance(Tables(2, seed=seed), sampler, SAMPLED[name], 4) < 1e-6
+
+
+def test_a_block_of_drafts_that_might_have_branched_is_caught(monkeypatch) -> None:
+    honest = Scripted.verify
+    monkeypatch.setattr(Scripted, "verify", lambda self, tree, p, may_branch=False: honest(self, tree, p))
+    sampler = Scripted(temperature=1.0, block=True)
+    assert distance(Tables(2, seed=5), sampler, SAMPLED["once more"], 5) > 1e-3
+
+
+@pytest.mark.parametrize("cheat", [ForgetsTheResidual, ForgetsWhatWasDrawn, TakesTheBest, RanksBySibling])
+def test_a_rule_of_siblings_that_cheats_is_caught(cheat) -> None:
+    assert distance(Tables(4, seed=6), cheat(temperature=1.0), SAMPLED["tree:2"], 3) > 1e-3
+
+
+def test_siblings_that_are_dropped_by_their_token_are_caught(monkeypatch) -> None:
+    honest = Scripted.siblings
+
+    def only_small(self, q, first, count):
+        return [draft for draft in honest(self, q, first, count) if draft.token != 2]
+
+    assert distance(Tables(4, seed=6), Scripted(temperature=1.0), SAMPLED["tree:2"], 3) < 1e-6
+    monkeypatch.setattr(Scripted, "siblings", only_small)
+    assert distance(Tables(4, seed=6), Scripted(temperature=1.0), SAMPLED["tree:2"], 3) > 1e-3
 
 
 class Peeks:
@@ -265,6 +339,25 @@ def test_a_controller_that_sees_the_token_is_caught() -> None:
     found = joint(decode, sampler, 4)
     law = backbones_own(Tables(2, seed=3), sampler, 4)
     assert max(abs(found.get(text, 0.0) - p) for text, p in law.items()) > 1e-3
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_text_of_a_seed_draws_and_drafts_what_it_does_alone(name: str) -> None:
+    """Rounds too are those of one text: drafts, where they branch, and which were accepted."""
+    tables, branched = Tables(5, seed=7), 0
+    make = lambda seed: Sampler(1.0, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    requests = [Request([i % 5], 6 + i, frozenset([4])) for i in range(10)]
+    ones = [self_speculative(tables, r, make(i), RULES[name]()) for i, r in enumerate(requests)]
+    for places in (1, 3, 10):
+        jobs = [(request, make(i)) for i, request in enumerate(requests)]
+        for text in decode_batch(TableEngine(tables), jobs, branching(name), places):
+            found, one = text.generation, ones[text.number]
+            assert found.tokens == one.tokens
+            for mine, its in zip(found.rounds, one.rounds, strict=True):
+                assert (mine.drafts, mine.parents, mine.path) == (its.drafts, its.parents, its.path)
+                assert (mine.accepted, mine.head_passes) == (its.accepted, its.head_passes)
+            branched += sum(bool(r.path) and r.path[-1] != r.accepted for r in found.rounds)
+    assert branched > 3 or name == "once more", "no path but the first one was ever accepted"
 
 
 def test_a_text_of_a_seed_does_not_depend_on_its_neighbours() -> None:

@@ -45,7 +45,8 @@ def test_greedy_rows_are_those_of_generate(tiny, controller, ends) -> None:
 def test_the_rows_are_decoded_together_where_that_is_known(tiny, monkeypatch) -> None:
     passes, full = [], BatchEngine.deep
     monkeypatch.setattr(BatchEngine, "deep", lambda self, spans: passes.append(len(spans)) or full(self, spans))
-    for controller, together in (("fixed:1", True), ("tree:2x2", False), (make_batch_controller("thompson"), True)):
+    kinds = [("fixed:1", True), ("tree:2x2", True), ("thompson+tree", False), (make_batch_controller("thompson"), True)]
+    for controller, together in kinds:
         passes.clear()
         ours(tiny, controller=controller, max_new_tokens=8, do_sample=False, eos_token_id=None)
         assert bool(passes) == together and (not passes or max(passes) == 5)

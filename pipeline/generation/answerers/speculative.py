@@ -1,9 +1,9 @@
 """The answerer `speculative`: self-speculative decoding with an exit head that was trained before.
 
 Takes a backbone, a head and a controller without memory; gives each question's new ids. Several questions are answered
-at once where the engine can decode several texts, which takes a family whose layers are computed here and a controller
-whose drafts do not branch; else one after the other. As the controller does not learn and every question has a random
-stream of its own, the answers of a call depend on its arguments alone.
+at once where the engine can decode several texts, which takes a family whose layers are computed here; else one after
+the other. As the controller does not learn and every question has a random stream of its own, the answers of a call
+depend on its arguments alone.
 """
 
 from collections.abc import Collection, Iterator
