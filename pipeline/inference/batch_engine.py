@@ -20,7 +20,7 @@ from .kv_cache import KVCache
 from .layers import Rows, joined
 from .passes import Group, Span
 from .places import Layout, Places, Store
-from .tree import Tree
+from .tree import WIDEST, Tree
 
 CATCH_UP = 32
 """Rows of a text that the exit head has not read yet, above which it reads them in a pass of that text alone, so that
@@ -71,9 +71,9 @@ class BatchEngine:
         return cache, logits_1V
 
     def fitting(self, length: int) -> int:
-        """How many texts of `length` slots fit into the free memory, of which half is left for copies that are made
-        when places grow; at least 1."""
-        needed = self.places.layout.bytes_of(length)
+        """How many texts of `length` tokens, drafts of a round beyond, fit into the free memory, of which half is left
+        for copies that are made when places grow; at least 1."""
+        needed = self.places.layout.bytes_of(length + WIDEST)
         return max(1, min(_free_bytes(device) // 2 // size for device, size in needed.items()))
 
     def leave(self, place: int) -> None:

@@ -19,6 +19,7 @@ from pipeline.inference.decoding import Request, autoregressive, self_speculativ
 from pipeline.inference.passes import Span
 from pipeline.inference.places import Layout, Places, slots_for
 from pipeline.inference.sampling import Sampler
+from pipeline.inference.tree import Tree
 
 
 @pytest.fixture(scope="module", params=BRANCHING)
@@ -367,6 +368,53 @@ def test_engines_that_know_of_one_text_only_are_refused(backbone, tmp_path) -> N
 
 def backbone_head(tmp_path):
     return head_for(load(tmp_path / "tiny-llama"), 2)
+
+
+# ---- devices
+
+
+def test_rows_follow_the_layers_to_their_devices(tmp_path) -> None:
+    """Layers on a second device: hidden states move there, keys and values live there, logits come from there."""
+    model = load(tiny_backbone(tmp_path))
+    head, whole = head_for(model, 1), BatchEngine(SplitBackbone(model, head_for(model, 1), products="plain"))
+    mapped = load(tmp_path / "tiny-llama")
+    for part in (*mapped.model.layers[2:], mapped.model.norm, mapped.lm_head):
+        part.to("meta")
+    engine = BatchEngine(SplitBackbone(mapped, head, check=False, products="plain"))
+    ids, spans = [3, 9, 4], [Span(1, 0, 1), Span(0, 0, 2)]
+    with torch.inference_mode():
+        for one in (whole, engine):
+            for n in (2, 20):  # in two stores
+                one.places.enter(n)
+            one.reserve(2)
+            one.shallow(ids, spans)
+        for mine, other in zip(engine.places.caches, whole.places.caches, strict=True):
+            assert torch.equal(mine.hidden_TD, other.hidden_TD), "what stays on the first device is computed as ever"
+            assert [keys.device.type for keys in mine.keys] == ["cpu", "cpu", "meta", "meta"]
+        logits_MV = engine.logits(engine.deep(spans))
+        assert logits_MV.device.type == "meta" and len(logits_MV) == 3
+        asked = [(place, Tree(id), [0]) for place, id in ((1, 3), (0, 9))]
+        assert engine.draft_logits(asked).device.type == "meta"
+        assert engine.full(ids, spans, store=True).device.type == "meta"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("on_cpu", [0, 2])
+def test_several_texts_on_a_gpu(tmp_path, on_cpu: int) -> None:
+    """All layers on it, or the last ones on the CPU as a device map may lay them."""
+    model = load(tiny_backbone(tmp_path, sharpness=4.0)).double()
+    requests = requests_of(5, count=9)
+    expected = [
+        t.generation.tokens for t in decoded(BatchEngine(SplitBackbone(model, head_for(model, 2))), requests, None, 4)
+    ]
+    mapped, head = load(tmp_path / "tiny-llama").double().to("cuda"), head_for(model, 2)
+    if on_cpu:
+        for part in (*mapped.model.layers[-on_cpu:], mapped.model.norm, mapped.lm_head):
+            part.to("cpu")
+    engine = BatchEngine(SplitBackbone(mapped, head, check=False))
+    for name in (None, "fixed:2", "tree:2x1", "thompson"):
+        assert [t.generation.tokens for t in decoded(engine, requests, name, 4)] == expected, name
 
 
 # ---- places
