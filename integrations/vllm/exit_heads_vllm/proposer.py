@@ -63,6 +63,9 @@ class ExitHeadProposer(ChosenProposer):
     ) -> Tensor:  # fmt: skip
         """Drafts [B, K]. Where none are wanted, the exit layer's keys and values of the served model's rows are
         written, and that is all."""
+        # `--max-model-len auto` shortens it after this was made: by the longer one, drafts beyond the end would be
+        # written over verified tokens in the served model's cache.
+        self.max_model_len = self.runner.max_model_len
         if num_speculative_tokens:
             return super().propose(
                 num_speculative_tokens, target_token_ids, target_positions, target_hidden_states, *args,
@@ -72,6 +75,14 @@ class ExitHeadProposer(ChosenProposer):
         with self._alone(common_attn_metadata):
             self.model.attend(target_positions, target_hidden_states)
         return target_token_ids.new_empty(common_attn_metadata.batch_size(), 0, dtype=torch.int64)
+
+    def _update_positions_dependent_metadata(self, positions: Tensor, *args: Any) -> Tensor:
+        """vLLM sends a row beyond the longest length to position 0, from where the next draft would go on to position 1
+        and overwrite the served model's keys and values there. Here it stays at 0, and nothing of it is written: no
+        pending token is at position 0."""
+        return super()._update_positions_dependent_metadata(
+            torch.where(positions == 0, self.max_model_len - 1, positions), *args
+        )
 
     def set_inputs_first_pass(
         self, *args: Any, target_hidden_states: Tensor, cad: Any, num_rejected_tokens_gpu: Tensor | None, **kwargs: Any

@@ -4,6 +4,7 @@ Takes versions, configs of heads and vLLM's config; gives nothing, or raises `Re
 the remedy, before any weight is read. What only weights tell is refused by fingerprint.py and model.py.
 """
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -80,6 +81,10 @@ def check_served(vllm_config: Any) -> None:
     head = spec.draft_model_config.hf_config
     if vllm_config.use_v2_model_runner:
         raise Refused("VLLM_USE_V2_MODEL_RUNNER=1: exit heads draft in vLLM's first model runner only: unset it")
+    if os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") == "1":  # vLLM also sets it by itself
+        raise Refused(
+            "VLLM_USE_BREAKABLE_CUDAGRAPH=1: recorded passes do not see what the served model hands over: set 0"
+        )
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size",
              "prefill_context_parallel_size")  # fmt: skip
     for size in sizes:

@@ -146,6 +146,14 @@ def test_what_was_not_tried_is_refused_by_name(changes, message) -> None:
         check_served(served(**changes))
 
 
+def test_graphs_that_wrap_the_drafter_are_refused(monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    check_served(served())
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(Refused, match="VLLM_USE_BREAKABLE_CUDAGRAPH=1"):
+        check_served(served())
+
+
 class Graphs(Enum):
     """vLLM's modes of CUDA graphs, as far as they matter here."""
 

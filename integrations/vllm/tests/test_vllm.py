@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import vllm_serving
 from vllm_serving import PYTHON, ROOT, Rounds, changed, greedy, serve, simulated
 
 from pipeline.backbones.load import load_model, load_tokenizer
@@ -222,6 +223,27 @@ def test_requests_that_reach_the_longest_length(pocket) -> None:
     assert found["ids"] == wanted["ids"]
     short = [i for i, p in enumerate(prompts) if len(p) <= 60]
     assert short and len(short) < len(prompts)
+
+
+def test_drafts_beyond_the_longest_length_leave_the_cache_as_it_is(pocket, monkeypatch) -> None:
+    """Of many drafts, near the end, all but a few are beyond it. Asked twice, the second time from cached prefixes;
+    then with a longest length that vLLM fits to the memory, known only after the drafter was made."""
+    longest, block, layers = 256, 32, 33
+    tokens = [i for p in pocket.prompts for i in p]
+    prompts = [(tokens * 2)[at : at + longest - 22] for at in range(0, 1200, 50)]
+    call = {"prompts": prompts, "params": greedy(22), "one_by_one": True}
+    settings = {"block_size": block, "enable_prefix_caching": True}
+    (wanted,) = serve(BACKBONE, [call], **settings, max_model_len=longest)["calls"]
+    first, again = pocket.serve([call, call], k=24, **settings, max_model_len=longest)["calls"]
+    assert min(again["cached"]) > 0
+    assert first["ids"] == wanted["ids"]
+    assert again["ids"] == wanted["ids"]
+    environment = vllm_serving.environment()
+    del environment["VLLM_CPU_KVCACHE_SPACE"]
+    monkeypatch.setattr(vllm_serving, "environment", lambda: environment)
+    fits = (longest + block) * layers * 256  # one block is vLLM's own
+    (fitted,) = pocket.serve([call], k=24, **settings, max_model_len=-1, kv_cache_memory_bytes=fits)["calls"]
+    assert fitted["ids"] == wanted["ids"]
 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
