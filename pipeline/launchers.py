@@ -72,5 +72,5 @@ def own_command(*words: str) -> list[str]:
     -P keeps the current folder off the path: a pipeline.py or torch.py that lies there is the user's.
     """
     root = str(Path(__file__).resolve().parent.parent)
-    start = f"import sys; sys.path.append({root!r}); from pipeline.cli import main; sys.exit(main())"
+    start = f"import sys; sys.path.append({root!r}); from pipeline.cli import process; process()"
     return [sys.executable, "-P", "-c", start, *words]

@@ -15,6 +15,7 @@ import pytest
 from pipeline import cli
 from pipeline.config import load
 from pipeline.errors import GateError, UserError
+from pipeline.launchers import own_command
 from pipeline.runs.files import atomic_write
 from pipeline.runs.folder import OUTPUTS, STAGES, RunDir
 
@@ -241,9 +242,7 @@ def test_help_of_every_verb_teaches(verb: str, capsys: pytest.CaptureFixture[str
         assert f"  {section}=" in text or f"  {section}." in text, section
 
 
-@pytest.mark.parametrize(
-    "command", [["-m", "pipeline"], ["-c", "from pipeline.cli import main; raise SystemExit(main())"]]
-)
+@pytest.mark.parametrize("command", [["-m", "pipeline"], ["-c", "from pipeline.cli import process; process()"]])
 def test_as_a_process(command: list[str], tmp_path: Path) -> None:
     """Through the real entry points: the code, the message, no traceback, and no wait for torch."""
     argv = [sys.executable, "-X", "importtime", *command, "generate", "distill.max_step=3"]
@@ -268,3 +267,15 @@ def test_a_process_that_still_has_its_group_ends_at_once(has_group, tmp_path) ->
     assert found.returncode == 3 and found.stdout.split("\n")[:-1] == (
         ["done"] if has_group else ["done", "taken down"]
     )
+
+
+def test_a_worker_with_a_process_group_ends_at_once_too(tmp_path: Path) -> None:
+    before = (
+        "import atexit, torch.distributed as dist\n"
+        "dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())\n"
+        "atexit.register(print, 'taken down')\n"
+    )
+    interpreter, safe, c, code, *words = own_command("generate", "distill.max_step=3")
+    argv = [interpreter, safe, c, before + code, *words]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2 and "distill.max_step=3" in done.stderr and not done.stdout
