@@ -6,8 +6,7 @@ Takes a head and prompts that it has not seen; gives tokens per second of the ba
 controller, in turns in one run, and of transformers' `generate` on the same prompts sorted by length, in left-padded
 batches of the same size. All count without prefills, transformers' as the difference to a text of one token. Ratios are
 medians of the repeats with their least and most. Where a round's time goes is printed too, with --profile by operators
-of torch. The
-machine should do nothing else.
+of torch. The machine should do nothing else.
 """
 
 import argparse

@@ -49,9 +49,9 @@ class Machine:
     )
     pack: str = option(
         "auto",
-        "auto or off: generate (engine padded), evaluate and chat copy the weights into the order that oneDNN reads "
-        "fastest (float32 on a CPU), which doubles their memory; auto does so where it helps and twice as much memory "
-        "is free",
+        "auto or off: generate (engines padded and speculative), evaluate and chat copy the weights into the order "
+        "that oneDNN reads fastest (float32 on a CPU), which doubles their memory; auto does so where it helps and "
+        "twice as much memory is free",
     )
     threads: int = option(0, "CPU threads of every stage except evaluate (evaluate.threads); 0 = torch's default")
     servers: list[str] = option(

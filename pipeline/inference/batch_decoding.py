@@ -179,7 +179,10 @@ def _targets(texts: list[_Text], logits_MV: Tensor) -> list[int]:
 
 def _round(engine, texts, controller, record, parts) -> None:
     """One round of all texts: without drafts one pass through all layers, as in autoregressive decoding."""
-    asked = [] if controller is None else _begin(texts, controller)
+    asked = []
+    if controller is not None:
+        controller.begin(len(texts))
+        asked = _asked(texts, texts, controller, 0)
     parts.mark("rest")
     if asked:
         _draft(engine, texts, asked, controller, record, parts)
@@ -200,11 +203,6 @@ def _round(engine, texts, controller, record, parts) -> None:
         if controller is not None:
             text.out.rounds.append(text.round)
         first += len(logits_RV)
-
-
-def _begin(texts: list[_Text], controller: BatchController) -> list[_Text]:
-    controller.begin(len(texts))
-    return _asked(texts, texts, controller, 0)
 
 
 def _asked(texts: list[_Text], live: list[_Text], controller: BatchController, level: int) -> list[_Text]:
@@ -246,7 +244,7 @@ def _draft(engine, texts, able, controller, record, parts) -> None:
         read_all([draft for of_rows in wanted.values() for drafts in of_rows for _, draft, _ in drafts])
         for place, of_rows in wanted.items():
             texts[place].tree.grow(of_rows)  # a token that is read must be verified: as in decoding.py
-        live = [texts[place] for place, of_rows in wanted.items()]
+        live = [texts[place] for place in wanted]
         parts.mark(f"head {level}")
         level += 1
 

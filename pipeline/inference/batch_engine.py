@@ -213,14 +213,11 @@ class _Pass:
             all_slots.append(zip(*(some.flatten(2, 3).unbind(0) for some in stores), strict=True))
         return [*seen, *all_slots]
 
-    def _hidden(self) -> list[tuple[Tensor, Tensor]]:
+    def _hidden(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each store: hidden states of all slots, and which of them are those of the rows."""
-        found = []
-        for store, group in zip(self.stores, self.groups, strict=True):
-            hidden_PTD = store.hidden_PTD
-            slots_M = torch.tensor(group.slots_of_rows(), device=hidden_PTD.device)
-            found.append((hidden_PTD.view(-1, hidden_PTD.shape[-1]), slots_M))
-        return found
+        several = self.kinds(self.stores[0].hidden_PTD.device)[0].several or ()
+        for store, some in zip(self.stores, several, strict=True):
+            yield store.hidden_PTD.view(-1, store.hidden_PTD.shape[-1]), some.slots_M
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -123,7 +123,7 @@ class Kernels:
             shapes.setdefault(_shape(product), []).append(product)
         if choice not in CHOICES:
             raise ValueError(f"products={choice}: must be one of {', '.join(CHOICES)}")
-        if choice == "plain" or not all(map(_differs, (some[0] for some in shapes.values()))):
+        if choice == "plain" or not all(differs(some[0].weight_IO) for some in shapes.values()):
             return
         every = sum(p.weight_IO.nbytes for some in shapes.values() for p in some)
         pack = pack and _can_pack() and available_bytes() >= 2 * every
@@ -140,7 +140,7 @@ class Kernels:
         """The same product with the kernels chosen for its shape, and packed if one of them needs it."""
         kernels = self.chosen.get(_shape(product))
         fitted = Product(product.weight_IO, product.bias_O)
-        if kernels is not None and _differs(product):
+        if kernels is not None and differs(product.weight_IO):
             fitted.kernels = kernels
             if packed in kernels:
                 fitted.pack()
@@ -152,17 +152,6 @@ class Kernels:
             f"{i} x {o}": [kernels[min(m, WIDTHS[-1] + 1)].__name__ for m in TIMED]
             for (i, o), kernels in self.chosen.items()
         }
-
-
-def of_many_rows(product: Product, *, pack: bool) -> Kernel | None:
-    """The kernel for many rows without timing, so that equal passes give equal results: oneDNN's, packed if that is
-    allowed. The product is packed then. None where torch's own is the only one."""
-    if not _differs(product):
-        return None
-    if not pack or not _can_pack():
-        return onednn
-    product.pack()
-    return packed
 
 
 def _choose(products: list[Product], pack_them: bool) -> list[Kernel]:
@@ -210,10 +199,9 @@ def _shape(product: Product) -> tuple[int, int]:
     return product.weight_IO.shape[0], product.weight_IO.shape[1]
 
 
-def _differs(product: Product) -> bool:
+def differs(weight: Tensor) -> bool:
     """Whether the kernels compute differently on this weight. The operators are private: a release of torch without
     them only loses speed."""
-    weight = product.weight_IO
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
     return hasattr(torch.ops.mkldnn, "_linear_pointwise")

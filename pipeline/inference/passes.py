@@ -64,10 +64,6 @@ class Group(NamedTuple):
         """The number of slots up to the last that any of the rows attends to."""
         return max(span.base + span.rows for span in self.spans)
 
-    def slots_of_rows(self) -> list[int]:
-        """The number of each row's slot among those of all places."""
-        return [span.place * self.slots + span.base + i for span in self.spans for i in range(span.rows)]
-
 
 def mask_of_texts(
     spans: list[Span], positions_P: Tensor, width: int, end: int, repeats: int, dtype: torch.dtype, window: int | None
@@ -187,6 +183,7 @@ def _indices(group: Group, device: torch.device) -> tuple[int, bool, Tensor, Ten
     place * W + number in the text."""
     spans, width = group.spans, max(span.rows for span in group.spans)
     positions = [position for span in spans for position in span.positions]
+    slots = [span.place * group.slots + span.base + i for span in spans for i in range(span.rows)]
     at = [span.place * width + i for span in spans for i in range(span.rows)]
     is_even = at == list(range(group.texts * width))
-    return width, is_even, *torch.tensor([positions, group.slots_of_rows(), at], device=device).unbind(0)
+    return width, is_even, *torch.tensor([positions, slots, at], device=device).unbind(0)

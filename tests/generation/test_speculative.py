@@ -4,8 +4,11 @@ import pytest
 from helpers import tiny_backbone
 from oracles import head_for, load
 
+from pipeline.config import load as load_config
+from pipeline.generation.answerers import registry
 from pipeline.generation.answerers.interface import Question, Sampling
 from pipeline.generation.answerers.speculative import Speculative
+from pipeline.inference import kernels
 from pipeline.inference.batch_engine import BatchEngine
 
 
@@ -39,3 +42,12 @@ def test_any_number_at_once_gives_the_same_answers(model, controller: str, monke
 
 def test_greedy_answers_do_not_depend_on_whether_drafts_branch(model) -> None:
     assert answers(model, "tree:2x1", 4)[::2] == answers(model, "fixed:1", 4)[::2]
+
+
+@pytest.mark.parametrize("pack", ["auto", "off"])
+def test_weights_are_copied_only_where_that_is_allowed(model, pack: str, monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(registry, "_head", lambda config: head_for(model.float(), 2))
+    config = load_config(None, ["generate.engine=speculative", f"machine.pack={pack}"])
+    answerer = registry.make_answerer(config, lambda: model.float(), None, [3])
+    assert (answerer.backbone.extra_bytes(8)["packed_bytes"] > 0) == (pack == "auto")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ...inference.kernels import FEWEST_WEIGHTS, Kernel, Product, available_bytes, of_many_rows, plain
+from ...inference.kernels import FEWEST_WEIGHTS, Kernels, Product, differs
 
 
 @contextmanager
@@ -24,34 +24,30 @@ def fast_products(model: nn.Module, *, pack: bool) -> Iterator[None]:
     of its own, such as an adapter or a quantised layer, computes as before, and hooks are called as before.
     """
     linears = [module for module in model.modules() if _is_worth_it(module)]
-    pack = pack and available_bytes() >= 2 * sum(linear.weight.nbytes for linear in linears)
-    changed = []
+    products = [Product(linear.weight.t(), linear.bias) for linear in linears]
+    kernels = Kernels(products, "repeatable", pack=pack)
     try:
-        for linear in linears:
-            product = Product(linear.weight.t(), linear.bias)
-            kernel = of_many_rows(product, pack=pack)
-            if kernel is not None:
-                linear.forward = _forward(product, kernel)
-                changed.append(linear)
+        for linear, product in zip(linears, products, strict=True):
+            linear.forward = _forward(kernels.fit(product))
         yield
     finally:
-        for linear in changed:
-            del linear.forward
+        for linear in linears:
+            vars(linear).pop("forward", None)
 
 
 def _is_worth_it(module: nn.Module) -> bool:
-    """Whether this is torch's own linear layer with a large weight of its own, and computes what its class does."""
+    """Whether this is torch's own linear layer with a large weight of its own, for which kernels differ, and computes
+    what its class does."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     if type(module.weight) is not nn.Parameter or type(module.weight.data) is not Tensor:
         return False
-    return module.weight.numel() >= FEWEST_WEIGHTS
+    return module.weight.numel() >= FEWEST_WEIGHTS and differs(module.weight)
 
 
-def _forward(product: Product, kernel: Kernel):
+def _forward(product: Product):
     def forward(input: Tensor) -> Tensor:
         x_MI = input.reshape(-1, input.shape[-1])
-        chosen = kernel if len(x_MI) > 1 else plain
-        return chosen(product, x_MI, None).view(*input.shape[:-1], -1)
+        return product(x_MI).view(*input.shape[:-1], -1)
 
     return forward

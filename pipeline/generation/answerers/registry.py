@@ -24,7 +24,7 @@ def make_answerer(config: Config, load_model: Callable[[], Any], tokenizer: Any,
 
     Raises UserError for a head or a server setting that cannot be used.
     """
-    name = config.generate.engine
+    name, pack = config.generate.engine, config.machine.pack == "auto"
     if name == "original":
         return Original(tokenizer, ends)
     if name == "server":
@@ -34,12 +34,12 @@ def make_answerer(config: Config, load_model: Callable[[], Any], tokenizer: Any,
     if name == "speculative":
         head = _head(config)  # checked before a large model is loaded
         try:
-            return Speculative(load_model(), head, config.generate.controller, ends)
+            return Speculative(load_model(), head, config.generate.controller, ends, pack=pack)
         except ValueError as error:
             raise UserError(f"generate.exit_head={config.generate.exit_head}: {error}") from None
     if name == "continuous":
         return Continuous(load_model(), ends)
-    return Padded(load_model(), ends, pack=config.machine.pack == "auto")
+    return Padded(load_model(), ends, pack=pack)
 
 
 def _head(config: Config) -> ExitHead:

@@ -32,12 +32,12 @@ class Speculative:
 
     reproducible = True
 
-    def __init__(self, model: nn.Module, head: ExitHead, controller: str, ends: Collection[int]):
-        """`ends`: the ids that end an answer."""
+    def __init__(self, model: nn.Module, head: ExitHead, controller: str, ends: Collection[int], *, pack: bool = True):
+        """`ends`: the ids that end an answer. pack: allow copies of the weights (`SplitBackbone`)."""
         self.controller = steady_controller(controller)
         self.ends = frozenset(ends)
         # kernels chosen by timing could differ between processes, and their rounding can decide a near tie
-        self.backbone = SplitBackbone(model, head, products="repeatable")
+        self.backbone = SplitBackbone(model, head, products="repeatable", pack=pack)
         try:
             self.backbone.check_controller(self.controller)
         except ValueError as error:
