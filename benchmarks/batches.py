@@ -156,7 +156,7 @@ def generate_rate(model, ids: list[list[int]], size: int, args: argparse.Namespa
 
 def profile(engine: BatchEngine, requests: list[Request], sampler, args: argparse.Namespace) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        decode(engine, requests[: args.batch_sizes[-1]], sampler, None, args.batch_sizes[-1])
+        decode({"": engine}, requests[: args.batch_sizes[-1]], sampler, {"": None}, args.batch_sizes[-1])
     print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 

@@ -168,7 +168,9 @@ class Generate:
         None, "generate.engine=speculative: folder of the exit head, such as runs/NAME/heads/exit-2", is_path=True
     )
     controller: str = option(
-        "fixed:2", "generate.engine=speculative: fixed:K, confidence:T or entropy:T, the controllers that learn nothing"
+        "fixed:2",
+        "generate.engine=speculative: fixed:K, tree:AxB, confidence:T or entropy:T, the controllers that learn "
+        "nothing; or K by the number of texts that are decoded at once, as in table:1=2,8=1,16=0",
     )
     num_prompts: int = option(384, "number of prompts to answer, the first of the shuffled set; 0 = all")
     max_new_tokens: int = option(128, "largest number of tokens of a response")

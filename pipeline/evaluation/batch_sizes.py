@@ -77,11 +77,12 @@ def measured(
     if not (folder / RUNS).exists():
         requests = [Request(row, config.max_new_tokens, ends) for row in prompts.ids]
         longest = max(len(request.prompt) for request in requests) + config.max_new_tokens
-        fitting = min(engine.fitting(longest) for engine in engines.values())
+        methods = 1 + len(controllers)  # with autoregressive decoding; each has its own texts
+        fitting = min(engine.fitting(longest) for engine in engines.values()) // methods
         if max(config.batch_sizes) > fitting:
             raise UserError(
                 f"evaluate.batch_sizes={config.batch_sizes}: the free memory holds {fitting} texts of {longest} tokens "
-                "at once: leave larger numbers out"
+                f"at once for each of {methods} methods: leave larger numbers or controllers out"
             )
         device, repeats = next(iter(engines.values())).backbone.device, max(REPEATS, config.repeats)
         runs, rounds = [], []
@@ -295,17 +296,14 @@ def in_batches(engine: BatchEngine, prompt: int, ids: list[int], count: int) -> 
     """Logits [V] of the token after `ids`, when so many copies of the text are decoded together in passes of several
     widths. The first `prompt` ids are prefilled alone, as in decoding."""
     for width in WIDTHS:
-        caches = []
-        for _ in range(count):
-            cache, logits_1V = engine.enter(ids[:prompt], len(ids))
-            caches.append(cache)
+        caches, logits_PV = engine.enter([ids[:prompt]] * count)
+        logits_V = logits_PV[0]
         engine.reserve(len(ids) - prompt)
         for base in range(prompt, len(ids), width):
             row = ids[base : base + width]
             hidden_RD = engine.full(row * count, [Span(place, base, len(row)) for place in range(count)])
-            logits_1V = engine.logits(hidden_RD[len(row) - 1 : len(row)])
+            logits_V = engine.logits(hidden_RD[len(row) - 1 : len(row)])[0]
             for cache in caches:
                 cache.commit(base + len(row))
-        for _ in caches:
-            engine.leave(0)
-        yield logits_1V[0]
+        engine.leave_all()
+        yield logits_V

@@ -1,27 +1,28 @@
 """Measures decoding of several texts at once: tokens per second by the number of texts, with drafts and without.
 
 Takes a batch engine, prompts and names of controllers; gives one row for every number of texts, method and repeat, and
-one for every round. In a repeat all methods decode the same prompts one after the other, beginning with another one
-each time, and ratios are taken within a repeat, so that slow phases of the machine concern all of them. Counted are the
+one for every round. In a repeat all methods decode the same prompts, each in an engine of its own, and take turns round
+by round: slow phases of the machine, which on shared hosts last for seconds, so concern all of them. Counted are the
 rounds in which all places are taken: neither prefills, nor the end of a run, when texts of equal length that do not
 draft end at once and others do not. Before the first repeat of a number of texts, rounds without drafts warm up, and
 time what they verify.
 """
 
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from ..inference.batch_controllers import make_batch_controller
-from ..inference.batch_decoding import decode_batch
+from ..inference.batch_decoding import Finished, step_by_step
 from ..inference.batch_engine import BatchEngine
 from ..inference.batch_rounds import BatchRound
 from ..inference.decoding import Request
 from ..inference.sampling import Sampler
 from .intervals import interval_of_repeats
-from .measuring import in_turns
 
 AUTOREGRESSIVE = "autoregressive"
 WAVES = 4
@@ -47,18 +48,32 @@ class Decoded(NamedTuple):
 
 
 def decode(
-    engine: BatchEngine, requests: list[Request], sampler: Callable[[int], Sampler], controller: Any, batch_size: int
-) -> Decoded:
-    """Decode the requests through `batch_size` places. controller: None for autoregressive decoding. Raises what a
-    text's request raises."""
-    jobs = ((request, sampler(i)) for i, request in enumerate(requests))
-    texts: list[list[int]] = [[] for _ in requests]
-    rounds: list[BatchRound] = []
-    for text in decode_batch(engine, jobs, controller, batch_size, rounds.append):
-        if text.error is not None:
-            raise text.error
-        texts[text.number] = text.generation.tokens
-    return Decoded(texts, rounds)
+    engines: dict[str, BatchEngine], requests: list[Request], sampler: Callable[[int], Sampler],
+    controllers: dict[str, Any], batch_size: int, report: Callable[[], object] = lambda: None,
+) -> dict[str, Decoded]:  # fmt: skip
+    """Decode the requests by every method through `batch_size` places; the methods take turns round by round.
+
+    engines, controllers: one for each method; a controller of None decodes autoregressively. report: called for every
+    text that ends. Raises what a text's request raises.
+    """
+    found = {name: Decoded([[] for _ in requests], []) for name in controllers}
+    running = {}
+    for name, controller in controllers.items():
+        jobs = ((request, sampler(i)) for i, request in enumerate(requests))
+        running[name] = step_by_step(engines[name], jobs, controller, batch_size, found[name].rounds.append)
+    while running:
+        for name, steps in list(running.items()):
+            text: Finished | None
+            for text in steps:
+                if text is None:  # its round is done
+                    break
+                if text.error is not None:
+                    raise text.error
+                found[name].texts[text.number][:] = text.generation.tokens
+                report()
+            else:
+                del running[name]
+    return found
 
 
 def measure(
@@ -72,23 +87,34 @@ def measure(
     seconds per token of a text, `verify` those of a verification or of an autoregressive pass. `texts` are the new ids
     of each text; text i is of request i, counted round and round.
     """
-    greedy = sampler(0).greedy
-    rows, kept = [], []
-    for batch_size, repeat, method, made in _runs(controllers, batch_sizes, repeats, greedy):
+    greedy, rows, kept = sampler(0).greedy, [], []
+    engines = {name: BatchEngine(engine.backbone) for name in (AUTOREGRESSIVE, *controllers)}
+    for batch_size in batch_sizes:
         some = [requests[i % len(requests)] for i in range(max(len(requests), WAVES * batch_size))]
-        out = decode(engine, some, sampler, made, batch_size)
-        kept += [_round_row(batch_size, method, repeat, round) for round in out.rounds]
-        if repeat < 0:
-            continue
-        rounds = out.full(batch_size)
-        texts = [text for round in rounds for text in round.texts]
-        tokens, seconds = sum(round.tokens for round in rounds), sum(round.seconds for round in rounds)
-        rows.append(
-            (batch_size, method, repeat, tokens, seconds, seconds * batch_size / max(1, tokens), len(rounds),
-             sum(t.drafted for t in texts), sum(t.accepted for t in texts),
-             float(np.mean([round.verify_seconds for round in rounds])), out.texts)
-        )  # fmt: skip
+        plain = decode({PLAIN: engine}, some, sampler, {PLAIN: make_batch_controller(PLAIN)}, batch_size)[PLAIN]
+        kept += [_round_row(batch_size, PLAIN, -1, round) for round in plain.rounds]
+        made = {AUTOREGRESSIVE: None} | {name: make_batch_controller(name, greedy=greedy) for name in controllers}
+        with tqdm(total=repeats * len(made) * len(some), desc=f"{batch_size} texts at once", unit="text") as bar:
+            for repeat in range(repeats):
+                gc.collect()
+                gc.disable()  # its time would count for any of the methods
+                try:
+                    found = decode(engines, some, sampler, made, batch_size, bar.update)
+                finally:
+                    gc.enable()
+                for method, out in found.items():
+                    kept += [_round_row(batch_size, method, repeat, round) for round in out.rounds]
+                    rows.append(_run_row(batch_size, method, repeat, out))
     return pd.DataFrame(rows, columns=COLUMNS), pd.DataFrame(kept, columns=ROUND_COLUMNS)
+
+
+def _run_row(batch_size: int, method: str, repeat: int, out: Decoded) -> tuple[Any, ...]:
+    rounds = out.full(batch_size)
+    texts = [text for round in rounds for text in round.texts]
+    tokens, seconds = sum(round.tokens for round in rounds), sum(round.seconds for round in rounds)
+    return (batch_size, method, repeat, tokens, seconds, seconds * batch_size / max(1, tokens), len(rounds),
+            sum(t.drafted for t in texts), sum(t.accepted for t in texts),
+            float(np.mean([round.verify_seconds for round in rounds])), out.texts)  # fmt: skip
 
 
 def _round_row(batch_size: int, method: str, repeat: int, round: BatchRound) -> tuple[Any, ...]:
@@ -96,18 +122,6 @@ def _round_row(batch_size: int, method: str, repeat: int, round: BatchRound) -> 
     (shallow, shallow_seconds), (head, head_seconds) = passes
     return (batch_size, method, repeat, round.count, round.rows, round.tokens, list(shallow), list(shallow_seconds),
             list(head), list(head_seconds), round.verify_seconds, round.rest_seconds)  # fmt: skip
-
-
-def _runs(
-    controllers: list[str], batch_sizes: list[int], repeats: int, greedy: bool
-) -> Iterator[tuple[int, int, str, Any]]:
-    """(number of texts, repeat, method, its controller) of every run, of repeat -1 to warm up."""
-    for batch_size in batch_sizes:
-        yield batch_size, -1, PLAIN, make_batch_controller(PLAIN)
-        made = {name: make_batch_controller(name, greedy=greedy) for name in controllers}
-        methods = [AUTOREGRESSIVE, *controllers]
-        for repeat, _, method in in_turns(1, methods, repeats, f"{batch_size} texts at once", "run"):
-            yield batch_size, repeat, method, made.get(method)
 
 
 def speedups(frame: pd.DataFrame) -> pd.DataFrame:

@@ -28,11 +28,13 @@ class RowTimes:
         """Seconds of the first pass of a number of rows. It compiles and allocates what later ones use, so it is only a
         bound: a width that seems to cost more than it does would not be tried again."""
 
-    def add(self, rows: int, seconds: float, now: int) -> None:
+    def add(self, rows: int, seconds: float, now: int) -> bool:
+        """Learn from a pass; False if it was the first of its number of rows."""
         if rows in self.first:
             self.times.setdefault(bucket(rows), Recent()).add(seconds, now)
-        else:
-            self.first[rows] = seconds
+            return True
+        self.first[rows] = seconds
+        return False
 
     def forget(self, now: int) -> None:
         """Drop old times but the last of each number of rows: to find again that a width costs much would cost much."""
@@ -99,16 +101,16 @@ class BatchCosts:
         self.now = 0
         """Number of rounds so far."""
 
-    def observe(self, round) -> None:
-        """Learn from a `BatchRound`."""
+    def observe(self, round) -> bool:
+        """Learn from a `BatchRound`; False if any of its passes was the first of its number of rows."""
         self.now += 1
+        known = []
         for times, passes in ((self.shallow, round.shallow_seconds), (self.head, round.head_seconds)):
-            for rows, seconds in passes:
-                times.add(rows, seconds, self.now)
+            known += [times.add(rows, seconds, self.now) for rows, seconds in passes]
         seconds = round.verify_seconds + round.rest_seconds
         if not round.shallow_seconds:  # one pass through all layers
             seconds = max(0.0, seconds - self.shallow.table(round.rows)[round.rows])
-        self.verify.add(round.rows, seconds, self.now)
+        return all([*known, self.verify.add(round.rows, seconds, self.now)])
 
     def rounds(self, count: int, limit: int) -> list[float]:
         """C(B, K) for K = 0..limit: the seconds of a round in which B = `count` texts draft K tokens each, which takes

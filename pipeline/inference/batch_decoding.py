@@ -13,8 +13,9 @@ M rows of a pass, R rows of one text, V vocabulary, W tokens that the head can d
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -87,7 +88,6 @@ Job = tuple[Request, Sampler]
 """A sampler belongs to one text: with a random stream of its own, a text does not depend on its neighbours' draws."""
 
 
-@torch.inference_mode()
 def decode_batch(
     engine: BatchEngine, jobs: Iterable[Job], controller: BatchController | None, places: int,
     observe: Callable[[BatchRound], None] = lambda round: None,
@@ -98,6 +98,16 @@ def decode_batch(
     observe: called with every round, also with those without a controller. Raises ValueError for places < 1, and while
     other texts are decoded by this engine.
     """
+    with closing(step_by_step(engine, jobs, controller, places, observe)) as steps:
+        yield from (found for found in steps if found is not None)
+
+
+@torch.inference_mode()
+def step_by_step(
+    engine: BatchEngine, jobs: Iterable[Job], controller: BatchController | None, places: int,
+    observe: Callable[[BatchRound], None] = lambda round: None,
+) -> Iterator[Finished | None]:  # fmt: skip
+    """The same, with a None after every round, so that several engines can take turns round by round."""
     drafts = 0 if controller is None else controller.limit + spare_of(controller)  # the most of a text in a round
     if places < 1:
         raise ValueError(f"places={places}: at least 1")
@@ -107,13 +117,9 @@ def decode_batch(
     parts = stopwatch(block.device for block in engine.backbone.blocks)
     try:
         while True:
-            while len(texts) < places and (job := next(waiting, None)) is not None:
-                text = _enter(engine, *job)
-                if isinstance(text, Finished):
-                    yield text
-                else:
-                    texts.append(text)
-                    yield from _leave(engine, texts)
+            while jobs_now := list(islice(waiting, places - len(texts))):
+                yield from _enter(engine, jobs_now, texts)
+                yield from _leave(engine, texts)
             if not texts:
                 return
             for place, text in enumerate(texts):
@@ -128,25 +134,34 @@ def decode_batch(
             if controller is not None:
                 controller.observe(record)
             observe(record)
+            yield None
             yield from _leave(engine, texts)
     finally:  # also of a caller that wants no more texts
-        for _ in texts:
-            engine.leave(0)
+        engine.leave_all()
 
 
-def _enter(engine: BatchEngine, number: int, job: Job) -> _Text | Finished:
-    """Give a text the next place and draw its first token."""
-    request, sampler = job
-    began = time.perf_counter()
-    try:
-        cache, logits_1V = engine.enter(request.prompt, len(request.prompt) + request.max_new_tokens)
-    except ValueError as error:
-        return Finished(number, Generation(), error)
-    text = _Text(number, request, sampler, cache)
-    _commit_drawn(text, logits_1V)  # reads the token, so a GPU has ended the prefill
-    text.entered = time.perf_counter()
-    text.out.prefill_seconds = text.entered - began
-    return text
+def _enter(engine: BatchEngine, jobs: list[tuple[int, Job]], texts: list[_Text]) -> Iterator[Finished]:
+    """Give texts the next places and draw the first token of each; those that cannot be decoded end here. Each has an
+    equal share of the seconds in which their prompts were read."""
+    began, new = time.perf_counter(), []
+    for number, job in jobs:
+        request, _ = job
+        try:
+            engine.check(request.prompt, len(request.prompt) + request.max_new_tokens)
+        except ValueError as error:
+            yield Finished(number, Generation(), error)
+        else:
+            new.append((number, *job))
+    if not new:
+        return
+    caches, logits_PV = engine.enter([request.prompt for _, request, _ in new])
+    entering = [_Text(*one, cache) for one, cache in zip(new, caches, strict=True)]
+    texts += entering
+    for text, logits_1V in zip(entering, logits_PV.split(1), strict=True):
+        _commit_drawn(text, logits_1V)  # reads the token, so a GPU has ended the prefill
+    entered = time.perf_counter()
+    for text in entering:
+        text.entered, text.out.prefill_seconds = entered, (entered - began) / len(new)
 
 
 def _leave(engine: BatchEngine, texts: list[_Text]) -> Iterator[Finished]:

@@ -10,6 +10,7 @@ head can draft
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .kv_cache import KVCache
 from .layers import Rows, joined
 from .passes import Group, Span
 from .places import Layout, Places, Store
+from .prefills import passes_of
 from .tree import WIDEST, Tree
 
 CATCH_UP = 32
@@ -46,11 +48,10 @@ class BatchEngine:
         hidden = backbone.hidden, deep.device, backbone.dtype
         self.places = Places(Layout(sizes, shape.kv_heads, shape.head_dim, hidden))
 
-    def enter(self, prompt: list[int], length: int) -> tuple[KVCache, Tensor]:
-        """(cache of a new text in the next place, float32 logits [1, V] after its prompt), by a pass of this text
-        alone. Raises ValueError if its whole `length` is beyond the backbone's context, or an id beyond its
-        vocabulary."""
-        backbone, n = self.backbone, len(prompt)
+    def check(self, prompt: list[int], length: int) -> None:
+        """Raises ValueError if the whole `length` of a text is beyond the backbone's context, its prompt is empty, or
+        an id is beyond the vocabulary."""
+        backbone = self.backbone
         if length > backbone.max_context:
             raise ValueError(f"{length} positions are needed, the backbone's context is {backbone.max_context}")
         last = len(backbone.embedding_VD) - 1
@@ -59,16 +60,36 @@ class BatchEngine:
                 f"the prompt has ids from {min(prompt)} to {max(prompt)}, the vocabulary ends at {last}: it was "
                 "encoded for another model"
             )
-        cache = self.places.enter(n)
-        self._allocate()
+
+    def enter(self, prompts: list[list[int]]) -> tuple[list[KVCache], Tensor]:
+        """(caches of new texts in the next places, float32 logits [texts, V] after their prompts), by passes over many
+        prompts at once. What a prompt has in common with a text that is there is copied (prefills.py)."""
+        places, known = self.places, [place.ids for place in self.places.texts]
+        logits_V: list[Any] = [None] * len(prompts)
         try:
-            backbone.shallow(prompt, 0, cache)
-            logits_1V = backbone.logits(backbone.deep(0, n, cache)[-1:])
+            places.enter(prompts)
+            self._allocate()
+            for some in passes_of(prompts, known):
+                spans = []
+                for number, shared, source in some:
+                    new = places.texts[len(known) + number]
+                    if shared:
+                        of = places.texts[source]
+                        new.store.copy(new, of, shared)
+                        new.cache.head_length = min(shared, of.cache.head_length)
+                    spans.append(Span(len(known) + number, shared, len(new.ids) - shared))
+                hidden_MD = self.full([i for number, shared, _ in some for i in prompts[number][shared:]], spans, True)
+                last_P = torch.tensor([*accumulate(span.rows for span in spans)], device=hidden_MD.device) - 1
+                found = zip(some, self.logits(hidden_MD.index_select(0, last_P)), strict=True)
+                for (number, _, _), logits in found:
+                    places.texts[len(known) + number].cache.commit(len(prompts[number]))
+                    logits_V[number] = logits
         except BaseException:
-            self.places.leave(len(self.places.caches) - 1)
+            while len(places.texts) > len(known):
+                places.leave(len(places.texts) - 1)
+            places.trim()
             raise
-        cache.commit(n)
-        return cache, logits_1V
+        return places.caches[len(known) :], torch.stack(logits_V)
 
     def fitting(self, length: int) -> int:
         """How many texts of `length` tokens, drafts of a round beyond, fit into the free memory, of which half is left
@@ -79,6 +100,12 @@ class BatchEngine:
     def leave(self, place: int) -> None:
         """Free a place; the last text takes its number."""
         self.places.leave(place)
+
+    def leave_all(self) -> None:
+        """Free all places, and their memory."""
+        while self.places.texts:
+            self.places.leave(0)
+        self.places.trim()
 
     def reserve(self, more: int) -> None:
         """Make room for so many more tokens of each text. What is beyond the committed ones is lost, so it is called
@@ -203,15 +230,11 @@ class _Pass:
             first += len(slots_M)
 
     def keys_and_values(self, block: int) -> list[Iterator[tuple[Tensor, ...]]]:
-        """Of each layer of a block, one tensor for each store: keys [G, P, T, C] up to the last slot that is attended
-        to, values too, and all slots [G, P*T, C] of both, to which those of the rows are written."""
-        seen, all_slots = [], []
-        for part in ("keys", "values"):
-            stores = [getattr(store, part)[block] for store in self.stores]
-            ends = [some[:, :, : g.texts, : g.end] for some, g in zip(stores, self.groups, strict=True)]
-            seen.append(zip(*(some.unbind(0) for some in ends), strict=True))
-            all_slots.append(zip(*(some.flatten(2, 3).unbind(0) for some in stores), strict=True))
-        return [*seen, *all_slots]
+        """Of each layer of a block, one tensor for each store: keys [P, G, T, C], values too, and both as [P*G*T, C],
+        to which those of the rows are written."""
+        stores = [[getattr(store, part)[block] for store in self.stores] for part in ("keys", "values")]
+        cells = [[some.flatten(1, 3) for some in part] for part in stores]
+        return [zip(*(some.unbind(0) for some in part), strict=True) for part in (*stores, *cells)]
 
     def _hidden(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each store: hidden states of all slots, and which of them are those of the rows."""

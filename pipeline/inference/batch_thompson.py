@@ -5,7 +5,9 @@ Takes the laws of the texts' next drafts, and finished rounds with their times; 
 the exit head runs and which of them draft. docs/control.md derives the rule of one text, which this extends.
 """
 
+import math
 import random
+from dataclasses import dataclass
 
 from .batch_costs import BatchCosts, between
 from .batch_rounds import BatchRound
@@ -14,11 +16,40 @@ from .thompson import BINS, REFRESH, Beliefs
 
 MEMORY = 0.98
 """Discount factor of earlier rounds in the gain over autoregressive decoding, per round."""
-PROBES = (1, 0, 1, 0)
-"""Numbers of drafts of all texts in the first rounds of each doubling of their number: they measure the costs there, at
-the second time of each."""
+PROBES = (1, 0, 1, 0, 0)
+"""Numbers of drafts of all texts in the first rounds of each doubling of their number: they measure the costs there,
+from the second time of each on. Rounds without drafts, with which all others are compared, are measured twice."""
 AHEAD = (0, 1, 2, 4)
 """Numbers of levels behind the next that are looked ahead."""
+TRIALS = 32
+"""Rounds with drafts before what they gave as a whole can stop drafting."""
+FADING = 0.998
+"""Discount factor of what they gave, per round."""
+SPREAD = 0.05
+"""Standard deviation of what a single round gives, as it is thought to be before any."""
+
+
+@dataclass
+class Yields:
+    """What recent rounds gave, each over what rounds without drafts give in its seconds according to the tables; as if
+    one had given just that, within `SPREAD`."""
+
+    count: float = 1.0
+    """Rounds, discounted as the sums are."""
+    sum: float = 1.0
+    squares: float = 1.0 + SPREAD * SPREAD
+
+    def fade(self) -> None:
+        now, first = (self.count, self.sum, self.squares), (1.0, 1.0, 1.0 + SPREAD * SPREAD)
+        self.count, self.sum, self.squares = (b + FADING * (a - b) for a, b in zip(now, first, strict=True))
+
+    def add(self, x: float) -> None:
+        self.count, self.sum, self.squares = self.count + 1, self.sum + x, self.squares + x * x
+
+    def sample(self, dice: random.Random) -> float:
+        """A draw of their mean: normal, with the standard error of so many rounds."""
+        mean = self.sum / self.count
+        return dice.gauss(mean, math.sqrt((self.squares / self.count - mean * mean) / self.count))
 
 
 class BatchThompson(Beliefs):
@@ -43,7 +74,12 @@ class BatchThompson(Beliefs):
     rate is B / C(0), the tokens per second of B texts without drafts, times the gain over it in recent rounds, at least
     1: a number of texts for which drafting never paid is so judged by its own costs.
 
-    A round without drafts teaches nothing about drafting, so with probability 1 / sqrt(1000 + n) after n rounds some
+    The estimates that are added up here may all be too favourable: seconds are those of undisturbed passes, and of
+    several sampled acceptances the largest are followed. So what rounds with drafts and rounds without gave as a whole
+    is measured too, by number of texts: after 32 of the former both means are sampled at every refresh, and if the
+    latter is larger, nobody drafts until the next. What was measured fades, so that both are tried again.
+
+    A round without drafts teaches nothing about drafting, so with probability 1 / sqrt(10000 + n) after n rounds some
     texts, a number drawn log-uniformly from 1 to all, draft one token nevertheless: that also finds the widths up to
     which rows are free.
     """
@@ -59,6 +95,8 @@ class BatchThompson(Beliefs):
         self.rounds = self.refreshed = 0
         """Finished rounds; those at the last refresh."""
         self.plans: dict[int, list[int]] = {}
+        self.yields: dict[tuple[int, bool], Yields] = {}
+        """By doublings of the number of texts, as `plans` is, and by whether any drafted."""
         # State of the round.
         self.count = self.rows = 0
         self.forced: int | None = None
@@ -71,6 +109,8 @@ class BatchThompson(Beliefs):
         self.theta: list[float] = []
         self.chains: list[float] = []
         self.rate = 0.0
+        self.pauses = False
+        """Whether nobody drafts, as drafting gave less than it cost."""
         self.best: list[tuple[float, float]] = []
         """(sampled acceptance, share of the drafts) of each bin, from the best on."""
 
@@ -82,7 +122,7 @@ class BatchThompson(Beliefs):
         self.reach, self.bins = [1.0] * count, [[] for _ in range(count)]
         plan = self.plans.setdefault(count.bit_length(), list(PROBES))
         self.forced = plan.pop(0) if plan else None
-        rarely = self.random.random() < (1000 + self.rounds) ** -0.5
+        rarely = self.random.random() < (10_000 + self.rounds) ** -0.5
         self.probe = int(count ** self.random.random() + 0.5) if rarely else 0
         if changed or self.rounds - self.refreshed >= REFRESH or self.rounds < REFRESH:
             self._refresh()
@@ -93,6 +133,13 @@ class BatchThompson(Beliefs):
         if self.forced is not None:
             return places if level < self.forced else []
         order = sorted(places, key=lambda place: -self.reach[place])
+        chosen = 0 if self.pauses else self._worth_asking(level, order)
+        if chosen or level > 0:
+            self.probe = 0
+        return order[:chosen] if chosen else self.random.sample(places, min(self.probe, len(places)))
+
+    def _worth_asking(self, level: int, order: list[int]) -> int:
+        """For how many of these places, whose drafts so far are ever less likely to be accepted, the head runs."""
         most, chosen, price = 0.0, 0, self._price(len(order))
         _, head, _ = self.tables
         sums, known = [0.0] * BINS, dict[float, list[float]]()
@@ -109,9 +156,7 @@ class BatchThompson(Beliefs):
                 worth = gains - self.rate * (self._rows(share * m) + head[m])
                 if worth > most:
                     most, chosen = worth, m
-        if chosen or level > 0:
-            self.probe = 0
-        return order[:chosen] if chosen else self.random.sample(places, min(self.probe, len(places)))
+        return chosen
 
     def draft(self, level: int, laws: dict[int, Confidence]) -> list[int]:
         reach = {}
@@ -163,6 +208,8 @@ class BatchThompson(Beliefs):
         parts, most = (self.costs.shallow, self.costs.head, self.costs.verify), self.count * (self.limit + 1)
         self.tables = tuple(part.table(most) for part in parts)
         self.rate = max(1.0, self.gain()) * self._plain_rate()
+        without, drafted = (self.yields.get((self.count.bit_length(), some), Yields()) for some in (False, True))
+        self.pauses = drafted.count >= TRIALS and drafted.sample(self.random) < without.sample(self.random)
         self.best = sorted(((theta, n / seen) for theta, n in zip(self.theta, self.seen, strict=True)), reverse=True)
 
     def _plain_rate(self) -> float:
@@ -181,8 +228,13 @@ class BatchThompson(Beliefs):
         for bins, text in zip(self.bins, round.texts, strict=True):
             for b, (_, accepted) in zip(bins, text.tested(), strict=False):
                 self.counts[b][accepted != 0] += 1
-        self.costs.observe(round)
+        known = self.costs.observe(round)
         self.rounds += 1
+        plain = round.seconds * self._plain_rate()
+        kinds = [self.yields.setdefault((round.count.bit_length(), some), Yields()) for some in (False, True)]
+        for kind in kinds:
+            kind.fade()
+        if known and plain > 0:
+            kinds[bool(round.head)].add(round.tokens / plain)
         if self.forced is None:  # probes are what learning costs, not what drafting gives
-            self.tokens = MEMORY * self.tokens + round.tokens
-            self.plain = MEMORY * self.plain + round.seconds * self._plain_rate()
+            self.tokens, self.plain = MEMORY * self.tokens + round.tokens, MEMORY * self.plain + plain

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .batch_attention import Apart, Together, attend_together
+
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 """Types whose rotary tables do not depend on the length of the sequence, so that they can be computed once."""
 
@@ -69,23 +71,6 @@ class LayerKind(NamedTuple):
     """Number of positions that a row attends to, its own included; None without a limit."""
 
 
-class Several(NamedTuple):
-    """Rows of texts whose keys and values are in one store, each text attending to its own."""
-
-    rows: int
-    """M of them, which follow each other in the pass."""
-    texts: int
-    """P: the texts are those in places 0..P-1 of the store."""
-    width: int
-    """W: the most rows of a text."""
-    at_M: Tensor | None
-    """place * W + number of each row in its text; None where every text has W rows."""
-    slots_M: Tensor
-    """The number of each row's slot among those of all places of the store."""
-    mask: Tensor
-    """Additive, [1, P, W*R, T]."""
-
-
 class Rows(NamedTuple):
     """Positions, rotary tables and mask of a pass, the same for every layer of a kind on a device."""
 
@@ -102,7 +87,7 @@ class Rows(NamedTuple):
     """The number of positions that a row attends to, where there are more."""
     branched: bool = False
     """Whether the rows are of a tree that branches (tree.py): then the mask says what a row attends to."""
-    several: tuple[Several, ...] | None = None
+    several: tuple[Together | Apart, ...] | None = None
     """Of rows of several texts: those of each store. Positions and mask are in these, and keys and values are given as
     one tensor for each store."""
 
@@ -136,11 +121,11 @@ def run_layers(
 
 def write(to: Any, rows: Rows, x_MGC: Tensor) -> None:
     """Write keys or values of rows to their positions in `to` [G, T, C], or without positions to all of `to`
-    [G, M, C]; of several texts to the slots of each store's [G, P*T, C]."""
+    [G, M, C]; of several texts to the slots of each store's [P*G*T, C]."""
     if rows.several is not None:
-        parts = x_MGC.transpose(0, 1).split([some.rows for some in rows.several], 1)
-        for store, some, part_GMC in zip(to, rows.several, parts, strict=True):
-            store.index_copy_(1, some.slots_M, part_GMC)
+        parts = x_MGC.split([some.rows for some in rows.several])
+        for store, some, part_MGC in zip(to, rows.several, parts, strict=True):
+            store.index_copy_(0, some.cells_MG, part_MGC.reshape(-1, part_MGC.shape[-1]))
     elif rows.positions_M is None:
         to.copy_(x_MGC.transpose(0, 1))
     else:
@@ -158,13 +143,19 @@ def rotate(x_MHC: Tensor, rows: Rows) -> Tensor:
 
 
 def attend(q_MHC: Tensor, keys: Any, values: Any, rows: Rows, groups: int) -> Tensor:
-    """Attention output [M, H*C] over keys and values [1, G, T, C], of several texts over [G, P, T, C] of each store.
+    """Attention output [M, H*C] over keys and values [1, G, T, C], of several texts over [P, G, T, C] of each store.
 
     The R query heads that share a key/value head are treated as rows of one head, so keys are never repeated.
     """
     if rows.several is not None:
         parts = zip(q_MHC.split([some.rows for some in rows.several]), keys, values, rows.several, strict=True)
-        return joined([_attend_each(*part, groups) for part in parts])
+        attended = [
+            attend_together(q, k, v, some, groups)
+            if isinstance(some, Together)
+            else _attend_apart(q, k, v, some, groups)
+            for q, k, v, some in parts
+        ]
+        return joined(attended)
     m, heads, _ = q_MHC.shape
     alone = m == 1 and rows.mask is None and rows.window is not None
     start = keys.shape[2] - rows.window if alone else rows.start  # type: ignore[operator]
@@ -180,17 +171,13 @@ def attend(q_MHC: Tensor, keys: Any, values: Any, rows: Rows, groups: int) -> Te
     return _attend_masked(q_MHC, keys, values, rows.mask, groups)
 
 
-def _attend_each(q_MHC: Tensor, keys: Tensor, values: Tensor, some: Several, groups: int) -> Tensor:
-    """The same for the rows of several texts, over the keys and values [G, P, T, C] of one store. Texts with fewer rows
-    than others are filled up with rows of zeros, in this function only."""
-    _, texts, width, at_M, _, mask = some
-    _, heads, channels = q_MHC.shape
-    if at_M is not None:
-        q_MHC = q_MHC.new_zeros(texts * width, heads, channels).index_copy_(0, at_M, q_MHC)
-    q = q_MHC.view(texts, width, groups, -1, channels).permute(2, 0, 1, 3, 4).reshape(groups, texts, -1, channels)
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-    out = out.view(groups, texts, width, -1, channels).permute(1, 2, 0, 3, 4).reshape(texts * width, -1)
-    return out if at_M is None else out.index_select(0, at_M)
+def _attend_apart(q_MHC: Tensor, keys: Tensor, values: Tensor, some: Apart, groups: int) -> Tensor:
+    """The same for the rows of several texts, one text after the other."""
+    parts = []
+    for q, text in zip(q_MHC.split([text.rows for text in some.texts]), some.texts, strict=True):
+        own_keys, own_values = (part[text.place, :, : text.end][None] for part in (keys, values))
+        parts.append(attend(q, own_keys, own_values, text.pass_, groups))
+    return joined(parts)
 
 
 def _attend_masked(q_MHC: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, groups: int) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .layers import LayerKind, Rows, Several, Shape, causal_mask, joined
+from .batch_attention import FEW, MANY, Alone, Apart, Bags, Together
+from .layers import LayerKind, Rows, Shape, causal_mask, joined
 from .tree import Tree, branched_mask
 
 
@@ -58,6 +59,11 @@ class Group(NamedTuple):
     texts: int
     """P: the places 0..P-1 are in use."""
     spans: list[Span]
+
+    @property
+    def width(self) -> int:
+        """W: the most rows of a text."""
+        return max(span.rows for span in self.spans)
 
     @property
     def end(self) -> int:
@@ -159,31 +165,57 @@ class Passes:
     def rows_of_texts(self, groups: list[Group], device: torch.device) -> list[Rows]:
         """The same for a pass of rows of several texts, one group after the other."""
         tables = self._tables[device]
-        indices = [_indices(group, device) for group in groups]
-        positions_M = joined([positions_M for _, _, positions_M, _, _ in indices])
+        indices = [_Indices.of(group, self.shape.kv_heads, device) for group in groups]
+        positions_M = joined([some.positions_M for some in indices])
         cos_M1C, sin_M1C = tables.cos_T1C[positions_M], tables.sin_T1C[positions_M]
         made = {}
         for kind in set(self.kinds):
-            several = [self._of_group(kind, *some, cos_M1C) for some in zip(groups, indices, strict=True)]
+            several = [self._of_group(kind, *some, tables) for some in zip(groups, indices, strict=True)]
             made[kind] = Rows(None, cos_M1C, sin_M1C, None, several=tuple(several))
         return [made[kind] for kind in self.kinds]
 
-    def _of_group(self, kind: LayerKind, group: Group, indices: tuple[Any, ...], like: Tensor) -> Several:
-        width, is_even, positions_M, slots_M, at_M = indices
+    def _of_group(self, kind: LayerKind, group: Group, indices: "_Indices", tables: Tables) -> Together | Apart:
+        positions_M, slots_M, cells_MG, at_M = indices
+        texts, width, end, m = group.texts, group.width, group.end, len(positions_M)
+        if width > MANY:
+            parts = [Alone(span.rows, span.place, span.base + span.rows, self._of_span(kind, span, tables))
+                     for span in group.spans]  # fmt: skip
+            return Apart(m, slots_M, cells_MG, parts)
         # Rows that only fill up see position 0: a row that sees nothing would be NaN.
-        filled_P = torch.zeros(group.texts * width, dtype=torch.long, device=like.device)
+        filled_P = torch.zeros(texts * width, dtype=torch.long, device=positions_M.device)
         filled_P.index_copy_(0, at_M, positions_M)
-        mask = mask_of_texts(group.spans, filled_P, width, group.end, self.shape.repeats, like.dtype, kind.window)
-        mask = mask.view(1, group.texts, -1, group.end)
-        return Several(len(positions_M), group.texts, width, None if is_even else at_M, slots_M, mask)
+        repeats, dtype = self.shape.repeats, tables.cos_T1C.dtype
+        mask = mask_of_texts(group.spans, filled_P, width, end, repeats, dtype, kind.window).view(texts, 1, -1, end)
+        bags = None
+        if mask.device.type == "cpu" and dtype == torch.float32 and mask.numel() * self.shape.kv_heads <= FEW:
+            bags = Bags.of(texts, self.shape.kv_heads, group.slots, width * repeats, end)
+        is_even = [(span.place, span.rows) for span in group.spans] == [(place, width) for place in range(texts)]
+        return Together(m, slots_M, cells_MG, texts, width, None if is_even else at_M, mask, bags)
+
+    def _of_span(self, kind: LayerKind, span: Span, tables: Tables) -> Rows:
+        if span.tree is None:
+            return self._of_kind(kind, span.base, span.rows, tables)
+        first = span.base - span.root
+        return self._of_branches(kind, first, first + span.rows, tables, span.tree, span.root)
 
 
-def _indices(group: Group, device: torch.device) -> tuple[int, bool, Tensor, Tensor, Tensor]:
-    """Of the rows of a group: the most of a text, W; whether all texts have as many; and [M] each positions, slots, and
-    place * W + number in the text."""
-    spans, width = group.spans, max(span.rows for span in group.spans)
-    positions = [position for span in spans for position in span.positions]
-    slots = [span.place * group.slots + span.base + i for span in spans for i in range(span.rows)]
-    at = [span.place * width + i for span in spans for i in range(span.rows)]
-    is_even = at == list(range(group.texts * width))
-    return width, is_even, *torch.tensor([positions, slots, at], device=device).unbind(0)
+class _Indices(NamedTuple):
+    """Of the rows of a group: their positions, slots and cells (`batch_attention.Together`), and place * W + number in
+    the text."""
+
+    positions_M: Tensor
+    slots_M: Tensor
+    cells_MG: Tensor
+    at_M: Tensor
+
+    @classmethod
+    def of(cls, group: Group, kv_heads: int, device: torch.device) -> "_Indices":
+        spans = group.spans
+        positions = [position for span in spans for position in span.positions]
+        slots = [span.place * group.slots + span.base + i for span in spans for i in range(span.rows)]
+        at = [span.place * group.width + i for span in spans for i in range(span.rows)]
+        positions_M, slots_M, at_M = torch.tensor([positions, slots, at], device=device).unbind(0)
+        of_head_G = torch.arange(kv_heads, device=device) * group.slots
+        places_M = slots_M.div(group.slots, rounding_mode="floor")
+        cells_MG = (slots_M + places_M * ((kv_heads - 1) * group.slots))[:, None] + of_head_G
+        return cls(positions_M, slots_M, cells_MG.view(-1), at_M)

@@ -10,6 +10,7 @@ there are, and no text attends over the length of a much longer one.
 P places, T slots of each, G key/value heads, C channels of a head, D hidden
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,6 +57,8 @@ class Place:
     cache: KVCache
     store: "Store"
     number: int
+    ids: list[int]
+    """The tokens that its text begins with."""
 
 
 class Store:
@@ -63,8 +66,10 @@ class Store:
 
     def __init__(self, layout: Layout, slots: int):
         self.layout, self.slots, self.taken = layout, slots, list[Place]()
+        self.used = 0
+        """So many of the first places are or were a text's since they were made."""
         self.keys: list[Tensor] = []
-        """One tensor for each block, [layers, G, P, T, C]: a row of keys is copied to one index of [G, P*T, C]."""
+        """One tensor for each block, [layers, P, G, T, C]: those of one text follow each other."""
         self.values: list[Tensor] = []
         self._make(0)
 
@@ -77,14 +82,16 @@ class Store:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (*self.keys, *self.values, self.hidden_PTD))
 
-    def take(self) -> Place:
-        """The next place, empty."""
+    def take(self, ids: list[int]) -> Place:
+        """The next place, empty, of a text that begins with these tokens."""
         number = len(self.taken)
         if number == self.places:  # half as many more, as making room takes time
-            self._resize(number + max(1, number // 2))
-        for part_PT in self._parts():  # an overflow of the text before must not reach this one through 0 * inf
-            part_PT[number].zero_()
-        place = Place(KVCache(*self._views(number)), self, number)
+            self.resize(number + max(1, number // 2))
+        if number < self.used:
+            for part_PT in self._parts():  # an overflow of the text before must not reach this one through 0 * inf
+                part_PT[number].zero_()
+        self.used = max(self.used, number + 1)
+        place = Place(KVCache(*self._views(number)), self, number, ids)
         self.taken.append(place)
         return place
 
@@ -97,21 +104,21 @@ class Store:
             last.number = place.number
             last.cache.store(*self._views(last.number))
             self.taken[last.number] = last
-        if len(self.taken) <= self.places // 2:
-            self._resize(len(self.taken))
 
-    def copy(self, to: Place, of: Place) -> None:
-        """Copy what is committed of a place of another store."""
+    def copy(self, to: Place, of: Place, length: int) -> None:
+        """Copy the first `length` slots of a place, of this store or another one, to one of this store."""
         for new_PT, old_PT in zip(self._parts(), of.store._parts(), strict=True):
-            new_PT[to.number, : of.cache.length] = old_PT[of.number, : of.cache.length]
+            new_PT[to.number, :length] = old_PT[of.number, :length]
 
     def _parts(self) -> list[Tensor]:
         """Views [P, T, ...] of every part of the store."""
-        return [self.hidden_PTD, *(part.permute(2, 3, 0, 1, 4) for part in (*self.keys, *self.values))]
+        return [self.hidden_PTD, *(part.permute(1, 3, 0, 2, 4) for part in (*self.keys, *self.values))]
 
-    def _resize(self, places: int) -> None:
+    def resize(self, places: int) -> None:
+        """Have so many places, at least those that are taken."""
         before = self._parts()
         self._make(places)
+        self.used = len(self.taken)
         for old_PT, new_PT in zip(before, self._parts(), strict=True):
             for place in self.taken:
                 new_PT[place.number, : place.cache.length] = old_PT[place.number, : place.cache.length]
@@ -120,13 +127,13 @@ class Store:
 
     def _make(self, places: int) -> None:
         blocks, kv_heads, head_dim, (size, device, dtype) = self.layout
-        made = [allocate(layers, at, dtype, kv_heads, places, self.slots, head_dim) for layers, at in blocks]
+        made = [allocate(layers, at, dtype, places, kv_heads, self.slots, head_dim) for layers, at in blocks]
         self.keys, self.values = [keys for keys, _ in made], [values for _, values in made]
         self.hidden_PTD = torch.zeros(places, self.slots, size, dtype=dtype, device=device)
 
     def _views(self, number: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """What a `KVCache` of the text in this place is made of."""
-        keys, values = ([part[:, :, number].unsqueeze(1) for part in parts] for parts in (self.keys, self.values))
+        keys, values = ([part[:, number, None] for part in parts] for parts in (self.keys, self.values))
         return keys, values, self.hidden_PTD[number]
 
 
@@ -152,36 +159,48 @@ class Places:
     def nbytes(self) -> int:
         return sum(store.nbytes for store in self.stores.values())
 
-    def enter(self, length: int) -> KVCache:
-        """The empty cache of a text that needs `length` slots now."""
-        self.texts.append(self._take(length))
-        return self.texts[-1].cache
+    def enter(self, texts: list[list[int]]) -> list[Place]:
+        """The places of texts that begin with these tokens and have none after them yet."""
+        for slots, count in Counter(slots_for(len(ids)) for ids in texts).items():
+            store = self._store(slots)
+            if (needed := len(store.taken) + count) > store.places:  # made once for all of them
+                store.resize(needed)
+        places = [self._take(len(ids), ids) for ids in texts]
+        self.texts += places
+        return places
 
     def leave(self, text: int) -> None:
         """Free the place of a text, whose number the last one takes."""
         place, last = self.texts[text], self.texts.pop()
         if last is not place:
             self.texts[text] = last
-        self._free(place)
+        place.store.free(place)
 
     def reserve(self, more: int) -> None:
-        """Make room for so many more tokens of each text. What the caches have committed is kept."""
+        """Make room for so many more tokens of each text, and give up what is not needed for that. What the caches have
+        committed is kept."""
         for i, place in enumerate(self.texts):
             if (length := place.cache.length + more) > place.store.slots:
-                to = self._take(length)
-                to.store.copy(to, place)
-                self._free(place)
+                to = self._take(length, place.ids)
+                to.store.copy(to, place, place.cache.length)
+                place.store.free(place)
                 place.cache.store(to.cache.keys, to.cache.values, to.cache.hidden_TD)
                 to.cache = place.cache  # others hold it
                 self.texts[i] = to
+        self.trim()
 
-    def _take(self, length: int) -> Place:
-        slots = slots_for(length)
+    def trim(self) -> None:
+        """Give up empty stores, and the places of others of which not more than half are taken. Not where texts leave,
+        as others often take their places at once."""
+        self.stores = {slots: store for slots, store in self.stores.items() if store.taken}
+        for store in self.stores.values():
+            if len(store.taken) <= store.places // 2:
+                store.resize(len(store.taken))
+
+    def _take(self, length: int, ids: list[int]) -> Place:
+        return self._store(slots_for(length)).take(ids)
+
+    def _store(self, slots: int) -> Store:
         if slots not in self.stores:
             self.stores[slots] = Store(self.layout, slots)
-        return self.stores[slots].take()
-
-    def _free(self, place: Place) -> None:
-        place.store.free(place)
-        if not place.store.taken:
-            del self.stores[place.store.slots]
+        return self.stores[slots]

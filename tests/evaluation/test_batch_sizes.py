@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import make_run, plant_heads
+from helpers import make_run, plant_heads, tiny_backbone
 from oracles import PROMPT, head_for, load
 
 from pipeline.errors import UserError
@@ -16,6 +16,8 @@ from pipeline.evaluation.batch_sizes import costs_of, in_batches, predicted, rat
 from pipeline.evaluation.measuring import Measured
 from pipeline.inference.backbone import SplitBackbone
 from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.decoding import Request
+from pipeline.inference.sampling import Sampler
 from pipeline.stages import evaluate
 
 WORDS = ("evaluate.batch_sizes=[1,3]", "evaluate.controllers=[fixed:2,thompson,beta,thompson+lookup]",
@@ -233,6 +235,22 @@ def test_the_sentence_says_where_it_stops(results) -> None:
     assert batch_report.sentence(results, 2).startswith(f"{said}does not surely pay at 1 text (speedup 1.30")
     c["predicted_up_to"] = 2
     assert "Predicted was that it pays up to 2 texts." in batch_report.blocks(results)[2][1]
+
+
+def test_methods_take_turns_round_by_round(tmp_path, monkeypatch) -> None:
+    """In engines of their own, with the texts that each gives alone; the one that drafts is done first."""
+    model = load(tiny_backbone(tmp_path, sharpness=4.0))
+    engine, order = BatchEngine(SplitBackbone(model, head_for(model, 2), check=False)), []
+    monkeypatch.setattr(BatchEngine, "reserve", lambda self, more, honest=BatchEngine.reserve: (
+        order.append(id(self)), honest(self, more)))  # fmt: skip
+    requests = [Request([3, 5, 7 + i], 12) for i in range(3)]
+    frame, rounds = batches.measure(engine, requests, lambda i: Sampler(), ["fixed:2"], [2], 2)
+    plain, drafting = (len(rounds[(rounds.method == m) & (rounds.repeat == 0)]) for m in ("autoregressive", "fixed:2"))
+    warm = len(rounds[rounds.repeat < 0])
+    first, second = dict.fromkeys(order[warm:])
+    shorter = min(plain, drafting)
+    assert order[warm : warm + 2 * shorter] == [first, second] * shorter
+    assert len({str(texts) for texts in frame.texts}) == 1 and set(frame.repeat) == {0, 1}
 
 
 def test_one_repeat_has_no_interval() -> None:

@@ -334,6 +334,7 @@ def test_speculative_answers_are_the_backbones_own(tmp_path, backbone):
         (["generate.exit_head=HEAD", "generate.controller=thompson"], r"generate\.controller=thompson: it learns"),
         (["generate.exit_head=HEAD", "generate.controller=fixed:2+lookup"], r"controller=fixed:2\+lookup: it learns"),
         (["generate.exit_head=HEAD", "generate.controller=fixed"], r"generate\.controller=fixed: must be"),
+        (["generate.exit_head=HEAD", "generate.controller=table:2=1"], r"generate\.controller=table:2=1: .* from 1"),
     ],
 )
 def test_what_speculative_needs(tmp_path, backbone, words, message):

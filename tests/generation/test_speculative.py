@@ -44,6 +44,19 @@ def test_greedy_answers_do_not_depend_on_whether_drafts_branch(model) -> None:
     assert answers(model, "tree:2x1", 4)[::2] == answers(model, "fixed:1", 4)[::2]
 
 
+def test_a_table_drafts_by_the_number_of_texts(model, monkeypatch) -> None:
+    """Of four at once nobody drafts, until fewer are left. Equal calls give equal answers, sampled ones too."""
+    drafted, full = set(), BatchEngine.draft_logits
+    monkeypatch.setattr(
+        BatchEngine, "draft_logits", lambda self, asked: drafted.add(len(self.places.texts)) or full(self, asked)
+    )
+    name = "table:1=2,4=0"
+    found = answers(model, name, 4)
+    assert found == answers(model, name, 4) and drafted and drafted <= {1, 2, 3}
+    assert found[::2] == answers(model, "fixed:1", 4)[::2]
+    assert answers(model, name, 1) == answers(model, "fixed:2", 1), "one at a time"
+
+
 @pytest.mark.parametrize("pack", ["auto", "off"])
 def test_weights_are_copied_only_where_that_is_allowed(model, pack: str, monkeypatch) -> None:
     monkeypatch.setattr(kernels, "FEWEST_WEIGHTS", 1)

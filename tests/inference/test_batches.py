@@ -9,8 +9,11 @@ from helpers import tiny_backbone
 from oracles import head_for, load
 from test_trees import SHAPES, grown
 
+from pipeline.inference import layers as layers_module
+from pipeline.inference import passes as passes_module
 from pipeline.inference import places as places_module
 from pipeline.inference.backbone import SplitBackbone
+from pipeline.inference.batch_attention import MANY
 from pipeline.inference.batch_controllers import Each, make_batch_controller
 from pipeline.inference.batch_decoding import decode_batch
 from pipeline.inference.batch_engine import CATCH_UP, BatchEngine
@@ -18,6 +21,7 @@ from pipeline.inference.controllers import make_controller
 from pipeline.inference.decoding import Request, autoregressive, self_speculative
 from pipeline.inference.passes import Span
 from pipeline.inference.places import Layout, Places, slots_for
+from pipeline.inference.prefills import WORTH
 from pipeline.inference.sampling import Sampler
 from pipeline.inference.tree import Tree
 
@@ -43,12 +47,17 @@ def short_places(monkeypatch) -> int:
 
 
 def requests_of(seed: int, count: int, longest: int = 60, new: int = 40) -> list[Request]:
+    """Half of the prompts begin as others do, with enough tokens to be copied, or not quite."""
     dice = random.Random(seed)
     ends = frozenset(dice.sample(range(256), 4))
-    return [
-        Request([dice.randrange(256) for _ in range(dice.randint(1, longest))], dice.randint(1, new), ends)
-        for _ in range(count)
-    ]
+    begins = [dice.randrange(256) for _ in range(24)]
+    requests = []
+    for _ in range(count):
+        prompt = [dice.randrange(256) for _ in range(dice.randint(1, longest))]
+        if dice.random() < 0.5:
+            prompt = [*begins[: dice.randint(WORTH - 1, 24)], *prompt][: max(longest, 1)]
+        requests.append(Request(prompt, dice.randint(1, new), ends))
+    return requests
 
 
 def decoded(engine, requests, name: str | None, places: int, sampler=lambda i: Sampler()) -> list:
@@ -74,8 +83,7 @@ def test_passes_of_many_rows_give_transformers_logits(model) -> None:
     engine = BatchEngine(SplitBackbone(model, head_for(model, 2), check=False))
     texts = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (4, 17, 9)]
     known = [3, 13, 8]
-    for text, n in zip(texts, known, strict=True):
-        engine.enter(text[:n], len(text))
+    engine.enter([text[:n] for text, n in zip(texts, known, strict=True)])
     engine.reserve(7)
     order = [2, 0, 1]
     spans = [Span(i, known[i], len(texts[i]) - known[i]) for i in order]
@@ -85,17 +93,19 @@ def test_passes_of_many_rows_give_transformers_logits(model) -> None:
     torch.testing.assert_close(logits_MV, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("many", [MANY, 2])
 @torch.inference_mode()
-def test_rows_of_trees_are_computed_as_the_ends_of_their_paths(model) -> None:
+def test_rows_of_trees_are_computed_as_the_ends_of_their_paths(model, many: int, monkeypatch) -> None:
     """Texts of different lengths with a tree each, one with a chain, and one with its pending token only; level by
-    level as in decoding, or all rows at once. Every path is run alone as a text, the exit head's logits too."""
+    level as in decoding, or all rows at once. Every path is run alone as a text, the exit head's logits too. many: with
+    more rows than these texts are attended to one by one."""
+    monkeypatch.setattr(passes_module, "MANY", many)
     one = SplitBackbone(model, head_for(model, 2), check=False)
     engine, known = BatchEngine(one), [3, 9, 14, 6, 11, 12]
     texts = [torch.randint(0, 256, (n + 1,), generator=torch.Generator().manual_seed(n)).tolist() for n in known]
     shapes = [*SHAPES.values(), [0, 1], [], [0, *range(11)]]  # the last is of paths longer than the windows
     trees = [grown(text[-1], shape, seed) for seed, (text, shape) in enumerate(zip(texts, shapes, strict=True))]
-    for text in texts:
-        engine.enter(text[:-1], len(text))
+    engine.enter([text[:-1] for text in texts])
     engine.reserve(20)
 
     def spans(first: list[int], stop: list[int]) -> list[Span]:
@@ -132,12 +142,60 @@ def test_rows_of_trees_are_computed_as_the_ends_of_their_paths(model) -> None:
         torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
+def test_prompts_that_begin_alike_are_read_once_from_there_on(model, monkeypatch) -> None:
+    """Texts that enter together, and one that enters later: the rows that are computed are those that nobody has, and
+    texts, drafts and acceptances are those of each text alone. The beginning is longer than the windows."""
+    one = SplitBackbone(model, head_for(model, 2), check=False)
+    engine, dice = BatchEngine(one), random.Random(2)
+    begin = [dice.randrange(256) for _ in range(30)]
+    prompts = [begin + [dice.randrange(256) for _ in range(n)] for n in (3, 1, 20, 2)]
+    prompts += [prompts[2], [7] * 40]
+    rows, honest = [], engine.full
+
+    def full(ids, spans, store=False):
+        if any(span.rows > 1 or span.base == 0 for span in spans) or len(ids) != len(engine.places.texts):
+            rows.append(sorted(span.rows for span in spans))
+        return honest(ids, spans, store)
+
+    monkeypatch.setattr(engine, "full", full)
+    requests = [Request(prompt, 12) for prompt in prompts]
+    for text in decoded(engine, requests, "fixed:2", 5):
+        alone = self_speculative(one, requests[text.number], Sampler(), make_controller("fixed:2"))
+        assert text.generation.tokens == alone.tokens
+        for mine, its in zip(text.generation.rounds, alone.rounds, strict=True):
+            assert (mine.drafts, mine.accepted) == (its.drafts, its.accepted)
+    # first one of them, then those that differ from it, then the one that has more in common with one of these
+    assert rows == [[33], [1, 2, 20], [1], [40]]
+
+
+@pytest.mark.parametrize("name", [None, "fixed:3", "tree:2x1"])
+def test_attention_in_float32_gives_transformers_logits(tmp_path, name) -> None:
+    """In float32 a CPU attends to few rows of each text in another way than in float64."""
+    model = load(tiny_backbone(tmp_path, "mistral", sharpness=4.0, **BRANCHING["mistral"])).float()
+    engine, worst, kinds = BatchEngine(SplitBackbone(model, head_for(model, 2), check=False)), 0.0, set()
+    honest = layers_module.attend_together
+
+    def both(q_MHC, keys, values, some, groups):
+        nonlocal worst
+        found = honest(q_MHC, keys, values, some, groups)
+        expected = honest(q_MHC, keys, values, some._replace(bags=None), groups)
+        worst = max(worst, (found - expected).abs().max().item())
+        kinds.add(some.at_M is None)
+        assert some.bags is not None and found.isfinite().all()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers_module, "attend_together", both)
+        for text in decoded(engine, requests_of(1, count=9), name, 4):
+            assert text.error is None
+    assert worst < 1e-5 and kinds == ({True} if name is None else {True, False})
+
+
 @torch.inference_mode()
 def test_a_pass_without_branches_has_the_mask_of_chains(backbone, monkeypatch) -> None:
     """Also where a text's tree is a chain: nothing is computed for trees then."""
     engine, known = BatchEngine(backbone), [3, 7]
-    for n in known:
-        engine.enter([5] * n, n + 9)
+    engine.enter([[5] * n for n in known])
     engine.reserve(20)
     chains = [grown(1, [0, 1, 2], seed=n) for n in known]
     spans = [Span.of(i, n, 4, tree, n) for i, (n, tree) in enumerate(zip(known, chains, strict=True))]
@@ -302,12 +360,12 @@ def test_ids_beyond_the_vocabulary_end_their_text_alone(backbone) -> None:
     assert "ids from 1 to 99999, the vocabulary ends at" in str(texts[1].error)
 
 
-def test_a_prefill_that_fails_frees_its_place(backbone, monkeypatch) -> None:
+def test_prefills_that_fail_free_their_places(backbone, monkeypatch) -> None:
     engine = BatchEngine(backbone)
     with monkeypatch.context() as patch:
-        patch.setattr(SplitBackbone, "deep", lambda *args: 1 / 0)
+        patch.setattr(BatchEngine, "full", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            list(decode_batch(engine, [(Request([1], 5), Sampler())], None, 2))
+            list(decode_batch(engine, [(Request([1], 5), Sampler()), (Request([2], 5), Sampler())], None, 2))
     assert engine.places.caches == []
     first = decode_batch(engine, [(Request([i], 5 + i), Sampler()) for i in range(3)], None, 3)
     next(first)
@@ -384,8 +442,7 @@ def test_rows_follow_the_layers_to_their_devices(tmp_path) -> None:
     ids, spans = [3, 9, 4], [Span(1, 0, 1), Span(0, 0, 2)]
     with torch.inference_mode():
         for one in (whole, engine):
-            for n in (2, 20):  # in two stores
-                one.places.enter(n)
+            one.places.enter([[0] * 2, [0] * 20])  # in two stores
             one.reserve(2)
             one.shallow(ids, spans)
         for mine, other in zip(engine.places.caches, whole.places.caches, strict=True):
@@ -458,8 +515,7 @@ def test_2000_texts_pass_through_16_places(backbone) -> None:
 def test_places_keep_what_is_in_them_when_they_grow_and_move(backbone, short_places) -> None:
     engine = BatchEngine(backbone)
     places = engine.places
-    for n in (3, 5, 7, 9):
-        engine.enter(list(range(n)), n + 1)
+    engine.enter([list(range(n)) for n in (3, 5, 7, 9)])
     before = {c: (c.keys[0].clone()[..., : c.length, :], c.hidden_TD[: c.length].clone()) for c in places.caches}
     first, second, third, fourth = places.caches
 
@@ -481,9 +537,11 @@ def test_places_keep_what_is_in_them_when_they_grow_and_move(backbone, short_pla
     check(fourth, second, third)
     engine.leave(0)
     check(third, second)
+    assert stores() == {short_places: (1, 2), 2 * short_places: (1, 2)}, "others may come before the next round"
+    engine.reserve(1)
+    check(third, second)
     assert stores() == {short_places: (1, 1), 2 * short_places: (1, 1)}, "half of the places are no longer needed"
-    engine.leave(1)
-    engine.leave(0)
+    engine.leave_all()
     assert stores() == {} and places.nbytes == 0
 
 
@@ -495,7 +553,8 @@ def test_memory_follows_the_tokens_that_there_are(short_places) -> None:
         if places.texts and (step % 3 == 0 or len(places.texts) == 24):
             places.leave(dice.randrange(len(places.texts)))
         else:
-            places.enter(length := dice.choice([40] * 6 + [300] * 6 + [700] * 2 + [4000])).commit(length)
+            length = dice.choice([40] * 6 + [300] * 6 + [700] * 2 + [4000])
+            places.enter([[0] * length])[0].cache.commit(length)
         places.reserve(1)
         for place in places.texts:  # every text writes and grows a little
             place.cache.commit(place.cache.length + 1)

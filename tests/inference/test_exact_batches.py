@@ -79,17 +79,24 @@ class TableEngine:
         self.backbone = SimpleNamespace(blocks=[], draft_vocabulary=tables.draft_vocabulary)
         self.places = SimpleNamespace(caches=self.caches)
 
-    def enter(self, prompt, length):
+    def check(self, prompt, length):
         if length > 200:
             raise ValueError(f"{length} positions are needed, the backbone's context is 200")
-        self.caches.append(cache := Cache(prompt))
-        cache.commit(len(prompt))
-        return cache, self.logits([tuple(prompt)])
+
+    def enter(self, prompts):
+        entering = [Cache(prompt) for prompt in prompts]
+        for cache, prompt in zip(entering, prompts, strict=True):
+            cache.commit(len(prompt))
+        self.caches += entering
+        return entering, self.logits([tuple(prompt) for prompt in prompts])
 
     def leave(self, place):
         last = self.caches.pop()
         if place < len(self.caches):
             self.caches[place] = last
+
+    def leave_all(self):
+        self.caches.clear()
 
     def reserve(self, more):
         assert more >= 1

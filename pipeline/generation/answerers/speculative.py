@@ -13,7 +13,7 @@ from torch import nn
 
 from ...errors import UserError
 from ...inference.backbone import SplitBackbone
-from ...inference.batch_controllers import is_of_batches, make_batch_controller
+from ...inference.batch_controllers import Table, is_of_batches, make_batch_controller
 from ...inference.batch_decoding import decode_batch
 from ...inference.batch_engine import BatchEngine
 from ...inference.controllers import make_controller
@@ -23,8 +23,8 @@ from ...inference.rounds import look_of
 from ...inference.sampling import Sampler
 from .interface import Answer, Question, Report, Sampling
 
-STEADY = ("fixed", "confidence", "entropy", "tree")
-"""Controllers without memory: their draft lengths depend on the current text alone."""
+STEADY = ("fixed", "confidence", "entropy", "tree", "table")
+"""Controllers without memory: their draft lengths depend on the current text and the number of texts alone."""
 
 
 class Speculative:
@@ -81,14 +81,17 @@ class Speculative:
 
 
 def steady_controller(name: str):
-    """The controller of that name. Raises UserError if it is unknown or learns: its answers could not be repeated."""
+    """The controller of that name for one text; of a table, what it says of one text. Raises UserError if it is unknown
+    or learns: its answers could not be repeated."""
     try:
+        if name.partition(":")[0] == "table" and isinstance(table := make_batch_controller(name), Table):
+            name = f"fixed:{table.choose(1)}"
         controller = make_controller(name)
     except ValueError as error:
         raise UserError(f"generate.{error}") from None
     if name.partition(":")[0] not in STEADY or look_of(controller):
         raise UserError(
             f"generate.controller={name}: it learns from text to text, so a shard could not be made again; "
-            "give fixed:K, tree:AxB, confidence:T or entropy:T"
+            "give fixed:K, table:1=2,8=1,16=0, tree:AxB, confidence:T or entropy:T"
         )
     return controller
