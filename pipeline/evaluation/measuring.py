@@ -111,16 +111,14 @@ class Measured:
         return {Method(*(row.pop(name) for name in names)): row for row in rows}
 
 
-def in_turns(
-    count: int, methods: list[T], repeats: int = 1, label: str = "", unit: str = "text"
-) -> Iterator[tuple[int, int, T]]:
+def in_turns(count: int, methods: list[T], repeats: int = 1, label: str = "") -> Iterator[tuple[int, int, T]]:
     """Yields (repeat, prompt, method) for every prompt 0..count-1; each prompt starts with the next method in the list.
 
     Garbage is collected between prompts only, so that its time does not count for any method.
     """
     gc.disable()
     try:
-        with tqdm(total=count * repeats * len(methods), desc=label, unit=unit) as bar:
+        with tqdm(total=count * repeats * len(methods), desc=label, unit="text") as bar:
             for turn in range(count * repeats):
                 first = turn % len(methods)
                 for method in methods[first:] + methods[:first]:

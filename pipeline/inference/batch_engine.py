@@ -64,32 +64,30 @@ class BatchEngine:
     def enter(self, prompts: list[list[int]]) -> tuple[list[KVCache], Tensor]:
         """(caches of new texts in the next places, float32 logits [texts, V] after their prompts), by passes over many
         prompts at once. What a prompt has in common with a text that is there is copied (prefills.py)."""
-        places, known = self.places, [place.ids for place in self.places.texts]
+        texts, known = self.places.texts, [place.ids for place in self.places.texts]
         logits_V: list[Any] = [None] * len(prompts)
         try:
-            places.enter(prompts)
+            new = self.places.enter(prompts)
             self._allocate()
             for some in passes_of(prompts, known):
-                spans = []
+                ids, spans = list[int](), []
                 for number, shared, source in some:
-                    new = places.texts[len(known) + number]
                     if shared:
-                        of = places.texts[source]
-                        new.store.copy(new, of, shared)
-                        new.cache.head_length = min(shared, of.cache.head_length)
-                    spans.append(Span(len(known) + number, shared, len(new.ids) - shared))
-                hidden_MD = self.full([i for number, shared, _ in some for i in prompts[number][shared:]], spans, True)
+                        self.places.share(new[number], texts[source], shared)
+                    ids += prompts[number][shared:]
+                    spans.append(Span(len(known) + number, shared, len(prompts[number]) - shared))
+                hidden_MD = self.full(ids, spans, store=True)
                 last_P = torch.tensor([*accumulate(span.rows for span in spans)], device=hidden_MD.device) - 1
-                found = zip(some, self.logits(hidden_MD.index_select(0, last_P)), strict=True)
-                for (number, _, _), logits in found:
-                    places.texts[len(known) + number].cache.commit(len(prompts[number]))
-                    logits_V[number] = logits
+                logits_PV = self.logits(hidden_MD.index_select(0, last_P))
+                for (number, _, _), own_V in zip(some, logits_PV, strict=True):
+                    new[number].cache.commit(len(prompts[number]))
+                    logits_V[number] = own_V
         except BaseException:
-            while len(places.texts) > len(known):
-                places.leave(len(places.texts) - 1)
-            places.trim()
+            while len(texts) > len(known):
+                self.places.leave(len(texts) - 1)
+            self.places.trim()
             raise
-        return places.caches[len(known) :], torch.stack(logits_V)
+        return [place.cache for place in new], torch.stack(logits_V)
 
     def fitting(self, length: int) -> int:
         """How many texts of `length` tokens, drafts of a round beyond, fit into the free memory, of which half is left

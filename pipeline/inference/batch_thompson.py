@@ -21,8 +21,8 @@ PROBES = (1, 0, 1, 0, 0)
 from the second time of each on. Rounds without drafts, with which all others are compared, are measured twice."""
 AHEAD = (0, 1, 2, 4)
 """Numbers of levels behind the next that are looked ahead."""
-TRIALS = 32
-"""Rounds with drafts before what they gave as a whole can stop drafting."""
+TRIALS = 31
+"""Discounted number of rounds with drafts (it takes 32) before what they gave as a whole can stop drafting."""
 FADING = 0.998
 """Discount factor of what they gave, per round."""
 SPREAD = 0.05
@@ -31,25 +31,25 @@ SPREAD = 0.05
 
 @dataclass
 class Yields:
-    """What recent rounds gave, each over what rounds without drafts give in its seconds according to the tables; as if
-    one had given just that, within `SPREAD`."""
+    """What recent rounds gave, each over what rounds without drafts give in its seconds according to the tables."""
 
-    count: float = 1.0
+    count: float = 0.0
     """Rounds, discounted as the sums are."""
-    sum: float = 1.0
-    squares: float = 1.0 + SPREAD * SPREAD
+    sum: float = 0.0
+    squares: float = 0.0
 
     def fade(self) -> None:
-        now, first = (self.count, self.sum, self.squares), (1.0, 1.0, 1.0 + SPREAD * SPREAD)
-        self.count, self.sum, self.squares = (b + FADING * (a - b) for a, b in zip(now, first, strict=True))
+        self.count, self.sum, self.squares = (FADING * x for x in (self.count, self.sum, self.squares))
 
     def add(self, x: float) -> None:
         self.count, self.sum, self.squares = self.count + 1, self.sum + x, self.squares + x * x
 
     def sample(self, dice: random.Random) -> float:
-        """A draw of their mean: normal, with the standard error of so many rounds."""
-        mean = self.sum / self.count
-        return dice.gauss(mean, math.sqrt((self.squares / self.count - mean * mean) / self.count))
+        """A draw of their mean: normal, with the standard error of so many rounds and one more, which gave what the
+        tables say, within `SPREAD`."""
+        count = self.count + 1
+        mean = (self.sum + 1) / count
+        return dice.gauss(mean, math.sqrt(((self.squares + 1 + SPREAD * SPREAD) / count - mean * mean) / count))
 
 
 class BatchThompson(Beliefs):

@@ -169,6 +169,11 @@ class Places:
         self.texts += places
         return places
 
+    def share(self, new: Place, of: Place, length: int) -> None:
+        """Copy the first `length` slots of a text to one that begins with the same tokens and has none yet."""
+        new.store.copy(new, of, length)
+        new.cache.head_length = min(length, of.cache.head_length)
+
     def leave(self, text: int) -> None:
         """Free the place of a text, whose number the last one takes."""
         place, last = self.texts[text], self.texts.pop()

@@ -8,7 +8,8 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 MOST = 512
-"""Tokens of a pass of several prompts: enough rows for its matrix products, and few enough for a CPU's cache."""
+"""Tokens of a pass of several prompts: enough rows for its matrix products, and few enough that their hidden states
+stay in a CPU's cache."""
 WORTH = 16
 """Fewest tokens that are copied, and for which a prompt waits until another one was read."""
 

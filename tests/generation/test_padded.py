@@ -39,7 +39,7 @@ def test_prompts_with_a_common_beginning_are_answered_as_alone(model, monkeypatc
     rests = [[r.randrange(256) for _ in range(r.randrange(2, 30))] for _ in range(6)]
     beginning = [7] * 12
     prompts = [[*beginning[:shared], i, *ids] for i, ids in enumerate(rests)] + [beginning] * (shared == 13)
-    monkeypatch.setattr(padded, "PASS", most)
+    monkeypatch.setattr(padded, "MOST", most)
     computed: list[tuple[int, int]] = []
     hook = model.register_forward_pre_hook(
         lambda _, __, given: computed.append(tuple(given["input_ids"].shape)), with_kwargs=True

@@ -157,17 +157,21 @@ def test_drafting_that_gives_less_than_the_estimates_say_is_given_up(count: int,
 
 
 def test_one_slow_round_without_drafts_does_not_make_drafting_look_good() -> None:
-    """The second of them, which is the first to be believed, takes twice its time."""
-    slow = iter([False, True])
+    """The second of them, which is the first to be believed, takes twice its time. Were it alone, 0.69 would be reached
+    here."""
 
     class Slow(World):
+        slow = 2
+
         def round(self, controller, count):
             record = super().round(controller, count)
-            if not record.head and next(slow, False):
+            self.slow -= not record.head
+            if not record.head and self.slow == 0:
                 record.verify_seconds *= 2
             return record
 
-    assert Slow(steep, confident=0.2).decode(BatchThompson(), 16, 300) > 0.96 * World(steep).plain(16)
+    reached = [Slow(steep, 0.2, seed).decode(BatchThompson(seed=seed), 16, 100) for seed in range(6)]
+    assert sum(reached) / len(reached) > 0.96 * World(steep).plain(16)
 
 
 def test_rows_go_to_the_texts_whose_drafts_are_likelier() -> None:

@@ -169,7 +169,7 @@ def test_prompts_that_begin_alike_are_read_once_from_there_on(model, monkeypatch
 
 
 @pytest.mark.parametrize("name", [None, "fixed:3", "tree:2x1"])
-def test_attention_in_float32_gives_transformers_logits(tmp_path, name) -> None:
+def test_attention_in_float32_is_torchs(tmp_path, name) -> None:
     """In float32 a CPU attends to few rows of each text in another way than in float64."""
     model = load(tiny_backbone(tmp_path, "mistral", sharpness=4.0, **BRANCHING["mistral"])).float()
     engine, worst, kinds = BatchEngine(SplitBackbone(model, head_for(model, 2), check=False)), 0.0, set()
@@ -363,7 +363,7 @@ def test_ids_beyond_the_vocabulary_end_their_text_alone(backbone) -> None:
 def test_prefills_that_fail_free_their_places(backbone, monkeypatch) -> None:
     engine = BatchEngine(backbone)
     with monkeypatch.context() as patch:
-        patch.setattr(BatchEngine, "full", lambda *args: 1 / 0)
+        patch.setattr(BatchEngine, "full", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             list(decode_batch(engine, [(Request([1], 5), Sampler()), (Request([2], 5), Sampler())], None, 2))
     assert engine.places.caches == []

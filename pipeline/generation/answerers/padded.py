@@ -13,14 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ...inference.prefills import MOST, common
 from ...inference.sampling import exact_dtype, inverted, outside_nucleus
 from .grouped_attention import grouped_attention
 from .interface import Answer, Question, Report, Sampling
 from .products import fast_products
 
-PASS = 512
-"""Most tokens of prompts, without their common beginning, that a CPU computes in one pass: enough rows for its matrix
-products, and few enough that their hidden states stay in its cache."""
 DRAWN = 32
 """Rows whose cumulative sums are computed at once, so that they stay in a CPU's cache."""
 
@@ -109,7 +107,7 @@ class _Batch:
             tokens = len(self.prompts[first]) - shared
             while stop < len(ids):
                 tokens += len(self.prompts[stop]) - shared
-                if device.type == "cpu" and tokens > PASS:
+                if device.type == "cpu" and tokens > MOST:
                     break
                 stop += 1
             start = self.pad[stop - 1] + shared  # of the longest: the prompts are sorted
@@ -158,9 +156,8 @@ def _common_beginning(prompts: list[list[int]]) -> int:
     0 for a single prompt, as nothing is gained."""
     if len(prompts) == 1:
         return 0
-    first, last = min(prompts), max(prompts)  # in lexical order: what these two share, all share
-    differ = (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return min(next(differ, len(first)), min(map(len, prompts)) - 1)
+    shared = common(min(prompts), max(prompts))  # in lexical order: what these two share, all share
+    return min(shared, min(map(len, prompts)) - 1)
 
 
 class RoomyLayer(DynamicLayer):
