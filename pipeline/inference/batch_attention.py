@@ -8,6 +8,7 @@ M rows of a pass, P texts, W the most rows of one of them, H query heads, G key/
 head, T slots
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -18,22 +19,38 @@ MANY = 16
 """More rows of a text than these are attended to by a call of their own: to fill up all texts would take longer."""
 FEW = 1 << 22
 """Up to so many scores of a layer are kept as a matrix on a CPU; more would not stay in its cache."""
+SPARSE = 4
+"""Up to so many rows of a head of a text have their scores computed one by one: a matrix product of more is faster."""
 
 
 class Bags(NamedTuple):
-    """Which values every row of scores is a weighted sum of, as `torch.nn.functional.embedding_bag` takes it."""
+    """Which keys every score is computed with, and which values every row of scores is a weighted sum of: for each of
+    the P*G*W*R rows its T slots, in the form of a sparse matrix's rows (CSR)."""
 
     slots: Tensor
     """[P*G*W*R*T]: of each score, its slot among those of all places and heads of the store."""
     first: Tensor
-    """[P*G*W*R]: where in it each row of scores begins."""
+    """[P*G*W*R + 1]: where in it each row of scores begins, and where the last one ends."""
+    mask: Tensor
+    """Additive, of each score, [P*G, W*R, T]."""
+    sparse: Tensor | None
+    """The same as a sparse matrix; None where a row of scores is one of many of its head."""
 
     @classmethod
-    def of(cls, texts: int, groups: int, slots: int, rows: int, end: int) -> "Bags":
-        """For `rows` rows of each head of each text over its first `end` of as many slots as a place has."""
-        begins = torch.arange(texts * groups)[:, None, None] * slots
-        bags = (begins + torch.arange(end)).expand(-1, rows, -1)
-        return cls(bags.reshape(-1), torch.arange(texts * groups * rows) * end)
+    def of(cls, mask: Tensor, groups: int, slots: int) -> "Bags":
+        """For a mask [P, 1, W*R, T] over the first T of as many slots as a place has."""
+        texts, _, rows, end = mask.shape
+        begins = torch.arange(texts * groups, dtype=torch.int32)[:, None, None] * slots
+        bags = (begins + torch.arange(end, dtype=torch.int32)).expand(-1, rows, -1).reshape(-1)
+        first = torch.arange(texts * groups * rows + 1, dtype=torch.int32) * end
+        mask = mask.repeat(1, groups, 1, 1).view(-1, rows, end)
+        sparse = None
+        if rows <= SPARSE:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch calls sparse matrices of this form new
+                size = texts * groups * rows, texts * groups * slots
+                sparse = torch.sparse_csr_tensor(first, bags, mask.view(-1), size)
+        return cls(bags, first, mask, sparse)
 
 
 class Together(NamedTuple):
@@ -85,21 +102,29 @@ def attend_together(q_MHC: Tensor, keys: Tensor, values: Tensor, some: Together,
     if at_M is not None:
         q_MHC = q_MHC.new_zeros(texts * width, heads, channels).index_copy_(0, at_M, q_MHC)
     q = q_MHC.view(texts, width, groups, -1, channels).transpose(1, 2).reshape(texts, groups, -1, channels)
-    seen = keys[:texts, :, : mask.shape[-1]]
     if some.bags is None:
-        out = F.scaled_dot_product_attention(q, seen, values[:texts, :, : mask.shape[-1]], attn_mask=mask)
+        seen = keys[:texts, :, : mask.shape[-1]], values[:texts, :, : mask.shape[-1]]
+        out = F.scaled_dot_product_attention(q, *seen, attn_mask=mask)
     else:
-        out = _attend_in_bags(q, seen, values, mask, some.bags)
+        out = _attend_in_bags(q, keys[:texts], values, some.bags)
     out = out.view(texts, groups, width, -1, channels).transpose(1, 2).reshape(texts * width, -1)
     return out if at_M is None else out.index_select(0, at_M)
 
 
-def _attend_in_bags(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, bags: Bags) -> Tensor:
+def _attend_in_bags(q: Tensor, keys: Tensor, values: Tensor, bags: Bags) -> Tensor:
     """The same as torch's attention, for few rows of each text on a CPU. There torch calls a matrix product for every
-    text and head, which reads keys and values at a fifth of the memory's speed; weighted sums of rows of a table are
-    computed by a kernel that was made for reading."""
+    text and head, which reads keys and values at a fifth of the memory's speed; products of single rows and weighted
+    sums of rows of a table are computed by kernels that were made for reading."""
     channels = q.shape[-1]
-    scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)).view(*q.shape[:3], -1)
-    shares = torch.add(mask, scores, alpha=channels**-0.5).softmax(-1)
-    table = values.view(-1, channels)
-    return F.embedding_bag(bags.slots, table, bags.first, mode="sum", per_sample_weights=shares.view(-1))
+    scale = channels**-0.5
+    if bags.sparse is not None:
+        table_CT = keys.view(-1, channels).t()
+        scores = torch.sparse.sampled_addmm(bags.sparse, q.reshape(-1, channels), table_CT, alpha=scale).values()
+        shares = scores.view(bags.mask.shape).softmax(-1)
+    else:
+        keys_BCT = keys[:, :, : bags.mask.shape[-1]].flatten(0, 1).transpose(1, 2)
+        shares = torch.baddbmm(bags.mask, q.flatten(0, 1), keys_BCT, alpha=scale).softmax(-1)
+    return F.embedding_bag(
+        bags.slots, values.view(-1, channels), bags.first, mode="sum", per_sample_weights=shares.view(-1),
+        include_last_offset=True,
+    )  # fmt: skip

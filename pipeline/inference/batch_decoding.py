@@ -26,7 +26,7 @@ from .batch_rounds import BatchController, BatchRound
 from .decoding import Generation, Request, read_all
 from .kv_cache import KVCache
 from .passes import Span
-from .rounds import Confidence, Round, reads_of, spare_of
+from .rounds import Confidence, Confidences, Round, reads_of, spare_of
 from .sampling import Sampler, followed
 from .stopwatch import stopwatch
 from .tree import Draft, Tree
@@ -302,7 +302,7 @@ def _check(chosen: list[int], offered: dict[int, int]) -> None:
 
 def _laws(rows: list[tuple[_Text, int]], logits_MW: Tensor, vocabulary) -> dict[tuple[int, int], Confidence]:
     """(place, row) -> the law of the drafts after each of these rows of the texts' trees. Those of texts with equal
-    settings are computed and their figures read together, so that a GPU is waited for once."""
+    settings are computed together."""
     alike: dict[Any, list[int]] = {}
     for i, (text, row) in enumerate(rows):
         alike.setdefault(text.sampler.settings or (text.place, row), []).append(i)
@@ -313,11 +313,12 @@ def _laws(rows: list[tuple[_Text, int]], logits_MW: Tensor, vocabulary) -> dict[
             logits_RW = logits_MW if len(some) == len(rows) else logits_MW[some]
             before = first.tree.drafted(row)
             law = first.sampler.law(logits_RW, vocabulary, first.request.prompt, first.out.tokens, before)
-            figures_R = law.q_W.amax(-1) if first.sampler.greedy else law.q_W.square().sum(-1)
-            for n, (i, figure) in enumerate(zip(some, figures_R.tolist(), strict=True)):
+            if not first.sampler.greedy:
+                _ = law.q_W  # each text draws from its own row: they are computed at once
+            several = Confidences(law)
+            for n, i in enumerate(some):
                 text, row = rows[i]
-                confidence = laws[text.place, row] = Confidence(law.row(n))
-                setattr(confidence, "top" if first.sampler.greedy else "collision", figure)
+                laws[text.place, row] = several.of(n)
     return laws
 
 

@@ -1,7 +1,8 @@
 """The passes of `SplitBackbone` over rows of several texts at once: one matrix product for the rows of all texts.
 
 Takes the engine of one text, whose weights, kernels and layers it uses, and spans of rows; gives hidden states and
-logits of these rows, in the order of the spans. Keys, values and hidden states of the texts are in `Places`.
+logits of these rows, in the order of the spans. Keys, values and hidden states of the texts are in `Places`. A pass
+over the rows of a single text is that engine's own, which takes less time.
 
 M rows of a pass, D hidden, G key/value heads, P places, T slots, C channels of a head, V vocabulary, W tokens that the
 head can draft
@@ -102,7 +103,7 @@ class BatchEngine:
     def leave_all(self) -> None:
         """Free all places, and their memory."""
         while self.places.texts:
-            self.places.leave(0)
+            self.places.leave(len(self.places.texts) - 1)  # the last one: no other moves
         self.places.trim()
 
     def reserve(self, more: int) -> None:
@@ -113,17 +114,28 @@ class BatchEngine:
 
     def shallow(self, ids: list[int], spans: list[Span]) -> None:
         """Run layers 1..N on the tokens of these rows; their hidden states are stored."""
+        if len(spans) == 1:
+            base, _, cache, tree = self._of_one(*spans)
+            return self.backbone.shallow(ids, base, cache, tree)
         rows = self._pass(spans)
         rows.store(self._run(self._embedded(ids, rows), 0, self.backbone.exit_layer, rows))
 
     def deep(self, spans: list[Span]) -> Tensor:
         """Run layers N+1..L on the stored hidden states of these rows; [M, D] before the final norm."""
+        if len(spans) == 1:
+            return self.backbone.deep(*self._of_one(*spans))
         rows = self._pass(spans)
         return rows.as_given(self._run(rows.stored(), self.backbone.exit_layer, self.backbone.num_layers, rows))
 
     def full(self, ids: list[int], spans: list[Span], store: bool = False) -> Tensor:
         """Run all L layers on the tokens of these rows; [M, D]. store: the hidden states after layer N too, which the
         exit head may read later and autoregressive decoding does not need."""
+        if len(spans) == 1:
+            base, end, cache, tree = self._of_one(*spans)
+            if not store:
+                return self.backbone.full(ids, base, cache)
+            self.backbone.shallow(ids, base, cache, tree)
+            return self.backbone.deep(base, end, cache, tree)
         rows, n = self._pass(spans), self.backbone.exit_layer
         hidden_MD = self._run(self._embedded(ids, rows), 0, n, rows)
         if store:
@@ -137,7 +149,7 @@ class BatchEngine:
     def catch_up(self, places: list[int]) -> None:
         """Let the exit head read what it has not read yet of the committed tokens of these texts, where that is
         much."""
-        for place in places:
+        for place in places if len(places) > 1 else []:
             cache = self.places.texts[place].cache
             if cache.length - cache.head_length >= CATCH_UP:
                 self.backbone.draft_hidden(cache.length - 1, cache)
@@ -146,7 +158,12 @@ class BatchEngine:
         """The exit head's logits [M, W] for the tokens that follow rows of trees: (place, the tree of its text, rows in
         ascending order) of each text. Its keys and values of tokens that it has not processed yet are computed
         first. After drafts that branch it is asked only in rounds in which it was after their pending token."""
-        spans, backbone, layer = [], self.backbone, self.backbone.num_layers
+        backbone, layer = self.backbone, self.backbone.num_layers
+        if len(asked) == 1:
+            place, tree, rows = asked[0]
+            cache = self.places.texts[place].cache
+            return backbone.draft_logits([cache.length + row for row in rows], cache, tree)
+        spans = []
         for place, tree, rows in asked:
             cache = self.places.texts[place].cache
             base, root = cache.head_length, cache.length
@@ -161,6 +178,10 @@ class BatchEngine:
 
     def _allocate(self) -> None:
         self.backbone.passes.allocate(self.places.longest, {block.device for block in self.backbone.blocks})
+
+    def _of_one(self, span: Span) -> tuple[int, int, KVCache, Tree | None]:
+        """(first slot, the one after the last, cache, tree) of the rows of one text."""
+        return span.base, span.base + span.rows, self.places.texts[span.place].cache, span.tree
 
     def _pass(self, spans: list[Span]) -> "_Pass":
         return _Pass(self.places, spans, self.backbone.passes.rows_of_texts)

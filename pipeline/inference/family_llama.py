@@ -96,19 +96,18 @@ def decoder_layer(
     heads, groups, channels = shape.heads, shape.kv_heads, shape.head_dim
     normed_MD = rms_norm(hidden_MD, w.attention_norm_D, shape.eps)
     qkv = w.qkv(normed_MD).view(len(hidden_MD), -1, channels)
-    qk, v_MGC = qkv.split((heads + groups, groups), 1)
+    qk, v_MGC = qkv.split_with_sizes((heads + groups, groups), 1)
     if w.q_norm_C is not None:
-        q_MHC, k_MGC = qk.split((heads, groups), 1)
+        q_MHC, k_MGC = qk.split_with_sizes((heads, groups), 1)
         qk = torch.cat([rms_norm(q_MHC, w.q_norm_C, shape.eps), rms_norm(k_MGC, w.k_norm_C, shape.eps)], 1)
-    q_MHC, k_MGC = rotate(qk, rows).split((heads, groups), 1)
+    q_MHC, k_MGC = rotate(qk, rows).split_with_sizes((heads, groups), 1)
     write(to_keys, rows, k_MGC)
     write(to_values, rows, v_MGC)
     if last_row:
         hidden_MD, q_MHC, rows = hidden_MD[-1:], q_MHC[-1:], rows.last(shape.repeats)
     attended = attend(q_MHC, keys, values, rows, groups)
     hidden_MD = w.out(attended, hidden_MD)
-    gate_up = w.gate_up(rms_norm(hidden_MD, w.mlp_norm_D, shape.eps))
-    gate, up = gate_up.split((gate_up.shape[-1] // 2,) * 2, -1)
+    gate, up = w.gate_up(rms_norm(hidden_MD, w.mlp_norm_D, shape.eps)).chunk(2, -1)
     return w.down(F.silu(gate).mul_(up), hidden_MD)
 
 

@@ -123,13 +123,18 @@ def write(to: Any, rows: Rows, x_MGC: Tensor) -> None:
     """Write keys or values of rows to their positions in `to` [G, T, C], or without positions to all of `to`
     [G, M, C]; of several texts to the slots of each store's [P*G*T, C]."""
     if rows.several is not None:
-        parts = x_MGC.split([some.rows for some in rows.several])
+        parts = _parts(x_MGC, rows.several)
         for store, some, part_MGC in zip(to, rows.several, parts, strict=True):
             store.index_copy_(0, some.cells_MG, part_MGC.reshape(-1, part_MGC.shape[-1]))
     elif rows.positions_M is None:
         to.copy_(x_MGC.transpose(0, 1))
     else:
         to.index_copy_(1, rows.positions_M, x_MGC.transpose(0, 1))
+
+
+def _parts(x_M: Tensor, several: tuple[Together | Apart, ...]) -> Sequence[Tensor]:
+    """The rows of each store. `Tensor.split` is written in Python and takes as long as a small kernel."""
+    return [x_M] if len(several) == 1 else x_M.split_with_sizes([some.rows for some in several])
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -148,7 +153,7 @@ def attend(q_MHC: Tensor, keys: Any, values: Any, rows: Rows, groups: int) -> Te
     The R query heads that share a key/value head are treated as rows of one head, so keys are never repeated.
     """
     if rows.several is not None:
-        parts = zip(q_MHC.split([some.rows for some in rows.several]), keys, values, rows.several, strict=True)
+        parts = zip(_parts(q_MHC, rows.several), keys, values, rows.several, strict=True)
         attended = [
             attend_together(q, k, v, some, groups)
             if isinstance(some, Together)

@@ -188,7 +188,7 @@ class Passes:
         mask = mask_of_texts(group.spans, filled_P, width, end, repeats, dtype, kind.window).view(texts, 1, -1, end)
         bags = None
         if mask.device.type == "cpu" and dtype == torch.float32 and mask.numel() * self.shape.kv_heads <= FEW:
-            bags = Bags.of(texts, self.shape.kv_heads, group.slots, width * repeats, end)
+            bags = Bags.of(mask, self.shape.kv_heads, group.slots)
         is_even = [(span.place, span.rows) for span in group.spans] == [(place, width) for place in range(texts)]
         return Together(m, slots_M, cells_MG, texts, width, None if is_even else at_M, mask, bags)
 

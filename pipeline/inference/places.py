@@ -66,8 +66,8 @@ class Store:
 
     def __init__(self, layout: Layout, slots: int):
         self.layout, self.slots, self.taken = layout, slots, list[Place]()
-        self.used = 0
-        """So many of the first places are or were a text's since they were made."""
+        self.written: list[int] = []
+        """Of each place, behind how many slots there are zeros: what a mask hides must be finite."""
         self.keys: list[Tensor] = []
         """One tensor for each block, [layers, P, G, T, C]: those of one text follow each other."""
         self.values: list[Tensor] = []
@@ -87,10 +87,7 @@ class Store:
         number = len(self.taken)
         if number == self.places:  # half as many more, as making room takes time
             self.resize(number + max(1, number // 2))
-        if number < self.used:
-            for part_PT in self._parts():  # an overflow of the text before must not reach this one through 0 * inf
-                part_PT[number].zero_()
-        self.used = max(self.used, number + 1)
+        self._clear(number, 0)
         place = Place(KVCache(*self._views(number)), self, number, ids)
         self.taken.append(place)
         return place
@@ -99,11 +96,25 @@ class Store:
         """Free a place; the text of the last one moves there."""
         last = self.taken.pop()
         if last is not place:
+            length = last.cache.length
             for part_PT in self._parts():
-                part_PT[place.number, : last.cache.length] = part_PT[last.number, : last.cache.length]
+                part_PT[place.number, :length] = part_PT[last.number, :length]
+            self._clear(place.number, length)
             last.number = place.number
             last.cache.store(*self._views(last.number))
             self.taken[last.number] = last
+
+    def write(self, place: Place, length: int) -> None:
+        """Note that the first `length` slots of a place are written to."""
+        self.written[place.number] = max(self.written[place.number], length)
+
+    def _clear(self, number: int, length: int) -> None:
+        """Leave nothing behind the first `length` slots of a place: an overflow of the text that was there must not
+        reach the one that is there now through 0 * inf."""
+        if length < self.written[number]:
+            for part_PT in self._parts():
+                part_PT[number, length : self.written[number]].zero_()
+        self.written[number] = length
 
     def copy(self, to: Place, of: Place, length: int) -> None:
         """Copy the first `length` slots of a place, of this store or another one, to one of this store."""
@@ -118,18 +129,19 @@ class Store:
         """Have so many places, at least those that are taken."""
         before = self._parts()
         self._make(places)
-        self.used = len(self.taken)
         for old_PT, new_PT in zip(before, self._parts(), strict=True):
             for place in self.taken:
                 new_PT[place.number, : place.cache.length] = old_PT[place.number, : place.cache.length]
         for place in self.taken:
             place.cache.store(*self._views(place.number))
+            self.write(place, place.cache.length)
 
     def _make(self, places: int) -> None:
         blocks, kv_heads, head_dim, (size, device, dtype) = self.layout
         made = [allocate(layers, at, dtype, places, kv_heads, self.slots, head_dim) for layers, at in blocks]
         self.keys, self.values = [keys for keys, _ in made], [values for _, values in made]
         self.hidden_PTD = torch.zeros(places, self.slots, size, dtype=dtype, device=device)
+        self.written = [0] * places
 
     def _views(self, number: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """What a `KVCache` of the text in this place is made of."""
@@ -166,6 +178,8 @@ class Places:
             if (needed := len(store.taken) + count) > store.places:  # made once for all of them
                 store.resize(needed)
         places = [self._take(len(ids), ids) for ids in texts]
+        for place in places:
+            place.store.write(place, len(place.ids))
         self.texts += places
         return places
 
@@ -191,7 +205,8 @@ class Places:
                 place.store.free(place)
                 place.cache.store(to.cache.keys, to.cache.values, to.cache.hidden_TD)
                 to.cache = place.cache  # others hold it
-                self.texts[i] = to
+                self.texts[i] = place = to
+            place.store.write(place, length)
         self.trim()
 
     def trim(self) -> None:

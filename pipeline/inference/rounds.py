@@ -102,6 +102,39 @@ class Confidence:
         return self.read(torch.special.entr(self.law.q_W).sum(0, keepdim=True))
 
 
+class Confidences:
+    """Figures of laws of several texts, of which each is computed and read for all of them when it is first read for
+    one, so that a GPU is waited for once."""
+
+    def __init__(self, law: Law):
+        self.law = law
+
+    @cached_property
+    def tops(self) -> list[float]:
+        return self.law.q_W.amax(-1).tolist()
+
+    @cached_property
+    def collisions(self) -> list[float]:
+        return self.law.q_W.square().sum(-1).tolist()
+
+    def of(self, number: int) -> Confidence:
+        return _OneOf(self, number)
+
+
+class _OneOf(Confidence):
+    def __init__(self, all: Confidences, number: int):
+        super().__init__(all.law.row(number))
+        self.all, self.number = all, number
+
+    @cached_property
+    def top(self) -> float:
+        return self.all.tops[self.number]
+
+    @cached_property
+    def collision(self) -> float:
+        return self.all.collisions[self.number]
+
+
 class Controller(Protocol):
     """Decides during decoding how many tokens to draft. One object may serve many prompts and keeps what it learns.
 

@@ -545,6 +545,24 @@ def test_places_keep_what_is_in_them_when_they_grow_and_move(backbone, short_pla
     assert stores() == {} and places.nbytes == 0
 
 
+@pytest.mark.parametrize("leaving", [0, 2])
+@torch.inference_mode()
+def test_an_overflow_of_a_text_that_left_reaches_no_other(backbone, leaving: int) -> None:
+    """Neither the last text, which moves to its place, nor the next one that enters there."""
+    engine = BatchEngine(backbone)
+    engine.enter([[*range(13)], [*range(12)], [7]])
+    engine.reserve(2)
+    cache = engine.places.caches[leaving]
+    for part in (*cache.keys, *cache.values):
+        part[..., : cache.length + 2, :] = torch.inf
+    engine.leave(leaving)
+    if leaving == 2:
+        engine.enter([[9]])
+    engine.reserve(1)
+    spans = [Span(i, cache.length, 1) for i, cache in enumerate(engine.places.caches)]
+    assert engine.full([3] * len(spans), spans).isfinite().all()
+
+
 def test_memory_follows_the_tokens_that_there_are(short_places) -> None:
     """Texts of 1 to 4,000 tokens, most of them short: not all of them take what the longest takes."""
     places = Places(Layout([(2, torch.device("cpu"))], 1, 4, (8, torch.device("cpu"), torch.float32)))
