@@ -39,7 +39,7 @@ class RowTimes:
     def forget(self, now: int) -> None:
         """Drop old times but the last of each number of rows: to find again that a width costs much would cost much."""
         for recent in self.times.values():
-            recent.forget(now, keep=1)
+            recent.forget(now, keep=2)
 
     def table(self, most: int) -> list[float]:
         """Seconds of passes of 0..most rows; all 0 before any number of rows came twice. Between timed numbers of rows

@@ -102,6 +102,8 @@ class BatchThompson(Beliefs):
         self.forced: int | None = None
         self.probe = 0
         """Number of texts that draft one token whatever it is worth, if none would."""
+        self.tried = False
+        """Whether they did."""
         self.reach: list[float] = []
         self.bins: list[list[int]] = []
         # Valid until the next refresh.
@@ -124,6 +126,7 @@ class BatchThompson(Beliefs):
         self.forced = plan.pop(0) if plan else None
         rarely = self.random.random() < (10_000 + self.rounds) ** -0.5
         self.probe = int(count ** self.random.random() + 0.5) if rarely else 0
+        self.tried = False
         if changed or self.rounds - self.refreshed >= REFRESH or self.rounds < REFRESH:
             self._refresh()
 
@@ -134,9 +137,11 @@ class BatchThompson(Beliefs):
             return places if level < self.forced else []
         order = sorted(places, key=lambda place: -self.reach[place])
         chosen = 0 if self.pauses else self._worth_asking(level, order)
-        if chosen or level > 0:
+        if level > 0 or chosen >= self.probe:
             self.probe = 0
-        return order[:chosen] if chosen else self.random.sample(places, min(self.probe, len(places)))
+            return order[:chosen]
+        self.tried = True
+        return self.random.sample(places, min(self.probe, len(places)))
 
     def _worth_asking(self, level: int, order: list[int]) -> int:
         """For how many of these places, whose drafts so far are ever less likely to be accepted, the head runs."""
@@ -234,7 +239,8 @@ class BatchThompson(Beliefs):
         kinds = [self.yields.setdefault((round.count.bit_length(), some), Yields()) for some in (False, True)]
         for kind in kinds:
             kind.fade()
+        if self.forced is not None or self.tried:  # what learning costs is not what drafting gives
+            return
         if known and plain > 0:
             kinds[bool(round.head)].add(round.tokens / plain)
-        if self.forced is None:  # probes are what learning costs, not what drafting gives
-            self.tokens, self.plain = MEMORY * self.tokens + round.tokens, MEMORY * self.plain + plain
+        self.tokens, self.plain = MEMORY * self.tokens + round.tokens, MEMORY * self.plain + plain

@@ -11,7 +11,7 @@ from pipeline.inference import batch_thompson
 from pipeline.inference.batch_controllers import Table, make_batch_controller
 from pipeline.inference.batch_costs import BatchCosts, RowTimes, between, bucket
 from pipeline.inference.batch_rounds import BatchRound
-from pipeline.inference.batch_thompson import BatchThompson
+from pipeline.inference.batch_thompson import PROBES, BatchThompson
 from pipeline.inference.rounds import Round
 from pipeline.inference.thompson import Thompson
 
@@ -172,6 +172,25 @@ def test_one_slow_round_without_drafts_does_not_make_drafting_look_good() -> Non
 
     reached = [Slow(steep, 0.2, seed).decode(BatchThompson(seed=seed), 16, 100) for seed in range(6)]
     assert sum(reached) / len(reached) > 0.96 * World(steep).plain(16)
+
+
+def test_rounds_that_are_tried_do_not_tell_what_drafting_gives() -> None:
+    """Neither the first ones, whose costs were not known yet, nor those in which more texts draft than would."""
+    world, controller = World(flat), BatchThompson()
+    world.decode(controller, 4, len(PROBES))
+    assert all(given.count == 0 for given in controller.yields.values())
+    world.decode(controller, 4, 40)
+    before = controller.yields[3, True].sum
+    controller.random.random = lambda: 0.0  # a probe, of one text
+    controller.begin(4)
+    assert controller.probe == 1 and len(controller.peek(0, [0, 1, 2, 3])) == 4, "more would draft anyway"
+    controller.begin(4)
+    controller.probe, controller.pauses = 3, True
+    assert len(controller.peek(0, [0, 1, 2, 3])) == 3
+    record = BatchRound(4, head=[3], texts=[Round(0, 0, 1)] * 4, rows=4, verify_seconds=1.0)
+    controller.bins = [[]] * 4
+    controller.observe(record)
+    assert controller.yields[3, True].sum < before
 
 
 def test_rows_go_to_the_texts_whose_drafts_are_likelier() -> None:
