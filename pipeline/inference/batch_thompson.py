@@ -80,8 +80,8 @@ class BatchThompson(Beliefs):
     latter is larger, nobody drafts until the next. What was measured fades, so that both are tried again.
 
     A round without drafts teaches nothing about drafting, so with probability 1 / sqrt(10000 + n) after n rounds some
-    texts, a number drawn log-uniformly from 1 to all, draft one token nevertheless: that also finds the widths up to
-    which rows are free.
+    texts, a number drawn log-uniformly from 1 to all, draft one token nevertheless, if fewer would: that also finds the
+    widths up to which rows are free. What such rounds and the first ones gave is not counted as what drafting gives.
     """
 
     limit = LONGEST
