@@ -116,7 +116,8 @@ class BatchEngine:
         """Run layers 1..N on the tokens of these rows; their hidden states are stored."""
         if len(spans) == 1:
             base, _, cache, tree = self._of_one(*spans)
-            return self.backbone.shallow(ids, base, cache, tree)
+            self.backbone.shallow(ids, base, cache, tree)
+            return
         rows = self._pass(spans)
         rows.store(self._run(self._embedded(ids, rows), 0, self.backbone.exit_layer, rows))
 
@@ -148,7 +149,7 @@ class BatchEngine:
 
     def catch_up(self, places: list[int]) -> None:
         """Let the exit head read what it has not read yet of the committed tokens of these texts, where that is
-        much."""
+        much. Of a single text, `draft_logits` reads all at once."""
         for place in places if len(places) > 1 else []:
             cache = self.places.texts[place].cache
             if cache.length - cache.head_length >= CATCH_UP:
