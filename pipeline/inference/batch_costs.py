@@ -37,7 +37,8 @@ class RowTimes:
         return False
 
     def forget(self, now: int) -> None:
-        """Drop old times but the last of each number of rows: to find again that a width costs much would cost much."""
+        """Drop old times but the last two of each number of rows, as a single one may have been disturbed: to find
+        again that a width costs much would cost much."""
         for recent in self.times.values():
             recent.forget(now, keep=2)
 

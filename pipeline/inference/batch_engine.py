@@ -132,11 +132,11 @@ class BatchEngine:
         """Run all L layers on the tokens of these rows; [M, D]. store: the hidden states after layer N too, which the
         exit head may read later and autoregressive decoding does not need."""
         if len(spans) == 1:
-            base, end, cache, tree = self._of_one(*spans)
-            if not store:
+            base, _, cache, tree = self._of_one(*spans)
+            if tree is None and not store:
                 return self.backbone.full(ids, base, cache)
-            self.backbone.shallow(ids, base, cache, tree)
-            return self.backbone.deep(base, end, cache, tree)
+            self.shallow(ids, spans)
+            return self.deep(spans)
         rows, n = self._pass(spans), self.backbone.exit_layer
         hidden_MD = self._run(self._embedded(ids, rows), 0, n, rows)
         if store:

@@ -101,7 +101,7 @@ class BatchThompson(Beliefs):
         self.count = self.rows = 0
         self.forced: int | None = None
         self.probe = 0
-        """Number of texts that draft one token whatever it is worth, if none would."""
+        """Number of texts that draft one token whatever it is worth, if fewer would."""
         self.tried = False
         """Whether they did."""
         self.reach: list[float] = []

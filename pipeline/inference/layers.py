@@ -179,7 +179,7 @@ def attend(q_MHC: Tensor, keys: Any, values: Any, rows: Rows, groups: int) -> Te
 def _attend_apart(q_MHC: Tensor, keys: Tensor, values: Tensor, some: Apart, groups: int) -> Tensor:
     """The same for the rows of several texts, one text after the other."""
     parts = []
-    for q, text in zip(q_MHC.split([text.rows for text in some.texts]), some.texts, strict=True):
+    for q, text in zip(q_MHC.split_with_sizes([text.rows for text in some.texts]), some.texts, strict=True):
         own_keys, own_values = (part[text.place, :, : text.end][None] for part in (keys, values))
         parts.append(attend(q, own_keys, own_values, text.pass_, groups))
     return joined(parts)

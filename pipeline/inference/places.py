@@ -88,6 +88,7 @@ class Store:
         if number == self.places:  # half as many more, as making room takes time
             self.resize(number + max(1, number // 2))
         self._clear(number, 0)
+        self.written[number] = len(ids)
         place = Place(KVCache(*self._views(number)), self, number, ids)
         self.taken.append(place)
         return place
@@ -178,8 +179,6 @@ class Places:
             if (needed := len(store.taken) + count) > store.places:  # made once for all of them
                 store.resize(needed)
         places = [self._take(len(ids), ids) for ids in texts]
-        for place in places:
-            place.store.write(place, len(place.ids))
         self.texts += places
         return places
 

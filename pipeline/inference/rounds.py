@@ -122,17 +122,17 @@ class Confidences:
 
 
 class _OneOf(Confidence):
-    def __init__(self, all: Confidences, number: int):
-        super().__init__(all.law.row(number))
-        self.all, self.number = all, number
+    def __init__(self, several: Confidences, number: int):
+        super().__init__(several.law.row(number))
+        self.several, self.number = several, number
 
     @cached_property
     def top(self) -> float:
-        return self.all.tops[self.number]
+        return self.several.tops[self.number]
 
     @cached_property
     def collision(self) -> float:
-        return self.all.collisions[self.number]
+        return self.several.collisions[self.number]
 
 
 class Controller(Protocol):

@@ -213,7 +213,9 @@ def test_a_pass_of_one_text_is_that_of_the_decoder_of_one(tmp_path) -> None:
     assert torch.equal(engine.draft_logits([(0, tree, [1, 2])]), one.draft_logits([12, 13], cache, tree))
     assert torch.equal(engine.deep([span]), one.deep(len(prompt), len(prompt) + len(tree), cache, tree))
     for store in (False, True):
+        assert torch.equal(engine.full(tree.tokens, [span], store), engine.deep([span])), "of a tree too"
         assert torch.equal(engine.full([3, 4], [Span(0, 11, 2)], store), one.full([3, 4], 11, cache))
+        engine.shallow(tree.tokens, [span])
 
 
 @torch.inference_mode()
